@@ -1,0 +1,191 @@
+"""Every error onecopy raises, as one tree.
+
+OnecopyError
+├── InvalidInput       what was typed or passed cannot be right
+├── NotFound           no such segment, system, guest or file
+├── AlreadyExists      the name is taken
+├── InUse              something still uses it
+├── MissingProgram     a program of the host is not installed
+├── CommandFailed      a program of the host ran and failed
+├── BadSource          the source of a build cannot be used
+├── NotEnough          too little memory or disk
+├── GuestFailed        QEMU or the guest's kernel did not start, or ended on its own
+├── NotReady           the guest runs but never became ready
+├── AgentFailed        the guest agent refused, failed or did not answer
+├── Incompatible       this host cannot run what was asked for
+├── StoreDamaged       the store holds something that it must not
+├── NotPermitted       this user may not do that
+└── Interrupted        Ctrl-C or SIGTERM
+
+Each class owns a stable ``id`` (shown by ``--json``) and an exit code; each instance says what
+happened, what to do about it (``hint``), and carries its data as attributes. The library raises;
+only ``onecopy.__main__`` exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class OnecopyError(Exception):
+    """Base of all; ``message`` says what happened, ``hint`` what to do."""
+
+    id: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InvalidInput(OnecopyError):
+    """A name, reference, size or option that cannot be right."""
+
+    id = "invalid-input"
+    exit_code = 2
+
+
+class NotFound(OnecopyError):
+    """Nothing of that name."""
+
+    id = "not-found"
+    exit_code = 3
+
+
+class InUse(OnecopyError):
+    """``users`` are the guests that hold it."""
+
+    id = "in-use"
+    exit_code = 4
+
+    def __init__(self, message: str, *, users: Sequence[str], hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.users = tuple(users)
+
+
+class AlreadyExists(OnecopyError):
+    """The name is taken."""
+
+    id = "already-exists"
+    exit_code = 5
+
+
+class MissingProgram(OnecopyError):
+    """``program`` is not installed; ``package`` is the Debian package that has it."""
+
+    id = "missing-program"
+    exit_code = 6
+
+    def __init__(self, program: str, package: str) -> None:
+        super().__init__(
+            f"the program {program!r} is not installed",
+            hint=f"apt-get install {package}",
+        )
+        self.program = program
+        self.package = package
+
+
+class CommandFailed(OnecopyError):
+    """A host program failed; ``command`` can be pasted into a shell."""
+
+    id = "command-failed"
+    exit_code = 7
+
+    def __init__(self, command: str, returncode: int, output: str, *, hint: str = "") -> None:
+        tail = "\n".join(output.strip().splitlines()[-15:])
+        super().__init__(f"exit code {returncode} from: {command}\n{tail}".rstrip(), hint=hint)
+        self.command = command
+        self.returncode = returncode
+        self.output = output
+
+
+class BadSource(OnecopyError):
+    """The source of a build is missing, unreadable or unsafe."""
+
+    id = "bad-source"
+    exit_code = 8
+
+
+class NotEnough(OnecopyError):
+    """Too little of ``what`` ("memory", "disk"); both figures in bytes."""
+
+    id = "not-enough"
+    exit_code = 9
+
+    def __init__(self, what: str, *, needed: int, available: int, hint: str = "") -> None:
+        super().__init__(
+            f"not enough {what}: {needed >> 20} MiB needed, {available >> 20} MiB available",
+            hint=hint,
+        )
+        self.what = what
+        self.needed = needed
+        self.available = available
+
+
+class GuestFailed(OnecopyError):
+    """QEMU or the guest did not start, or ended; ``output`` is what both printed last."""
+
+    id = "guest-failed"
+    exit_code = 10
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        command: str = "",
+        returncode: int | None = None,
+        output: str = "",
+        hint: str = "",
+    ) -> None:
+        tail = "\n".join(output.strip().splitlines()[-15:])
+        super().__init__(f"{message}\n{tail}".rstrip(), hint=hint)
+        self.command = command
+        self.returncode = returncode
+        self.output = output
+
+
+class NotReady(OnecopyError):
+    """The guest runs, but the sign of readiness did not come in time."""
+
+    id = "not-ready"
+    exit_code = 11
+
+
+class AgentFailed(OnecopyError):
+    """The guest agent refused a command, or does not answer."""
+
+    id = "agent-failed"
+    exit_code = 12
+
+
+class Incompatible(OnecopyError):
+    """This host's QEMU, accelerator or kernel cannot do what was asked for."""
+
+    id = "incompatible"
+    exit_code = 13
+
+
+class StoreDamaged(OnecopyError):
+    """A record or blob of the store is not what its name says."""
+
+    id = "store-damaged"
+    exit_code = 14
+
+
+class NotPermitted(OnecopyError):
+    """This user may not do that."""
+
+    id = "not-permitted"
+    exit_code = 15
+
+
+class Interrupted(OnecopyError):
+    """Ctrl-C or SIGTERM; everything begun was undone."""
+
+    id = "interrupted"
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__("interrupted")

@@ -1,0 +1,98 @@
+"""The values that every room speaks of: names, references, digests and sizes.
+
+Not here: what lies on disk (store/oci.py) or how QEMU is told (vmm/argv.py).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from onecopy.errors import InvalidInput
+
+PAGE_SIZE = 4096
+#: Segments and RAM are multiples of this, so that host and guest may map them in huge pages.
+HUGE_PAGE_SIZE = 2 << 20
+MIB = 1 << 20
+DEFAULT_VERSION = "latest"
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+_VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# A guest's name becomes its hostname (RFC 1123 label).
+_GUEST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_SIZE = re.compile(r"([0-9]+)([KMGT]?)(i?B)?", re.IGNORECASE)
+
+
+def check_name(text: str) -> str:
+    """Return ``text`` if it can name a segment or saved system; raise InvalidInput."""
+    if not _NAME.fullmatch(text):
+        raise InvalidInput(
+            f"{text!r} is not a valid name",
+            hint="use 1-63 of a-z 0-9 . _ - and begin and end with a letter or digit",
+        )
+    return text
+
+
+def check_guest_name(text: str) -> str:
+    """Return ``text`` if it can name a guest (a hostname label); raise InvalidInput."""
+    if not _GUEST.fullmatch(text):
+        raise InvalidInput(
+            f"{text!r} is not a valid guest name",
+            hint="use 1-63 of a-z 0-9 - and begin and end with a letter or digit",
+        )
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a user types to mean one artifact: ``NAME[:VERSION]`` or ``NAME@sha256:HEX``."""
+
+    name: str
+    version: str = DEFAULT_VERSION
+    digest: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Parse what a user typed; raise InvalidInput."""
+        name, at, digest = text.partition("@")
+        if at:
+            if not _DIGEST.fullmatch(digest):
+                raise InvalidInput(
+                    f"{digest!r} is not a valid digest",
+                    hint="a digest is sha256: and 64 hexadecimal digits; `onecopy ls` shows them",
+                )
+            return cls(check_name(name), digest=digest)
+        name, colon, version = text.partition(":")
+        if colon and not _VERSION.fullmatch(version):
+            raise InvalidInput(
+                f"{version!r} is not a valid version",
+                hint="use 1-128 of A-Z a-z 0-9 . _ - and begin with a letter, digit or _",
+            )
+        return cls(check_name(name), version or DEFAULT_VERSION)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest}" if self.digest else f"{self.name}:{self.version}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by ``256M``, ``1G``, ``65536``; raise InvalidInput."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        raise InvalidInput(f"{text!r} is not a size", hint="write for example 256M or 1G")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()]
+
+
+def format_size(size: int) -> str:
+    """``size`` bytes for a reader, in binary units: ``1.5 GiB``."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def align_up(size: int, to: int = HUGE_PAGE_SIZE) -> int:
+    """The smallest multiple of ``to`` that is not below ``size`` (both bytes)."""
+    return -(-size // to) * to
