@@ -80,6 +80,8 @@ def run(
         stderr=subprocess.PIPE,
         pass_fds=pass_fds,
         process_group=0,
+        # What a program makes must not depend on who runs us.
+        umask=0o022,
     )
     try:
         out, err = process.communicate(stdin)
@@ -105,3 +107,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe:
+            pipe.close()

@@ -1,0 +1,89 @@
+"""What a cold guest is started with besides the segments: its initramfs.
+
+The initramfs is two archives in a row (Linux Documentation/driver-api/early-userspace/
+buffer-format.rst): the kernel's boot modules, kept in the store with it, and a small one with
+busybox, the first stage (files/init) and what this guest is to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from onecopy.run import run
+
+TOOLS_MOUNTPOINT = "/run/onecopy/tools"
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A segment as the guest mounts it."""
+
+    slot: int
+    """PCI slot of its virtio-pmem device."""
+    fstype: str
+    mountpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """What a cold guest is to do."""
+
+    hostname: str
+    mounts: Sequence[Mount]
+    modules: Sequence[str]
+    """File names in the boot module archive, in loading order."""
+    command: str | None
+    """None: start the image's own init. Else run this with a minimal init; "" just stays up."""
+
+
+def cpio(folder: Path) -> bytes:
+    """The folder as an initramfs archive, the same for the same content."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            os.utime(path, (0, 0))
+    out = folder.with_suffix(".cpio")
+    listing = "".join(f"{name}\0" for name in names).encode()
+    argv = ["cpio", "--create", "--null", "--format=newc", "--reproducible", "--quiet"]
+    run([*argv, "--owner=+0:+0", f"--file={out}"], cwd=folder, stdin=listing)
+    data = out.read_bytes()
+    out.unlink()
+    return data
+
+
+def write_initrd(out: Path, boot: Boot, modules: Path, busybox: Path) -> None:
+    """Write the initramfs for ``boot`` to ``out``; ``modules`` is the boot module archive."""
+    folder = out.with_name(out.name + ".d")
+    (folder / "bin").mkdir(parents=True)
+    (folder / "onecopy").mkdir()
+    for name in ("dev", "proc", "sys", "run"):
+        (folder / name).mkdir()
+    shutil.copyfile(busybox, folder / "bin/busybox")
+    (folder / "bin/busybox").chmod(0o755)
+    (folder / "init").write_bytes(resource("init"))
+    (folder / "init").chmod(0o755)
+    for name, text in _config(boot).items():
+        (folder / "onecopy" / name).write_text(text)
+    out.write_bytes(modules.read_bytes() + cpio(folder))
+    shutil.rmtree(folder)
+
+
+def _config(boot: Boot) -> dict[str, str]:
+    files = {
+        "modules": "".join(f"{name}\n" for name in boot.modules),
+        "segments": "".join(f"{m.slot:02x} {m.fstype} {m.mountpoint}\n" for m in boot.mounts),
+        "hostname": boot.hostname + "\n",
+    }
+    if boot.command is not None:
+        files["run"] = boot.command
+    return files
+
+
+def resource(name: str) -> bytes:
+    """A file of build/files/: what onecopy runs inside guests."""
+    return resources.files("onecopy.build").joinpath("files", name).read_bytes()

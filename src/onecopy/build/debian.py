@@ -1,0 +1,154 @@
+"""The source ``debian:SUITE``: a Debian root of chosen packages, made by mmdebstrap.
+
+What differs between two runs with the same packages, and what no two guests may share, is taken
+out. Not here: single packages (packages.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.build.space import disk_is_full, disk_space
+from onecopy.build.tree import clamp_times, clock
+from onecopy.errors import BadSource, CommandFailed, InvalidInput, NotPermitted
+from onecopy.run import run
+
+#: Room (bytes) that a run takes for packages and root.
+NEEDED_BYTES = 600 << 20
+
+_SUITE = re.compile(r"[a-z][a-z0-9-]*")
+# A package, and apt's own :ARCH, =VERSION or /SUITE after it.
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(:[a-z0-9]+)?([=/][A-Za-z0-9.+:~-]+)?")
+# Documentation nobody maps; licences stay.
+_DPKG_OPTIONS = (
+    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/locale/*",
+    "path-exclude=/usr/share/doc/*",
+    "path-include=/usr/share/doc/*/copyright",
+)
+# Times, caches, this host's own settings, and secrets that each guest must make for itself.
+_REMOVED = (
+    "etc/hostname",
+    "etc/resolv.conf",
+    "etc/passwd-",
+    "etc/shadow-",
+    "etc/group-",
+    "etc/gshadow-",
+    "etc/ssh/ssh_host_*",
+    "var/lib/dbus/machine-id",
+    "var/lib/systemd/random-seed",
+    "var/lib/apt/lists/*",
+    "var/cache/apt/*.bin",
+    "var/cache/debconf/*-old",
+    "var/cache/ldconfig/aux-cache",
+    "var/lib/dpkg/*-old",
+    "var/log/**/*",
+)
+_NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '(\S+)' has no installation")
+_NO_SUITE = re.compile(r"does not have a Release file|404 +Not Found")
+_NO_NETWORK = re.compile(
+    r"Could not (connect|resolve)|Unable to connect|Temporary failure|timed out"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DebianSource:
+    """``packages`` (sorted) of ``suite`` and what they depend on."""
+
+    suite: str
+    packages: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"debian:{self.suite}"
+
+    @property
+    def variant(self) -> str:
+        """mmdebstrap's package set: essential packages; for systemd also the required ones."""
+        has_systemd = any(package.startswith("systemd") for package in self.packages)
+        return "minbase" if has_systemd else "essential"
+
+    def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
+        """Install into the empty folder ``into``, as root, and return it (about 20 s).
+
+        Raises BadSource (suite, package, network), NotPermitted, NotEnough, MissingProgram.
+        """
+        if os.geteuid() != 0:
+            raise NotPermitted(
+                f"{self.label} can be built by root only",
+                hint="run as root, or build from a folder that you can read: dir:PATH",
+            )
+        progress(f"installing Debian {self.suite}: {', '.join(self.packages) or self.variant}")
+        start = clock(into)
+        argv = ["mmdebstrap", f"--variant={self.variant}", "--format=directory"]
+        argv += [f"--dpkgopt={option}" for option in _DPKG_OPTIONS]
+        argv += [f"--include={package}" for package in self.packages]
+        with disk_space(into, NEEDED_BYTES):
+            try:
+                run([*argv, self.suite, into])
+            except CommandFailed as error:
+                if disk_is_full(error):
+                    raise
+                raise self._explain(error.output) from error
+            progress("taking out what differs from run to run")
+            normalise(into, start)
+        return into
+
+    def _explain(self, output: str) -> BadSource:
+        lines = output.strip().splitlines()
+        said = "\n".join([line for line in lines if line.startswith("E:")][-8:] or lines[-8:])
+        missing = ", ".join(sorted({a or b for a, b in _NO_PACKAGE.findall(output)}))
+        if missing:
+            what = f"Debian {self.suite} has no package {missing}"
+            hint = "check the spelling; packages are separated by commas"
+        elif _NO_NETWORK.search(output):
+            what = "the Debian mirror cannot be reached"
+            hint = "check the network and http_proxy; the source can also be tar:PATH or dir:PATH"
+        elif _NO_SUITE.search(output):
+            what = f"Debian has no suite {self.suite!r}"
+            hint = "for example debian:bookworm or debian:trixie"
+        else:
+            what = f"Debian {self.suite} cannot be installed"
+            hint = "the lines above are mmdebstrap's"
+        return BadSource(f"{what}\n{said}", hint=hint)
+
+
+def normalise(tree: Path, start: float) -> None:
+    """Take out of ``tree`` what a run that began at ``start`` (seconds since 1970) left in it.
+
+    Files that come from packages keep their times, on which Python's .pyc files depend.
+    """
+    for pattern in _REMOVED:
+        for path in tree.glob(pattern):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+    # Empty, and not missing: systemd then makes a new one, but does not run its first-boot set-up.
+    machine_id = tree / "etc/machine-id"
+    machine_id.unlink(missing_ok=True)
+    machine_id.touch(0o444)
+    limit = clamp_times(tree, start)
+    _set_password_days(tree / "etc/shadow", limit // 86400)
+    clamp_times(tree, start)
+
+
+def _set_password_days(shadow: Path, day: int) -> None:
+    """Set the day of the last change (shadow(5)) of all users, which else is the build's."""
+    if shadow.is_file() and not shadow.is_symlink():
+        users = [line.split(":") for line in shadow.read_text().splitlines()]
+        shadow.write_text("".join(":".join([*u[:2], str(day), *u[3:]]) + "\n" for u in users))
+
+
+def open_debian(suite: str, include: Sequence[str]) -> DebianSource:
+    """The packages ``include`` of ``suite``; raise InvalidInput for what cannot be their names."""
+    if not _SUITE.fullmatch(suite):
+        raise InvalidInput(f"{suite!r} is not a Debian suite", hint="for example debian:bookworm")
+    for package in include:
+        if not _PACKAGE.fullmatch(package):
+            raise InvalidInput(
+                f"{package!r} is not a package name", hint="for example --include python3,curl"
+            )
+    return DebianSource(suite, tuple(sorted(set(include))))

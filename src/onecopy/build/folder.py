@@ -1,0 +1,54 @@
+"""The source ``dir:PATH``: a folder, imaged where it is.
+
+Not here: reading it (tree.py, image.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import BadSource
+
+# Their content is the kernel's, not anybody's files.
+_PSEUDO = (Path("/proc"), Path("/sys"))
+_REFUSED = (Path("/"), Path("/dev"), Path("/run"))
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """The tree below ``path``, exactly as it is."""
+
+    path: Path
+    label: str = "dir"
+
+    def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:  # noqa: ARG002
+        """Return the folder itself; raise BadSource if it holds nothing or cannot be read."""
+        try:
+            if not any(self.path.iterdir()):
+                raise BadSource(f"{self.path} is empty", hint="name a folder that holds files")
+        except OSError as error:
+            raise BadSource(
+                f"cannot read {self.path}: {error.strerror}", hint="run as root if it is another's"
+            ) from error
+        return self.path
+
+
+def open_folder(text: str) -> FolderSource:
+    """The folder ``text``; raise BadSource if it is none, or is the host's own."""
+    try:
+        path = Path(text).resolve(strict=True)
+        is_folder = path.is_dir()
+    except (OSError, RuntimeError) as error:
+        raise BadSource(
+            f"cannot open the folder {text!r}: {getattr(error, 'strerror', error)}",
+            hint="write dir:PATH with the path of a folder",
+        ) from error
+    if not is_folder:
+        raise BadSource(f"{text!r} is not a folder", hint="an archive is tar:PATH")
+    if path in _REFUSED or any(path.is_relative_to(pseudo) for pseudo in _PSEUDO):
+        raise BadSource(
+            f"{path} is this running host's own", hint="copy what you need to another folder"
+        )
+    return FolderSource(path)

@@ -1,0 +1,90 @@
+"""A folder tree -> a file system image that guests map with DAX, the same bytes for the same tree.
+
+Owners, modes, times, links, devices, attributes and ACLs are kept. All times that a file system
+adds of its own are the newest modification time in the tree. Not here: where the tree comes from
+(source.py), ext2's details (ext2.py).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from onecopy.build.ext2 import image_size, make_ext2
+from onecopy.build.space import disk_is_full, disk_space
+from onecopy.build.tree import Facts, scan
+from onecopy.errors import BadSource, CommandFailed, InvalidInput
+from onecopy.model import align_up
+from onecopy.run import run
+
+#: One for all images: nothing mounts a segment by it, and it must not differ from build to build.
+IMAGE_UUID = "6f6e6563-6f70-4079-8000-000000000001"
+
+
+def make_image(tree: Path, out: Path, fs: str) -> int:
+    """Write the image of ``tree`` to the new file ``out`` and return its size in bytes.
+
+    ``fs`` is one of `FILE_SYSTEMS`; the size is a multiple of 2 MiB. Raises BadSource (unreadable,
+    changed meanwhile, or more than the file system can hold), NotEnough, NotPermitted,
+    InvalidInput, MissingProgram.
+    """
+    check_fs(fs)
+    facts = scan(tree)
+    # ext2 goes through a scratch copy.
+    with disk_space(out.parent, image_size(facts) * (2 if fs == "ext2" else 1)):
+        try:
+            FILE_SYSTEMS[fs](tree, out, facts)
+        except CommandFailed as error:
+            if disk_is_full(error):
+                raise
+            _require_unchanged(tree, facts)
+            said = "\n".join(error.output.strip().splitlines()[-8:])
+            raise BadSource(f"cannot make an {fs} image of {tree}:\n{said}") from error
+        size = align_up(out.stat().st_size)
+        os.truncate(out, size)
+    _require_unchanged(tree, facts)
+    return size
+
+
+def check_fs(fs: str) -> None:
+    """Raise InvalidInput if ``fs`` is none of `FILE_SYSTEMS`."""
+    if fs not in FILE_SYSTEMS:
+        raise InvalidInput(f"no such file system: {fs!r}", hint=f"use {' or '.join(FILE_SYSTEMS)}")
+
+
+def _require_unchanged(tree: Path, facts: Facts) -> None:
+    if scan(tree).fingerprint != facts.fingerprint:
+        raise BadSource(f"{tree} changed while it was read", hint="build again when it is quiet")
+
+
+def make_erofs(tree: Path, out: Path, facts: Facts) -> None:
+    """Write an uncompressed EROFS image: inlined or compressed data cannot be mapped.
+
+    SOURCE_DATE_EPOCH (mkfs.erofs(1)) fixes the build time; files keep theirs. Raises BadSource,
+    CommandFailed, MissingProgram.
+    """
+    if facts.longest_name == 255:
+        _require_long_names(out.parent)
+    options = ["-Enoinline_data", "-U", IMAGE_UUID, "--quiet"]
+    run(["mkfs.erofs", *options, out, tree], env={"SOURCE_DATE_EPOCH": str(facts.newest)})
+
+
+def _require_long_names(scratch: Path) -> None:
+    """Raise BadSource if this mkfs.erofs cuts names of 255 bytes to 254, as 1.5 does."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        (Path(folder) / "in").mkdir()
+        (Path(folder) / "in" / ("n" * 255)).touch()
+        try:
+            run(["mkfs.erofs", "--quiet", f"{folder}/out", f"{folder}/in"])
+        except CommandFailed as error:
+            raise BadSource(
+                "this host's mkfs.erofs cannot store names of 255 bytes", hint="use --fs ext2"
+            ) from error
+
+
+FILE_SYSTEMS: dict[str, Callable[[Path, Path, Facts], None]] = {
+    "erofs": make_erofs,
+    "ext2": lambda tree, out, facts: make_ext2(tree, out, facts, IMAGE_UUID),
+}

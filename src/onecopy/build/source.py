@@ -1,0 +1,58 @@
+"""Where a segment's content comes from, as typed: ``debian:SUITE``, ``dir:PATH``, ``tar:PATH``.
+
+Not here: how each is read (debian.py, folder.py, archive.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from onecopy.build.archive import open_archive
+from onecopy.build.debian import open_debian
+from onecopy.build.folder import open_folder
+from onecopy.errors import InvalidInput, NotPermitted
+
+
+class Source(Protocol):
+    """Something that a segment can be built from."""
+
+    @property
+    def label(self) -> str:
+        """What the segment's record says: the kind and, for Debian, the suite; no host paths."""
+        ...
+
+    def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
+        """Return the tree to image: ``into`` (an empty folder), now filled, or one in place.
+
+        Raises BadSource, NotPermitted, NotEnough, MissingProgram.
+        """
+        ...
+
+
+def open_source(text: str, include: Sequence[str] = ()) -> Source:
+    """The source that ``text`` means; ``include`` are Debian packages.
+
+    Raises InvalidInput (not of a known form), BadSource (not there, not readable), NotPermitted.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in ("debian", "dir", "tar") or not rest:
+        raise InvalidInput(
+            f"{text!r} is not a source", hint="write debian:SUITE, dir:PATH or tar:PATH"
+        )
+    if kind == "debian":
+        return open_debian(rest, include)
+    if include:
+        raise InvalidInput(
+            f"packages cannot be added to {kind}:", hint="--include goes with --from debian:SUITE"
+        )
+    if kind == "dir":
+        return open_folder(rest)
+    if os.geteuid() != 0:
+        raise NotPermitted(
+            "tar: can be built by root only, because it sets owners",
+            hint="run as root, or unpack it yourself and build from dir:PATH",
+        )
+    return open_archive(rest)

@@ -1,0 +1,87 @@
+"""The tools segment: QEMU's guest agent with its libraries, busybox, and our scripts.
+
+It is mapped into every guest, so images need none of our software and it costs one copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from onecopy.build.bootfiles import resource
+from onecopy.build.packages import extract_packages, host_suite
+from onecopy.build.image import make_image
+from onecopy.model import Reference
+from onecopy.run import run
+from onecopy.store import Artifact, NewLayer, Store
+
+TOOLS_NAME = "onecopy-tools"
+_PACKAGES = ("qemu-guest-agent", "busybox-static")
+_SCRIPTS = ("start", "agent", "session", "exec", "stop")
+
+
+def ensure_tools(store: Store, progress: Callable[[str], None] = lambda _: None) -> Artifact:
+    """The tools segment that goes with this onecopy: from the store, or built into it."""
+    ref = Reference(TOOLS_NAME, f"{host_suite()}-{_scripts_digest()}")
+    found = store.find(ref, "segment")
+    if found:
+        return found
+    with store.workspace() as work:
+        progress("fetching the guest agent")
+        extract_packages(_PACKAGES, host_suite(), work / "debian")
+        tree = work / "tools"
+        _assemble(work / "debian", tree)
+        make_image(tree, work / "image", "erofs")
+        config = {"schema": 1, "fs": "erofs", "source": "onecopy", "init": None}
+        return store.put(
+            "segment",
+            ref,
+            msgspec.json.encode(config),
+            [
+                NewLayer(
+                    path=work / "image",
+                    media_type="application/vnd.onecopy.image.v1+erofs",
+                    annotations={"org.onecopy.role": "image"},
+                ),
+                NewLayer(
+                    path=tree / "bin/busybox",
+                    media_type="application/vnd.onecopy.image.v1+elf",
+                    annotations={"org.onecopy.role": "busybox"},
+                ),
+            ],
+        )
+
+
+def _scripts_digest() -> str:
+    digest = hashlib.sha256()
+    for entry in sorted(resources.files("onecopy.build").joinpath("files").iterdir(), key=str):
+        digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _assemble(debian: Path, tree: Path) -> None:
+    """bin/busybox, applets/, bin/qemu-ga, lib/ld.so and the libraries beside it, the scripts."""
+    for folder in ("bin", "lib", "applets"):
+        (tree / folder).mkdir(parents=True)
+    busybox = next(p for p in (debian / "usr/bin/busybox", debian / "bin/busybox") if p.is_file())
+    agent = debian / "usr/sbin/qemu-ga"
+    shutil.copy(busybox, tree / "bin/busybox")
+    shutil.copy(agent, tree / "bin/qemu-ga")
+    loader = next(debian.glob("**/ld-linux-x86-64.so.2")).resolve()
+    shutil.copy(loader, tree / "lib/ld.so")
+    folders = ":".join(str(debian / f) for f in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
+    # The unpacked loader lists what the unpacked agent needs: nothing of this host gets in.
+    for line in run([loader, "--library-path", folders, "--list", agent]).splitlines():
+        name, arrow, rest = line.partition(" => ")
+        # The loader itself is listed by its absolute path: only plain names are libraries.
+        if arrow and "/" not in name and str(debian) in rest:
+            shutil.copy(rest.split(" (")[0], tree / "lib" / name.strip())
+    for applet in run([busybox, "--list"]).split():
+        (tree / "applets" / applet).symlink_to("../bin/busybox")
+    for name in _SCRIPTS:
+        (tree / name).write_bytes(resource(name))

@@ -1,0 +1,157 @@
+"""Run folders: what a running guest has on the host, and how a dead one is swept.
+
+    RUN/NAME/
+        guest.json      what it is; written when the guest is handed out
+        starting        locked by the command that starts it; gone when it is handed out
+        monitor.sock    QMP
+        agent.in .out   pipes to the guest agent, agent.lock beside them
+        console.sock    the serial console; console.log keeps all it said
+        qemu.log        what QEMU itself said
+
+A guest exists as long as its VMM holds its lease in the store (store/lease.py). A folder without
+a live lease is a leftover; so is a VMM whose ``starting`` nobody locks any more: both are swept by
+the next command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from onecopy.errors import NotFound
+from onecopy.store import Store
+
+
+class GuestRecord(msgspec.Struct, frozen=True):
+    """guest.json: one running guest."""
+
+    name: str
+    kind: str
+    """``clone`` (started from a saved system) or ``cold`` (booted)."""
+    source: str
+    """Reference of the saved system or root segment."""
+    digest: str
+    """Its manifest."""
+    accel: str
+    accel_reason: str
+    pid: int
+    started: float
+    """Seconds since the epoch."""
+    start_seconds: float
+    """From starting QEMU until the guest was handed out."""
+    memory: int
+    """Bytes of RAM."""
+    ram_path: str | None
+    """The file that RAM is mapped from; None for anonymous RAM."""
+    segments: dict[str, str]
+    """Path of each mapped blob -> name."""
+    publish: tuple[tuple[int, int], ...] = ()
+    """(port on 127.0.0.1, port of the guest) pairs."""
+    schema: int = 1
+
+
+def run_root(store: Store) -> Path:
+    """The run folders of the guests of a store."""
+    if os.geteuid() == 0:
+        base = Path("/run/onecopy")
+    else:
+        base = Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/onecopy-{os.geteuid()}")) / "onecopy"  # noqa: S108
+    stat = store.root.stat()
+    # Short, since socket paths must be (unix(7): 108 bytes), and one for each store.
+    return base / f"{stat.st_dev:x}-{stat.st_ino:x}"
+
+
+class GuestFolder:
+    """The run folder of one guest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+
+    def record(self) -> GuestRecord:
+        """Read guest.json; raise NotFound while there is none."""
+        try:
+            return msgspec.json.decode((self.path / "guest.json").read_bytes(), type=GuestRecord)
+        except FileNotFoundError:
+            raise NotFound(
+                f"there is no guest {self.name!r}", hint="`onecopy ps` lists the running guests"
+            ) from None
+
+    def hand_out(self, record: GuestRecord) -> None:
+        """From now on the guest is the user's, and outlives the command."""
+        temporary = self.path / "guest.json.tmp"
+        temporary.write_bytes(msgspec.json.encode(record))
+        temporary.rename(self.path / "guest.json")
+        (self.path / "starting").unlink()
+
+    def remove(self) -> None:
+        """Remove the folder; its VMM must be gone."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def find_vmm(self) -> int | None:
+        """Process id of the VMM, found by its command line; None if there is none."""
+        mark = f"{self.path}/console.sock".encode()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if mark in (entry / "cmdline").read_bytes():
+                        return int(entry.name)
+        return None
+
+
+@contextlib.contextmanager
+def starting(path: Path) -> Iterator[GuestFolder]:
+    """A new run folder, marked as being started by this process.
+
+    The caller hands the guest out, or ends its VMM and removes the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if path.exists():  # the lease was free: what is here is a leftover
+        shutil.rmtree(path)
+    # The lock comes before the name: a sweeper never sees the folder without it.
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    hidden.mkdir(mode=0o700)
+    fd = os.open(hidden / "starting", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        hidden.rename(path)
+        yield GuestFolder(path)
+    finally:
+        os.close(fd)
+
+
+def abandoned(path: Path) -> bool:
+    """Whether the command that was starting this guest is gone."""
+    try:
+        fd = os.open(path / "starting", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(fd)
+
+
+def kill(pid: int, folder: GuestFolder) -> None:
+    """End a VMM and wait for it; nothing happens if ``pid`` is another process by now."""
+    import select
+
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if folder.find_vmm() == pid:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [], 10)
+        finally:
+            os.close(pidfd)

@@ -1,0 +1,102 @@
+"""The host as guests see it: its store, its QEMU, and the run folders of its guests."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from onecopy.errors import NotFound
+from onecopy.guest.folder import GuestFolder, GuestRecord, abandoned, kill, run_root, starting
+from onecopy.store import Lease, Store
+from onecopy.vmm.qemu import Qemu, probe
+
+
+@dataclass(frozen=True)
+class Host:
+    """One store and the guests that run from it."""
+
+    store: Store
+    run: Path
+
+    @classmethod
+    def open(cls, root: Path | None = None) -> Host:
+        """Open the store (default: store.default_root()) and sweep what dead commands left."""
+        store = Store(root)
+        host = cls(store, run_root(store))
+        host.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+        host.sweep()
+        return host
+
+    @cached_property
+    def qemu(self) -> Qemu:
+        """This host's QEMU."""
+        return probe(self.store.cache)
+
+    def guest(self, name: str) -> GuestFolder:
+        """The folder of a running guest; raise NotFound."""
+        folder = GuestFolder(self.run / name)
+        folder.record()
+        return folder
+
+    def guests(self) -> list[GuestRecord]:
+        """All guests that were handed out and whose VMM lives, by name."""
+        records = []
+        for path in self._folders():
+            with contextlib.suppress(NotFound):
+                records.append(GuestFolder(path).record())
+        return sorted(records, key=lambda record: record.name)
+
+    @contextlib.contextmanager
+    def claim(self, name: str, digests: Sequence[str]) -> Iterator[tuple[GuestFolder, Lease]]:
+        """A new guest's run folder and lease; raise AlreadyExists if the name is taken.
+
+        Our copies of both locks are closed at the end. The caller hands the guest out, or leaves
+        nothing behind.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._locked():
+                lease = stack.enter_context(self.store.hold(digests, name, {}))
+                folder = stack.enter_context(starting(self.run / name))
+            try:
+                yield folder, lease
+            except BaseException:
+                folder.remove()
+                raise
+
+    def end(self, record: GuestRecord) -> None:
+        """End a guest's VMM, unasked, and remove its folder."""
+        folder = GuestFolder(self.run / record.name)
+        kill(record.pid, folder)
+        folder.remove()
+
+    def sweep(self) -> None:
+        """Remove what no living command or VMM owns: folders, and guests never handed out."""
+        with self._locked():
+            for path in self._folders():
+                folder = GuestFolder(path)
+                if self.store.is_held(path.name):
+                    if not abandoned(path):
+                        continue
+                    vmm = folder.find_vmm()
+                    if vmm is not None:
+                        kill(vmm, folder)
+                folder.remove()
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.run.iterdir() if path.is_dir() and path.name[0] != "."]
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Between claiming a name and having its folder nobody may sweep."""
+        fd = os.open(self.run / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+

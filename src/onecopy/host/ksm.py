@@ -1,0 +1,135 @@
+"""Kernel samepage merging: its counters and settings, for the host and for one process.
+
+Documentation/admin-guide/mm/ksm.rst (/sys/kernel/mm/ksm) and filesystems/proc.rst
+(/proc/PID/ksm_stat, ksm_merging_pages). Not here: when KSM is worth its CPU time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import Incompatible, InvalidInput
+from onecopy.host.files import ROOT, not_permitted, read_number, read_of_process
+from onecopy.host.files import read as read_file
+
+_FOLDER = "sys/kernel/mm/ksm"
+_CHOSEN = re.compile(r"\[(\S+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Ksm:
+    """The host's KSM, counters in pages; None is what this kernel does not tell."""
+
+    #: 0 stopped, merged pages stay; 1 running; 2 stopped, and all merged pages torn apart.
+    run: int | None
+    pages_to_scan: int | None
+    sleep_millisecs: int | None
+    #: 1 when pages that never merge are scanned less often.
+    smart_scan: int | None
+    #: ``none`` or ``scan-time``: who chooses pages_to_scan.
+    advisor_mode: str | None
+    #: Pages kept, each in use at several places.
+    pages_shared: int | None
+    #: Places that use them beyond the first: what is saved.
+    pages_sharing: int | None
+    pages_unshared: int | None
+    pages_volatile: int | None
+    full_scans: int | None
+    #: Pages replaced by the kernel's zero page (in no counter above).
+    ksm_zero_pages: int | None
+    #: Bytes saved less what KSM itself needs; may be negative.
+    general_profit: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessKsm:
+    """KSM's work on one process; None is what this kernel does not tell."""
+
+    #: Pages of the process that are merged.
+    merging_pages: int | None
+    zero_pages: int | None
+    #: Bytes saved less what KSM needs for the process; may be negative.
+    profit: int | None
+    #: All its memory is open to merging: prctl(2), PR_SET_MEMORY_MERGE.
+    merge_any: bool | None
+
+
+def read(root: Path = ROOT) -> Ksm | None:
+    """The host's KSM now; None when this kernel has none (CONFIG_KSM)."""
+    folder = root / _FOLDER
+    if not folder.is_dir():
+        return None
+    numbers = {
+        name: read_number(folder / name)
+        for name in Ksm.__dataclass_fields__
+        if name != "advisor_mode"
+    }
+    return Ksm(advisor_mode=_setting(folder / "advisor_mode"), **numbers)
+
+
+def _setting(path: Path) -> str | None:
+    """A setting as it is written back: of ``none [scan-time]`` only the chosen word."""
+    data = read_file(path)
+    if data is None:
+        return None
+    text = data.decode().strip()
+    chosen = _CHOSEN.search(text)
+    return chosen[1] if chosen else text
+
+
+@contextmanager
+def settings(values: Mapping[str, int | str], root: Path = ROOT) -> Iterator[None]:
+    """Hold files of /sys/kernel/mm/ksm at ``values``, set in order; restore the old ones after.
+
+    These are the host's, not one process's. Raises Incompatible when this kernel lacks one,
+    NotPermitted, and InvalidInput when it refuses a value; what was set is then restored.
+    """
+    with ExitStack() as restore:
+        for name, value in values.items():
+            path = root / _FOLDER / name
+            old = _setting(path)
+            if old is None:
+                raise Incompatible(f"this kernel has no {path}", hint="leave that setting out")
+            _write(path, str(value))
+            restore.callback(_write, path, old)
+        yield
+
+
+def _write(path: Path, value: str) -> None:
+    try:
+        path.write_text(value)
+    except PermissionError as error:
+        raise not_permitted(path) from error
+    except OSError as error:
+        raise InvalidInput(
+            f"the kernel refused {value!r} in {path}: {error.strerror}",
+            hint="see Documentation/admin-guide/mm/ksm.rst; pages_to_scan needs advisor_mode none",
+        ) from error
+
+
+def parse_process(text: bytes) -> dict[str, str]:
+    """The lines of /proc/PID/ksm_stat, ``NAME VALUE`` or ``NAME: VALUE``."""
+    pairs = (line.split() for line in text.decode().splitlines())
+    return {name.rstrip(":"): value for name, value in pairs}
+
+
+def read_process(pid: int, root: Path = ROOT) -> ProcessKsm:
+    """KSM's work on one process. Raises NotFound, and NotPermitted without ptrace rights."""
+    told = parse_process(read_of_process(pid, "ksm_stat", root) or b"")
+    merging = told.get("ksm_merging_pages")
+    if merging is None:
+        # ksm_stat came later, and held fewer lines at first.
+        alone = read_of_process(pid, "ksm_merging_pages", root)
+        merging = None if alone is None else alone.decode()
+    zero, profit = told.get("ksm_zero_pages"), told.get("ksm_process_profit")
+    merge_any = told.get("ksm_merge_any")
+    return ProcessKsm(
+        merging_pages=None if merging is None else int(merging),
+        zero_pages=None if zero is None else int(zero),
+        profit=None if profit is None else int(profit),
+        merge_any=None if merge_any is None else merge_any == "yes",
+    )

@@ -1,0 +1,51 @@
+"""/proc/meminfo: the host's memory. Documentation/filesystems/proc.rst, "meminfo".
+
+Not here: who uses it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import Incompatible
+from onecopy.host.files import ROOT
+from onecopy.host.files import read as read_file
+
+_LINE = re.compile(rb"^(\w+): +([0-9]+) kB$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class MemInfo:
+    """The host's memory, all in bytes; None is what this kernel does not tell."""
+
+    total: int | None
+    free: int | None
+    #: The kernel's estimate of what can be had without swapping.
+    available: int | None
+    #: Page cache, tmpfs and shared memory included.
+    cached: int | None
+    swap_total: int | None
+    swap_free: int | None
+
+
+def parse(text: bytes) -> MemInfo:
+    """The figures in the text of a meminfo file."""
+    size = {key: int(kib) << 10 for key, kib in _LINE.findall(text)}
+    return MemInfo(
+        total=size.get(b"MemTotal"),
+        free=size.get(b"MemFree"),
+        available=size.get(b"MemAvailable"),
+        cached=size.get(b"Cached"),
+        swap_total=size.get(b"SwapTotal"),
+        swap_free=size.get(b"SwapFree"),
+    )
+
+
+def read(root: Path = ROOT) -> MemInfo:
+    """The host's memory now. Raises Incompatible when /proc is not mounted, NotPermitted."""
+    text = read_file(root / "proc/meminfo")
+    if text is None:
+        raise Incompatible(f"there is no {root / 'proc/meminfo'}", hint="mount /proc")
+    return parse(text)

@@ -1,0 +1,81 @@
+"""One process: its life, its command line, its CPU time, its page tables (proc(5)).
+
+Not here: its memory map (``smaps``), and what makes a process a guest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import NotFound
+from onecopy.host.files import ROOT, no_process, read_of_process
+
+_PAGE_TABLES = re.compile(rb"^VmPTE:\s+([0-9]+) kB$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What onecopy uses of /proc/PID/stat (proc_pid_stat(5))."""
+
+    #: One letter; ``Z`` is a zombie: ended, but not yet waited for.
+    state: str
+    user_ticks: int
+    system_ticks: int
+    #: Clock ticks from the host's boot to this process's start: with the pid, its identity.
+    start_ticks: int
+
+
+def parse_stat(text: bytes) -> Stat:
+    """The figures in the text of a stat file."""
+    # The command's name stands in parentheses and may hold any byte, `) ` included.
+    fields = text[text.rindex(b")") + 2 :].split()
+    return Stat(
+        state=fields[0].decode(),
+        user_ticks=int(fields[11]),
+        system_ticks=int(fields[12]),
+        start_ticks=int(fields[19]),
+    )
+
+
+def stat(pid: int, root: Path = ROOT) -> Stat:
+    """The process's state and times. Raises NotFound."""
+    text = read_of_process(pid, "stat", root)
+    if text is None:
+        raise no_process(pid)
+    return parse_stat(text)
+
+
+def exists(pid: int, root: Path = ROOT) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return stat(pid, root).state not in "ZX"
+    except NotFound:
+        return False
+
+
+def cpu_seconds(pid: int, root: Path = ROOT) -> float:
+    """CPU time that the process used, user and system, all threads. Raises NotFound."""
+    figures = stat(pid, root)
+    return (figures.user_ticks + figures.system_ticks) / os.sysconf("SC_CLK_TCK")
+
+
+def start_time(pid: int, root: Path = ROOT) -> float:
+    """Seconds from the host's boot to the process's start. Raises NotFound."""
+    return stat(pid, root).start_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def cmdline(pid: int, root: Path = ROOT) -> list[str]:
+    """The arguments the process was started with; none for a zombie. Raises NotFound."""
+    text = read_of_process(pid, "cmdline", root)
+    if text is None:
+        raise no_process(pid)
+    return [arg.decode(errors="surrogateescape") for arg in text.split(b"\0")[:-1]]
+
+
+def page_table_bytes(pid: int, root: Path = ROOT) -> int | None:
+    """Bytes of the process's page tables (VmPTE); None when not told. Raises NotFound."""
+    found = _PAGE_TABLES.search(read_of_process(pid, "status", root) or b"")
+    return int(found[1]) << 10 if found else None

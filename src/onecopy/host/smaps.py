@@ -1,0 +1,119 @@
+"""/proc/PID/smaps: every mapping of a process, and what of it is in memory.
+
+The fields are the kernel's: Documentation/filesystems/proc.rst, "/proc/PID/smaps". Not here:
+which mapping is the guest's RAM (``onecopy.sharing.account``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import Incompatible
+from onecopy.host.files import ROOT, no_process, read_of_process
+
+_BLOCK = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) ([0-9]+) *(.*)\n((?:[A-Z].*\n)*)",
+    re.MULTILINE,
+)
+_FIELD = re.compile(rb"^(\w+): +([0-9]+) kB", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One mapping (VMA). All sizes are bytes; ``rss`` and its parts leave out hugetlbfs pages."""
+
+    start: int
+    end: int
+    #: ``rwxp`` or ``rwxs``, with ``-`` for what is not allowed; p private, s shared.
+    perms: str
+    offset: int
+    #: ``MAJOR:MINOR`` in hexadecimal, as the kernel writes it.
+    device: str
+    inode: int
+    #: As the kernel writes it: empty when anonymous, `` (deleted)`` at its end when unlinked.
+    path: str
+    rss: int
+    pss: int
+    shared_clean: int
+    shared_dirty: int
+    private_clean: int
+    private_dirty: int
+    anonymous: int
+    swap: int
+    #: None when this kernel does not tell.
+    ksm: int | None
+    anon_huge: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of address space."""
+        return self.end - self.start
+
+    @property
+    def private(self) -> int:
+        """Bytes in memory that no other process maps."""
+        return self.private_clean + self.private_dirty
+
+    @property
+    def shared(self) -> int:
+        """Bytes in memory that another process maps too."""
+        return self.shared_clean + self.shared_dirty
+
+
+def parse(text: bytes) -> list[Mapping]:
+    """All mappings in the text of an smaps file, in address order.
+
+    Raises Incompatible when the kernel left out a field that every kernel since 4.14 has.
+    """
+    try:
+        return [_mapping(match) for match in _BLOCK.finditer(text)]
+    except KeyError as error:
+        raise Incompatible(
+            f"this kernel's smaps has no {error.args[0].decode()} field",
+            hint="onecopy needs a kernel with CONFIG_PROC_PAGE_MONITOR",
+        ) from error
+
+
+def _mapping(match: re.Match[bytes]) -> Mapping:
+    start, end, perms, offset, device, inode, path, body = match.groups()
+    kib = dict(_FIELD.findall(body))
+    ksm = kib.get(b"KSM")
+    return Mapping(
+        start=int(start, 16),
+        end=int(end, 16),
+        perms=perms.decode(),
+        offset=int(offset, 16),
+        device=device.decode(),
+        inode=int(inode),
+        # seq_path() escapes the newline, and only that.
+        path=path.replace(rb"\012", b"\n").decode(errors="surrogateescape"),
+        rss=int(kib[b"Rss"]) << 10,
+        pss=int(kib[b"Pss"]) << 10,
+        shared_clean=int(kib[b"Shared_Clean"]) << 10,
+        shared_dirty=int(kib[b"Shared_Dirty"]) << 10,
+        private_clean=int(kib[b"Private_Clean"]) << 10,
+        private_dirty=int(kib[b"Private_Dirty"]) << 10,
+        anonymous=int(kib[b"Anonymous"]) << 10,
+        swap=int(kib[b"Swap"]) << 10,
+        ksm=None if ksm is None else int(ksm) << 10,
+        anon_huge=int(kib.get(b"AnonHugePages", 0)) << 10,
+    )
+
+
+def read(pid: int, root: Path = ROOT) -> list[Mapping]:
+    """All mappings of a process, in address order.
+
+    Raises NotFound when the process is gone or a zombie, NotPermitted without ptrace rights over
+    it (ptrace(2), PTRACE_MODE_READ), and Incompatible as ``parse`` does.
+    """
+    text = read_of_process(pid, "smaps", root)
+    if text is None:
+        raise Incompatible(
+            "this kernel has no /proc/PID/smaps",
+            hint="onecopy needs a kernel with CONFIG_PROC_PAGE_MONITOR",
+        )
+    if not text:
+        raise no_process(pid)
+    return parse(text)

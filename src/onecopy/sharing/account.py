@@ -1,0 +1,206 @@
+"""One guest's account: which of its memory is its own, and which it shares.
+
+Not here: many guests together (``report``), reading smaps (``onecopy.host.smaps``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from onecopy.errors import NotPermitted
+from onecopy.host import files, ksm, process, smaps
+from onecopy.host.smaps import Mapping
+from onecopy.model import PAGE_SIZE
+
+_DELETED = " (deleted)"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestMaps:
+    """What must be known of a guest to read its account; paths are real paths."""
+
+    name: str
+    #: The VMM's process.
+    pid: int
+    #: The file that backs the guest's RAM (a saved system's); None when no file was given to QEMU.
+    ram_path: str | None
+    ram_bytes: int
+    #: Path of a segment's blob -> the segment's name.
+    segments: MappingOf[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentUse:
+    """One segment in one guest; both figures in bytes."""
+
+    name: str
+    path: str
+    #: Address space; 0 when the guest does not map it (now).
+    mapped: int
+    #: In memory and in this process's page tables (Rss).
+    resident: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuestAccount:
+    """One guest's memory in bytes; None is unknown. ``report.COLUMNS`` says what each counts."""
+
+    name: str
+    pid: int
+    ram_path: str | None
+    ram_size: int
+    ram_private: int | None
+    ram_shared: int | None
+    segments: tuple[SegmentUse, ...] | None
+    vmm_private: int | None
+    vmm_shared: int | None
+    pss_total: int | None
+    page_tables: int | None
+    ksm: int | None
+    #: Why figures are missing; empty when none is.
+    note: str = ""
+
+
+def account(
+    maps: GuestMaps,
+    mappings: Sequence[Mapping],
+    *,
+    page_tables: int | None = None,
+    ksm_bytes: int | None = None,
+) -> GuestAccount:
+    """The account of one VMM from its mappings (in address order).
+
+    ``page_tables`` and ``ksm_bytes`` (bytes) are the process's own figures; the latter serves
+    where the mappings do not tell. If the RAM is not found, what needs it is None.
+    """
+    ram = find_ram(maps, mappings)
+    told_apart = {id(m) for m in ram}
+    rest = [m for m in mappings if id(m) not in told_apart and _file(m) not in maps.segments]
+    merged = [m.ksm for m in mappings if m.ksm is not None]
+    return GuestAccount(
+        name=maps.name,
+        pid=maps.pid,
+        ram_path=maps.ram_path,
+        ram_size=maps.ram_bytes,
+        ram_private=sum(_ram_private(m) for m in ram) if ram else None,
+        ram_shared=sum(_ram_shared(m) for m in ram) if ram else None,
+        segments=tuple(_segment(*item, mappings) for item in sorted(maps.segments.items())),
+        vmm_private=sum(m.private + m.swap for m in rest) if ram else None,
+        vmm_shared=sum(m.shared for m in rest) if ram else None,
+        pss_total=sum(m.pss for m in mappings),
+        page_tables=page_tables,
+        ksm=sum(merged) if merged else ksm_bytes,
+        note="" if ram else "the guest's RAM was not found in its memory map",
+    )
+
+
+def measure(maps: GuestMaps, root: Path = files.ROOT) -> GuestAccount:
+    """Read the kernel's figures for a guest and make its account.
+
+    What this user may not read stays None, and ``note`` says so. Raises NotFound when the
+    process is gone, Incompatible on a kernel without smaps.
+    """
+    page_tables = process.page_table_bytes(maps.pid, root)
+    try:
+        mappings = smaps.read(maps.pid, root)
+        merging = ksm.read_process(maps.pid, root).merging_pages
+    except NotPermitted as error:
+        return _unreadable(maps, page_tables, f"{error.message}: {error.hint}")
+    return account(
+        maps,
+        mappings,
+        page_tables=page_tables,
+        ksm_bytes=None if merging is None else merging * PAGE_SIZE,
+    )
+
+
+def _unreadable(maps: GuestMaps, page_tables: int | None, note: str) -> GuestAccount:
+    return GuestAccount(
+        name=maps.name,
+        pid=maps.pid,
+        ram_path=maps.ram_path,
+        ram_size=maps.ram_bytes,
+        ram_private=None,
+        ram_shared=None,
+        segments=None,
+        vmm_private=None,
+        vmm_shared=None,
+        pss_total=None,
+        page_tables=page_tables,
+        ksm=None,
+        note=note,
+    )
+
+
+def find_ram(maps: GuestMaps, mappings: Sequence[Mapping]) -> list[Mapping]:
+    """The mappings that are the guest's RAM; none when they cannot be told.
+
+    With ``ram_path`` all mappings of that file, else adjacent anonymous (or memfd) mappings that
+    make up exactly ``ram_bytes``, or failing that the smallest such run that is larger.
+    """
+    if maps.ram_path is not None:
+        return [m for m in mappings if _file(m) == maps.ram_path.removesuffix(_DELETED)]
+    runs = _adjacent(m for m in mappings if _can_be_ram(m))
+    for run in runs:
+        if exact := _window(run, maps.ram_bytes):
+            return exact
+    larger = [run for run in runs if sum(m.size for m in run) > maps.ram_bytes]
+    return min(larger, key=lambda run: sum(m.size for m in run), default=[])
+
+
+def _can_be_ram(mapping: Mapping) -> bool:
+    """Readable, writable, not executable (TCG's code buffer is), and no file of a file system."""
+    return mapping.perms.startswith("rw-") and (
+        mapping.inode == 0 or mapping.path.startswith(("/memfd:", "/dev/zero"))
+    )
+
+
+def _adjacent(mappings: Iterable[Mapping]) -> list[list[Mapping]]:
+    """Split into runs that leave no gap: madvise(2) and mprotect(2) split one mapping in several.
+
+    One run has one path: a memfd does not go on in what happens to lie behind it.
+    """
+    runs: list[list[Mapping]] = []
+    for path, same in groupby(mappings, key=lambda m: m.path):
+        for mapping in same:
+            last = runs[-1][-1] if runs else None
+            if last and last.end == mapping.start and last.path == path:
+                runs[-1].append(mapping)
+            else:
+                runs.append([mapping])
+    return runs
+
+
+def _window(run: Sequence[Mapping], size: int) -> list[Mapping]:
+    """The first mappings of a run that together are exactly ``size`` bytes; else none."""
+    ends = {mapping.end: index for index, mapping in enumerate(run)}
+    for first, mapping in enumerate(run):
+        last = ends.get(mapping.start + size)
+        if last is not None:
+            return list(run[first : last + 1])
+    return []
+
+
+def _ram_private(mapping: Mapping) -> int:
+    if mapping.perms.endswith("s"):
+        return mapping.private + mapping.swap
+    return mapping.anonymous - (mapping.ksm or 0) + mapping.swap
+
+
+def _ram_shared(mapping: Mapping) -> int:
+    if mapping.perms.endswith("s"):
+        return mapping.shared
+    return mapping.rss - mapping.anonymous
+
+
+def _segment(path: str, name: str, mappings: Sequence[Mapping]) -> SegmentUse:
+    mine = [m for m in mappings if _file(m) == path]
+    return SegmentUse(name, path, sum(m.size for m in mine), sum(m.rss for m in mine))
+
+
+def _file(mapping: Mapping) -> str:
+    return mapping.path.removesuffix(_DELETED)

@@ -1,0 +1,74 @@
+"""The values that the store takes and gives: artifacts and their layers.
+
+Not here: their form on disk (oci.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onecopy.errors import StoreDamaged
+from onecopy.store.oci import ROLE
+
+
+@dataclass(frozen=True, slots=True)
+class NewLayer:
+    """A layer to be stored: either the file ``path``, which is moved into the store, or the
+    ``digest`` of a blob that is in the store already. ``size`` (bytes), if given, must hold.
+    """
+
+    path: Path | None
+    media_type: str
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    digest: str | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A stored blob of ``size`` bytes; ``path`` is absolute, and nobody may write to it."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: Mapping[str, str]
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A named segment, kernel or saved system.
+
+    ``digest`` is its manifest's; ``created`` (RFC 3339, UTC) is when it got its name; ``config``
+    is the JSON that build/ or guest/ wrote.
+    """
+
+    kind: str
+    name: str
+    version: str
+    digest: str
+    created: str
+    config: bytes
+    layers: tuple[Layer, ...]
+
+    @property
+    def ref(self) -> str:
+        """``NAME:VERSION``."""
+        return f"{self.name}:{self.version}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layers, holes and what other artifacts also list included."""
+        return sum(layer.size for layer in self.layers)
+
+    def layer(self, role: str) -> Layer:
+        """The first layer annotated ``org.onecopy.role=ROLE``; raise StoreDamaged if none."""
+        for layer in self.layers:
+            if layer.annotations.get(ROLE) == role:
+                return layer
+        raise StoreDamaged(
+            f"the {self.kind} {self.ref} has no {role!r} layer",
+            hint=f"`onecopy rm {self.ref}`, then build or save it again",
+        )

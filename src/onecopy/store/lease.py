@@ -1,0 +1,118 @@
+"""Leases: a guest's hold on what it maps. Locks, not records.
+
+``leases/HOLDER.json`` says what is held; it *is* held only while a process has the exclusive
+flock(2) on it. QEMU inherits the descriptor, so the kernel drops the lease when QEMU dies, however
+it dies. Not here: which blobs may go (store.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from onecopy.store import oci
+from onecopy.store.layout import Layout, is_held
+
+
+class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a lease file says.
+
+    ``digests`` are manifests, ``blobs`` all that these need (themselves included), ``info`` is
+    whatever the holder wants to be known by.
+    """
+
+    holder: str
+    digests: tuple[oci.Digest, ...]
+    blobs: tuple[oci.Digest, ...]
+    info: dict[str, str] = {}
+
+
+@dataclass(slots=True)
+class Lease:
+    """Our copy of a held lease.
+
+    Give ``fd`` to the VMM (``pass_fds=[lease.fd]``, which makes it inheritable there, or over a
+    UNIX socket), then close this copy: the lease lives as long as any copy is open.
+    """
+
+    record: LeaseRecord
+    path: Path
+    fd: int
+    _open: bool = field(default=True, repr=False)
+
+    def close(self) -> None:
+        """Close our copy, as often as you like; the VMM's stays."""
+        # Never LOCK_UN: that would drop the lock of every copy.
+        if self._open:
+            self._open = False
+            os.close(self.fd)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def path_of(layout: Layout, holder: str) -> Path:
+    """Where the lease of ``holder`` lies, if there is one."""
+    return layout.leases / f"{holder}.json"
+
+
+def create(layout: Layout, record: LeaseRecord) -> Lease:
+    """Write and hold a lease; the store's lock is held and no live lease has the name."""
+    # Not synced: after a power cut no guest lives, and an unheld lease means nothing.
+    temp = layout.scratch(record.holder, oci.encode(record), 0o444, sync=False)
+    # Read-only, so that no VMM can rewrite what it holds.
+    fd = os.open(temp, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Locked before it has its name: nobody ever sees it free while we live.
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        path = path_of(layout, record.holder)
+        temp.replace(path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Lease(record, path, fd)
+
+
+def scan(layout: Layout) -> tuple[list[LeaseRecord], list[Path]]:
+    """The leases that are held now, by holder, and the files of those that are not.
+
+    Raises StoreDamaged for a held one that cannot be read.
+    """
+    live, stale = [], []
+    for path in sorted(_files(layout)):
+        if not is_held(path):
+            stale.append(path)
+        elif record := _read(path):
+            live.append(record)
+    return live, stale
+
+
+def any_stale(layout: Layout) -> bool:
+    """Whether a lease file is left of a holder that ended."""
+    return any(not is_held(path) for path in _files(layout))
+
+
+def _files(layout: Layout) -> list[Path]:
+    return [path for path in layout.leases.iterdir() if path.suffix == ".json"]
+
+
+def _read(path: Path) -> LeaseRecord | None:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        # Its holder ended and it was swept since we looked.
+        return None
+    return oci.decode(data, LeaseRecord, path, "stop the guest of that name, then delete the file")

@@ -1,0 +1,92 @@
+"""Reading artifacts: every small blob is checked against its digest, large ones on demand.
+
+Not here: names (names.py), changes (store.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from onecopy.errors import StoreDamaged
+from onecopy.store import oci
+from onecopy.store.artifact import Artifact, Layer
+from onecopy.store.layout import Layout
+
+
+def index(layout: Layout) -> oci.Index:
+    """``index.json``; raise StoreDamaged."""
+    try:
+        data = layout.index.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    hint = "restore it from a backup; without one, move the store away and build again"
+    return oci.decode(data, oci.Index, layout.index, hint)
+
+
+def small_blob(layout: Layout, digest: str, owner: str) -> bytes:
+    """The small blob ``digest`` of the artifact ``owner``; raise StoreDamaged."""
+    path = layout.blob(digest)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise StoreDamaged(f"{path} is missing", hint=repair(owner)) from error
+    if oci.digest_of(data) != digest:
+        raise StoreDamaged(f"{path} is not what its name says", hint=repair(owner))
+    return data
+
+
+def repair(owner: str) -> str:
+    """What to do about a damaged blob of the artifact ``owner``."""
+    return f"`onecopy rm {owner}`, then build or save it again"
+
+
+def artifact(layout: Layout, entry: oci.Descriptor) -> Artifact:
+    """What the index's ``entry`` names; raise StoreDamaged."""
+    manifest = _manifest(layout, entry.digest, entry.ref)
+    config = small_blob(layout, manifest.config.digest, entry.ref)
+    return bare_artifact(layout, entry, config, manifest.layers)
+
+
+def bare_artifact(
+    layout: Layout,
+    entry: oci.Descriptor,
+    config: bytes = b"",
+    layers: Sequence[oci.Descriptor] = (),
+) -> Artifact:
+    """What the index alone says of ``entry``, with the given content."""
+    name, _, version = entry.ref.partition(":")
+    return Artifact(
+        kind=entry.kind,
+        name=name,
+        version=version,
+        digest=entry.digest,
+        created=entry.annotations.get(oci.CREATED, ""),
+        config=config,
+        layers=tuple(_layer(layout, blob) for blob in layers),
+    )
+
+
+def verify(layout: Layout, digest: str, owner: str) -> None:
+    """Read and hash every blob of the manifest ``digest``; raise StoreDamaged."""
+    manifest = _manifest(layout, digest, owner)
+    small_blob(layout, manifest.config.digest, owner)
+    for blob in manifest.layers:
+        path = layout.blob(blob.digest)
+        try:
+            with path.open("rb") as file:
+                found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        except FileNotFoundError as error:
+            raise StoreDamaged(f"{path} is missing", hint=repair(owner)) from error
+        if found != blob.digest or path.stat().st_size != blob.size:
+            raise StoreDamaged(f"{path} is not what its name says", hint=repair(owner))
+
+
+def _manifest(layout: Layout, digest: str, owner: str) -> oci.Manifest:
+    data = small_blob(layout, digest, owner)
+    return oci.decode(data, oci.Manifest, layout.blob(digest), repair(owner))
+
+
+def _layer(layout: Layout, blob: oci.Descriptor) -> Layer:
+    path = layout.blob(blob.digest)
+    return Layer(blob.media_type, blob.digest, blob.size, blob.annotations, path)

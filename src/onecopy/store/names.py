@@ -1,0 +1,98 @@
+"""The names in the index: pure functions from one index to the next.
+
+Entries that other tools wrote are kept as they are and never shown. Not here: reading and writing
+``index.json`` (collect.py, store.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from onecopy.errors import AlreadyExists, InvalidInput, NotFound
+from onecopy.model import Reference
+from onecopy.store.oci import INDEX_TYPE, Descriptor, Index
+
+
+def reference(entry: Descriptor) -> Reference | None:
+    """The name and version of ``entry``; None if it is not an artifact of ours."""
+    try:
+        ref = Reference.parse(entry.ref)
+    except InvalidInput:
+        return None
+    return ref if entry.kind and str(ref) == entry.ref and not ref.digest else None
+
+
+def ours(index: Index, kind: str | None = None) -> list[Descriptor]:
+    """Our entries (of ``kind``), by name and version."""
+    named = [(ref, entry) for entry in index.manifests if (ref := reference(entry))]
+    named.sort(key=lambda pair: (pair[0].name, pair[0].version))
+    return [entry for _, entry in named if kind in (None, entry.kind)]
+
+
+def find(index: Index, ref: Reference, kind: str | None = None) -> list[Descriptor]:
+    """What ``ref`` means: one entry, or every version of the name with that digest.
+
+    Raises NotFound, also if it is not a ``kind``.
+    """
+    entries = ours(index)
+    found = [entry for entry in entries if _means(ref, entry)]
+    if not found:
+        raise NotFound(f"there is no {kind or 'artifact'} {ref}", hint=_near(entries, ref, kind))
+    right = [entry for entry in found if kind in (None, entry.kind)]
+    if not right:
+        raise NotFound(f"{ref} is a {found[0].kind}, not a {kind}", hint=_near(entries, ref, kind))
+    return right
+
+
+def _means(ref: Reference, entry: Descriptor) -> bool:
+    if ref.digest:
+        return entry.digest == ref.digest and entry.ref.partition(":")[0] == ref.name
+    return entry.ref == str(ref)
+
+
+def _near(entries: Sequence[Descriptor], ref: Reference, kind: str | None) -> str:
+    import difflib
+
+    known = [entry.ref for entry in entries if kind in (None, entry.kind)]
+    near = [text for text in known if text.partition(":")[0] == ref.name]
+    near = near or difflib.get_close_matches(f"{ref.name}:{ref.version}", known)
+    question = f"did you mean {' or '.join(near[:3])}? " if near else ""
+    return f"{question}`onecopy ls` shows what there is"
+
+
+def claim(index: Index, entry: Descriptor, *, replace: bool) -> Descriptor:
+    """``entry``, or the one that gives its name to the same digest already.
+
+    Raises AlreadyExists if the name means something of another kind, or, without ``replace``,
+    another digest.
+    """
+    for old in index.manifests:
+        if old.ref != entry.ref:
+            continue
+        if old.kind != entry.kind:
+            raise AlreadyExists(
+                f"{entry.ref} is a {old.kind or 'manifest of another tool'}",
+                hint="choose another name, or `onecopy rm` it first",
+            )
+        if old.digest == entry.digest:
+            return old
+        if not replace:
+            raise AlreadyExists(
+                f"there is another {entry.kind} {entry.ref}",
+                hint="choose another version, or allow to replace it",
+            )
+    return entry
+
+
+def bind(index: Index, entry: Descriptor) -> Index:
+    """``index`` with the name of ``entry`` meaning ``entry`` and nothing else."""
+    others = tuple(old for old in index.manifests if old.ref != entry.ref)
+    return msgspec.structs.replace(index, media_type=INDEX_TYPE, manifests=(*others, entry))
+
+
+def drop(index: Index, entries: Sequence[Descriptor]) -> Index:
+    """``index`` without ``entries``."""
+    rest = tuple(old for old in index.manifests if old not in entries)
+    return msgspec.structs.replace(index, manifests=rest)

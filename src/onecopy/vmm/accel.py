@@ -1,0 +1,110 @@
+"""KVM or TCG: decided by really running a probe guest, and told why.
+
+A /dev/kvm that opens proves little: under some hypervisors QEMU asserts on it, or the first guest
+kernel never gets far. So the probe boots the kernel that guests will have.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+
+import msgspec
+
+from onecopy.errors import Incompatible
+from onecopy.run import environment
+
+#: Seconds after which a probe guest that said nothing is given up.
+PROBE_TIMEOUT = 30.0
+#: What the kernel prints when it reached user space: there is none in the probe.
+_SIGN = b"VFS: Unable to mount root fs"
+
+
+class Choice(StrEnum):
+    """What the user asked for."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+class Accelerator(msgspec.Struct, frozen=True):
+    """What guests run under, and why."""
+
+    name: str
+    """``kvm`` or ``tcg``."""
+    reason: str
+
+    @property
+    def cpu(self) -> str:
+        """The CPU model of new guests."""
+        return "host" if self.name == "kvm" else "max"
+
+
+def choose(choice: Choice, binary: str, kernel: Path, cache: Path) -> Accelerator:
+    """The accelerator to use; raise Incompatible if ``kvm`` is forced and does not run guests.
+
+    ``cache`` keeps the probe's answer until the host boots again or its kernel image changes.
+    """
+    if choice is Choice.TCG:
+        return Accelerator("tcg", "asked for")
+    why_not = _kept_probe(binary, kernel, cache)
+    if not why_not:
+        reason = "asked for" if choice is Choice.KVM else "a probe guest ran under KVM"
+        return Accelerator("kvm", reason)
+    if choice is Choice.KVM:
+        raise Incompatible(f"KVM cannot be used: {why_not}", hint="use --accel tcg, or auto")
+    return Accelerator("tcg", f"KVM cannot be used: {why_not}")
+
+
+def _kept_probe(binary: str, kernel: Path, cache: Path) -> str:
+    why_not = _device()
+    if why_not:
+        return why_not
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    kept = cache / f"kvm-{boot}-{kernel.name[:12]}"
+    try:
+        return kept.read_text()
+    except OSError:
+        why_not = _probe(binary, kernel)
+    temporary = kept.with_suffix(f".{os.getpid()}")
+    temporary.write_text(why_not)
+    temporary.rename(kept)
+    return why_not
+
+
+def _device() -> str:
+    device = Path("/dev/kvm")
+    if not device.exists():
+        return "there is no /dev/kvm (no virtualization, or the kvm module is not loaded)"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return "/dev/kvm may not be opened by this user (add them to the group kvm)"
+    return ""
+
+
+def _probe(binary: str, kernel: Path) -> str:
+    """Boot the kernel under KVM until it looks for its root; return "" or why it failed."""
+    argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv += ["-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256M"]
+    argv += ["-serial", "stdio", "-kernel", str(kernel), "-append", "console=ttyS0 panic=-1"]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment()
+        )
+        try:
+            process.wait(PROBE_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    if _SIGN in text:
+        return ""
+    lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
+    said = lines[-1].strip() if lines else f"it printed nothing in {PROBE_TIMEOUT:g} s"
+    return f"a probe guest did not run under it ({said[:200]})"

@@ -1,0 +1,107 @@
+"""QMP, QEMU's machine protocol: one short connection per piece of work.
+
+The protocol itself is the library qemu.qmp; this file turns its errors into ours and knows the
+commands that onecopy uses (QEMU docs/interop/qmp-spec.rst, qemu-qmp-ref).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp.events import EventListener
+
+from onecopy.errors import GuestFailed
+
+# The library logs what it also raises.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+logging.getLogger("qemu.qmp").propagate = False
+
+
+class Monitor:
+    """A negotiated QMP connection."""
+
+    def __init__(self, client: QMPClient) -> None:
+        self.client = client
+
+    async def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Run one command; raise GuestFailed with QEMU's own words, or when QEMU is gone."""
+        try:
+            return await self.client.execute(command, dict(arguments) if arguments else None)
+        except ExecuteError as error:
+            raise GuestFailed(f"QEMU refused {command}: {error}") from error
+        except (QMPError, OSError) as error:
+            raise GuestFailed(f"QEMU went away during {command}") from error
+
+    async def human(self, line: str) -> str:
+        """Run a human-monitor command where QMP has no equal; return its text."""
+        return str(await self.execute("human-monitor-command", {"command-line": line}))
+
+    async def incoming(self, state_fd: int) -> None:
+        """Load a saved state from a descriptor of ours, and run the guest."""
+        with self.client.listener("MIGRATION") as progress:
+            await self._capabilities("x-ignore-shared", "events")
+            await self.give_fd(state_fd, "state")
+            await self.execute("migrate-incoming", {"uri": "fd:state"})
+            while await self._next(progress) != "completed":
+                pass
+        # It was saved stopped, and so it is loaded.
+        await self.execute("cont")
+
+    async def _next(self, progress: EventListener) -> str:
+        """The next state of a migration; raise GuestFailed if it fails (then QEMU just ends)."""
+        event = asyncio.ensure_future(progress.get())
+        ended = asyncio.ensure_future(self.client.runstate_changed())
+        try:
+            await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if event.done() and event.result()["data"]["status"] != "failed":
+                return str(event.result()["data"]["status"])
+            raise GuestFailed("QEMU could not load the saved state")
+        finally:
+            event.cancel()
+            ended.cancel()
+
+    async def outgoing(self, state_fd: int) -> None:
+        """Write the state of a stopped guest, without its RAM file, to a descriptor of ours."""
+        await self._capabilities("x-ignore-shared")
+        await self.give_fd(state_fd, "state")
+        await self.execute("migrate", {"uri": "fd:state"})
+        while True:
+            info = await self.execute("query-migrate")
+            if info.get("status") == "completed":
+                return
+            if info.get("status") in ("failed", "cancelled"):
+                raise GuestFailed(f"QEMU could not save: {info.get('error-desc', 'no reason given')}")
+            await asyncio.sleep(0.005)
+
+    async def give_fd(self, fd: int, name: str) -> None:
+        """Pass a descriptor to QEMU (SCM_RIGHTS), known there as ``name``; ours stays open."""
+        try:
+            self.client.send_fd_scm(fd)
+        except OSError as error:
+            raise GuestFailed("QEMU went away") from error
+        await self.execute("getfd", {"fdname": name})
+
+    async def _capabilities(self, *names: str) -> None:
+        capabilities = [{"capability": name, "state": True} for name in names]
+        await self.execute("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+@contextlib.asynccontextmanager
+async def connect(path: Path) -> AsyncIterator[Monitor]:
+    """Connect to a VMM's monitor; raise GuestFailed if it ends before it answers."""
+    client = QMPClient()
+    try:
+        await client.connect(str(path))
+    except (QMPError, OSError) as error:
+        raise GuestFailed("QEMU ended before it answered") from error
+    try:
+        yield Monitor(client)
+    finally:
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            await client.disconnect()

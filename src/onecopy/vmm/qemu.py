@@ -1,0 +1,69 @@
+"""What this host's QEMU is and can do: asked of the binary, not guessed from its version."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from onecopy.errors import Incompatible
+from onecopy.run import find_program, run
+
+BINARY = "qemu-system-x86_64"
+
+
+class Qemu(msgspec.Struct, frozen=True):
+    """One QEMU binary."""
+
+    binary: str
+    version: str
+    machine: str
+    """Versioned name of the newest q35 machine, for example ``pc-q35-7.2``."""
+    machines: tuple[str, ...]
+    """All q35 machines that it can be."""
+    rom: bool
+    """memory-backend-file has ``rom`` (>= 8.2): a read-only file can be mapped copy-on-write."""
+
+    def require_machine(self, machine: str) -> None:
+        """Raise Incompatible if this QEMU cannot be ``machine``."""
+        if machine not in self.machines:
+            raise Incompatible(
+                f"QEMU {self.version} does not have the machine type {machine}",
+                hint="start the system where it was saved, or save it again here",
+            )
+
+
+def probe(cache: Path) -> Qemu:
+    """The QEMU on this host; raise MissingProgram.
+
+    Asking takes three runs of QEMU, so the answer is kept in folder ``cache`` for as long as the
+    binary stays the same.
+    """
+    binary = find_program(BINARY)
+    stat = Path(binary).resolve().stat()
+    kept = cache / f"qemu-{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_mtime_ns:x}.json"
+    try:
+        return msgspec.json.decode(kept.read_bytes(), type=Qemu)
+    except (OSError, msgspec.MsgspecError):
+        qemu = _ask(binary)
+    temporary = kept.with_suffix(".tmp")
+    temporary.write_bytes(msgspec.json.encode(qemu))
+    temporary.rename(kept)
+    return qemu
+
+
+def _ask(binary: str) -> Qemu:
+    version = re.search(r"version (\S+)", run([binary, "--version"]))
+    machines = run([binary, "-machine", "help"])
+    newest = re.search(r"^q35\s.*\(alias of (\S+)\)", machines, re.MULTILINE)
+    if not version or not newest:
+        raise Incompatible(f"{binary} has no q35 machine", hint="install qemu-system-x86")
+    options = run([binary, "-object", "memory-backend-file,help"])
+    return Qemu(
+        binary=binary,
+        version=version[1],
+        machine=newest[1],
+        machines=tuple(re.findall(r"^(pc-q35-\S+)", machines, re.MULTILINE)),
+        rom=bool(re.search(r"^\s*rom=", options, re.MULTILINE)),
+    )

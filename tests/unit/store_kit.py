@@ -1,0 +1,121 @@
+"""What the store's tests share: small artifacts, children that are killed, and a second opinion.
+
+`check_whole` reads the disk with json and hashlib alone, so the store cannot vouch for itself.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import onecopy.store
+from onecopy.model import Reference
+from onecopy.store import Artifact, NewLayer, Store
+
+PMEM = "application/vnd.onecopy.test.v1"
+_PACKAGE = str(Path(onecopy.store.__file__).parent)
+
+
+def put(
+    store: Store,
+    ref: str = "app:1",
+    content: bytes = b"content",
+    *,
+    kind: str = "segment",
+    reuse: Iterable[str] = (),
+    replace: bool = True,
+) -> Artifact:
+    """Put an artifact of one new layer and the stored blobs ``reuse``."""
+    with store.workspace() as work:
+        file = work / "layer"
+        file.write_bytes(content)
+        layers = [NewLayer(file, PMEM, {"org.onecopy.role": "image"})]
+        layers += [NewLayer(None, PMEM, digest=digest) for digest in reuse]
+        return store.put(kind, Reference.parse(ref), b'{"a":1}', layers, replace=replace)
+
+
+def digest_of(content: bytes) -> str:
+    """``sha256:HEX``."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def blobs(root: Path) -> set[str]:
+    """The digests of all blob files."""
+    return {f"sha256:{path.name}" for path in (root / "blobs" / "sha256").iterdir()}
+
+
+def check_whole(root: Path, pending: Iterable[str] = ()) -> dict[str, str]:
+    """Assert that the store is whole with nothing left over; return its names and digests.
+
+    ``pending`` are digests that may be there only because they are leased.
+    """
+    index = json.loads((root / "index.json").read_bytes())
+    wanted = set(pending)
+    for entry in index["manifests"]:
+        manifest = json.loads(_blob(root, entry["digest"]).read_bytes())
+        wanted |= {entry["digest"], manifest["config"]["digest"]}
+        wanted |= {layer["digest"] for layer in manifest["layers"]}
+    assert blobs(root) == wanted
+    for digest in wanted:
+        assert digest_of(_blob(root, digest).read_bytes()) == digest
+        assert _blob(root, digest).stat().st_mode & 0o777 == 0o444
+    assert list((root / "tmp").iterdir()) == []
+    return {
+        entry["annotations"]["org.opencontainers.image.ref.name"]: entry["digest"]
+        for entry in index["manifests"]
+    }
+
+
+def _blob(root: Path, digest: str) -> Path:
+    return root / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+
+def fork(function: Callable[[], object]) -> int:
+    """Run ``function`` in a child process; its pid. Status 0 means that it returned."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        function()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def killed_at(step: int, function: Callable[[], object]) -> bool:
+    """Run ``function`` in a child that is killed -9 before the store's line number ``step``.
+
+    Lines are counted as they are executed. False if the child ended before that.
+    """
+
+    def run() -> None:
+        left = step
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            if not frame.f_code.co_filename.startswith(_PACKAGE):
+                return None
+            if event == "line":
+                left -= 1
+                if not left:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        sys.settrace(trace)
+        function()
+
+    _, status = os.waitpid(fork(run), 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert status == 0
+    return False

@@ -1,0 +1,106 @@
+"""Debian roots from the real mirror: reproducible, small, and with errors one can act on.
+
+Slow (about 20 s a root), hence here; no guest is needed.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.conftest import cannot_run
+
+from onecopy.build.image import make_image
+from onecopy.build.source import open_source
+from onecopy.build.tree import find_init
+from onecopy.errors import BadSource, NotEnough
+
+
+@pytest.fixture(autouse=True)
+def _root() -> None:
+    if os.geteuid() != 0:
+        cannot_run("Debian roots are built by root")
+
+
+def build(into: Path, suite: str, *include: str) -> Path:
+    into.mkdir()
+    try:
+        return open_source(f"debian:{suite}", include).unpack(into, lambda _: None)
+    except BadSource as error:
+        if "cannot be reached" in error.message:
+            cannot_run(error.message)
+        raise
+
+
+def test_two_builds_are_one(tmp_path: Path) -> None:
+    digests = []
+    for name in ("first", "second"):
+        tree = build(tmp_path / name, "bookworm", "python3")
+        make_image(tree, tmp_path / "image", "erofs")
+        digests.append(hashlib.sha256((tmp_path / "image").read_bytes()).hexdigest())
+    different = subprocess.run(
+        ["diff", "-rq", "--no-dereference", "first", "second"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert digests[0] == digests[1], different.stdout
+    assert (tmp_path / "image").stat().st_size < 200 << 20
+
+    assert find_init(tree) is None
+    # Compiled files must still fit their sources, or every import would compile anew.
+    (tmp_path / "mount").mkdir()
+    subprocess.run(["mount", "-o", "ro,loop", tmp_path / "image", tmp_path / "mount"], check=True)
+    try:
+        said = subprocess.run(
+            ["chroot", tmp_path / "mount", "python3", "-v", "-c", "import json, argparse"],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stderr
+    finally:
+        subprocess.run(["umount", tmp_path / "mount"], check=True)
+    assert re.search(r"json/__pycache__/__init__\S+pyc matches ", said)
+    assert "bytecode is stale" not in said
+    assert not re.search(r"code object from '?\S+\.py\b", said)
+
+
+def test_a_root_with_systemd_has_an_init(tmp_path: Path) -> None:
+    tree = build(tmp_path / "root", "trixie", "systemd-sysv", "dbus")
+    assert find_init(tree) == "/sbin/init"
+    assert (tree / "etc/machine-id").read_bytes() == b""
+    assert not (tree / "etc/resolv.conf").exists()
+    assert (tree / "usr/lib/systemd/system/multi-user.target").exists()
+    assert (tree / "usr/bin/login").exists()
+
+
+def test_an_unknown_suite(tmp_path: Path) -> None:
+    with pytest.raises(BadSource, match="no suite 'nosuchsuite'") as caught:
+        build(tmp_path / "root", "nosuchsuite")
+    assert "bookworm" in caught.value.hint
+
+
+def test_an_unknown_package(tmp_path: Path) -> None:
+    with pytest.raises(BadSource, match="has no package nosuchpackage\n"):
+        build(tmp_path / "root", "bookworm", "nosuchpackage", "python3")
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(BadSource, match="cannot be reached") as caught:
+        open_source("debian:bookworm").unpack(tmp_path, lambda _: None)
+    assert "network" in caught.value.hint
+
+
+def test_too_small_a_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "small", disk], check=True)
+    try:
+        with pytest.raises(NotEnough):
+            open_source("debian:bookworm").unpack(disk, lambda _: None)
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
