@@ -76,9 +76,11 @@ def test_packages_are_a_set() -> None:
     source = open_source("debian:trixie", ["b", "a", "b"])
     assert isinstance(source, DebianSource)
     assert (source.suite, source.packages, source.variant) == ("trixie", ("a", "b"), "essential")
+    assert source.installed == ("a", "b")
     with_systemd = open_source("debian:trixie", ["systemd-sysv"])
     assert isinstance(with_systemd, DebianSource)
     assert with_systemd.variant == "minbase"
+    assert with_systemd.installed == ("systemd-sysv", "udev")
 
 
 @pytest.mark.parametrize("path", ["/", "/proc", "/proc/self", "/sys/kernel", "/dev", "/run"])

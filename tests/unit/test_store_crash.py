@@ -3,51 +3,41 @@
 import os
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-import pytest
+from tests.unit.store_kit import check_whole, fork, killed_at, put
 
 from onecopy.model import Reference
-from onecopy.store import Store
-from tests.unit.store_kit import blobs, check_whole, fork, killed_at, put
+from onecopy.store import Artifact, Store
 
 OLD, NEW = b"old" * 5000, b"new" * 5000
 
 
-@pytest.fixture
-def fast(tmp_path: Path) -> Path:
-    """A folder in memory if there is one: these tests sync thousands of times."""
-    return tmp_path
-
-
 def kill_at_each_line(root: Path, change: Callable[[Store], object]) -> set[frozenset[str]]:
-    """Kill ``change`` before every line of the store that it runs; each set of names that remains.
+    """Kill ``change`` before each line of the store that it runs; every set of names that is left.
 
-    Every round begins with a fresh copy of ``root``.
+    Each round begins with a fresh copy of ``root``.
     """
     seen = set()
+    copy = root.with_name("copy")
     for step in count(1):
-        copy = root.parent / f"{root.name}-copy"
         shutil.copytree(root, copy)
-        store = Store(copy)
-        killed = killed_at(step, lambda store=store: change(store))  # type: ignore[misc]
+        killed = killed_at(step, lambda: change(Store(copy)))
         Store(copy)
         names = check_whole(copy)
         assert list((copy / "leases").iterdir()) == []
         seen.add(frozenset(f"{name} {digest}" for name, digest in names.items()))
         shutil.rmtree(copy)
         if not killed:
-            assert step > 50
-            return seen
-    raise AssertionError
+            assert step > 100
+            break
+    return seen
 
 
-def names_of(*artifacts: object) -> frozenset[str]:
-    return frozenset(f"{a.ref} {a.digest}" for a in artifacts)  # type: ignore[attr-defined]
+def names_of(*artifacts: Artifact) -> frozenset[str]:
+    return frozenset(f"{artifact.ref} {artifact.digest}" for artifact in artifacts)
 
 
 def test_put_killed_anywhere_is_whole_or_absent(tmp_path: Path) -> None:
@@ -64,18 +54,71 @@ def test_replace_killed_anywhere_leaves_the_old_or_the_new(tmp_path: Path) -> No
     assert seen == {names_of(old), names_of(new)}
 
 
-def test_remove_killed_anywhere(tmp_path: Path) -> None:
+def test_remove_killed_anywhere_leaves_all_or_nothing_of_it(tmp_path: Path) -> None:
     store = Store(tmp_path / "a")
-    first, second = put(store, "app:1", OLD), put(store, "app:2", NEW)
-    seen = kill_at_each_line(
-        tmp_path / "a", lambda store: store.remove(Reference.parse("app:2"))
-    )
-    assert seen == {names_of(first, second), names_of(first)}
+    kept, gone = put(store, "app:1", OLD), put(store, "app:2", NEW)
+    ref = Reference.parse("app:2")
+    seen = kill_at_each_line(tmp_path / "a", lambda store: store.remove(ref))
+    assert seen == {names_of(kept, gone), names_of(kept)}
 
 
 def test_hold_killed_anywhere_leaves_no_lease(tmp_path: Path) -> None:
     artifact = put(Store(tmp_path / "a"))
-    seen = kill_at_each_line(
-        tmp_path / "a", lambda store: store.hold([artifact.digest], "web-1")
-    )
+    seen = kill_at_each_line(tmp_path / "a", lambda store: store.hold([artifact.digest], "web-1"))
     assert seen == {names_of(artifact)}
+
+
+def test_first_opening_killed_anywhere(tmp_path: Path) -> None:
+    root = tmp_path / "fresh" / "store"
+    for step in count(1):
+        killed = killed_at(step, lambda: Store(root))
+        Store(root)
+        assert check_whole(root) == {}
+        shutil.rmtree(tmp_path / "fresh")
+        if not killed:
+            assert step > 20
+            break
+
+
+def test_sweep_killed_anywhere_is_finished_by_the_next(tmp_path: Path) -> None:
+    root, copy = tmp_path / "a", tmp_path / "copy"
+    store = Store(root)
+    with store.hold([put(store, "app:1", OLD).digest], "web-1"):
+        new = put(store, "app:1", NEW)
+    # Left now: a stale lease, a blob that only it keeps, and a workspace.
+    (root / "tmp" / "work-x").mkdir()
+    (root / "tmp" / "work-x" / "half").write_bytes(b"half")
+    for step in count(1):
+        shutil.copytree(root, copy)
+        killed = killed_at(step, lambda: Store(copy))
+        Store(copy)
+        assert check_whole(copy) == {new.ref: new.digest}
+        assert list((copy / "leases").iterdir()) == []
+        shutil.rmtree(copy)
+        if not killed:
+            assert step > 100
+            break
+
+
+def test_workspace_of_a_killed_command_is_swept_and_a_live_one_is_not(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    reading, writing = os.pipe()
+
+    def work() -> None:
+        with store.workspace() as folder:
+            (folder / "deep").mkdir(mode=0o500)
+            (folder / "file").write_bytes(b"half")
+            os.write(writing, os.fsencode(folder))
+            signal.pause()
+
+    child = fork(work)
+    folder = Path(os.fsdecode(os.read(reading, 4096)))
+    os.close(reading)
+    os.close(writing)
+    Store(tmp_path)
+    assert (folder / "file").exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    Store(tmp_path)
+    assert check_whole(tmp_path) == {}
+    assert not folder.exists()

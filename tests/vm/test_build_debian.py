@@ -74,6 +74,7 @@ def test_a_root_with_systemd_has_an_init(tmp_path: Path) -> None:
     assert not (tree / "etc/resolv.conf").exists()
     assert (tree / "usr/lib/systemd/system/multi-user.target").exists()
     assert (tree / "usr/bin/login").exists()
+    assert (tree / "usr/lib/systemd/systemd-udevd").exists()
 
 
 def test_an_unknown_suite(tmp_path: Path) -> None:

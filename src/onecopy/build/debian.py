@@ -67,10 +67,19 @@ class DebianSource:
         return f"debian:{self.suite}"
 
     @property
+    def has_systemd(self) -> bool:
+        """Whether guests are to start with systemd."""
+        return any(package.startswith("systemd") for package in self.packages)
+
+    @property
     def variant(self) -> str:
         """mmdebstrap's package set: essential packages; for systemd also the required ones."""
-        has_systemd = any(package.startswith("systemd") for package in self.packages)
-        return "minbase" if has_systemd else "essential"
+        return "minbase" if self.has_systemd else "essential"
+
+    @property
+    def installed(self) -> tuple[str, ...]:
+        """``packages``, and udev for systemd: without it the login on the console waits 90 s."""
+        return (*self.packages, "udev") if self.has_systemd else self.packages
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
         """Install into the empty folder ``into``, as root, and return it (about 20 s).
@@ -86,7 +95,7 @@ class DebianSource:
         start = clock(into)
         argv = ["mmdebstrap", f"--variant={self.variant}", "--format=directory"]
         argv += [f"--dpkgopt={option}" for option in _DPKG_OPTIONS]
-        argv += [f"--include={package}" for package in self.packages]
+        argv += [f"--include={package}" for package in self.installed]
         with disk_space(into, NEEDED_BYTES):
             try:
                 run([*argv, self.suite, into])

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onecopy.errors import AgentFailed, GuestFailed, Incompatible, InUse, OnecopyError
-from onecopy.guest import machine
+from onecopy.errors import GuestFailed, Incompatible, InUse
+from onecopy.guest import identity, machine
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Accelerator, Choice, choose
-from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Hardware, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, launch, prepare
 from onecopy.vmm.monitor import Monitor, connect
@@ -109,7 +106,7 @@ async def start_clone(
                 with source.artifact.layer("state").path.open("rb") as state:
                     await monitor.incoming(state.fileno())
                 ports = await _ports(monitor, publish)
-            await _become(Agent(folder.path), name, source.config.machine_id)
+            await identity.become(folder.path, name, machine_id=source.config.machine_id)
             record = _record(source, folder, vmm, ports, time.monotonic() - began)
             folder.hand_out(record)
             vmm.detach()
@@ -126,19 +123,6 @@ async def _or_killed(vmm: Vmm) -> AsyncIterator[None]:
     except BaseException:
         await vmm.kill()
         raise
-
-
-async def _become(agent: Agent, name: str, machine_id: bool) -> None:
-    """Give the clone a name and machine-id of its own, and see that it has them.
-
-    The kernel's random numbers were re-seeded by the vmgenid device before the guest ran on.
-    """
-    await agent.write_file("/proc/sys/kernel/hostname", name.encode())
-    if machine_id:
-        await agent.write_file("/etc/machine-id", f"{secrets.token_hex(16)}\n".encode())
-    answer = await agent.call("guest-get-host-name")
-    if answer["host-name"] != name:
-        raise AgentFailed(f"the clone did not take its name {name}: it is {answer['host-name']}")
 
 
 def _record(
@@ -181,67 +165,3 @@ async def _ports(monitor: Monitor, publish: Ports) -> Ports:
         return publish
     text = await monitor.human("info usernet")
     return tuple(sorted((int(host), int(guest)) for host, guest in _FORWARD.findall(text)))
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """What came of starting several clones."""
-
-    guests: tuple[GuestRecord, ...]
-    failures: tuple[tuple[str, OnecopyError], ...]
-    """(name, why) of those that could not start."""
-
-
-async def start_clones(
-    host: Host,
-    source: Template,
-    names: Sequence[str],
-    publish: Ports = (),
-    *,
-    keep_going: bool = False,
-) -> Started:
-    """Start clones concurrently.
-
-    If one cannot start all others are stopped again and its error is raised, unless
-    ``keep_going``: then they run on, and the failures are told beside them.
-    """
-    # More at once than there are processors only makes each of them start later.
-    turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
-
-    async def start(name: str) -> GuestRecord:
-        async with turn:
-            return await start_clone(host, source, name, publish)
-
-    tasks = {name: asyncio.ensure_future(start(name)) for name in names}
-    try:
-        await asyncio.wait(
-            tasks.values(),
-            return_when=asyncio.ALL_COMPLETED if keep_going else asyncio.FIRST_EXCEPTION,
-        )
-    finally:
-        failures = await _settle(host, tasks, keep=keep_going)
-    if failures and not keep_going:
-        raise failures[0][1]
-    return Started(
-        tuple(task.result() for task in tasks.values() if not task.exception()), tuple(failures)
-    )
-
-
-async def _settle(
-    host: Host, tasks: dict[str, asyncio.Future[GuestRecord]], *, keep: bool
-) -> list[tuple[str, OnecopyError]]:
-    """End what still starts; unless ``keep``, also what runs if not all run. Returns failures."""
-    for task in tasks.values():
-        task.cancel()
-    results = await asyncio.gather(*tasks.values(), return_exceptions=True)
-    failures = []
-    for name, result in zip(tasks, results, strict=True):
-        if isinstance(result, OnecopyError):
-            failures.append((name, result))
-        elif isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
-            raise result
-    if not keep and any(isinstance(result, BaseException) for result in results):
-        for result in results:
-            if isinstance(result, GuestRecord):
-                host.end(result)
-    return failures

@@ -13,7 +13,7 @@ import stat
 from onecopy.errors import InvalidInput, NotFound, StoreDamaged
 from onecopy.store.artifact import NewLayer
 from onecopy.store.layout import Layout
-from onecopy.store.oci import Descriptor
+from onecopy.store.oci import Descriptor, is_digest
 
 
 def describe(layout: Layout, layer: NewLayer) -> Descriptor:
@@ -41,21 +41,22 @@ def _measure_file(layer: NewLayer) -> tuple[str, int]:
     path = layer.path
     assert path is not None  # noqa: S101 - for the type checker; describe() saw to it
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        mode = path.lstat().st_mode
     except FileNotFoundError as error:
         raise NotFound(f"there is no file {path}") from error
-    with os.fdopen(fd, "rb") as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidInput(f"{path} is not a regular file")
-        os.fchmod(fd, 0o444)
+    if not stat.S_ISREG(mode):
+        raise InvalidInput(f"{path} is not a regular file")
+    with path.open("rb") as file:
+        os.fchmod(file.fileno(), 0o444)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(fd)
-    return f"sha256:{digest}", status.st_size
+        os.fsync(file.fileno())
+        return f"sha256:{digest}", os.fstat(file.fileno()).st_size
 
 
 def _measure_blob(layout: Layout, layer: NewLayer) -> tuple[str, int]:
     digest = layer.digest or ""
+    if not is_digest(digest):
+        raise InvalidInput(f"{digest!r} is not a digest")
     try:
         return digest, layout.blob(digest).stat().st_size
     except FileNotFoundError as error:

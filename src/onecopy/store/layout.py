@@ -120,9 +120,13 @@ class Layout:
         temp = self.tmp / f"{name}.new"
         temp.unlink(missing_ok=True)
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            if sync:
-                os.fsync(fd)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                if sync:
+                    os.fsync(fd)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
         return temp

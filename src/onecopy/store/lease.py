@@ -82,6 +82,7 @@ def create(layout: Layout, record: LeaseRecord) -> Lease:
         temp.replace(path)
     except BaseException:
         os.close(fd)
+        temp.unlink(missing_ok=True)
         raise
     return Lease(record, path, fd)
 

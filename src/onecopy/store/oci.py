@@ -29,7 +29,8 @@ KINDS = ("segment", "kernel", "system")
 
 _KIND_TYPE = re.compile(r"application/vnd\.onecopy\.([a-z]+)\.v1\+json")
 # A digest becomes a path: nothing but this may be read from disk.
-Digest = Annotated[str, msgspec.Meta(pattern=r"\Asha256:[0-9a-f]{64}\Z")]
+_DIGEST = r"\Asha256:[0-9a-f]{64}\Z"
+Digest = Annotated[str, msgspec.Meta(pattern=_DIGEST)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 _T = TypeVar("_T")
 
@@ -110,6 +111,11 @@ def decode(data: bytes, into: type[_T], path: Path, hint: str) -> _T:
         return msgspec.json.decode(data, type=into)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise StoreDamaged(f"{path} cannot be read: {error}", hint=hint) from error
+
+
+def is_digest(text: str) -> bool:
+    """Whether ``text`` is ``sha256:HEX``."""
+    return re.match(_DIGEST, text) is not None
 
 
 def digest_of(data: bytes) -> str:

@@ -49,6 +49,8 @@ def _make_folders(layout: Layout) -> None:
         # The XDG base directory specification asks for 0700 on every folder made on the way.
         for folder in (*reversed(root.parents), root):
             folder.mkdir(mode=0o700, exist_ok=True)
+    if not root.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(root))
     if not os.access(root, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         raise PermissionError(errno.EACCES, "no right to write", str(root))
     if not layout.mark.exists():

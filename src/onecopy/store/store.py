@@ -77,10 +77,11 @@ class Store:
         with self._change():
             index = loading.index(self._layout)
             entry = names.claim(index, oci.index_entry(kind, ref, data, now), replace=replace)
-            for layer, blob in zip(layers, blobs, strict=True):
-                ingest.move_in(self._layout, layer, blob.digest)
+            # First what a full disk can refuse: the caller's files stay where they are.
             self._write_blob(manifest.config.digest, config)
             self._write_blob(entry.digest, data)
+            for layer, blob in zip(layers, blobs, strict=True):
+                ingest.move_in(self._layout, layer, blob.digest)
             sync_folder(self._layout.blobs)
             self._write_index(names.bind(index, entry))
             return self._load(entry)

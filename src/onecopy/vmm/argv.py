@@ -19,9 +19,8 @@ SERIAL_SLOT = 0x02
 NETWORK_SLOT = 0x03
 FIRST_SEGMENT_SLOT = 0x10
 MAX_SEGMENTS = 0x1F - FIRST_SEGMENT_SLOT
-AGENT_PORT = "org.onecopy.agent.0"
-#: Port 0 of a virtio-serial device is kept for a console.
-AGENT_PORT_NUMBER = 1
+#: (pipe in the run folder, port name in the guest); port 0 is kept for a console.
+PORTS = (("agent", "org.onecopy.agent.0"), ("identity", "org.onecopy.identity.0"))
 
 KERNEL_LINE = (
     "console=ttyS0 quiet loglevel=4 panic=-1 "
@@ -176,13 +175,19 @@ def _channels(launch: Launch) -> list[str]:
         "chardev:console",
         "-device",
         f"virtio-serial-pci,id=serial,addr={SERIAL_SLOT:#x}",
-        # A pipe is always open: the agent in the guest never sees its peer go, which would make it
-        # poll ten times a second (qga/main.c).
-        "-chardev",
-        f"pipe,id=agent,path={folder}/agent",
-        "-device",
-        f"virtserialport,bus=serial.0,nr={AGENT_PORT_NUMBER},chardev=agent,name={AGENT_PORT}",
+        *_ports(folder),
     ]
+
+
+def _ports(folder: Path) -> list[str]:
+    # A pipe is always open: the agent in the guest never sees its peer go, which would make it
+    # poll ten times a second (qga/main.c).
+    argv = []
+    for number, (pipe, name) in enumerate(PORTS, start=1):
+        argv += ["-chardev", f"pipe,id={pipe},path={folder}/{pipe}"]
+        port = f"virtserialport,bus=serial.0,nr={number},chardev={pipe},name={name}"
+        argv += ["-device", port]
+    return argv
 
 
 def _network(hardware: Hardware, launch: Launch) -> list[str]:
@@ -193,9 +198,10 @@ def _network(hardware: Hardware, launch: Launch) -> list[str]:
     )
     return [
         "-netdev",
-        f"user,id=net{forwards}",
+        f"user,id=net,ipv6=off{forwards}",
         "-device",
-        f"virtio-net-pci,netdev=net,addr={NETWORK_SLOT:#x},romfile=",
+        # No gratuitous ARP after a start: each guest is alone in its network.
+        f"virtio-net-pci,netdev=net,addr={NETWORK_SLOT:#x},romfile=,guest_announce=off",
     ]
 
 

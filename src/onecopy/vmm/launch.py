@@ -19,7 +19,7 @@ from pathlib import Path
 
 from onecopy.errors import GuestFailed
 from onecopy.run import environment
-from onecopy.vmm.argv import Hardware, Launch, command
+from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 
 _PR_SET_THP_DISABLE = 41
 
@@ -83,8 +83,9 @@ def printed(folder: Path) -> str:
 
 def prepare(folder: Path) -> None:
     """Make the pipes of a run folder (argv.py names them)."""
-    for name in ("agent.in", "agent.out"):
-        os.mkfifo(folder / name, 0o600)
+    for name, _ in PORTS:
+        os.mkfifo(folder / f"{name}.in", 0o600)
+        os.mkfifo(folder / f"{name}.out", 0o600)
 
 
 def launch(

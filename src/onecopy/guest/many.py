@@ -1,0 +1,92 @@
+"""Starting several guests at once, all or none."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from onecopy.errors import OnecopyError
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.model import check_guest_name
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What came of starting several guests."""
+
+    guests: tuple[GuestRecord, ...]
+    failures: tuple[tuple[str, OnecopyError], ...]
+    """(name, why) of those that could not start."""
+
+
+def names_for(source: str, name: str | None, count: int) -> list[str]:
+    """Names for ``count`` new guests: ``name`` or NAME-1..N, else ones made from ``source``."""
+    if name is not None:
+        check_guest_name(name)
+        names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
+    else:
+        stem = source.replace(".", "-").replace("_", "-")[:50].strip("-")
+        run = secrets.token_hex(2)
+        names = [f"{stem}-{run}"] if count == 1 else [f"{stem}-{run}-{n + 1}" for n in range(count)]
+    return [check_guest_name(each) for each in names]
+
+
+async def start_many(
+    host: Host,
+    names: Sequence[str],
+    start: Callable[[str], Awaitable[GuestRecord]],
+    *,
+    keep_going: bool = False,
+) -> Started:
+    """Start guests concurrently.
+
+    If one cannot start all others are ended again and its error is raised, unless ``keep_going``:
+    then they run on, and the failures are told beside them. Interrupted, it leaves none.
+    """
+    # More at once than there are processors only makes each of them ready later.
+    turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+
+    async def one(name: str) -> GuestRecord:
+        async with turn:
+            return await start(name)
+
+    tasks = {name: asyncio.ensure_future(one(name)) for name in names}
+    when = asyncio.ALL_COMPLETED if keep_going else asyncio.FIRST_EXCEPTION
+    try:
+        await asyncio.wait(tasks.values(), return_when=when)
+    except asyncio.CancelledError:
+        await _settle(host, tasks, keep=False)
+        raise
+    failures = await _settle(host, tasks, keep=keep_going)
+    if failures and not keep_going:
+        raise failures[0][1]
+    guests = (task.result() for task in tasks.values() if not _failed(task))
+    return Started(tuple(guests), tuple(failures))
+
+
+def _failed(task: asyncio.Future[GuestRecord]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+async def _settle(
+    host: Host, tasks: dict[str, asyncio.Future[GuestRecord]], *, keep: bool
+) -> list[tuple[str, OnecopyError]]:
+    """End what still starts and, unless ``keep``, what runs if not all do; return the failures."""
+    for task in tasks.values():
+        task.cancel()
+    results = await asyncio.gather(*tasks.values(), return_exceptions=True)
+    if not keep and any(isinstance(result, BaseException) for result in results):
+        for result in results:
+            if isinstance(result, GuestRecord):
+                host.end(result)
+    failures = []
+    for name, result in zip(tasks, results, strict=True):
+        if isinstance(result, OnecopyError):
+            failures.append((name, result))
+        elif isinstance(result, Exception):
+            raise result
+    return failures
