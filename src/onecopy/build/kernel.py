@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from onecopy.build.bootfiles import cpio
-from onecopy.build.packages import fetch_package, host_suite
 from onecopy.build.image import make_image
+from onecopy.build.packages import fetch_package, host_suite
 from onecopy.errors import BadSource
 from onecopy.model import Reference
 from onecopy.run import run
@@ -25,7 +25,15 @@ KERNEL_NAME = "onecopy-kernel"
 #: Newest first; the first that the suite has is taken.
 DEBIAN_PACKAGES = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64")
 #: What a guest needs before its root is mounted; built-in ones are simply not found.
-BOOT_MODULES = ("virtio_pmem", "nd_pmem", "erofs", "ext4", "overlay", "virtio_console", "virtio_net")
+BOOT_MODULES = (
+    "virtio_pmem",
+    "nd_pmem",
+    "erofs",
+    "ext4",
+    "overlay",
+    "virtio_console",
+    "virtio_net",
+)
 
 _UNPACKERS = {".xz": "xz", ".zst": "zstd", ".gz": "gzip"}
 
@@ -75,9 +83,7 @@ def ensure_kernel(
         return _put(store, ref, image, folder, work, package.name)
 
 
-def _custom(
-    store: Store, kernel: Path, modules: Path, progress: Callable[[str], None]
-) -> Artifact:
+def _custom(store: Store, kernel: Path, modules: Path, progress: Callable[[str], None]) -> Artifact:
     if not kernel.is_file():
         raise BadSource(f"{kernel} is not a file", hint="give the kernel image, e.g. vmlinuz")
     if not (modules / "modules.order").is_file():

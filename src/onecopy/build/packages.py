@@ -55,7 +55,8 @@ def fetch_package(
         export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
         cd {downloads}
         for name in {" ".join(candidates)}; do
-            real=$(apt-cache depends --important "$name" 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1)
+            real=$(apt-cache depends --important "$name" 2>/dev/null |
+                sed -n 's/^ *Depends: //p' | head -n 1)
             case $real in linux-image-*) name=$real ;; esac
             apt-get download "$name" && exit 0
         done

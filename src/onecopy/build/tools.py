@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from onecopy.build.bootfiles import resource
-from onecopy.build.packages import extract_packages, host_suite
 from onecopy.build.image import make_image
+from onecopy.build.packages import extract_packages, host_suite
 from onecopy.model import Reference
 from onecopy.run import run
 from onecopy.store import Artifact, NewLayer, Store
@@ -74,7 +74,9 @@ def _assemble(debian: Path, tree: Path) -> None:
     shutil.copy(agent, tree / "bin/qemu-ga")
     loader = next(debian.glob("**/ld-linux-x86-64.so.2")).resolve()
     shutil.copy(loader, tree / "lib/ld.so")
-    folders = ":".join(str(debian / f) for f in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"))
+    folders = ":".join(
+        str(debian / f) for f in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
+    )
     # The unpacked loader lists what the unpacked agent needs: nothing of this host gets in.
     for line in run([loader, "--library-path", folders, "--list", agent]).splitlines():
         name, arrow, rest = line.partition(" => ")

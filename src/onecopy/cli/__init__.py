@@ -1,0 +1,103 @@
+"""The command line: one file per command, no logic.
+
+Commands are imported only when they are used, so that `onecopy --help` is instant; _COMMANDS has
+their one-line helps (a test holds them equal to the commands' own).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+
+import click
+
+from onecopy import __version__
+from onecopy.errors import Interrupted, OnecopyError
+
+_COMMANDS = {
+    "build": "Build a segment from Debian packages, a folder or a tar archive.",
+    "save": "Boot a guest, wait until it is ready, and save it as a system.",
+    "run": "Start guests from a saved system, or boot them cold.",
+    "ps": "List the running guests.",
+    "exec": "Run a program in a guest.",
+    "console": "Connect the terminal to a guest's serial console.",
+    "logs": "Show what a guest's console, and QEMU, have printed.",
+    "stop": "Stop guests: ask, wait, end.",
+    "ls": "List segments, saved systems and kernels.",
+    "inspect": "Show all that is known of a segment, saved system, kernel or guest.",
+    "verify": "Read a segment or saved system and compare its digests.",
+    "rm": "Remove segments, saved systems or kernels.",
+    "report": "Show what the memory of all guests costs, by the kernel's counters.",
+    "doctor": "Check what this host can do.",
+    "completion": "Print the completion script of a shell.",
+}
+#: Commands whose exit code is that of a program in the guest: ours is then always 125.
+_PASSING = ("exec",)
+PASSED_FAILURE = 125
+
+
+class _Lazy(click.Group):
+    """Loads a command's file when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"onecopy.cli.{cmd_name}_")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_Lazy,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="References are NAME[:VERSION] or NAME@sha256:... Exit codes: docs/exit-codes.md.",
+)
+@click.version_option(__version__, message="onecopy %(version)s")
+def onecopy() -> None:
+    """Hundreds of similar QEMU/KVM guests living off one copy of memory."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command; return its exit code. Never raises OnecopyError."""
+    args = sys.argv[1:] if args is None else args
+    # A polite end undoes what was begun, as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        result = onecopy.main(args, prog_name="onecopy", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        return _code(args, error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(args, Interrupted())
+    except OnecopyError as error:
+        return _fail(args, error)
+    except BrokenPipeError:
+        # The reader of our output is gone: nothing more to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(args: list[str], error: OnecopyError) -> int:
+    print(f"onecopy: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"onecopy: {error.hint}", file=sys.stderr)
+    return _code(args, error.exit_code)
+
+
+def _code(args: list[str], code: int) -> int:
+    passing = bool(args) and args[0] in _PASSING and code != Interrupted.exit_code
+    return PASSED_FAILURE if passing else code

@@ -83,9 +83,7 @@ def prepare_cold(
     extra = [(host.store.resolve(ref, "segment"), where) for ref, where in spec.segments]
     _require_memory(spec.memory)
     qemu = host.qemu
-    kernel = ensure_kernel(
-        host.store, kernel=spec.kernel, modules=spec.modules, progress=progress
-    )
+    kernel = ensure_kernel(host.store, kernel=spec.kernel, modules=spec.modules, progress=progress)
     tools = ensure_tools(host.store, progress)
     accel = choose(spec.accel, qemu.binary, kernel.layer("kernel").path, host.store.cache)
     placed = machine.place(root, tools, kernel, extra)
@@ -160,9 +158,7 @@ def dry_run(host: Host, prepared: Prepared, name: str) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def booted(
-    prepared: Prepared, spec: Launch, inherit: Sequence[int]
-) -> AsyncIterator[Vmm]:
+async def booted(prepared: Prepared, spec: Launch, inherit: Sequence[int]) -> AsyncIterator[Vmm]:
     """Boot, wait until the guest is ready; on any error the VMM is ended."""
     write_initrd(
         spec.folder / "initrd",
@@ -245,9 +241,7 @@ async def run_cold(host: Host, prepared: Prepared, name: str) -> GuestRecord:
             return _hand_out(prepared, folder, vmm, time.monotonic() - began)
 
 
-def _hand_out(
-    prepared: Prepared, folder: GuestFolder, vmm: Vmm, seconds: float
-) -> GuestRecord:
+def _hand_out(prepared: Prepared, folder: GuestFolder, vmm: Vmm, seconds: float) -> GuestRecord:
     record = GuestRecord(
         name=folder.name,
         kind="cold",

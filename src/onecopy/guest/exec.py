@@ -14,6 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.errors import AgentFailed, GuestFailed, OnecopyError
@@ -114,7 +115,8 @@ async def _transfer(
     )
     watch = asyncio.ensure_future(_watch(agent, pid))
     try:
-        await asyncio.wait({outputs, watch}, return_when=asyncio.FIRST_COMPLETED)
+        tasks: set[asyncio.Future[Any]] = {outputs, watch}
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not outputs.done():
             # The wrapper was killed and can write no end: take what is still on its way.
             await asyncio.wait({outputs}, timeout=1)

@@ -99,4 +99,3 @@ class Host:
             yield
         finally:
             os.close(fd)
-

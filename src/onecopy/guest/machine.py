@@ -69,8 +69,9 @@ class Placed:
     segment: MappedSegment
 
 
-def place(root: Artifact, tools: Artifact, kernel: Artifact,
-          extra: Sequence[tuple[Artifact, str]]) -> list[Placed]:
+def place(
+    root: Artifact, tools: Artifact, kernel: Artifact, extra: Sequence[tuple[Artifact, str]]
+) -> list[Placed]:
     """All segments of a new guest, in slot order; raise InvalidInput."""
     if len(extra) + 3 > MAX_SEGMENTS:
         raise InvalidInput(f"a guest can map {MAX_SEGMENTS - 3} segments besides its root")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onecopy.errors import OnecopyError
@@ -73,7 +73,7 @@ def _failed(task: asyncio.Future[GuestRecord]) -> bool:
 
 
 async def _settle(
-    host: Host, tasks: dict[str, asyncio.Future[GuestRecord]], *, keep: bool
+    host: Host, tasks: Mapping[str, asyncio.Future[GuestRecord]], *, keep: bool
 ) -> list[tuple[str, OnecopyError]]:
     """End what still starts and, unless ``keep``, what runs if not all do; return the failures."""
     for task in tasks.values():

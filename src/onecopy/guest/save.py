@@ -23,7 +23,7 @@ from onecopy.guest.machine import SystemConfig
 from onecopy.model import MIB, Reference
 from onecopy.run import run
 from onecopy.store import Artifact, NewLayer, require_disk
-from onecopy.vmm.argv import Ram
+from onecopy.vmm.argv import Ram, command
 from onecopy.vmm.launch import Vmm
 from onecopy.vmm.monitor import connect
 
@@ -85,9 +85,7 @@ async def _freeze(vmm: Vmm, state: Path) -> None:
         await vmm.kill()
 
 
-def _put(
-    host: Host, ref: Reference, prepared: Prepared, work: Path, machine_id: bool
-) -> Artifact:
+def _put(host: Host, ref: Reference, prepared: Prepared, work: Path, machine_id: bool) -> Artifact:
     hardware = prepared.hardware
     config = SystemConfig(
         machine=hardware.machine,
@@ -115,3 +113,10 @@ def _put(
         ),
     ]
     return host.store.put("system", ref, msgspec.json.encode(config), layers)
+
+
+def dry_run(host: Host, prepared: Prepared) -> list[str]:
+    """QEMU's command line, but for names made when it runs."""
+    spec = launch_spec(host, prepared, host.run / "saving", "saving")
+    ram = host.store.root / "tmp/ram"
+    return command(prepared.hardware, replace(spec, ram=Ram.SAVING, ram_path=ram))

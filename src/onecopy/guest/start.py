@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import socket
@@ -88,9 +87,7 @@ def dry_run(host: Host, source: Template, name: str, publish: Ports) -> list[str
     return command(source.hardware, launch_spec(host, source, host.run / name, publish))
 
 
-async def start_clone(
-    host: Host, source: Template, name: str, publish: Ports = ()
-) -> GuestRecord:
+async def start_clone(host: Host, source: Template, name: str, publish: Ports = ()) -> GuestRecord:
     """Start one clone and hand it out, once it has a name and identity of its own.
 
     Raises AlreadyExists if the name is taken, InUse if a port is, GuestFailed, AgentFailed.

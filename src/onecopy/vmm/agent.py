@@ -34,7 +34,7 @@ class Agent:
 
         Raises AgentFailed when the agent refuses it or does not answer within ``timeout`` seconds.
         """
-        request = {"execute": command, "arguments": arguments}
+        request: dict[str, object] = {"execute": command, "arguments": arguments}
         try:
             async with asyncio.timeout(timeout), self._exchange() as pipe:
                 reply = await _ask(pipe, request)
@@ -91,7 +91,7 @@ async def _ask(pipe: Pipe, request: dict[str, object]) -> dict[str, Any]:
 
 async def _synchronize(pipe: Pipe) -> None:
     """guest-sync-delimited: the agent drops a half request, we drop all before its 0xff."""
-    number = random.getrandbits(31)  # noqa: S311 - a marker, not a secret
+    number = random.getrandbits(31)
     sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
     await pipe.write(b"\xff" + json.dumps(sync).encode() + b"\n")
     while True:

@@ -193,9 +193,7 @@ def _ports(folder: Path) -> list[str]:
 def _network(hardware: Hardware, launch: Launch) -> list[str]:
     if not hardware.network:
         return []
-    forwards = "".join(
-        f",hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in launch.publish
-    )
+    forwards = "".join(f",hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in launch.publish)
     return [
         "-netdev",
         f"user,id=net,ipv6=off{forwards}",

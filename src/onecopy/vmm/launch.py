@@ -67,8 +67,8 @@ class Vmm:
             command=shlex.join(self.argv),
             returncode=self._process.poll(),
             output=printed(self.folder),
-            hint=error.hint or "the lines above are QEMU's and the guest's own; `onecopy doctor` "
-            "checks this host",
+            hint=error.hint
+            or "the lines above are QEMU's and the guest's own; `onecopy doctor` checks this host",
         )
 
 
@@ -88,9 +88,7 @@ def prepare(folder: Path) -> None:
         os.mkfifo(folder / f"{name}.out", 0o600)
 
 
-def launch(
-    hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()
-) -> Vmm:
+def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> Vmm:
     """Start QEMU in its prepared run folder.
 
     ``spec.monitor_fd`` is filled in here: the socket is listening before QEMU runs, so that a

@@ -59,8 +59,10 @@ class Monitor:
         ended = asyncio.ensure_future(self.client.runstate_changed())
         try:
             await asyncio.wait({event, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if event.done() and event.result()["data"]["status"] != "failed":
-                return str(event.result()["data"]["status"])
+            if event.done():
+                data: Any = event.result()["data"]
+                if data["status"] != "failed":
+                    return str(data["status"])
             raise GuestFailed("QEMU could not load the saved state")
         finally:
             event.cancel()
@@ -76,7 +78,9 @@ class Monitor:
             if info.get("status") == "completed":
                 return
             if info.get("status") in ("failed", "cancelled"):
-                raise GuestFailed(f"QEMU could not save: {info.get('error-desc', 'no reason given')}")
+                raise GuestFailed(
+                    f"QEMU could not save: {info.get('error-desc', 'no reason given')}"
+                )
             await asyncio.sleep(0.005)
 
     async def give_fd(self, fd: int, name: str) -> None:

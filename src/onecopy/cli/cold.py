@@ -1,0 +1,45 @@
+"""From the options of `save` and `run --cold` (params.cold_options) to what boots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onecopy.guest.boot import ColdSpec
+    from onecopy.model import Reference
+
+
+def cold_spec(
+    root: Reference,
+    *,
+    segments: tuple[tuple[Reference, str], ...],
+    memory: int,
+    cpus: int,
+    run_command: str | None,
+    ready: str | None,
+    timeout: float,
+    no_network: bool,
+    kernel: Path | None,
+    modules: Path | None,
+    accel: str,
+    publish: tuple[tuple[int, int], ...] = (),
+) -> ColdSpec:
+    """What the user asked for."""
+    from onecopy.guest.boot import ColdSpec
+    from onecopy.vmm.accel import Choice
+
+    return ColdSpec(
+        root=root,
+        segments=segments,
+        memory=memory,
+        cpus=cpus,
+        command=run_command,
+        ready=ready,
+        timeout=timeout,
+        network=not no_network,
+        publish=publish,
+        accel=Choice(accel),
+        kernel=kernel,
+        modules=modules,
+    )

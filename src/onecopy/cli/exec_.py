@@ -1,0 +1,55 @@
+"""onecopy exec"""
+
+import asyncio
+import os
+import sys
+
+import click
+
+from onecopy.cli.params import GuestType
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": False})
+@click.argument("guest", type=GuestType())
+@click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("-i", "--stdin", is_flag=True, help="Pass standard input on to the program.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1),
+    metavar="SECONDS",
+    help="Kill the program after this time and exit with 124.",
+)
+def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None) -> int:
+    """Run a program in a guest.
+
+    Needs nothing in the image: programs it lacks (a shell, ps...) come from busybox. Exits with the
+    program's exit code, 128 + n if signal n ended it, 127 if there is none of that name, or 125 if
+    onecopy itself failed.
+    """
+    from onecopy.guest.exec import Streams, run_streaming
+    from onecopy.guest.host import Host
+
+    folder = Host.open().guest(guest).path
+
+    async def run() -> int:
+        source = await _stdin() if stdin else None
+        streams = Streams(_writer(1), _writer(2), source)
+        return await run_streaming(folder, cmd, streams, timeout=timeout)
+
+    return asyncio.run(run())
+
+
+def _writer(fd: int):  # type: ignore[no-untyped-def]
+    def write(data: bytes) -> None:
+        # Blocks while our reader does: the guest's program then waits, too.
+        while data:
+            data = data[os.write(fd, data) :]
+
+    return write
+
+
+async def _stdin() -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    return reader

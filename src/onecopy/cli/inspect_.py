@@ -1,0 +1,27 @@
+"""onecopy inspect"""
+
+import click
+
+from onecopy.cli.output import print_json
+from onecopy.cli.params import ReferenceType
+from onecopy.model import Reference
+
+
+@click.command("inspect")
+@click.argument("name", type=ReferenceType())
+def command(name: Reference) -> None:
+    """Show all that is known of a segment, saved system, kernel or guest.
+
+    JSON: docs/json.md. A running guest of that name is shown in preference.
+    """
+    import msgspec
+
+    from onecopy.guest.artifacts import describe_fully
+    from onecopy.guest.host import Host
+
+    host = Host.open()
+    guest = next((each for each in host.guests() if each.name == name.name), None)
+    if guest and not name.digest:
+        print_json(msgspec.to_builtins(guest))
+    else:
+        print_json(describe_fully(host.store, host.store.resolve(name)))

@@ -1,0 +1,51 @@
+"""How commands speak: tables and JSON on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+
+def print_json(value: object) -> None:
+    """One JSON document."""
+    print(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False))
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their content; figures to the right."""
+    table = [list(headings), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
+    numeric = [
+        bool(rows) and all(row[c][:1].isdigit() or row[c] in "-?" for row in rows)
+        for c in range(len(headings))
+    ]
+    for row in table:
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A function that tells the present step: live on a terminal, else plain lines."""
+    if not sys.stderr.isatty():
+        yield lambda text: print(f"onecopy: {text}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("...") as status:
+        yield lambda text: status.update(text.replace("[", r"\["))
+
+
+def duration(seconds: float) -> str:
+    """For a reader: 0.052 s, 12 s, 3 min, 2 h."""
+    if seconds < 10:
+        return f"{seconds:.3f} s"
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 86400:.0f} days"

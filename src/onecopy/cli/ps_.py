@@ -1,0 +1,41 @@
+"""onecopy ps"""
+
+import time
+
+import click
+
+from onecopy.cli.output import duration, print_json, print_table
+from onecopy.cli.params import json_option
+
+
+@click.command("ps")
+@json_option
+def command(as_json: bool) -> None:
+    """List the running guests.
+
+    JSON: one object per guest, the fields of guest.json (docs/json.md).
+    """
+    import msgspec
+
+    from onecopy.guest.host import Host
+
+    guests = Host.open().guests()
+    if as_json:
+        print_json(msgspec.to_builtins(guests))
+        return
+    rows = [
+        [
+            guest.name,
+            guest.kind,
+            guest.source,
+            guest.accel,
+            str(guest.pid),
+            duration(max(time.time() - guest.started, 0)),
+            duration(guest.start_seconds),
+            ",".join(f"{host}->{port}" for host, port in guest.publish) or "-",
+        ]
+        for guest in guests
+    ]
+    print_table(["NAME", "KIND", "SOURCE", "ACCEL", "PID", "UP", "STARTED IN", "PORTS"], rows)
+    for reason in sorted({f"{guest.accel}: {guest.accel_reason}" for guest in guests}):
+        print(reason)

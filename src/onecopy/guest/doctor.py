@@ -1,0 +1,92 @@
+"""What this host can do: programs, QEMU, the accelerator, the kernel's counters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from onecopy.build.kernel import KernelConfig, ensure_kernel
+from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
+from onecopy.guest.host import Host
+from onecopy.host import ksm, meminfo, pagemap
+from onecopy.model import format_size
+from onecopy.run import PACKAGES, find_program
+from onecopy.vmm.accel import Choice, choose
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check; ``state`` is ok, limited (something works less well) or missing."""
+
+    check: str
+    state: str
+    says: str
+
+
+def examine(host: Host, progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
+    """All checks; raises nothing for what it finds."""
+    return [
+        *_programs(),
+        *_virtualization(host, progress),
+        *_memory(),
+        *_counters(),
+        *_store(host),
+    ]
+
+
+def _programs() -> Iterator[Finding]:
+    absent: set[str] = set()
+    for program, package in PACKAGES.items():
+        try:
+            find_program(program)
+        except MissingProgram:
+            absent.add(package)
+    if absent:
+        yield Finding("programs", "missing", f"apt-get install {' '.join(sorted(absent))}")
+    else:
+        yield Finding("programs", "ok", f"all {len(PACKAGES)} found")
+
+
+def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Finding]:
+    try:
+        qemu = host.qemu
+        rom = "RAM files stay read-only" if qemu.rom else "RAM files are opened read-write by root"
+        yield Finding("qemu", "ok", f"{qemu.version}, {qemu.machine}; {rom}")
+        kernel = ensure_kernel(host.store, progress=progress)
+        yield Finding("kernel", "ok", KernelConfig.of(kernel).release)
+        progress("running a probe guest under KVM")
+        path = kernel.layer("kernel").path
+        accel = choose(Choice.AUTO, qemu.binary, path, host.store.cache)
+        state = "ok" if accel.name == "kvm" else "limited"
+        yield Finding("accelerator", state, f"{accel.name}: {accel.reason}")
+    except OnecopyError as error:
+        yield Finding("virtualization", "missing", f"{error.message} ({error.hint})")
+
+
+def _memory() -> Iterator[Finding]:
+    info = meminfo.read()
+    known = info.available is not None and info.total is not None
+    says = f"{format_size(info.available or 0)} available of {format_size(info.total or 0)}"
+    yield Finding("memory", "ok" if known else "limited", says if known else "unknown")
+    merging = ksm.read()
+    if merging is None:
+        yield Finding("KSM", "limited", "this kernel has none")
+    else:
+        yield Finding("KSM", "ok", "running" if merging.run else "there, and off")
+
+
+def _counters() -> Iterator[Finding]:
+    try:
+        start = id(object()) & ~0xFFF
+        pagemap.read(os.getpid(), start, 1)
+        yield Finding("page counters", "ok", "pagemap shows physical pages")
+    except NotPermitted:
+        yield Finding("page counters", "limited", "physical pages are shown to root only")
+
+
+def _store(host: Host) -> Iterator[Finding]:
+    free = shutil.disk_usage(host.store.root).free
+    state = "ok" if free > 2 << 30 else "limited"
+    yield Finding("store", state, f"{host.store.root}, {format_size(free)} free")
