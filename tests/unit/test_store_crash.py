@@ -112,13 +112,15 @@ def test_workspace_of_a_killed_command_is_swept_and_a_live_one_is_not(tmp_path: 
             signal.pause()
 
     child = fork(work)
-    folder = Path(os.fsdecode(os.read(reading, 4096)))
-    os.close(reading)
-    os.close(writing)
-    Store(tmp_path)
-    assert (folder / "file").exists()
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        folder = Path(os.fsdecode(os.read(reading, 4096)))
+        Store(tmp_path)
+        assert (folder / "file").exists()
+    finally:
+        os.close(reading)
+        os.close(writing)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     Store(tmp_path)
     assert check_whole(tmp_path) == {}
     assert not folder.exists()

@@ -22,7 +22,7 @@ from onecopy.store import Artifact, NewLayer, Store
 
 TOOLS_NAME = "onecopy-tools"
 _PACKAGES = ("qemu-guest-agent", "busybox-static")
-_SCRIPTS = ("start", "agent", "session", "exec", "stop", "identity")
+_SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "identity")
 
 
 def ensure_tools(store: Store, progress: Callable[[str], None] = lambda _: None) -> Artifact:

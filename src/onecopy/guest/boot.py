@@ -224,11 +224,17 @@ async def _ready(folder: Path, spec: ColdSpec) -> None:
         )
 
 
-#: A system with systemd is ready when its start-up jobs are done, failed ones included; any other
-#: when its agent answers.
+#: systemd is ready when its start-up jobs are done, failed ones included; any other init when it
+#: has taken over from our second stage; a command of the user's when it has been started.
 _DEFAULT_READY = """
-    [ ! -d /run/systemd/system ] ||
-    case $(systemctl is-system-running 2>/dev/null) in running|degraded) ;; *) false ;; esac
+    read -r init </proc/1/comm
+    case $init in
+        systemd) case $(systemctl is-system-running 2>/dev/null) in
+            running|degraded) ;;
+            *) false ;;
+        esac ;;
+        sh|busybox) [ -e /run/onecopy/run ] ;;
+    esac
 """
 
 
