@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+import pytest
 from tests.unit.store_kit import check_whole, fork, killed_at, put
 
 from onecopy.model import Reference
@@ -80,14 +81,16 @@ def test_first_opening_killed_anywhere(tmp_path: Path) -> None:
             break
 
 
-def test_sweep_killed_anywhere_is_finished_by_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workspace", [False, True])
+def test_sweep_killed_anywhere_is_finished_by_the_next(tmp_path: Path, workspace: bool) -> None:
     root, copy = tmp_path / "a", tmp_path / "copy"
     store = Store(root)
     with store.hold([put(store, "app:1", OLD).digest], "web-1"):
         new = put(store, "app:1", NEW)
-    # Left now: a stale lease, a blob that only it keeps, and a workspace.
-    (root / "tmp" / "work-x").mkdir()
-    (root / "tmp" / "work-x" / "half").write_bytes(b"half")
+    # Left now: a stale lease and blobs that only it keeps, which nothing else gives away.
+    if workspace:
+        (root / "tmp" / "work-x").mkdir()
+        (root / "tmp" / "work-x" / "half").write_bytes(b"half")
     for step in count(1):
         shutil.copytree(root, copy)
         killed = killed_at(step, lambda: Store(copy))

@@ -78,8 +78,11 @@ class DebianSource:
 
     @property
     def installed(self) -> tuple[str, ...]:
-        """``packages``, and udev for systemd: without it the login on the console waits 90 s."""
-        return (*self.packages, "udev") if self.has_systemd else self.packages
+        """``packages`` and, for systemd, what its units expect.
+
+        Without udev the login on the console waits 90 s; without kmod two units fail.
+        """
+        return (*self.packages, "udev", "kmod") if self.has_systemd else self.packages
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
         """Install into the empty folder ``into``, as root, and return it (about 20 s).

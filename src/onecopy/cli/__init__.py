@@ -31,6 +31,7 @@ _COMMANDS = {
     "rm": "Remove segments, saved systems or kernels.",
     "report": "Show what the memory of all guests costs, by the kernel's counters.",
     "doctor": "Check what this host can do.",
+    "demo": "Show it all: build, save, start guests cold and saved, compare.",
     "completion": "Print the completion script of a shell.",
 }
 #: Commands whose exit code is that of a program in the guest: ours is then always 125.

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from onecopy.build.bootfiles import Boot, write_initrd
+from onecopy.build.bootfiles import TOOLS_MOUNTPOINT, Boot, write_initrd
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.build.tools import ensure_tools
 from onecopy.errors import AgentFailed, GuestFailed, NotEnough, NotReady
@@ -17,6 +17,7 @@ from onecopy.guest import machine
 from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
+from onecopy.guest.ports import Ports, published, require_free
 from onecopy.host import meminfo
 from onecopy.model import MIB, Reference, align_up
 from onecopy.store import Artifact
@@ -24,6 +25,7 @@ from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Hardware, Kernel, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, launch, prepare
+from onecopy.vmm.monitor import connect
 
 MINIMUM_MEMORY = 96 * MIB
 DEFAULT_MEMORY = 256 * MIB
@@ -226,28 +228,32 @@ async def _ready(folder: Path, spec: ColdSpec) -> None:
 
 #: systemd is ready when its start-up jobs are done, failed ones included; any other init when it
 #: has taken over from our second stage; a command of the user's when it has been started.
-_DEFAULT_READY = """
-    read -r init </proc/1/comm
-    case $init in
-        systemd) case $(systemctl is-system-running 2>/dev/null) in
+_DEFAULT_READY = f"""
+    case $(readlink /proc/1/exe) in
+        */systemd) case $(systemctl is-system-running 2>/dev/null) in
             running|degraded) ;;
             *) false ;;
         esac ;;
-        sh|busybox) [ -e /run/onecopy/run ] ;;
+        {TOOLS_MOUNTPOINT}/*) [ -e /run/onecopy/run ] ;;
     esac
 """
 
 
 async def run_cold(host: Host, prepared: Prepared, name: str) -> GuestRecord:
     """Boot a guest and hand it out."""
+    require_free(prepared.spec.publish)
     began = time.monotonic()
     with host.claim(name, prepared.digests) as (folder, lease):
         spec = launch_spec(host, prepared, folder.path, name)
         async with booted(prepared, spec, [lease.fd]) as vmm:
-            return _hand_out(prepared, folder, vmm, time.monotonic() - began)
+            async with connect(folder.path / "monitor.sock") as monitor:
+                ports = await published(monitor, prepared.spec.publish)
+            return _hand_out(prepared, folder, vmm, ports, time.monotonic() - began)
 
 
-def _hand_out(prepared: Prepared, folder: GuestFolder, vmm: Vmm, seconds: float) -> GuestRecord:
+def _hand_out(
+    prepared: Prepared, folder: GuestFolder, vmm: Vmm, ports: Ports, seconds: float
+) -> GuestRecord:
     record = GuestRecord(
         name=folder.name,
         kind="cold",
@@ -261,7 +267,7 @@ def _hand_out(prepared: Prepared, folder: GuestFolder, vmm: Vmm, seconds: float)
         memory=prepared.hardware.memory,
         ram_path=None,
         segments=machine.blob_names(prepared.placed),
-        publish=prepared.spec.publish,
+        publish=ports,
     )
     folder.hand_out(record)
     vmm.detach()

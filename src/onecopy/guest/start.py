@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import socket
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from onecopy.errors import GuestFailed, Incompatible, InUse
+from onecopy.errors import GuestFailed, Incompatible
 from onecopy.guest import identity, machine
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig
+from onecopy.guest.ports import Ports, published, require_free
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import Hardware, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, launch, prepare
-from onecopy.vmm.monitor import Monitor, connect
-
-Ports = tuple[tuple[int, int], ...]
-_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
+from onecopy.vmm.monitor import connect
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ async def start_clone(host: Host, source: Template, name: str, publish: Ports = 
 
     Raises AlreadyExists if the name is taken, InUse if a port is, GuestFailed, AgentFailed.
     """
-    _require_ports(publish)
+    require_free(publish)
     began = time.monotonic()
     with host.claim(name, [source.artifact.digest]) as (folder, lease):
         prepare(folder.path)
@@ -102,7 +98,7 @@ async def start_clone(host: Host, source: Template, name: str, publish: Ports = 
             async with connect(folder.path / "monitor.sock") as monitor:
                 with source.artifact.layer("state").path.open("rb") as state:
                     await monitor.incoming(state.fileno())
-                ports = await _ports(monitor, publish)
+                ports = await published(monitor, publish)
             await identity.become(folder.path, name, machine_id=source.config.machine_id)
             record = _record(source, folder, vmm, ports, time.monotonic() - began)
             folder.hand_out(record)
@@ -140,25 +136,3 @@ def _record(
         segments=source.segments,
         publish=ports,
     )
-
-
-def _require_ports(publish: Ports) -> None:
-    for port, _ in publish:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                raise InUse(
-                    f"port {port} on 127.0.0.1 is taken",
-                    users=(),
-                    hint="give another port, or 0 for any free one",
-                ) from None
-
-
-async def _ports(monitor: Monitor, publish: Ports) -> Ports:
-    """The published ports, with those that were left to the kernel."""
-    if all(port for port, _ in publish):
-        return publish
-    text = await monitor.human("info usernet")
-    return tuple(sorted((int(host), int(guest)) for host, guest in _FORWARD.findall(text)))

@@ -1,0 +1,73 @@
+"""Asking a guest's application over HTTP, until it answers.
+
+Not here: the application (app.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from onecopy.errors import GuestFailed, NotReady
+
+_T = TypeVar("_T")
+#: Seconds after which a guest that does not answer is given up.
+TIMEOUT = 300.0
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def answered(port: int, name: str) -> None:
+    """Wait until the guest behind ``port`` answers that it is ``name``; raise NotReady."""
+    deadline = time.monotonic() + TIMEOUT
+    # QEMU takes the connection at once and holds it until the guest is up: ask anew, often at
+    # first, seldom once it is clear that the guest is slow.
+    patience = 0.2
+    while time.monotonic() < deadline:
+        try:
+            async with asyncio.timeout(patience):
+                said = await _ask(port)
+        except (TimeoutError, OSError, ValueError):
+            patience = min(patience * 1.03, 2.0)
+            await asyncio.sleep(0.01)
+        else:
+            if said != name:
+                raise GuestFailed(f"the guest {name} answers that it is {said!r}")
+            return
+    raise NotReady(f"{name} did not answer within {TIMEOUT:g} s")
+
+
+async def _ask(port: int) -> str:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(b"GET / HTTP/1.0\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+    if b" 200 " not in head:
+        raise ValueError(head)
+    return str(json.loads(body)["name"])
+
+
+async def before(end: Awaitable[object], wanted: Awaitable[_T]) -> _T:
+    """The result of ``wanted``; raise what ``end`` raises, or GuestFailed, if that comes first."""
+    ended, task = asyncio.ensure_future(end), asyncio.ensure_future(wanted)
+    try:
+        await asyncio.wait({ended, task}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise GuestFailed(f"the guest ended before it was ready ({ended.result()})")
+    finally:
+        for each in (ended, task):
+            each.cancel()
+        await asyncio.gather(ended, task, return_exceptions=True)

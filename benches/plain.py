@@ -1,0 +1,76 @@
+"""Plain guests: the same root image, kernel, machine and application, with the root as a virtio disk.
+
+The same QEMU command line as onecopy's (vmm/argv.py), but for the segments. Not here: what is
+measured (kinds.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benches.setup import Setup, resource
+from onecopy.build.bootfiles import cpio
+from onecopy.build.kernel import KernelConfig
+from onecopy.run import run
+from onecopy.vmm.argv import Kernel, Launch, Ram
+from onecopy.vmm.launch import Vmm, launch, prepare
+
+#: Boot modules that serve segments and the agent: a plain guest has neither.
+_NOT_NEEDED = ("virtio_pmem", "nd_", "libnvdimm", "dax", "virtio_console")
+
+
+def disk_module(setup: Setup) -> Path | None:
+    """virtio_blk out of the kernel's modules, or None if it is built in."""
+    tree = setup.work / "modules"
+    if not tree.exists():
+        image = setup.prepared.kernel.layer("modules").path
+        run(["fsck.erofs", f"--extract={tree}", image])
+    return next(tree.glob("**/virtio_blk.ko"), None)
+
+
+def start_plain(setup: Setup, name: str, command: str, port: int) -> Vmm:
+    """Start QEMU; the guest runs ``command``, and its port 80 is ``port`` of 127.0.0.1."""
+    folder = setup.work / name
+    folder.mkdir()
+    _write_initrd(setup, folder / "initrd", name, command)
+    prepare(folder)
+    spec = Launch(
+        binary=setup.host.qemu.binary,
+        accel=setup.prepared.accel.name,
+        name=name,
+        folder=folder,
+        monitor_fd="FD",
+        ram=Ram.ANONYMOUS,
+        kernel=Kernel(setup.prepared.kernel.layer("kernel").path, folder / "initrd"),
+        publish=((port, 80),),
+        extra=("-drive", f"file={setup.image},if=virtio,format=raw,readonly=on"),
+    )
+    return launch(replace(setup.prepared.hardware, segments=()), spec)
+
+
+def _write_initrd(setup: Setup, out: Path, name: str, command: str) -> None:
+    """The boot modules that onecopy's own guests get, virtio_blk, busybox and `init`."""
+    names = _needed(KernelConfig.of(setup.prepared.kernel).modules)
+    folder = out.with_name("initrd.d")
+    for each in ("bench", "bin", "dev", "proc", "sys"):
+        (folder / each).mkdir(parents=True)
+    module = disk_module(setup)
+    if module:
+        shutil.copyfile(module, folder / "bench/virtio_blk.ko")
+        names.append("bench/virtio_blk.ko")
+    shutil.copyfile(setup.prepared.tools.layer("busybox").path, folder / "bin/busybox")
+    (folder / "bin/busybox").chmod(0o755)
+    (folder / "init").write_text(resource("init"))
+    (folder / "init").chmod(0o755)
+    (folder / "bench/modules").write_text("".join(f"{each}\n" for each in names))
+    (folder / "bench/hostname").write_text(name + "\n")
+    (folder / "bench/run").write_text(command)
+    out.write_bytes(setup.prepared.kernel.layer("boot-modules").path.read_bytes() + cpio(folder))
+    shutil.rmtree(folder)
+
+
+def _needed(modules: Sequence[str]) -> list[str]:
+    return [each for each in modules if not Path(each).name.startswith(_NOT_NEEDED)]

@@ -1,0 +1,85 @@
+"""The demo's course: build, save, start cold and saved guests, and compare them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from onecopy.build.packages import host_suite
+from onecopy.build.segment import build_segment
+from onecopy.demo.measure import Batch, start_batch
+from onecopy.guest import boot, save, start
+from onecopy.guest.host import Host
+from onecopy.model import Reference
+from onecopy.vmm.accel import Choice
+
+ROOT = Reference("demo-root")
+APP = Reference("demo-app")
+SYSTEM = Reference("demo-hello")
+COLD_GUESTS = 2
+SAVED_GUESTS = 8
+
+
+def specification(accel: Choice) -> boot.ColdSpec:
+    """The guest of the demo: Debian with Python, and an HTTP service from a segment of its own."""
+    return boot.ColdSpec(
+        root=ROOT,
+        segments=((APP, "/srv"),),
+        command="python3 /srv/hello.py",
+        ready="wget -q -O /dev/null http://127.0.0.1:80/",
+        accel=accel,
+    )
+
+
+async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[str, list[Batch]]:
+    """Do it all; returns the accelerator (and why) and what both kinds of guests took.
+
+    The demo's segments and system stay in the store, its guests do not stay.
+    """
+    build_all(host, tell)
+    spec = specification(accel)
+    tell("saving a system whose HTTP service is up")
+    system = await save.save_system(host, SYSTEM, spec, tell)
+    tell(f"starting {COLD_GUESTS} guests cold")
+    prepared = boot.prepare_cold(host, replace(spec, ready="true"))
+    cold = await _batch(
+        host,
+        "cold",
+        COLD_GUESTS,
+        lambda name, ports: boot.run_cold(
+            host, replace(prepared, spec=replace(prepared.spec, publish=ports)), name
+        ),
+    )
+    tell(f"starting {SAVED_GUESTS} guests from the saved system")
+    template = start.template(host, system)
+    saved = await _batch(
+        host,
+        "saved",
+        SAVED_GUESTS,
+        lambda name, ports: start.start_clone(host, template, name, ports),
+    )
+    return f"{prepared.accel.name}: {prepared.accel.reason}", [cold, saved]
+
+
+def build_all(host: Host, tell: Callable[[str], None]) -> None:
+    """The root segment, once, and the application's, which is quick."""
+    if not host.store.find(ROOT, "segment"):
+        build_segment(
+            host.store, ROOT, f"debian:{host_suite()}", include=["python3"], progress=tell
+        )
+    with resources.as_file(resources.files("onecopy.demo").joinpath("app")) as folder:
+        build_segment(host.store, APP, f"dir:{Path(folder)}", progress=tell)
+
+
+async def _batch(host: Host, kind: str, count: int, starter: object) -> Batch:
+    run_id = secrets.token_hex(2)
+    names = [f"demo-{kind}-{run_id}-{number}" for number in range(1, count + 1)]
+    try:
+        return await start_batch(host, kind, names, starter)  # type: ignore[arg-type]
+    finally:
+        for guest in host.guests():
+            if guest.name in names:
+                host.end(guest)

@@ -1,0 +1,110 @@
+"""Starting guests and timing each until its application answers a request with its own name."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import start_many
+from onecopy.guest.maps import guest_maps
+from onecopy.guest.ports import Ports
+from onecopy.sharing import report
+
+_REQUEST = b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
+#: Seconds that a guest has to answer.
+PATIENCE = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Guests that were started together, and what they took; times in seconds, memory in bytes."""
+
+    kind: str
+    guests: int
+    answered: int
+    """How many answered with their own name."""
+    seconds: float
+    """From the first start until the last answer."""
+    each: tuple[float, ...]
+    """From the first start until each guest's answer."""
+    ram_private: int
+    """Pages of RAM that a guest has alone, mean."""
+    host: int
+    """Host memory per guest: Pss (what several share is divided among them) and page tables."""
+
+    @property
+    def per_guest(self) -> float:
+        """Seconds until all applications answer, divided by the number of guests."""
+        return self.seconds / self.guests
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that are free now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+async def start_batch(
+    host: Host,
+    kind: str,
+    names: Sequence[str],
+    start: Callable[[str, Ports], Awaitable[GuestRecord]],
+) -> Batch:
+    """Start guests at once, and look at them when all have answered; the caller ends them."""
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    answers: dict[str, asyncio.Task[float | None]] = {}
+
+    async def start_and_ask(name: str) -> GuestRecord:
+        record = await start(name, ((ports[name], 80),))
+        # The next guest starts while this one answers.
+        answers[name] = asyncio.create_task(_answered(name, ports[name]))
+        return record
+
+    began = time.monotonic()
+    started = await start_many(host, names, start_and_ask)
+    when = [at for at in await asyncio.gather(*answers.values()) if at is not None]
+    figures = report.collect(guest_maps(started.guests)).totals
+    count = len(names)
+    return Batch(
+        kind=kind,
+        guests=count,
+        answered=len(when),
+        seconds=max(when, default=time.monotonic()) - began,
+        each=tuple(at - began for at in when),
+        ram_private=(figures["ram_private"] or 0) // count,
+        host=((figures["pss_total"] or 0) + (figures["page_tables"] or 0)) // count,
+    )
+
+
+async def _answered(name: str, port: int) -> float | None:
+    """When the application behind ``port`` answered with ``name``; None if it never does."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        # Short: what is sent before the application listens is answered late or never.
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(1):
+                if await _request(port) == name:
+                    return time.monotonic()
+        await asyncio.sleep(0.02)
+    return None
+
+
+async def _request(port: int) -> str:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(_REQUEST)
+        reply = await reader.read()
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    return reply.partition(b"\r\n\r\n")[2].decode().strip()

@@ -1,0 +1,102 @@
+"""The demo's result as a table, as JSON, and as a picture (SVG)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from onecopy.demo.measure import Batch
+from onecopy.model import MIB
+
+HEADINGS = (
+    "GUESTS",
+    "HOW MANY",
+    "UNTIL ALL ANSWER",
+    "PER GUEST",
+    "HOST MEMORY PER GUEST",
+    "OF IT PRIVATE RAM",
+)
+NOTES = (
+    "UNTIL ALL ANSWER: from the first start until every guest's HTTP service has answered with its "
+    "own name. PER GUEST: that, divided by the number of guests.",
+    "HOST MEMORY PER GUEST: the kernel's Pss of all their QEMU processes, by the number of guests "
+    "(pages that several share count once in all), and page tables.",
+    "PRIVATE RAM: pages of RAM that no other guest shares.",
+)
+
+
+def rows(batches: Sequence[Batch]) -> list[list[str]]:
+    """One row per kind of guest."""
+    return [
+        [
+            {"cold": "booted cold", "saved": "from the saved system"}[batch.kind],
+            str(batch.guests),
+            f"{batch.seconds:.2f} s",
+            f"{batch.per_guest:.3f} s",
+            f"{batch.host / MIB:.1f} MiB",
+            f"{batch.ram_private / MIB:.2f} MiB",
+        ]
+        for batch in batches
+    ]
+
+
+def as_json(accel: str, batches: Sequence[Batch]) -> dict[str, Any]:
+    """docs/json.md; seconds and bytes."""
+    cold, saved = batches
+    return {
+        "guests": saved.guests,
+        "answered": saved.answered,
+        "accel": accel.partition(":")[0],
+        "accel_reason": accel.partition(": ")[2],
+        "speedup": cold.per_guest / saved.per_guest,
+        "private_ram_bytes_per_guest": saved.ram_private,
+        "host_bytes_per_guest": saved.host,
+        "cold_guests": cold.guests,
+        "cold_answered": cold.answered,
+        "cold_private_ram_bytes_per_guest": cold.ram_private,
+        "cold_host_bytes_per_guest": cold.host,
+        "seconds_until_all_answer": saved.seconds,
+        "cold_seconds_until_all_answer": cold.seconds,
+        "cores": os.cpu_count(),
+        "host_kernel": platform.release(),
+    }
+
+
+def picture(accel: str, batches: Sequence[Batch]) -> str:
+    """Three pairs of bars as an SVG document."""
+    cold, saved = batches
+    panels = [
+        ("Until the application answers, per guest", "s", cold.per_guest, saved.per_guest, 3),
+        ("Host memory per guest", "MiB", cold.host / MIB, saved.host / MIB, 1),
+        ("Of it private RAM", "MiB", cold.ram_private / MIB, saved.ram_private / MIB, 2),
+    ]
+    body = "".join(_panel(number, *panel) for number, panel in enumerate(panels))
+    title = f"onecopy: {saved.guests} guests from one saved system, {cold.guests} booted cold"
+    note = f"{platform.machine()}, {os.cpu_count()} cores, {accel}"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" font-family="sans-serif">'
+        '<rect width="760" height="300" fill="white"/>'
+        f'<text x="20" y="30" font-size="17" font-weight="bold">{escape(title)}</text>'
+        f'{body}<text x="20" y="288" font-size="10" fill="#666">{escape(note[:130])}</text></svg>\n'
+    )
+
+
+def _panel(number: int, title: str, unit: str, cold: float, saved: float, digits: int) -> str:
+    top = 55 + number * 75
+    style = 'font-size="12"'
+    parts = [f'<text x="20" y="{top}" font-size="13">{title}</text>']
+    largest = max(cold, saved) or 1
+    for line, (name, value, color) in enumerate(
+        (("cold", cold, "#b0b7c3"), ("saved", saved, "#2463eb"))
+    ):
+        y = top + 8 + line * 24
+        width = max(500 * value / largest, 1)
+        parts.append(
+            f'<text x="20" y="{y + 15}" font-size="12" fill="#444">{name}</text>'
+            f'<rect x="70" y="{y}" width="{width:.1f}" height="20" fill="{color}"/>'
+            f'<text x="{76 + width:.1f}" y="{y + 15}" {style}>{value:.{digits}f} {unit}</text>'
+        )
+    return "".join(parts)

@@ -1,0 +1,260 @@
+"""What the tests with real guests share: a store with things to boot, and guests that end.
+
+Each session works in a store of its own, a copy of one that is kept in ``$ONECOPY_TEST_CACHE``
+(default: .cache/onecopy-tests) with what takes long to make: kernel, tools and a Debian root. The
+kept one is made anew when src/onecopy/build changes. Not here: what is looked at in a guest's
+memory (physical.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+from tests.conftest import cannot_run
+
+from onecopy.build.kernel import ensure_kernel
+from onecopy.build.segment import build_segment
+from onecopy.build.tools import ensure_tools
+from onecopy.errors import BadSource, MissingProgram
+from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
+from onecopy.guest.exec import Completed, run_captured
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import names_for, start_many
+from onecopy.guest.save import save_system
+from onecopy.guest.start import start_clone, template
+from onecopy.model import MIB, Reference
+from onecopy.store import Artifact
+from onecopy.vmm.accel import Choice, choose
+
+PROJECT = Path(__file__).parents[2]
+PYTHON_ROOT = Reference("python")
+SUITE = "bookworm"
+
+APP = """\
+import http.server, socket
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = (socket.gethostname() + "\\n").encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+http.server.ThreadingHTTPServer(("", 80), Handler).serve_forever()
+"""
+PROBE = """\
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+/* With no argument stays up; else prints its arguments after the first, which is its exit code. */
+int main(int argc, char **argv) {
+    if (argc < 2)
+        for (;;) pause();
+    for (int i = 2; i < argc; i++) puts(argv[i]);
+    return atoi(argv[1]);
+}
+"""
+
+Clones = Callable[[int], list[GuestRecord]]
+
+
+class RunIn(Protocol):
+    """The fixture ``run_in``: run a program in a guest, ``timeout`` in seconds."""
+
+    def __call__(
+        self, guest: GuestRecord, *argv: str, stdin: bytes | None = None, timeout: float = 120
+    ) -> Completed: ...
+
+
+class Cold(Protocol):
+    """The fixture ``cold``: boot one guest from a segment; ``options`` are ColdSpec's."""
+
+    def __call__(self, root: Artifact, **options: object) -> GuestRecord: ...
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A store of the session's own, also for subprocesses; at the end no VMM of it is left."""
+    if os.geteuid() != 0:
+        cannot_run("Debian roots are built, and physical pages seen, by root only")
+    root = tmp_path_factory.mktemp("home") / "store"
+    _copy_kept_store(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ONECOPY_HOME", str(root))
+        mine = Host.open(root)
+        try:
+            yield mine
+        finally:
+            mine.sweep()
+            for record in mine.guests():
+                mine.end(record)
+            left = vmms(mine)
+            shutil.rmtree(mine.run)
+            shutil.rmtree(root)
+        assert not left, f"VMMs were left: {left}"
+
+
+def vmms(host: Host) -> list[int]:
+    """Process ids of all VMMs with a run folder of ``host``, whether on record or not."""
+    mark = f"{host.run}/".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:  # it ended meanwhile
+                continue
+            if line.partition(b"\0")[0].endswith(b"qemu-system-x86_64") and mark in line:
+                found.append(int(entry.name))
+    return found
+
+
+def _copy_kept_store(root: Path) -> None:
+    cache = Path(os.environ.get("ONECOPY_TEST_CACHE", PROJECT / ".cache/onecopy-tests"))
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kept = cache / _builders_digest()
+        for other in cache.iterdir():
+            if other not in (kept, cache / "lock"):
+                shutil.rmtree(other)
+        _fill(Host.open(kept))
+        # Copied, not linked: a test may damage what it has.
+        subprocess.run(["cp", "-a", "--reflink=auto", kept, root], check=True)
+
+
+def _builders_digest() -> str:
+    digest = hashlib.sha256()
+    files = (PROJECT / "src/onecopy/build").rglob("*")
+    for path in sorted(p for p in files if p.is_file() and p.suffix != ".pyc"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _fill(kept: Host) -> None:
+    try:
+        kernel = ensure_kernel(kept.store)
+        ensure_tools(kept.store)
+        if not kept.store.find(PYTHON_ROOT, "segment"):
+            build_segment(kept.store, PYTHON_ROOT, f"debian:{SUITE}", include=["python3"])
+        # The answers of QEMU and of the KVM probe are kept beside the store, too.
+        choose(Choice.AUTO, kept.qemu.binary, kernel.layer("kernel").path, kept.store.cache)
+    except (BadSource, MissingProgram) as error:
+        cannot_run(error.message)
+
+
+@pytest.fixture(scope="session")
+def python_root(host: Host) -> Artifact:
+    """Root segment: Debian with python3, no init."""
+    return host.store.resolve(PYTHON_ROOT, "segment")
+
+
+@pytest.fixture(scope="session")
+def app(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Segment with app.py: an HTTP server on port 80 that answers its hostname."""
+    folder = tmp_path_factory.mktemp("app")
+    (folder / "app.py").write_text(APP)
+    return build_segment(host.store, Reference("app"), f"dir:{folder}")
+
+
+@pytest.fixture(scope="session")
+def busybox_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Root segment: /bin/busybox and /bin/sh, nothing else."""
+    folder = tmp_path_factory.mktemp("busybox")
+    (folder / "bin").mkdir()
+    shutil.copy("/bin/busybox", folder / "bin/busybox")
+    (folder / "bin/sh").symlink_to("busybox")
+    return build_segment(host.store, Reference("busybox"), f"dir:{folder}")
+
+
+@pytest.fixture(scope="session")
+def static_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Root segment: one static program, /bin/probe (see PROBE), and no shell."""
+    if shutil.which("gcc") is None:
+        cannot_run("there is no gcc")
+    folder = tmp_path_factory.mktemp("static")
+    (folder / "bin").mkdir()
+    source = folder.with_suffix(".c")
+    source.write_text(PROBE)
+    subprocess.run(["gcc", "-static", "-Os", "-s", "-o", folder / "bin/probe", source], check=True)
+    return build_segment(host.store, Reference("static"), f"dir:{folder}")
+
+
+@pytest.fixture(scope="session")
+def saved(host: Host, python_root: Artifact, app: Artifact) -> Artifact:
+    """Saved system: ``python_root`` with the app at /srv/app answering on port 80."""
+    spec = ColdSpec(
+        root=Reference.parse(python_root.ref),
+        segments=((Reference.parse(app.ref), "/srv/app"),),
+        memory=256 * MIB,
+        command="exec python3 /srv/app/app.py",
+        ready="wget -q -O /dev/null http://127.0.0.1/",
+    )
+    return asyncio.run(save_system(host, Reference("saved"), spec))
+
+
+@pytest.fixture
+def clones(host: Host, saved: Artifact) -> Iterator[Clones]:
+    """``clones(n)`` starts n clones of ``saved``; they end after the test."""
+    source = template(host, saved)
+    started: list[GuestRecord] = []
+
+    def start(count: int) -> list[GuestRecord]:
+        names = names_for("clone", None, count)
+        new = _start(host, names, lambda name: start_clone(host, source, name))
+        started.extend(new)
+        return new
+
+    yield start
+    for record in started:
+        host.end(record)
+
+
+@pytest.fixture
+def cold(host: Host) -> Iterator[Cold]:
+    """``cold(root, **options)`` boots a guest from a segment; it ends after the test."""
+    started: list[GuestRecord] = []
+
+    def boot(root: Artifact, **options: object) -> GuestRecord:
+        spec = ColdSpec(root=Reference.parse(root.ref), **options)  # type: ignore[arg-type]
+        prepared = prepare_cold(host, spec)
+        names = names_for("cold", None, 1)
+        started.extend(_start(host, names, lambda name: run_cold(host, prepared, name)))
+        return started[-1]
+
+    yield boot
+    for record in started:
+        host.end(record)
+
+
+def _start(
+    host: Host, names: list[str], start: Callable[[str], Awaitable[GuestRecord]]
+) -> list[GuestRecord]:
+    return list(asyncio.run(start_many(host, names, start)).guests)
+
+
+@pytest.fixture
+def run_in(host: Host) -> RunIn:
+    """``run_in(guest, *argv)`` runs a program in a guest and returns what came of it."""
+
+    def run(
+        guest: GuestRecord, *argv: str, stdin: bytes | None = None, timeout: float = 120
+    ) -> Completed:
+        folder = host.run / guest.name
+        return asyncio.run(run_captured(folder, argv, stdin=stdin, timeout=timeout))
+
+    return run
