@@ -18,7 +18,10 @@ _ESCAPE = b"\x1d"  # Ctrl-]
 @click.command("console")
 @click.argument("guest", type=GuestType())
 def command(guest: str) -> None:
-    """Connect the terminal to a guest's serial console; Ctrl-] leaves it."""
+    """Connect the terminal to a guest's serial console.
+
+    Ctrl-] leaves it.
+    """
     from onecopy.guest.host import Host
 
     folder = Host.open().guest(guest)

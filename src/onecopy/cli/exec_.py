@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 import sys
 
 import click
@@ -48,7 +49,19 @@ def _writer(fd: int):  # type: ignore[no-untyped-def]
     return write
 
 
+class _File(asyncio.StreamReader):
+    """Standard input that never blocks: a file, or /dev/null."""
+
+    async def read(self, n: int = -1) -> bytes:
+        return os.read(0, n)
+
+
 async def _stdin() -> asyncio.StreamReader:
+    try:
+        with select.epoll() as poll:
+            poll.register(0)
+    except PermissionError:  # epoll(7) takes no files, and so asyncio does not either
+        return _File()
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +62,8 @@ class PublishType(click.ParamType[Any]):
 
     def convert(self, value: Any, param: object, ctx: object) -> tuple[int, int]:
         host, _, guest = str(value).rpartition(":")
-        if not guest.isdigit() or not (host or "0").isdigit():
+        # int() takes more digits than these, and isdigit() more than int().
+        if not re.fullmatch("[0-9]+", guest) or not re.fullmatch("[0-9]*", host):
             raise InvalidInput(f"{value!r} is not a port pair", hint="write for example -p 8080:80")
         ports = int(host or 0), int(guest)
         if not (0 <= ports[0] < 65536 and 0 < ports[1] < 65536):

@@ -137,7 +137,10 @@ def _cold(
 
 
 def _ports(publish: Ports, number: int) -> Ports:
-    return tuple((host + number if host else 0, guest) for host, guest in publish)
+    ports = tuple((host + number if host else 0, guest) for host, guest in publish)
+    if any(host > 65535 for host, _ in ports):
+        raise InvalidInput("there are not that many ports", hint="give a lower one, or 0 for any")
+    return ports
 
 
 async def _then(
