@@ -11,7 +11,7 @@ import socket
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers any path."""
 
-    def do_GET(self) -> None:  # noqa: N802 - the library's name
+    def do_GET(self) -> None:
         """Say who this guest is."""
         body = json.dumps({"name": socket.gethostname()}).encode()
         self.send_response(200)

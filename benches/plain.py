@@ -1,4 +1,4 @@
-"""Plain guests: the same root image, kernel, machine and application, with the root as a virtio disk.
+"""Plain guests: same root image, kernel, machine and application, the root as a virtio disk.
 
 The same QEMU command line as onecopy's (vmm/argv.py), but for the segments. Not here: what is
 measured (kinds.py).

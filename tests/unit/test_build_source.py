@@ -80,7 +80,7 @@ def test_packages_are_a_set() -> None:
     with_systemd = open_source("debian:trixie", ["systemd-sysv"])
     assert isinstance(with_systemd, DebianSource)
     assert with_systemd.variant == "minbase"
-    assert with_systemd.installed == ("systemd-sysv", "udev")
+    assert with_systemd.installed == ("systemd-sysv", "udev", "kmod")
 
 
 @pytest.mark.parametrize("path", ["/", "/proc", "/proc/self", "/sys/kernel", "/dev", "/run"])

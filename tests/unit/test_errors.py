@@ -13,7 +13,8 @@ FOOT = """
 `onecopy run SYSTEM -- CMD` exits with CMD's code. Ctrl-C and SIGTERM give 130, after all that was
 begun has been undone. `onecopy doctor` exits with 1 if something is missing.
 
-This page is made from `src/onecopy/errors.py`: `ONECOPY_REGENERATE=1 pytest tests/unit/test_errors.py`
+This page is made from `src/onecopy/errors.py`; `ONECOPY_REGENERATE=1 pytest
+tests/unit/test_errors.py` makes it again.
 """
 
 

@@ -194,8 +194,7 @@ async def _ports(folder: Path, tag: str, stdin: bool) -> AsyncIterator[dict[str,
     finally:
         with contextlib.suppress(GuestFailed):
             async with connect(folder / "monitor.sock") as monitor:
-                for name in ours:
-                    await _unplug(monitor, f"{tag}.{name}")
+                await _unplug(monitor, [f"{tag}.{name}" for name in ours])
         for port in ours.values():
             port.close()
 
@@ -218,16 +217,33 @@ async def _plug(monitor: Monitor, name: str) -> socket.socket:
     return ours
 
 
-async def _unplug(monitor: Monitor, name: str) -> None:
-    with contextlib.suppress(GuestFailed):
-        await monitor.execute("device_del", {"id": f"port.{name}"})
-    with contextlib.suppress(GuestFailed):
-        await monitor.execute("chardev-remove", {"id": f"exec.{name}"})
+async def _unplug(monitor: Monitor, names: Sequence[str]) -> None:
+    for name in names:
+        with contextlib.suppress(GuestFailed):
+            await monitor.execute("device_del", {"id": f"port.{name}"})
+    for name in names:
+        await _remove_chardev(monitor, f"exec.{name}")
+
+
+async def _remove_chardev(monitor: Monitor, label: str) -> None:
+    """QEMU lets go of it some milliseconds after its device (util/rcu.c)."""
+    for _ in range(50):
+        try:
+            await monitor.execute("chardev-remove", {"id": label})
+        except GuestFailed as error:
+            if "busy" not in error.message:
+                return
+            await asyncio.sleep(0.005)
+        else:
+            return
 
 
 async def _remove_abandoned(monitor: Monitor) -> None:
     """Take out the ports of commands that were killed."""
-    for chardev in await monitor.execute("query-chardev"):
-        label = str(chardev["label"])
-        if label.startswith("exec.") and "disconnected" in str(chardev["filename"]):
-            await _unplug(monitor, label.removeprefix("exec."))
+    labels = [
+        str(chardev["label"])
+        for chardev in await monitor.execute("query-chardev")
+        if "disconnected" in str(chardev["filename"])
+    ]
+    prefix = "exec."
+    await _unplug(monitor, [x.removeprefix(prefix) for x in labels if x.startswith(prefix)])

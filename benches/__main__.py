@@ -1,0 +1,95 @@
+"""`python -m benches`: measure, print Markdown, end and remove all that was started.
+
+Not here: the measurements (kinds.py, starts.py, firststart.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from benches.firststart import measure_first_starts
+from benches.kinds import measure_kinds
+from benches.report import Report, machine_facts
+from benches.setup import SYSTEM, Setup, set_up
+from benches.starts import measure_starts
+from onecopy.errors import OnecopyError
+from onecopy.guest.host import Host
+from onecopy.vmm.accel import Choice
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="script/bench",
+        description="Measure plain guests, KSM, segments and saved systems side by side.",
+        epilog="The store is that of onecopy (ONECOPY_HOME); the root segment onecopy-bench-root "
+        "stays in it. KSM is the whole host's: it is switched on for a while, then as it was.",
+    )
+    parser.add_argument("--guests", type=int, default=4, help="guests of each kind (default: 4)")
+    parser.add_argument("--starts", type=int, default=21, help="single starts (default: 21)")
+    parser.add_argument("--programs", type=int, default=3, help="first starts of a program")
+    parser.add_argument("--quick", action="store_true", help="2 guests, 3 starts, 1 program")
+    parser.add_argument("--no-ksm", action="store_true", help="leave the host's KSM alone")
+    parser.add_argument("--accel", choices=list(Choice), default=Choice.AUTO, type=Choice)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all values")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.guests, arguments.starts, arguments.programs = 2, 3, 1
+    if min(arguments.guests - 1, arguments.starts, arguments.programs) < 1:
+        parser.error("at least 2 guests, 1 start and 1 program")
+    return arguments
+
+
+def _tell(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+async def _measure(arguments: argparse.Namespace) -> Report:
+    task = asyncio.current_task()
+    if task:
+        # As on Ctrl-C: what runs is ended, what was set is restored.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    host = Host.open()
+    with tempfile.TemporaryDirectory(prefix="onecopy-bench-") as work:
+        try:
+            setup = await set_up(host, Path(work), arguments.accel, _tell)
+            return await _all(setup, arguments)
+        finally:
+            if host.store.find(SYSTEM, "system"):
+                host.store.remove(SYSTEM)
+
+
+async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:
+    starts = await measure_starts(setup, arguments.starts, _tell)
+    first_starts = await measure_first_starts(setup, arguments.programs, _tell)
+    results = await measure_kinds(setup, arguments.guests, not arguments.no_ksm, _tell)
+    return Report(machine_facts(setup), results, starts, first_starts)
+
+
+def main() -> int:
+    """Run all; the exit code is onecopy's for the error."""
+    arguments = _arguments()
+    try:
+        report = asyncio.run(_measure(arguments))
+    except OnecopyError as error:
+        print(f"bench: {error.message}\n{error.hint}".rstrip(), file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
+    markdown = report.to_markdown()
+    print(markdown, end="")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""KSM over running guests: on until nothing more is merged, then as it was.
+
+Not here: KSM's counters and settings themselves (onecopy.host.ksm).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import Incompatible, NotReady
+from onecopy.host import ksm, process
+
+#: The kernel's defaults are made for a machine that may take hours: 100 pages each 20 ms.
+SETTINGS = {"pages_to_scan": 2000, "sleep_millisecs": 20, "run": 1}
+#: Seconds after which merging that does not come to an end is given up.
+TIMEOUT = 300.0
+_EVERY = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What merging took."""
+
+    seconds: float
+    cpu: float
+    """CPU seconds of ksmd."""
+    full_scans: int
+
+
+@contextlib.asynccontextmanager
+async def merged() -> AsyncIterator[Merged]:
+    """Run KSM until it has converged; its settings are restored at the end."""
+    thread = _ksmd()
+    began, cpu, scans = time.monotonic(), process.cpu_seconds(thread), _read().full_scans or 0
+    with ksm.settings(SETTINGS):
+        await _converged()
+        yield Merged(
+            seconds=time.monotonic() - began,
+            cpu=process.cpu_seconds(thread) - cpu,
+            full_scans=(_read().full_scans or 0) - scans,
+        )
+
+
+async def _converged() -> None:
+    """Until pages_sharing grows by less than 1 % in two whole scans."""
+    deadline = time.monotonic() + TIMEOUT
+    last = _read()
+    while time.monotonic() < deadline:
+        await asyncio.sleep(_EVERY)
+        now = _read()
+        if (now.full_scans or 0) < (last.full_scans or 0) + 2:
+            continue
+        before, sharing = last.pages_sharing or 0, now.pages_sharing or 0
+        if before and sharing <= before * 1.01:
+            return
+        last = now
+    raise NotReady(f"KSM still merges pages after {TIMEOUT:g} s")
+
+
+def _read() -> ksm.Ksm:
+    state = ksm.read()
+    if state is None:
+        raise Incompatible("this kernel has no KSM", hint="measure without it: --no-ksm")
+    return state
+
+
+def _ksmd() -> int:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if (entry / "comm").read_text() == "ksmd\n":
+                    return int(entry.name)
+    raise Incompatible("there is no ksmd", hint="measure without it: --no-ksm")

@@ -1,0 +1,162 @@
+"""All results of one run as JSON values and as Markdown.
+
+Not here: what the figures mean (docs/performance.md says it beside them).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benches.figures import Kind, Spread
+from benches.firststart import FirstStart
+from benches.kinds import Results
+from benches.merging import Merged
+from benches.places import Place
+from benches.setup import Setup
+from benches.starts import MOMENTS, Starts
+from onecopy.host import meminfo
+
+_NAMES = {
+    "plain": "plain",
+    "ksm": "plain + KSM",
+    "segment": "segment, booted",
+    "saved": "saved system",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run."""
+
+    machine: dict[str, str]
+    results: Results
+    starts: Starts
+    first_starts: dict[str, FirstStart]
+
+    def to_json(self) -> dict[str, Any]:
+        """Seconds and bytes; each spread with all its values."""
+        return {"schema": 1, **asdict(self)}
+
+    def to_markdown(self) -> str:
+        """Tables with a heading each."""
+        machine = [[key, value] for key, value in self.machine.items()]
+        parts = [
+            "### The machine\n\n" + _table(["", ""], machine),
+            f"### {self.results.kinds[0].guests} guests of each kind\n\n"
+            + _kinds(self.results.kinds, self.results.merging),
+            "### One start\n\n" + _starts(self.starts),
+            "### The phases of one start\n\n" + _phases(self.starts),
+            "### First start of a program in a guest\n\n" + _first_starts(self.first_starts),
+            "### Where the memory of a saved system's guest lies\n\n"
+            + _places(self.results.places),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def machine_facts(setup: Setup) -> dict[str, str]:
+    """What the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    model = [
+        line.partition(":")[2].strip() for line in cpuinfo.splitlines() if "model name" in line
+    ]
+    accel, hardware = setup.prepared.accel, setup.prepared.hardware
+    return {
+        "processor": f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores",
+        "memory": f"{(meminfo.read().total or 0) / 2**30:.0f} GiB",
+        "host kernel": platform.release(),
+        "QEMU": f"{setup.host.qemu.version}, {hardware.machine}, CPU {hardware.cpu}",
+        "accelerator": f"{accel.name} ({accel.reason})",
+        "guest": f"{hardware.memory / 2**20:.0f} MiB, {hardware.cpus} CPU, "
+        f"Linux {setup.saved.config.kernel}, Debian with Python",
+        "saving the system took": f"{setup.save_seconds:.1f} s",
+    }
+
+
+def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
+    head = ["per guest", *(_NAMES[kind.name] for kind in kinds)]
+    rows = [
+        ["start until it answers, first guest, files not in memory", *(_s(k.first) for k in kinds)],
+        ["the same, the other guests: median (min-max)", *(_spread(k.seconds) for k in kinds)],
+        ["host memory: Pss of the VMM", *(_mib(k.memory.pss) for k in kinds)],
+        ["- of it guest RAM of its own", *(_mib(k.memory.ram_private) for k in kinds)],
+        ["- of it QEMU's own, private", *(_mib(k.memory.vmm_private) for k in kinds)],
+        ["page tables of the VMM (not in Pss)", *(_mib(k.memory.page_tables) for k in kinds)],
+        ["MemFree taken, page cache included", *(_mib(k.memory.free_taken) for k in kinds)],
+        ["MemAvailable taken", *(_mib(k.memory.available_taken) for k in kinds)],
+        ["CPU of the VMM until it answers", *(_s(k.cpu) for k in kinds)],
+        ["CPU of ksmd, shared out", *(_s(k.helper_cpu) if k.helper_cpu else "0" for k in kinds)],
+        ["CPU of an idle guest, of one core", *(f"{k.idle * 100:.2f} %" for k in kinds)],
+    ]  # fmt: skip
+    text = _table(head, rows)
+    if merging:
+        text += (
+            f"\n\nKSM took {merging.seconds:.0f} s, {merging.cpu:.1f} s of ksmd's CPU time and "
+            f"{merging.full_scans} full scans; the guests of that column are those of the first."
+        )
+    return text
+
+
+def _starts(starts: Starts) -> str:
+    rows = [["bare `qemu -S`: until its QMP greeting", starts.bare]]
+    rows += [
+        [f"saved system: until {MOMENTS[key]}", starts.moments[key]]
+        for key in ("running", "handed out", "answered")
+    ]
+    rows.append(["the command `onecopy run SYSTEM`: until it exits", starts.command])
+    cells = [
+        [str(name), *_quartiles(spread), f"{spread.median / starts.bare.median:.2f}"]
+        for name, spread in rows
+        if isinstance(spread, Spread)
+    ]
+    head = ["from spawning QEMU", "median ms", "min-max ms", "times bare QEMU"]
+    return _table(head, cells) + f"\n\n{len(starts.bare.values)} of each, in turn."
+
+
+def _phases(starts: Starts) -> str:
+    rows = [[f"until {text}", *_quartiles(starts.phases[key])] for key, text in MOMENTS.items()]
+    return _table(["from the line before", "median ms", "min-max ms"], rows)
+
+
+def _first_starts(kinds: dict[str, FirstStart]) -> str:
+    columns = list(kinds.values())
+    rows = [
+        ["major page faults in the guest", *(f"{c.faults.median:.0f}" for c in columns)],
+        ["- of the program itself", *(f"{c.own_faults.median:.0f}" for c in columns)],
+        ["read from block devices", *(_mib(c.bytes_read.median) for c in columns)],
+        ["seconds", *(_spread(c.seconds) for c in columns)],
+    ]
+    head = ["`python3 -c 'import json, http.server'`", *(_NAMES[kind] for kind in kinds)]
+    return _table(head, rows) + f"\n\nMedians of {len(columns[0].faults.values)} guests each."
+
+
+def _places(places: Sequence[Place]) -> str:
+    rows = [[p.name, _mib(p.pss), _mib(p.private), _mib(p.rss)] for p in places]
+    total = [sum(getattr(p, key) for p in places) for key in ("pss", "private", "rss")]
+    rows.append(["together", *(_mib(figure) for figure in total)])
+    return _table(["per guest", "Pss", "private", "Rss"], rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _quartiles(spread: Spread) -> list[str]:
+    return [f"{spread.median * 1e3:.1f}", f"{spread.low * 1e3:.1f}-{spread.high * 1e3:.1f}"]
+
+
+def _spread(spread: Spread) -> str:
+    return f"{_s(spread.median)} ({spread.low:.2f}-{spread.high:.2f})"
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2f} s"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"

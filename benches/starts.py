@@ -1,0 +1,174 @@
+"""How long one start takes: a bare `qemu -S`, a guest from the saved system, and the command.
+
+All three in turn, so that a busy moment of the host hits all. The clone is the real start_clone(),
+its phases seen from outside. Not here: booted guests (kinds.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benches.answers import answered
+from benches.figures import Spread
+from benches.kinds import new_name
+from benches.setup import Setup
+from onecopy.guest import identity, start
+from onecopy.run import environment
+from onecopy.vmm.launch import launch
+from onecopy.vmm.monitor import Monitor, connect
+
+#: Moments of one start, in order, each in seconds from spawning QEMU.
+MOMENTS = {
+    "greeting": "QEMU has greeted (QMP)",
+    "loading": "QEMU was told to load the state",
+    "loaded": "the state is loaded",
+    "running": "`cont` has returned: the guest runs",
+    "confirmed": "the guest has confirmed its identity",
+    "handed out": "the guest is the user's",
+    "answered": "its application has answered over HTTP",
+}
+#: QMP command -> the moment that passes when it is given.
+_BEFORE = {"migrate-incoming": "loading", "cont": "loaded"}
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Seconds."""
+
+    bare: Spread
+    """`qemu -S` until its QMP greeting."""
+    moments: dict[str, Spread]
+    """A clone's MOMENTS, from spawning QEMU."""
+    phases: dict[str, Spread]
+    """The same, each from the one before."""
+    command: Spread
+    """`onecopy run SYSTEM` until it exits, the start of Python included."""
+
+
+async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) -> Starts:
+    """``count`` of each, in turn; the first of each, which warms the host, is left out."""
+    bare, command, clones = [], [], []
+    for number in range(count + 1):
+        tell(f"one start, {number} of {count}")
+        bare.append(_bare(setup))
+        clones.append(await _clone(setup))
+        command.append(_command(setup))
+    moments = {key: Spread.of(clone[key] for clone in clones[1:]) for key in MOMENTS}
+    steps = [dict(_steps(clone)) for clone in clones[1:]]
+    phases = {key: Spread.of(step[key] for step in steps) for key in MOMENTS}
+    return Starts(Spread.of(bare[1:]), moments, phases, Spread.of(command[1:]))
+
+
+def _steps(clone: dict[str, float]) -> Iterator[tuple[str, float]]:
+    last = 0.0
+    for key in MOMENTS:
+        yield key, clone[key] - last
+        last = clone[key]
+
+
+def _bare(setup: Setup) -> float:
+    """An empty machine that never runs, of the same type and CPU: what no start can go below."""
+    path = setup.work / "bare.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        fd = listener.fileno()
+        hardware, qemu = setup.saved.hardware, setup.host.qemu
+        argv = [qemu.binary, "-nodefaults", "-no-user-config", "-display", "none", "-S"]
+        argv += ["-machine", hardware.machine, "-accel", setup.saved.accel.name]
+        argv += ["-cpu", hardware.cpu, "-m", "256M", "-mon", "chardev=monitor,mode=control"]
+        argv += ["-chardev", f"socket,id=monitor,fd={fd},server=on,wait=off"]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, pass_fds=(fd,), env=environment()
+        )
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            greeting = client.recv(65536)
+            seconds = time.monotonic() - began
+        if b'"QMP"' not in greeting:
+            raise RuntimeError(f"QEMU did not greet: {greeting!r}")
+        return seconds
+    finally:
+        process.kill()
+        process.wait()
+        path.unlink()
+
+
+async def _clone(setup: Setup) -> dict[str, float]:
+    """The moments of one clone."""
+    name = new_name()
+    with _watched() as marks:
+        record = await start.start_clone(setup.host, setup.saved, name, ((0, 80),))
+        marks["handed out"] = time.monotonic()
+    try:
+        await answered(record.publish[0][0], name)
+        marks["answered"] = time.monotonic()
+    finally:
+        setup.host.end(record)
+    return {key: marks[key] - marks["spawn"] for key in MOMENTS}
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[dict[str, float]]:
+    """Note when start_clone() passes from one phase to the next."""
+    marks: dict[str, float] = {}
+    become, execute = identity.become, Monitor.execute
+
+    def launching(*args: Any, **options: Any) -> Any:
+        marks["spawn"] = time.monotonic()
+        return launch(*args, **options)
+
+    @contextlib.asynccontextmanager
+    async def connecting(path: Path) -> AsyncIterator[Monitor]:
+        async with connect(path) as monitor:
+            marks["greeting"] = time.monotonic()
+            yield monitor
+
+    async def executing(self: Monitor, command: str, arguments: Any = None) -> Any:
+        if command in _BEFORE:
+            marks[_BEFORE[command]] = time.monotonic()
+        result = await execute(self, command, arguments)
+        if command == "cont":
+            marks["running"] = time.monotonic()
+        return result
+
+    async def becoming(*args: Any, **options: Any) -> None:
+        await become(*args, **options)
+        marks["confirmed"] = time.monotonic()
+
+    with (
+        patch.object(start, "launch", launching),
+        patch.object(start, "connect", connecting),
+        patch.object(Monitor, "execute", executing),
+        patch.object(identity, "become", becoming),
+    ):
+        yield marks
+
+
+def _command(setup: Setup) -> float:
+    """Wall time of the command line, which leaves the guest running."""
+    name = new_name()
+    program = Path(sys.executable).with_name("onecopy")
+    env = {**os.environ, "ONECOPY_HOME": str(setup.host.store.root)}
+    began = time.monotonic()
+    subprocess.run(
+        [program, "run", setup.saved.artifact.ref, "--name", name],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    seconds = time.monotonic() - began
+    setup.host.end(setup.host.guest(name).record())
+    return seconds

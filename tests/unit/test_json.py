@@ -1,0 +1,127 @@
+"""docs/json.md names every field that commands print, and no other.
+
+The page has one table for each object, under a heading `### command: object`.
+"""
+
+import json
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tests.unit.store_kit import put
+
+from onecopy.build.kernel import KernelConfig
+from onecopy.demo import show
+from onecopy.demo.measure import Batch
+from onecopy.errors import GuestFailed
+from onecopy.guest import doctor
+from onecopy.guest.artifacts import describe, describe_fully
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.machine import MappedSegment, SystemConfig
+from onecopy.guest.many import Started
+from onecopy.sharing import report
+from onecopy.sharing.account import GuestAccount, SegmentUse
+from onecopy.store import Store
+
+PAGE = Path(__file__).parents[2] / "docs/json.md"
+GUEST = GuestRecord(
+    name="web",
+    kind="clone",
+    source="s:latest",
+    digest="sha256:0",
+    accel="tcg",
+    accel_reason="asked for",
+    pid=1,
+    started=0.5,
+    start_seconds=0.5,
+    memory=1,
+    ram_path=None,
+    segments={},
+)
+
+
+def _documented() -> dict[str, list[str]]:
+    """Heading -> fields of the table under it."""
+    found = {}
+    for part in re.split(r"^### ", PAGE.read_text(), flags=re.MULTILINE)[1:]:
+        heading, _, rest = part.partition("\n")
+        found[heading] = re.findall(r"^\| `(\w+)` \|", rest, flags=re.MULTILINE)
+    return found
+
+
+def _struct(kind: type[msgspec.Struct]) -> list[str]:
+    return list(kind.__struct_fields__)
+
+
+def _printed(tmp_path: Path) -> dict[str, list[str]]:
+    """Heading -> fields, from what the commands print."""
+    store = Store(tmp_path)
+    artifact = put(store)
+    full = describe_fully(store, artifact)
+    batch = Batch("cold", 1, 1, 1.0, (1.0,), 1, 1)
+    sheet = report.Report((), ()).to_json()
+    return {
+        "ps: guest": list(msgspec.to_builtins(GUEST)),
+        "ls: artifact": list(describe(store, artifact)),
+        "inspect: artifact": [key for key in full if key not in describe(store, artifact)],
+        "inspect: layer": list(full["layers"][0]),
+        "inspect: config of a system": _struct(SystemConfig),
+        "inspect: segment of a system": _struct(MappedSegment),
+        "inspect: config of a kernel": _struct(KernelConfig),
+        "report: document": list(sheet),
+        "report: guest": [field.name for field in fields(GuestAccount)],
+        "report: segment": [field.name for field in fields(SegmentUse)],
+        "report: blob": [field.name for field in fields(report.Blob)],
+        "report: totals": list(report.Report((), ()).totals),
+        "doctor: finding": ["check", "state", "says"],
+        "run: document": ["guests", "failures"],
+        "run: failure": ["name", "error", "message"],
+        "demo: document": list(show.as_json("tcg: why", [batch, batch])),
+    }
+
+
+def test_the_page_names_what_is_printed(tmp_path: Path) -> None:
+    printed, documented = _printed(tmp_path), _documented()
+    # Configs of segments are what builds write: see the next test.
+    documented.pop("inspect: config of a segment")
+    assert documented.keys() == printed.keys()
+    for heading, names in printed.items():
+        assert sorted(documented[heading]) == sorted(names), heading
+
+
+def test_config_of_a_built_segment(tmp_path: Path) -> None:
+    from onecopy.build.segment import build_segment
+    from onecopy.model import Reference
+
+    (tmp_path / "source").mkdir()
+    store = Store(tmp_path / "store")
+    artifact = build_segment(store, Reference("a"), f"dir:{tmp_path / 'source'}")
+    assert sorted(json.loads(artifact.config)) == sorted(
+        _documented()["inspect: config of a segment"]
+    )
+
+
+def test_report_s_meanings_are_the_columns_own() -> None:
+    text = " ".join(PAGE.read_text().split())
+    for column in (*report.COLUMNS, *report.BLOB_COLUMNS):
+        assert f"| `{column.key}` | {column.counts}" in text, column.key
+    assert f"`version` | {report.JSON_VERSION}" in text
+
+
+def test_run_prints_these_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    from onecopy.cli.run_ import _started
+
+    started = Started((GUEST,), (("b", GuestFailed("it broke")),))
+    assert _started((started, 0), True, False) == GuestFailed.exit_code
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert list(document) == _documented()["run: document"]
+    assert list(document["failures"][0]) == _documented()["run: failure"]
+    assert document["guests"] == [msgspec.to_builtins(GUEST)]
+
+
+def test_doctor_prints_these_fields() -> None:
+    assert [f.name for f in fields(doctor.Finding)] == _documented()["doctor: finding"]
+    assert list(asdict(doctor.Finding("a", "ok", "b"))) == ["check", "state", "says"]

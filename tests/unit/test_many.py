@@ -1,0 +1,155 @@
+"""Starting several guests: all or none, what keeps and what ends. Guests here are only records."""
+
+import asyncio
+from typing import cast
+
+import pytest
+
+from onecopy.errors import GuestFailed, InvalidInput, OnecopyError
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import names_for, start_many
+
+NAMES = ["g-1", "g-2", "g-3", "g-4"]
+
+
+def _record(name: str) -> GuestRecord:
+    return GuestRecord(
+        name=name,
+        kind="clone",
+        source="s:latest",
+        digest="sha256:0",
+        accel="tcg",
+        accel_reason="",
+        pid=0,
+        started=0,
+        start_seconds=0,
+        memory=0,
+        ram_path=None,
+        segments={},
+    )
+
+
+class _Host:
+    """Which guests run: those that were started and not ended."""
+
+    def __init__(self, failing: dict[str, Exception] | None = None, slow: float = 0) -> None:
+        self.running: set[str] = set()
+        self.begun: set[str] = set()
+        self.ready: asyncio.Queue[str] = asyncio.Queue()
+        self._failing = failing or {}
+        self._slow = slow
+
+    async def start(self, name: str) -> GuestRecord:
+        self.begun.add(name)
+        if name in self._failing:
+            raise self._failing[name]
+        await asyncio.sleep(self._slow)
+        self.running.add(name)
+        self.ready.put_nowait(name)
+        return _record(name)
+
+    def end(self, record: GuestRecord) -> None:
+        self.running.remove(record.name)
+
+    def as_host(self) -> Host:
+        return cast(Host, self)
+
+
+def _run(host: _Host, *, keep_going: bool = False) -> tuple[list[str], list[str]]:
+    done = asyncio.run(start_many(host.as_host(), NAMES, host.start, keep_going=keep_going))
+    return [guest.name for guest in done.guests], [name for name, _ in done.failures]
+
+
+def test_all_start_in_the_order_of_their_names() -> None:
+    host = _Host()
+    assert _run(host) == (NAMES, [])
+    assert host.running == set(NAMES)
+
+
+@pytest.mark.parametrize("slow", [0, 0.02])
+@pytest.mark.parametrize("failing", NAMES)
+def test_one_failure_ends_all_others(failing: str, slow: float) -> None:
+    host = _Host({failing: GuestFailed("it broke")}, slow)
+    with pytest.raises(GuestFailed, match="it broke"):
+        _run(host)
+    assert host.running == set()
+
+
+def test_a_late_failure_ends_those_that_run_already() -> None:
+    host = _Host()
+
+    async def start(name: str) -> GuestRecord:
+        if name == NAMES[-1]:
+            for _ in NAMES[:-1]:
+                await host.ready.get()
+            raise GuestFailed("the last one broke")
+        return await host.start(name)
+
+    with pytest.raises(GuestFailed):
+        asyncio.run(start_many(host.as_host(), NAMES, start))
+    assert host.begun == set(NAMES[:-1])
+    assert host.running == set()
+
+
+def test_keep_going_keeps_the_others_and_tells_the_failures() -> None:
+    host = _Host({"g-2": GuestFailed("it broke"), "g-4": GuestFailed("this, too")})
+    assert _run(host, keep_going=True) == (["g-1", "g-3"], ["g-2", "g-4"])
+    assert host.running == {"g-1", "g-3"}
+
+
+def test_a_bug_is_raised_as_it_is() -> None:
+    host = _Host({"g-1": ZeroDivisionError("ours")})
+    with pytest.raises(ZeroDivisionError):
+        _run(host)
+    assert host.running == set()
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_cancelled_it_leaves_none(keep_going: bool) -> None:
+    host = _Host()
+
+    async def start(name: str) -> GuestRecord:
+        if name == "g-2":
+            await asyncio.Event().wait()
+        return await host.start(name)
+
+    async def main() -> None:
+        everything = start_many(host.as_host(), NAMES, start, keep_going=keep_going)
+        task = asyncio.create_task(everything)
+        await host.ready.get()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert host.running == set()
+
+
+def test_errors_of_ours_only_are_failures() -> None:
+    host = _Host({"g-3": GuestFailed("it broke")})
+    done = asyncio.run(start_many(host.as_host(), NAMES, host.start, keep_going=True))
+    ((name, error),) = done.failures
+    assert name == "g-3"
+    assert isinstance(error, OnecopyError)
+
+
+def test_names() -> None:
+    assert names_for("sys", "web", 1) == ["web"]
+    assert names_for("sys", "web", 3) == ["web-1", "web-2", "web-3"]
+    made = names_for("my_app.v2", None, 3)
+    assert len(set(made)) == 3
+    assert all(name.startswith("my-app-v2-") for name in made)
+    assert names_for("sys", None, 1) != names_for("sys", None, 1)
+
+
+@pytest.mark.parametrize("name", ["", "Web", "a.b", "a_b", "-a", "a" * 64])
+def test_bad_names(name: str) -> None:
+    with pytest.raises(InvalidInput):
+        names_for("sys", name, 1)
+
+
+def test_a_name_too_long_for_its_number() -> None:
+    assert names_for("sys", "a" * 63, 1) == ["a" * 63]
+    with pytest.raises(InvalidInput):
+        names_for("sys", "a" * 62, 2)

@@ -1,0 +1,127 @@
+"""What is left when commands and VMMs are killed: nothing, or nothing after the next command.
+
+Proof is taken from outside: processes from /proc, files from the store and the run folder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from tests.vm.conftest import vmms
+
+from onecopy.errors import InUse
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.model import Reference
+from onecopy.store import Artifact
+
+Clones = Callable[[int], list[GuestRecord]]
+ONECOPY = [sys.executable, "-m", "onecopy"]
+
+
+def left(host: Host) -> dict[str, list[str]]:
+    """What a guest or command leaves: VMMs, leases, run folders, workspaces."""
+    return {
+        "vmms": [str(pid) for pid in vmms(host)],
+        "leases": [record.holder for record in host.store.leases()],
+        "folders": [path.name for path in host.run.iterdir() if path.is_dir()],
+        "workspaces": [path.name for path in (host.store.root / "tmp").iterdir()],
+    }
+
+
+def run_command(*args: str) -> subprocess.CompletedProcess[str]:
+    """The real command, to its end."""
+    return subprocess.run([*ONECOPY, *args], capture_output=True, text=True, check=False)
+
+
+def test_rm_of_what_is_in_use_names_the_user(host: Host, saved: Artifact, clones: Clones) -> None:
+    (guest,) = clones(1)
+    with pytest.raises(InUse) as caught:
+        host.store.remove(Reference.parse(saved.ref))
+    assert caught.value.users == (guest.name,)
+    done = run_command("rm", saved.ref)
+    assert done.returncode == 4
+    assert guest.name in done.stderr
+
+
+def test_a_killed_vmm_leaves_nothing(host: Host, saved: Artifact, clones: Clones) -> None:
+    before = left(host)
+    (guest,) = clones(1)
+    assert host.store.users(saved.digest) == [guest.name]
+    os.kill(guest.pid, signal.SIGKILL)
+    for _ in range(500):
+        if not host.store.is_held(guest.name):
+            break
+        time.sleep(0.01)
+    assert host.store.users(saved.digest) == []
+    assert guest.name not in run_command("ps").stdout
+    assert left(host) == before
+
+
+def test_a_guest_that_is_never_ready_leaves_nothing(host: Host, python_root: Artifact) -> None:
+    before = left(host)
+    options = ["--root", python_root.ref, "--run", "", "--ready", "false", "--timeout", "25"]
+    done = run_command("save", "never", *options)
+    assert done.returncode == 11, done.stderr
+    assert "false" in done.stderr
+    assert left(host) == before
+    assert host.store.find(Reference("never"), "system") is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_save_that_is_ended_leaves_nothing(
+    host: Host, python_root: Artifact, number: signal.Signals
+) -> None:
+    before = left(host)
+    argv = [*ONECOPY, "save", "ended", "--root", python_root.ref, "--run", ""]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as command:
+        assert command.stderr is not None
+        for line in command.stderr:
+            if "booting" in line:
+                break
+        while not vmms(host):
+            time.sleep(0.01)
+        time.sleep(1)
+        command.send_signal(number)
+        command.stderr.read()
+    assert command.returncode == (-9 if number is signal.SIGKILL else 130)
+    if number is signal.SIGKILL:
+        assert run_command("ps").returncode == 0  # the next command sweeps
+    assert left(host) == before
+    assert host.store.find(Reference("ended"), "system") is None
+
+
+def test_qemu_killed_during_a_save_is_an_error_with_its_reason(
+    host: Host, python_root: Artifact
+) -> None:
+    before = left(host)
+    argv = [*ONECOPY, "save", "shot", "--root", python_root.ref, "--run", ""]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as command:
+        while not (running := vmms(host)):
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(running[0], signal.SIGKILL)
+        _, said = command.communicate()
+    assert command.returncode == 10, said
+    assert "ended" in said
+    assert left(host) == before
+
+
+def test_one_that_cannot_start_takes_the_others_along(host: Host, saved: Artifact) -> None:
+    before = left(host)
+    first = run_command("run", saved.ref, "--name", "taken-2")
+    assert first.returncode == 0, first.stderr
+    done = run_command("run", saved.ref, "-n", "3", "--name", "taken")
+    assert done.returncode == 5, done.stderr
+    assert [guest.name for guest in host.guests()] == ["taken-2"]
+    going = run_command("run", saved.ref, "-n", "3", "--name", "taken", "--keep-going")
+    assert going.returncode == 5
+    assert {guest.name for guest in host.guests()} == {"taken-1", "taken-2", "taken-3"}
+    assert run_command("stop", "--all").returncode == 0
+    assert left(host) == before
