@@ -105,7 +105,13 @@ BAD = [
     "run a -p 1:2:3",
     "run a -p \u00b2",
     "run a -p 80:\u0663",
-    "run a --memory 1G",
+    "run a --memory 256M",
+    "run a --cpus 1",
+    "run a --timeout 300",
+    "run a --segment b:/srv",
+    "run a --no-network",
+    "run a --run true",
+    "run a --ready true",
     "run a --no-such-option",
     "stop",
     "stop a --all",
@@ -191,7 +197,7 @@ def test_a_signal_ends_a_long_command(home: Store, number: signal.Signals, tmp_p
         _wait_for_lock(command)
         command.send_signal(number)
         _, err = command.communicate(timeout=60)
-    assert (command.returncode, err) == (130, "onecopy: interrupted\n")
+    assert (command.returncode, err.strip()) == (130, "onecopy: interrupted")
     assert list((home.root / "tmp").iterdir()) == []
 
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from onecopy.cli.cold import cold_spec
 from onecopy.cli.output import duration, print_json, progress
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from onecopy.guest.many import Started
 
 Ports = tuple[tuple[int, int], ...]
-_COLD_ONLY = "segments", "run_command", "ready", "no_network", "kernel", "modules"
+_COLD_ONLY = (
+    *("segments", "memory", "cpus", "run_command", "ready", "timeout"),
+    *("no_network", "kernel", "modules"),
+)
 
 
 @click.command("run")
@@ -105,7 +109,8 @@ def _clone(
     from onecopy.guest import start
     from onecopy.vmm.accel import Choice
 
-    given = [key for key in _COLD_ONLY if options[key]]
+    typed = click.get_current_context().get_parameter_source
+    given = [key for key in _COLD_ONLY if typed(key) is ParameterSource.COMMANDLINE]
     if given:
         option = {"segments": "segment", "run_command": "run"}.get(given[0], given[0])
         raise InvalidInput(

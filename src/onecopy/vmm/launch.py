@@ -35,6 +35,8 @@ class Vmm:
 
     async def wait(self, timeout: float | None = None) -> int | None:
         """Wait up to ``timeout`` seconds for the end; return the exit code or None."""
+        if self._process.poll() is not None:
+            return self._process.returncode
         pidfd = os.pidfd_open(self.pid)
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
