@@ -1,0 +1,451 @@
+"""A guest's life through the real command: build, save, run, look at it, stop, remove.
+
+What the command says is held against /proc, QMP, the store's files and the guest itself. Not here:
+`onecopy exec` (test_exec.py), what happens when things go wrong (test_bad_luck.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import cannot_run
+from tests.vm.conftest import vmms
+
+from onecopy.build.kernel import KernelConfig, ensure_kernel
+from onecopy.guest.host import Host
+from onecopy.store import Artifact
+from onecopy.vmm.monitor import connect
+
+ONECOPY = str(Path(sys.executable).with_name("onecopy"))
+#: The guest that several tests share, since it takes long to boot.
+LASTING = "lasting"
+
+
+def command(*args: str, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([ONECOPY, *args], capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, f"{args}: {done.returncode} {done.stdout} {done.stderr}"
+    return done
+
+
+def answer(*args: str, code: int = 0) -> Any:
+    """The JSON that a command prints."""
+    return json.loads(command(*args, code=code).stdout)
+
+
+def get(port: int) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/")
+    text = connection.getresponse().read().decode().strip()
+    connection.close()
+    return text
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row."""
+    while True:
+        first = random.randint(20000, 30000)  # noqa: S311
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+            return first
+
+
+def names(host: Host) -> set[str]:
+    return {guest.name for guest in host.guests()} - {LASTING}
+
+
+def assert_no_trace(host: Host, name: str) -> None:
+    """No VMM, run folder or lease of this guest."""
+    assert not (host.run / name).exists()
+    assert not host.store.is_held(name)
+    mark = f"{host.run / name}/".encode()
+    assert [p for p in vmms(host) if mark in Path(f"/proc/{p}/cmdline").read_bytes()] == []
+
+
+def real_command(pid: int) -> list[str]:
+    """What QEMU was really started with, its inherited socket's number aside."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+    return [re.sub(r"\bfd=\d+", "fd=FD", word) for word in words]
+
+
+def dry_run(*args: str) -> list[str]:
+    return shlex.split(command("run", *args, "--dry-run").stdout)
+
+
+@pytest.fixture(autouse=True)
+def _end_guests(host: Host) -> Iterator[None]:
+    yield
+    for guest in host.guests():
+        if guest.name != LASTING:
+            host.end(guest)
+
+
+@pytest.fixture(scope="module")
+def web(host: Host, busybox_root: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A segment and a system that the command built and saved: busybox's HTTP server."""
+    tree = tmp_path_factory.mktemp("web")
+    (tree / "bin").mkdir()
+    (tree / "www").mkdir()
+    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    (tree / "www/index.html").write_text("a page of the web segment")
+    built = command("build", "web-root", "--from", f"dir:{tree}").stdout.split()
+    assert built[0] == "web-root:latest"
+    options = ["--root", "web-root", "--memory", "128M"]
+    options += ["--run", "busybox httpd -f -p 80 -h /www"]
+    saved = command("save", "web", *options, "--ready", "wget -q -O - http://127.0.0.1/")
+    assert saved.stdout.split()[0] == "web:latest"
+    ls = {item["name"]: item for item in answer("ls", "--json")}
+    assert ls["web-root"]["digest"] == built[1]
+    assert ls["web"]["digest"] == saved.stdout.split()[1]
+    return "web"
+
+
+@pytest.fixture(scope="module")
+def modules(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The stored kernel's folder lib/modules/RELEASE."""
+    kernel = ensure_kernel(host.store)
+    point = tmp_path_factory.mktemp("modules")
+    image = kernel.layer("modules").path
+    done = subprocess.run(["mount", "-o", "ro,loop", image, point], capture_output=True, text=True)
+    if done.returncode:
+        cannot_run(f"the host cannot mount an image: {done.stderr}")
+    yield point / KernelConfig.of(kernel).release
+    subprocess.run(["umount", point], check=True)
+
+
+@pytest.fixture(scope="module")
+def lasting(host: Host, web: str, modules: Path) -> Iterator[dict[str, Any]]:
+    """A cold guest on an ext2 root, with a kernel of the user's; its JSON and its dry run."""
+    segment = answer("inspect", "web-root")["layers"][0]["path"]
+    with contextlib.ExitStack() as stack:
+        point = stack.enter_context(mounted(segment, modules.parent.with_name("web-root")))
+        command("build", "web-ext2", "--from", f"dir:{point}", "--fs", "ext2")
+    kernel = ensure_kernel(host.store).layer("kernel").path
+    args = ["web-ext2", "--cold", "--name", LASTING, "--memory", "128M", "-p", "0:80"]
+    args += ["--segment", "web-ext2:/data", "--run", "busybox httpd -f -p 80 -h /www"]
+    args += ["--kernel", str(kernel), "--modules", str(modules)]
+    planned = dry_run(*args)
+    (guest,) = answer("run", *args, "--json")["guests"]
+    yield {**guest, "planned": planned}
+    for record in host.guests():
+        host.end(record)
+
+
+@contextlib.contextmanager
+def mounted(image: str, point: Path) -> Iterator[Path]:
+    point.mkdir()
+    subprocess.run(["mount", "-o", "ro,loop", image, point], check=True)
+    try:
+        yield point
+    finally:
+        subprocess.run(["umount", point], check=True)
+
+
+def test_ls_and_inspect_tell_what_is_in_the_store(host: Host, web: str) -> None:
+    listed = answer("ls", "--json")
+    assert {(item["name"], item["kind"]) for item in listed} >= {
+        ("web-root", "segment"),
+        ("web", "system"),
+        ("onecopy-kernel", "kernel"),
+    }
+    for item in listed:
+        full = answer("inspect", f"{item['name']}:{item['version']}")
+        assert full == full | {key: item[key] for key in item if key != "resident"}
+        manifest = host.store.root / "blobs" / item["digest"].replace(":", "/")
+        assert "sha256:" + hashlib.sha256(manifest.read_bytes()).hexdigest() == item["digest"]
+        stats = [Path(layer["path"]).stat() for layer in full["layers"]]
+        assert [layer["size"] for layer in full["layers"]] == [stat.st_size for stat in stats]
+        assert [layer["disk"] for layer in full["layers"]] == [s.st_blocks * 512 for s in stats]
+        assert item["size"] == sum(stat.st_size for stat in stats)
+        assert 0 <= item["resident"] <= item["size"]
+        assert item["created"] and item["users"] == []
+    assert [item["name"] for item in answer("ls", "--json", "--kind", "system")].count("web") == 1
+
+    system = answer("inspect", web)
+    assert system["config"]["memory"] == 128 << 20
+    ram = next(item for item in system["layers"] if item["size"] == 128 << 20)
+    assert ram["disk"] < ram["size"], "pages of zeroes take no disk"
+    assert (
+        command("verify", web, "web-root").stdout
+        == "web:latest is whole\nweb-root:latest is whole\n"
+    )
+
+
+def test_run_ps_and_inspect_are_right_about_guests(host: Host, web: str) -> None:
+    started = answer("run", web, "-n", "2", "--name", "w", "-p", "0:80", "--json")
+    assert started["failures"] == []
+    guests = started["guests"]
+    assert [guest["name"] for guest in guests] == ["w-1", "w-2"]
+    assert answer("ps", "--json") == guests
+    system = answer("inspect", web)
+    assert system["users"] == ["w-1", "w-2"]
+    for guest in guests:
+        assert answer("inspect", guest["name"]) == guest
+        assert (guest["kind"], guest["source"]) == ("clone", "web:latest")
+        assert guest["digest"] == system["digest"]
+        assert str(host.run / guest["name"]) in " ".join(real_command(guest["pid"]))
+        assert abs(guest["started"] - Path(f"/proc/{guest['pid']}").stat().st_mtime) < 60
+        assert guest["accel"] in ("kvm", "tcg")
+        assert guest["accel"] in real_command(guest["pid"])
+        assert asyncio.run(memory_of(host, guest["name"])) == guest["memory"]
+        maps = Path(f"/proc/{guest['pid']}/maps").read_text()
+        assert re.search(rf"rw-p .* {guest['ram_path']}$", maps, re.MULTILINE)
+        assert len(guest["segments"]) == 3
+        for path in guest["segments"]:
+            assert re.search(rf"r--s .* {path}$", maps, re.MULTILINE)
+        ((port, inside),) = guest["publish"]
+        assert inside == 80
+        assert get(port) == "a page of the web segment"
+    table = command("ps").stdout
+    assert "w-1" in table and f"{guests[0]['publish'][0][0]}->80" in table
+
+
+async def memory_of(host: Host, name: str) -> Any:
+    async with connect(host.run / name / "monitor.sock") as monitor:
+        return (await monitor.execute("query-memory-size-summary"))["base-memory"]
+
+
+def test_report_is_what_the_kernel_counts(host: Host, web: str) -> None:
+    guests = answer("run", web, "-n", "2", "--name", "r", "--json")["guests"]
+    for guest in guests:
+        asyncio.run(halt(host, guest["name"]))
+    report = answer("report", "--json")
+    accounts = {account["name"]: account for account in report["guests"]}
+    for guest in guests:
+        told = accounts[guest["name"]]
+        ram = counted(guest["pid"], guest["ram_path"])
+        assert told["pid"] == guest["pid"]
+        assert told["ram_size"] == guest["memory"]
+        assert told["ram_private"] == ram["Anonymous"] > 0
+        assert told["ram_shared"] == ram["Rss"] - ram["Anonymous"] > 0
+        for segment in told["segments"]:
+            mine = counted(guest["pid"], segment["path"])
+            assert (segment["mapped"], segment["resident"]) == (mine["Size"], mine["Rss"])
+        pss = counted(guest["pid"], "")["Pss"]
+        assert abs(told["pss_total"] - pss) < 1 << 20
+        assert told["note"] == ""
+    for blob in report["blobs"]:
+        if blob["kind"] == "ram" and "r-1" in blob["name"]:
+            assert (blob["guests"], blob["size"]) == (2, guests[0]["memory"])
+    assert "RAM OWN" in command("report").stdout
+
+
+async def halt(host: Host, name: str) -> None:
+    """Stop the guest's processors, so that two looks at its memory see the same."""
+    async with connect(host.run / name / "monitor.sock") as monitor:
+        await monitor.execute("stop")
+
+
+def counted(pid: int, path: str) -> dict[str, int]:
+    """Sums in bytes over a process's mappings whose file is ``path``; "" for all (proc(5))."""
+    sums: dict[str, int] = {}
+    wanted = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            wanted = not path or line.endswith(f" {path}")
+        elif wanted and (found := re.match(r"(\w+): +(\d+) kB", line)):
+            sums[found[1]] = sums.get(found[1], 0) + (int(found[2]) << 10)
+    return sums
+
+
+def test_logs_and_console(web: str) -> None:
+    command("run", web, "--name", "talker")
+    echo = 'read line </dev/ttyS0; echo "heard $line" >/dev/ttyS0'
+    with (
+        subprocess.Popen(
+            [ONECOPY, "console", "talker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as console,
+        subprocess.Popen([ONECOPY, "exec", "talker", "--", "sh", "-c", echo]) as listener,
+    ):
+        assert console.stdin and console.stdout
+        console.stdin.write(b"something\n")
+        console.stdin.flush()
+        said = b""
+        while b"heard something" not in said:
+            said += os.read(console.stdout.fileno(), 1000)
+        assert listener.wait(60) == 0
+        console.stdin.write(b"\x1d")
+        console.stdin.flush()
+        assert console.wait(60) == 0
+    assert "heard something" in command("logs", "talker").stdout
+    assert command("logs", "--qemu", "talker").stdout == ""
+    assert "no guest 'nobody'" in command("logs", "nobody", code=3).stderr
+
+
+def test_dry_run_is_what_really_runs(host: Host, web: str, lasting: dict[str, Any]) -> None:
+    port = free_ports(2)
+    args = [web, "-n", "2", "--name", "same", "-p", f"{port}:80"]
+    planned = command("run", *args, "--dry-run").stdout.splitlines()
+    assert names(host) == set()
+    guests = answer("run", *args, "--json")["guests"]
+    assert [shlex.split(line) for line in planned] == [real_command(g["pid"]) for g in guests]
+    assert lasting["planned"] == real_command(lasting["pid"])
+
+    save = shlex.split(command("save", "no", "--root", "web-root", "--dry-run").stdout)
+    assert Path(save[0]).name == "qemu-system-x86_64"
+    assert any("share=on" in word and "/tmp/ram" in word for word in save)
+    assert "no" not in {item["name"] for item in answer("ls", "--json")}
+
+
+def test_four_at_once_answer_with_their_own_names(saved: Artifact) -> None:
+    first = free_ports(4)
+    args = ["run", saved.ref, "-n", "4", "--name", "web", "-p", f"{first}:80", "--json"]
+    guests = answer(*args)["guests"]
+    assert [guest["publish"] for guest in guests] == [[[first + i, 80]] for i in range(4)]
+    assert [get(first + i) for i in range(4)] == [f"web-{i + 1}" for i in range(4)]
+    done = command("stop", *(guest["name"] for guest in guests))
+    assert done.stdout.splitlines() == [f"web-{i + 1} shut down" for i in range(4)]
+    with pytest.raises(ConnectionError):
+        get(first)
+
+
+def test_a_guest_for_one_command(host: Host, web: str) -> None:
+    done = command("run", web, "--", "sh", "-c", "echo out; echo err >&2; exit 7", code=7)
+    assert done.stdout == "out\n"
+    assert done.stderr.endswith("err\n")
+    assert names(host) == set() and answer("ps", "--json") in ([], [_lasting(host)])
+    command("run", web, "--name", "kept", "--keep", "--", "true")
+    assert names(host) == {"kept"}
+
+
+def _lasting(host: Host) -> Any:
+    return next((item for item in answer("ps", "--json") if item["name"] == LASTING), None)
+
+
+def test_a_taken_name(host: Host, web: str) -> None:
+    (first,) = answer("run", web, "--name", "a-2", "--json")["guests"]
+    assert "a-2 runs already" in command("run", web, "--name", "a-2", code=5).stderr
+    # All or none: neither a-1 nor a-3 stays.
+    command("run", web, "-n", "3", "--name", "a", code=5)
+    assert names(host) == {"a-2"}
+    assert answer("inspect", "a-2") == first
+    for name in ("a-1", "a-3"):
+        assert_no_trace(host, name)
+
+
+def test_a_taken_port(host: Host, web: str) -> None:
+    first = free_ports(4)
+    args = ["run", web, "-n", "4", "--name", "p", "-p", f"{first}:80"]
+    with socket.create_server(("127.0.0.1", first + 2)):
+        assert f"port {first + 2} on 127.0.0.1 is taken" in command(*args, code=4).stderr
+        assert names(host) == set()
+        for number in range(1, 5):
+            assert_no_trace(host, f"p-{number}")
+
+        kept = answer(*args, "--keep-going", "--json", code=4)
+        assert [guest["name"] for guest in kept["guests"]] == ["p-1", "p-2", "p-4"]
+        assert [(each["name"], each["error"]) for each in kept["failures"]] == [("p-3", "in-use")]
+        assert names(host) == {"p-1", "p-2", "p-4"}
+        assert_no_trace(host, "p-3")
+    # A guest of ours may hold it, too.
+    assert "is taken" in command("run", web, "-p", f"{first}:80", code=4).stderr
+
+
+def test_stopping_asks_waits_and_ends(host: Host, web: str) -> None:
+    guests = answer("run", web, "-n", "3", "--name", "s", "--json")["guests"]
+    polite, frozen, at_once = (guest["name"] for guest in guests)
+    assert command("stop", polite).stdout == f"{polite} shut down\n"
+    os.kill(guests[1]["pid"], signal.SIGSTOP)
+    assert command("stop", frozen, "--timeout", "2").stdout == f"{frozen} was ended\n"
+    assert command("stop", "--now", at_once).stdout == f"{at_once} was ended\n"
+    for guest in guests:
+        assert not running(guest["pid"])
+        assert_no_trace(host, guest["name"])
+    command("stop", polite, code=3)
+    command("stop", code=2)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_vmm_is_swept_by_the_next_command(host: Host, web: str) -> None:
+    guests = answer("run", web, "-n", "2", "--name", "k", "--json")["guests"]
+    os.kill(guests[0]["pid"], signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while running(guests[0]["pid"]):
+        assert time.monotonic() < deadline
+    assert "k-1" not in {guest["name"] for guest in answer("ps", "--json")}
+    assert_no_trace(host, "k-1")
+    assert not (host.store.root / "leases/k-1.json").exists()
+    assert names(host) == {"k-2"}
+    # Its name is free again.
+    command("run", web, "--name", "k-1")
+
+
+def test_a_kernel_of_ones_own(modules: Path, lasting: dict[str, Any]) -> None:
+    assert lasting["kind"] == "cold"
+    release = command("exec", LASTING, "--", "uname", "-r").stdout.strip()
+    assert release == modules.name
+    kernels = answer("ls", "--json", "--kind", "kernel")
+    (mine,) = [item for item in kernels if item["users"] == [LASTING]]
+    assert mine["version"].startswith(f"{release}-")
+    inside = command("exec", LASTING, "--", "cat", f"/lib/modules/{release}/modules.dep").stdout
+    assert "virtio_pmem.ko" in inside
+    assert (
+        "go together"
+        in command("run", "--cold", "web-root", "--kernel", "/boot/vmlinuz", code=8).stderr
+    )
+
+
+def test_an_ext2_root_is_executed_in_place(lasting: dict[str, Any]) -> None:
+    mounts = command("exec", LASTING, "--", "cat", "/proc/mounts").stdout.splitlines()
+    (data,) = [line.split() for line in mounts if " /data " in line]
+    assert data[2] == "ext4"
+    assert "ro" in data[3].split(",") and "dax" in data[3]
+    # The root's own mount is below the overlay, where the guest no longer sees it.
+    messages = command("exec", LASTING, "--", "dmesg").stdout
+    assert re.search(r"EXT4-fs \(pmem0\): .*DAX enabled", messages)
+    ((port, _),) = lasting["publish"]
+    assert get(port) == "a page of the web segment"
+
+
+def test_kvm_runs_guests_or_says_why_not(busybox_root: Artifact) -> None:
+    findings = {item["check"]: item["says"] for item in answer("doctor", "--json")}
+    accel, _, reason = findings["accelerator"].partition(": ")
+    args = ["run", "--cold", busybox_root.ref, "--memory", "128M", "--accel", "kvm", "--name", "v"]
+    if accel == "kvm":
+        (guest,) = answer(*args, "--json")["guests"]
+        assert guest["accel"] == "kvm"
+        assert "kvm" in real_command(guest["pid"])
+    else:
+        refused = command(*args, code=13).stderr
+        assert reason.startswith("KVM cannot be used: ") and reason in refused
+        assert "--accel tcg" in refused
+
+
+def test_what_is_in_use_is_not_removed(host: Host, web: str, lasting: dict[str, Any]) -> None:
+    """The last test of this file: what others here use goes."""
+    command("run", web, "--name", "user")
+    assert f"{web}:latest is in use by user" in command("rm", web, code=4).stderr
+    assert "web-ext2:latest is in use by lasting" in command("rm", "web-ext2", code=4).stderr
+    ram = Path(answer("inspect", "user")["ram_path"])
+    command("stop", "user", LASTING)
+    assert command("rm", web, "web-ext2").stdout == "web:latest removed\nweb-ext2:latest removed\n"
+    assert not ram.exists()
+    assert "web" not in {item["name"] for item in answer("ls", "--json")}
+    command("run", web, code=3)
