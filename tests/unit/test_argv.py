@@ -121,7 +121,7 @@ def qemu(tmp_path_factory: pytest.TempPathFactory) -> Qemu:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "kvm"])
 def test_qemu_takes_it(name: str, qemu: Qemu, tmp_path: Path) -> None:
-    """Start it and ask what it waits for. KVM: tests/vm, where the host has it."""
+    """Start it and ask what it waits for. Not "kvm", which needs a host that has it."""
     hardware, spec = _cases(tmp_path)[name]
     _make_files(tmp_path, hardware)
     spec.folder.mkdir()

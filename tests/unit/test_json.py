@@ -5,21 +5,24 @@ The page has one table for each object, under a heading `### command: object`.
 
 import json
 import re
-from dataclasses import asdict, fields
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import click
 import msgspec
 import pytest
 from tests.unit.store_kit import put
 
 from onecopy.build.kernel import KernelConfig
+from onecopy.cli import onecopy
 from onecopy.demo import show
 from onecopy.demo.measure import Batch
 from onecopy.errors import GuestFailed
 from onecopy.guest import doctor
 from onecopy.guest.artifacts import describe, describe_fully
-from onecopy.guest.folder import GuestRecord
+from onecopy.guest.folder import GuestRecord, run_root
 from onecopy.guest.machine import MappedSegment, SystemConfig
 from onecopy.guest.many import Started
 from onecopy.sharing import report
@@ -97,6 +100,7 @@ def test_config_of_a_built_segment(tmp_path: Path) -> None:
     from onecopy.model import Reference
 
     (tmp_path / "source").mkdir()
+    (tmp_path / "source/file").write_text("content")
     store = Store(tmp_path / "store")
     artifact = build_segment(store, Reference("a"), f"dir:{tmp_path / 'source'}")
     assert sorted(json.loads(artifact.config)) == sorted(
@@ -119,9 +123,19 @@ def test_run_prints_these_fields(capsys: pytest.CaptureFixture[str]) -> None:
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert list(document) == _documented()["run: document"]
     assert list(document["failures"][0]) == _documented()["run: failure"]
-    assert document["guests"] == [msgspec.to_builtins(GUEST)]
+    assert document["guests"] == [json.loads(msgspec.json.encode(GUEST))]
 
 
-def test_doctor_prints_these_fields() -> None:
-    assert [f.name for f in fields(doctor.Finding)] == _documented()["doctor: finding"]
-    assert list(asdict(doctor.Finding("a", "ok", "b"))) == ["check", "state", "says"]
+def test_doctor_prints_these_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checks run in tests/vm: they need a kernel."""
+    monkeypatch.setenv("ONECOPY_HOME", str(tmp_path))
+    found = [doctor.Finding("one", "limited", "so"), doctor.Finding("two", "missing", "so")]
+    monkeypatch.setattr(doctor, "examine", lambda *_: found)
+    command = onecopy.get_command(click.Context(onecopy), "doctor")
+    assert command is not None
+    assert command.main(["--json"], standalone_mode=False) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert [list(each) for each in document] == [_documented()["doctor: finding"]] * 2
+    shutil.rmtree(run_root(Store(tmp_path)), ignore_errors=True)

@@ -128,9 +128,9 @@ def _copy_kept_store(root: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = cache / _builders_digest()
-        for other in cache.iterdir():
-            if other not in (kept, cache / "lock"):
+        kept = cache / f"store-{_builders_digest()}"
+        for other in cache.glob("store-*"):
+            if other != kept:
                 shutil.rmtree(other)
         _fill(Host.open(kept))
         # Copied, not linked: a test may damage what it has.

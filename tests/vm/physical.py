@@ -7,7 +7,9 @@ Everything comes from the kernels and from QEMU, nothing from onecopy's own reco
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,18 @@ def query(host: Host, guest: GuestRecord, command: str) -> Any:
             return await monitor.execute(command)
 
     return asyncio.run(ask())
+
+
+@contextlib.contextmanager
+def paused(host: Host, guests: Sequence[GuestRecord]) -> Iterator[None]:
+    """Let no guest run, so that what is read of them one after another belongs together."""
+    for guest in guests:
+        query(host, guest, "stop")
+    try:
+        yield
+    finally:
+        for guest in guests:
+            query(host, guest, "cont")
 
 
 def regions(host: Host, guest: GuestRecord) -> dict[str, Region]:

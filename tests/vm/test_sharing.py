@@ -101,9 +101,7 @@ def blob(artifact: Artifact) -> Path:
     return artifact.layer("image").path
 
 
-def text_pages(
-    host: Host, guest: GuestRecord, run_in: RunIn, image: Path, offset: int = 0
-) -> dict[int, int]:
+def text_pages(host: Host, guest: GuestRecord, run_in: RunIn, image: Path) -> dict[int, int]:
     """Page of the segment -> checksum, of the text that a busy Python really has mapped."""
     done = run_in(guest, "python3", "-c", BUSY)
     assert done.exit_code == 0, done.stderr

@@ -19,17 +19,20 @@ from onecopy.store import Artifact
 PYTHON_FILE = "/usr/lib/python3.11/this.py"
 
 
-def test_unwritten_ram_is_one_copy(clones: Clones, run_in: RunIn) -> None:
+def test_unwritten_ram_is_one_copy(host: Host, clones: Clones, run_in: RunIn) -> None:
     guests = clones(2)
     for guest in guests:
         assert run_in(guest, "wget", "-q", "-O-", "http://127.0.0.1/").exit_code == 0
-    first, second = (physical.ram(guest) for guest in guests)
-    both = [
-        (a, b)
-        for a, b in zip(first, second, strict=True)
-        if pagemap.present(a) and pagemap.present(b)
-    ]
-    shared = [(a, b) for a, b in both if pagemap.file_or_shared(a) and pagemap.file_or_shared(b)]
+    with physical.paused(host, guests):
+        check_ram(*(physical.ram(guest) for guest in guests))
+    for guest in guests:
+        assert run_in(guest, "hostname").stdout.decode().strip() == guest.name
+
+
+def check_ram(first: list[int], second: list[int]) -> None:
+    pairs = list(zip(first, second, strict=True))
+    both = [(a, b) for a, b in pairs if pagemap.present(a) and pagemap.present(b)]
+    shared = [(a, b) for a, b in both if not physical.private(a) and not physical.private(b)]
     own = [[e for e in entries if physical.private(e)] for entries in (first, second)]
     print(
         f"RAM pages: {len(first)}; in both page tables: {len(both)}; "

@@ -7,6 +7,7 @@ are kept uncompressed, so that the guest maps them in place too.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +94,9 @@ def _custom(store: Store, kernel: Path, modules: Path, progress: Callable[[str],
         )
     with kernel.open("rb") as file:
         version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    ref = Reference(KERNEL_NAME, f"{modules.resolve().name}-{version}")
+    # A release may hold what a version may not: Debian's have a "+".
+    release = re.sub(r"[^A-Za-z0-9._-]", "-", modules.resolve().name)
+    ref = Reference(KERNEL_NAME, f"{release}-{version}")
     found = store.find(ref, "kernel")
     if found:
         return found
