@@ -10,7 +10,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
 
 from onecopy.errors import GuestFailed, MissingProgram
 from onecopy.model import HUGE_PAGE_SIZE, MIB
@@ -18,6 +17,7 @@ from onecopy.vmm.argv import MAX_SEGMENTS, Hardware, Kernel, Launch, Ram, Slot, 
 from onecopy.vmm.launch import launch, prepare
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu import Qemu, probe
+from tests.conftest import cannot_run
 
 GOLDEN = Path(__file__).parent / "data/argv"
 Case = tuple[Hardware, Launch]

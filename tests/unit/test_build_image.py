@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
 
 from onecopy.build.image import FILE_SYSTEMS, make_image
 from onecopy.build.source import open_source
@@ -22,6 +21,7 @@ from onecopy.build.space import disk_space
 from onecopy.build.tree import scan
 from onecopy.errors import BadSource, InvalidInput, NotEnough
 from onecopy.model import HUGE_PAGE_SIZE
+from tests.conftest import cannot_run
 
 NEWEST = 1_614_834_367
 OLDEST_NS = 1_580_608_922_123_456_789

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
 
 from onecopy.build.segment import build_segment
 from onecopy.errors import BadSource, InvalidInput
 from onecopy.model import HUGE_PAGE_SIZE, Reference
 from onecopy.store.store import Store
+from tests.conftest import cannot_run
 
 REF = Reference.parse("app:v1")
 

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
 
 from onecopy.build.debian import DebianSource, normalise
 from onecopy.build.source import open_source
 from onecopy.build.tree import find_init, resolve_inside
 from onecopy.errors import BadSource, InvalidInput, NotEnough, NotPermitted, OnecopyError
+from tests.conftest import cannot_run
 
 Member = tuple[str, bytes, str]
 

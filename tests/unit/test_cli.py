@@ -15,12 +15,12 @@ from pathlib import Path
 
 import click
 import pytest
-from tests.unit.store_kit import put
 
 from onecopy import cli
 from onecopy.errors import InvalidInput
 from onecopy.guest.folder import run_root
 from onecopy.store import Store
+from tests.unit.store_kit import put
 
 _SCRIPT = "import sys; from onecopy.cli import main; sys.exit(main())"
 _ARGV = [sys.executable, "-c", _SCRIPT]

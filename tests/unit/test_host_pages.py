@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import cannot_run
-from tests.unit.other_user import as_nobody
 
 from onecopy.errors import Incompatible, InvalidInput, NotFound, NotPermitted
 from onecopy.host import kpage, pagemap
+from tests.conftest import cannot_run
+from tests.unit.other_user import as_nobody
 
 PAGE = mmap.PAGESIZE
 

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
 
 from onecopy.errors import Incompatible, InvalidInput, NotFound
 from onecopy.host import ksm, meminfo, process
+from tests.conftest import cannot_run
 
 RECORDED = Path(__file__).parent / "data/6.18.44-fc-v669"
 GONE = 2**22 + 1  # above the kernel's largest pid

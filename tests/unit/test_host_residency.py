@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
-from tests.unit.other_user import as_nobody
 
 from onecopy.errors import InvalidInput, NotFound, NotPermitted
 from onecopy.host import residency
 from onecopy.model import PAGE_SIZE
+from tests.conftest import cannot_run
+from tests.unit.other_user import as_nobody
 
 PAGES = 64
 

@@ -13,7 +13,6 @@ from typing import Any
 import click
 import msgspec
 import pytest
-from tests.unit.store_kit import put
 
 from onecopy.build.kernel import KernelConfig
 from onecopy.cli import onecopy
@@ -28,6 +27,7 @@ from onecopy.guest.many import Started
 from onecopy.sharing import report
 from onecopy.sharing.account import GuestAccount, SegmentUse
 from onecopy.store import Store
+from tests.unit.store_kit import put
 
 PAGE = Path(__file__).parents[2] / "docs/json.md"
 GUEST = GuestRecord(

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.conftest import cannot_run
 
 from onecopy.host import ksm, pagemap, smaps
 from onecopy.host.smaps import Mapping
 from onecopy.sharing.account import GuestAccount, GuestMaps, account, find_ram, measure
+from tests.conftest import cannot_run
 
 RECORDED = Path(__file__).parent / "data/6.18.44-fc-v669"
 MIB = 1 << 20

@@ -7,10 +7,9 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from tests.unit.other_user import as_nobody
-
 from onecopy.sharing import report
 from onecopy.sharing.account import GuestAccount, GuestMaps
+from tests.unit.other_user import as_nobody
 
 RECORDED = Path(__file__).parent / "data/6.18.44-fc-v669"
 MIB = 1 << 20

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.unit.store_kit import PMEM, blobs, check_whole, digest_of, fork, put
 
 from onecopy.errors import AlreadyExists, InvalidInput, NotFound, StoreDamaged
 from onecopy.model import Reference
 from onecopy.store import NewLayer, Store
+from tests.unit.store_kit import PMEM, blobs, check_whole, digest_of, fork, put
 
 APP = Reference.parse("app:1")
 

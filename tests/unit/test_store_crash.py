@@ -8,10 +8,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from tests.unit.store_kit import check_whole, fork, killed_at, put
 
 from onecopy.model import Reference
 from onecopy.store import Artifact, Store
+from tests.unit.store_kit import check_whole, fork, killed_at, put
 
 OLD, NEW = b"old" * 5000, b"new" * 5000
 

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.unit.store_kit import blobs, check_whole, digest_of, fork, put
 
 from onecopy.errors import AlreadyExists, InUse, InvalidInput, NotFound, StoreDamaged
 from onecopy.model import Reference
 from onecopy.store import Lease, Store
+from tests.unit.store_kit import blobs, check_whole, digest_of, fork, put
 
 APP = Reference.parse("app:1")
 

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
-from tests.unit.other_user import as_nobody
-from tests.unit.store_kit import PMEM, check_whole, put
 
 from onecopy.errors import Incompatible, InvalidInput, NotEnough, NotPermitted, StoreDamaged
 from onecopy.model import Reference
 from onecopy.store import NewLayer, Store, default_root, require_disk
+from tests.conftest import cannot_run
+from tests.unit.other_user import as_nobody
+from tests.unit.store_kit import PMEM, check_whole, put
 
 
 @contextmanager

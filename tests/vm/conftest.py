@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from tests.conftest import cannot_run
 
 from onecopy.build.kernel import ensure_kernel
 from onecopy.build.segment import build_segment
@@ -35,6 +34,7 @@ from onecopy.guest.start import start_clone, template
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice, choose
+from tests.conftest import cannot_run
 
 PROJECT = Path(__file__).parents[2]
 PYTHON_ROOT = Reference("python")

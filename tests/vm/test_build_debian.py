@@ -10,12 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.conftest import cannot_run
 
 from onecopy.build.image import make_image
 from onecopy.build.source import open_source
 from onecopy.build.tree import find_init
 from onecopy.errors import BadSource, NotEnough
+from tests.conftest import cannot_run
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from tests.conftest import cannot_run
-from tests.vm.conftest import SUITE, Clones, Cold, RunIn
 
 from onecopy.build.segment import build_segment
 from onecopy.errors import BadSource, GuestFailed
@@ -31,6 +29,8 @@ from onecopy.guest.host import Host
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
+from tests.conftest import cannot_run
+from tests.vm.conftest import SUITE, Clones, Cold, RunIn
 
 EXEC = [str(Path(sys.executable).with_name("onecopy")), "exec"]
 #: Seconds after which something that must not block has blocked.

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 
 import pytest
-from tests.vm.conftest import vmms
 
 from onecopy.errors import InUse
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.model import Reference
 from onecopy.store import Artifact
+from tests.vm.conftest import vmms
 
 Clones = Callable[[int], list[GuestRecord]]
 ONECOPY = [sys.executable, "-m", "onecopy"]

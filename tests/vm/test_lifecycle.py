@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import cannot_run
-from tests.vm.conftest import vmms
 
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.guest.host import Host
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
+from tests.conftest import cannot_run
+from tests.vm.conftest import vmms
 
 ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 #: The guest that several tests share, since it takes long to boot.

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.vm import physical
-from tests.vm.conftest import Clones, RunIn
-
 from onecopy.guest.folder import GuestRecord
 from onecopy.host import pagemap
 from onecopy.model import MIB, PAGE_SIZE
+from tests.vm import physical
+from tests.vm.conftest import Clones, RunIn
 
 PROBED = "do_sys_openat2"
 TRACING = "/sys/kernel/tracing"

@@ -10,8 +10,6 @@ import zlib
 from pathlib import Path
 
 import pytest
-from tests.vm import physical
-from tests.vm.conftest import Cold, RunIn
 
 from onecopy.build.segment import build_segment
 from onecopy.guest.folder import GuestRecord
@@ -19,6 +17,8 @@ from onecopy.guest.host import Host
 from onecopy.host import kpage, pagemap, residency
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
+from tests.vm import physical
+from tests.vm.conftest import Cold, RunIn
 
 #: A busy program that tells where its own text is: [[physical address, checksum], ...].
 BUSY = (

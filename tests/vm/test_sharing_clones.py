@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import secrets
 
-from tests.vm import physical
-from tests.vm.conftest import Clones, RunIn
-
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.host import kpage, pagemap
 from onecopy.model import PAGE_SIZE
 from onecopy.store import Artifact
+from tests.vm import physical
+from tests.vm.conftest import Clones, RunIn
 
 PYTHON_FILE = "/usr/lib/python3.11/this.py"
 
