@@ -21,7 +21,7 @@ from benches.setup import Setup, resource
 from onecopy.errors import NotReady
 from onecopy.guest.boot import run_cold
 
-_LINE = re.compile(r"^bench: (\d+) (\d+) (\d+) (\d+) ([\d.]+) ([\d.]+) (\d+)\r?$", re.MULTILINE)
+_LINE = re.compile(r"bench: (\d+) (\d+) (\d+) (\d+) ([\d.]+) ([\d.]+) (\d+)\r?$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,12 @@ from onecopy import run as door
 from onecopy.errors import CommandFailed, MissingProgram
 
 _PARENT = """
-import sys
+import sys, time
 from onecopy.run import run
-run(["sleep", sys.argv[1]])
+try:
+    run(["sleep", sys.argv[1]])
+except KeyboardInterrupt:
+    time.sleep(1000)  # we live on: it is not our end that ends the child
 """
 
 

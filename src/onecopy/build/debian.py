@@ -96,7 +96,9 @@ class DebianSource:
             )
         progress(f"installing Debian {self.suite}: {', '.join(self.packages) or self.variant}")
         start = clock(into)
-        argv = ["mmdebstrap", f"--variant={self.variant}", "--format=directory"]
+        # In a mount namespace of its own: killed -9, it would leave /sys and more mounted in there.
+        argv = ["unshare", "--mount", find_program("mmdebstrap")]
+        argv += [f"--variant={self.variant}", "--format=directory"]
         argv += [f"--dpkgopt={option}" for option in _DPKG_OPTIONS]
         argv += [f"--include={package}" for package in self.installed]
         with disk_space(into, NEEDED_BYTES):

@@ -76,6 +76,7 @@ class Host:
 
     def sweep(self) -> None:
         """Remove what no living command or VMM owns: folders, and guests never handed out."""
+        killed = False
         with self._locked():
             for path in self._folders():
                 folder = GuestFolder(path)
@@ -85,7 +86,11 @@ class Host:
                     vmm = folder.find_vmm()
                     if vmm is not None:
                         kill(vmm, folder)
+                        killed = True
                 folder.remove()
+        if killed:
+            # Their leases are stale only now.
+            self.store.sweep()
 
     def _folders(self) -> list[Path]:
         return [path for path in self.run.iterdir() if path.is_dir() and path.name[0] != "."]

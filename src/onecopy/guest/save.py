@@ -7,6 +7,8 @@ docs/system/vm-templating.rst).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from onecopy.guest.machine import SystemConfig
 from onecopy.model import MIB, Reference
 from onecopy.run import run
 from onecopy.store import Artifact, NewLayer, require_disk
+from onecopy.store.disk import file_errors
 from onecopy.vmm.argv import Ram, command
 from onecopy.vmm.launch import Vmm
 from onecopy.vmm.monitor import connect
@@ -59,16 +62,19 @@ async def save_system(
             progress("storing its memory")
             # Pages of zeroes need no disk and no page cache.
             run(["fallocate", "--dig-holes", ram])
-            return _put(host, ref, prepared, work, machine_id)
+            # An interrupt comes as a cancellation: heeded up to here,
+            await asyncio.sleep(0)
+            artifact = _put(host, ref, prepared, work, machine_id)
+            # and too late after it.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+            return artifact
 
 
 def _reserve(path: Path, size: int) -> None:
-    """A RAM file whose blocks exist: a full disk must be an error now, not a SIGBUS later."""
-    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    finally:
-        os.close(fd)
+    """A file whose blocks exist: a full disk must be told now, not by QEMU, or SIGBUS, later."""
+    with file_errors(path.parent), path.open("xb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 async def _has_machine_id(folder: Path) -> bool:
@@ -79,8 +85,11 @@ async def _has_machine_id(folder: Path) -> bool:
 async def _freeze(vmm: Vmm, state: Path) -> None:
     async with connect(vmm.folder / "monitor.sock") as monitor:
         await monitor.execute("stop")
-        with state.open("wb") as file:
+        _reserve(state, _STATE_ROOM)
+        with state.open("r+b") as file:
             await monitor.outgoing(file.fileno())
+            # The descriptor is QEMU's too, and so is its position.
+            os.ftruncate(file.fileno(), os.lseek(file.fileno(), 0, os.SEEK_CUR))
         # Not "quit": closing its devices QEMU would still write to the guest's memory.
         await vmm.kill()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onecopy.errors import GuestFailed, Incompatible
 from onecopy.guest import identity, machine
@@ -99,11 +101,26 @@ async def start_clone(host: Host, source: Template, name: str, publish: Ports = 
                 with source.artifact.layer("state").path.open("rb") as state:
                     await monitor.incoming(state.fileno())
                 ports = await published(monitor, publish)
-            await identity.become(folder.path, name, machine_id=source.config.machine_id)
+            become = identity.become(folder.path, name, machine_id=source.config.machine_id)
+            await _unless_ended(vmm, become)
             record = _record(source, folder, vmm, ports, time.monotonic() - began)
             folder.hand_out(record)
             vmm.detach()
             return record
+
+
+async def _unless_ended(vmm: Vmm, work: Coroutine[Any, Any, None]) -> None:
+    """Do ``work``, which does not see the VMM end: raise GuestFailed then."""
+    done, ended = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
+    try:
+        await asyncio.wait({done, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise GuestFailed(f"QEMU ended while starting (exit code {ended.result()})")
+        done.result()
+    finally:
+        done.cancel()
+        ended.cancel()
+        await asyncio.gather(done, ended, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
