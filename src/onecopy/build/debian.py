@@ -15,7 +15,7 @@ from pathlib import Path
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.tree import clamp_times, clock
 from onecopy.errors import BadSource, CommandFailed, InvalidInput, NotPermitted
-from onecopy.run import run
+from onecopy.run import find_program, run
 
 #: Room (bytes) that a run takes for packages and root.
 NEEDED_BYTES = 600 << 20
