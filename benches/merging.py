@@ -47,19 +47,19 @@ async def merged() -> AsyncIterator[Merged]:
 
 
 async def _converged() -> None:
-    """Until pages_sharing grows by less than 1 % in two whole scans."""
+    """Until pages_sharing has changed by less than 1 % three times, each over two whole scans."""
     deadline = time.monotonic() + TIMEOUT
-    last = _read()
-    while time.monotonic() < deadline:
+    last, stable = _read(), 0
+    while stable < 3:
+        if time.monotonic() > deadline:
+            raise NotReady(f"KSM still merges pages after {TIMEOUT:g} s")
         await asyncio.sleep(_EVERY)
         now = _read()
         if (now.full_scans or 0) < (last.full_scans or 0) + 2:
             continue
         before, sharing = last.pages_sharing or 0, now.pages_sharing or 0
-        if before and sharing <= before * 1.01:
-            return
+        stable = stable + 1 if before and abs(sharing - before) < before * 0.01 else 0
         last = now
-    raise NotReady(f"KSM still merges pages after {TIMEOUT:g} s")
 
 
 def _read() -> ksm.Ksm:

@@ -73,6 +73,7 @@ def machine_facts(setup: Setup) -> dict[str, str]:
         "accelerator": f"{accel.name} ({accel.reason})",
         "guest": f"{hardware.memory / 2**20:.0f} MiB, {hardware.cpus} CPU, "
         f"Linux {setup.saved.config.kernel}, Debian with Python",
+        "load average at the end": f"{os.getloadavg()[1]:.1f} (5 minutes)",
         "saving the system took": f"{setup.save_seconds:.1f} s",
     }
 

@@ -6,6 +6,7 @@ Not here: starting guests (plain.py for those that onecopy has no hand in, kinds
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -59,8 +60,6 @@ def application() -> str:
 
 async def set_up(host: Host, work: Path, accel: Choice, tell: Callable[[str], None]) -> Setup:
     """Build what the store lacks and save the system."""
-    import time
-
     if host.store.find(ROOT, "segment") is None:
         build_segment(host.store, ROOT, _SOURCE, include=_PACKAGES, progress=tell)
     spec = ColdSpec(root=ROOT, command=application(), ready=READY, accel=accel)
