@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -30,7 +31,7 @@ _ARGV = [sys.executable, "-c", _SCRIPT]
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A store of our own; what main() changes in this process is put back."""
     monkeypatch.setenv("ONECOPY_HOME", str(tmp_path / "home"))
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     store = Store()
     yield store
     for number, handler in before.items():
@@ -188,18 +189,45 @@ def test_a_reader_that_leaves_is_told_nothing(home: Store) -> None:
     assert done.stderr == b""
 
 
+@contextmanager
+def _waiting(
+    home: Store, source: Path, *ignored: signal.Signals
+) -> Iterator[subprocess.Popen[str]]:
+    """A command that waits for as long as we like, for the store's lock, and ``ignored`` signals."""
+    source.mkdir()
+    argv = [*_ARGV, "build", "a", "--from", f"dir:{source}"]
+    traps = "".join(f"trap '' {number.name[3:]}; " for number in ignored)
+    with home._layout.locked():
+        shell = ["bash", "-c", f'{traps}exec "$@"', "bash"]
+        command = subprocess.Popen([*shell, *argv], stderr=subprocess.PIPE, text=True)
+        _wait_for_lock(command)
+        yield command
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_long_command(home: Store, number: signal.Signals, tmp_path: Path) -> None:
-    argv = [*_ARGV, "build", "a", "--from", f"dir:{tmp_path / 'source'}"]
-    (tmp_path / "source").mkdir()
-    with home._layout.locked():
-        # As long as we like: it waits for the store's lock.
-        command = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-        _wait_for_lock(command)
+    with _waiting(home, tmp_path / "source") as command:
         command.send_signal(number)
         _, err = command.communicate(timeout=60)
     assert (command.returncode, err.strip()) == (130, "onecopy: interrupted")
     assert list((home.root / "tmp").iterdir()) == []
+
+
+def test_a_background_job_ends_by_sigterm(home: Store, tmp_path: Path) -> None:
+    # A shell without job control starts it with SIGINT ignored.
+    with _waiting(home, tmp_path / "source", signal.SIGINT) as command:
+        command.send_signal(signal.SIGTERM)
+        _, err = command.communicate(timeout=60)
+    assert (command.returncode, err.strip()) == (130, "onecopy: interrupted")
+
+
+def test_nohup_survives_the_hangup(home: Store, tmp_path: Path) -> None:
+    with _waiting(home, tmp_path / "source", signal.SIGHUP) as command:
+        command.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.wait(1)
+        command.kill()
+        command.communicate()
 
 
 def _wait_for_lock(process: subprocess.Popen[str]) -> None:

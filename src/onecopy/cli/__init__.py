@@ -70,9 +70,7 @@ def onecopy() -> None:
 def main(args: list[str] | None = None) -> int:
     """Run one command; return its exit code. Never raises OnecopyError."""
     args = sys.argv[1:] if args is None else args
-    # A polite end undoes what was begun, as Ctrl-C does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    _end_politely()
     try:
         result = onecopy.main(args, prog_name="onecopy", standalone_mode=False)
         sys.stdout.flush()
@@ -90,6 +88,17 @@ def main(args: list[str] | None = None) -> int:
         # The reader of our output is gone: nothing more to say, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _end_politely() -> None:
+    """SIGTERM and SIGHUP undo what was begun, as Ctrl-C does."""
+    # A shell without job control starts "command &" with SIGINT ignored, and Python leaves it so:
+    # SIGTERM, which goes on as SIGINT, would be lost.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # nohup(1) ignores SIGHUP, and means it.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
 def _fail(args: list[str], error: OnecopyError) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.errors import AgentFailed, GuestFailed, OnecopyError
+from onecopy.host.lock import is_held, locked
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.monitor import Monitor, connect
 
@@ -182,21 +183,27 @@ async def _feed(port: socket.socket | None, source: asyncio.StreamReader | bytes
 
 @contextlib.asynccontextmanager
 async def _ports(folder: Path, tag: str, stdin: bool) -> AsyncIterator[dict[str, socket.socket]]:
-    """Plug in one virtio port for each stream, and take them out again."""
+    """Plug in one virtio port for each stream, and take them out again.
+
+    Meanwhile the file of this tag is locked: that tells its ports from those of a killed command.
+    """
     names = (["in"] if stdin else []) + ["out", "err"]
     ours: dict[str, socket.socket] = {}
-    try:
-        async with connect(folder / "monitor.sock") as monitor:
-            await _remove_abandoned(monitor)
-            for name in names:
-                ours[name] = await _plug(monitor, f"{tag}.{name}")
-        yield ours
-    finally:
-        with contextlib.suppress(GuestFailed):
+    mark = folder / f"exec.{tag}"
+    async with locked(mark):
+        try:
             async with connect(folder / "monitor.sock") as monitor:
-                await _unplug(monitor, [f"{tag}.{name}" for name in ours])
-        for port in ours.values():
-            port.close()
+                await _remove_abandoned(monitor, folder)
+                for name in names:
+                    ours[name] = await _plug(monitor, f"{tag}.{name}")
+            yield ours
+        finally:
+            with contextlib.suppress(GuestFailed):
+                async with connect(folder / "monitor.sock") as monitor:
+                    await _unplug(monitor, [f"{tag}.{name}" for name in ours])
+            mark.unlink(missing_ok=True)
+            for port in ours.values():
+                port.close()
 
 
 async def _plug(monitor: Monitor, name: str) -> socket.socket:
@@ -238,12 +245,13 @@ async def _remove_chardev(monitor: Monitor, label: str) -> None:
             return
 
 
-async def _remove_abandoned(monitor: Monitor) -> None:
+async def _remove_abandoned(monitor: Monitor, folder: Path) -> None:
     """Take out the ports of commands that were killed."""
-    labels = [
-        str(chardev["label"])
-        for chardev in await monitor.execute("query-chardev")
-        if "disconnected" in str(chardev["filename"])
-    ]
     prefix = "exec."
-    await _unplug(monitor, [x.removeprefix(prefix) for x in labels if x.startswith(prefix)])
+    chardevs = await monitor.execute("query-chardev")
+    labels = [str(c["label"]) for c in chardevs if str(c["label"]).startswith(prefix)]
+    marks = {label: folder / label.rpartition(".")[0] for label in labels}
+    gone = [label for label in labels if not is_held(marks[label])]
+    await _unplug(monitor, [label.removeprefix(prefix) for label in gone])
+    for label in gone:
+        marks[label].unlink(missing_ok=True)

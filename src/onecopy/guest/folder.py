@@ -3,8 +3,10 @@
     RUN/NAME/
         guest.json      what it is; written when the guest is handed out
         starting        locked by the command that starts it; gone when it is handed out
-        monitor.sock    QMP
+        monitor.sock    QMP; monitor.lock is held by the command that speaks it
         agent.in .out   pipes to the guest agent, agent.lock beside them
+        identity.in .out  pipes to the guest's identity script
+        exec.TAG        locked by the command that runs a program in the guest
         console.sock    the serial console; console.log keeps all it said
         qemu.log        what QEMU itself said
 
@@ -26,6 +28,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import NotFound
+from onecopy.host.lock import is_held
 from onecopy.store import Store
 
 
@@ -129,18 +132,8 @@ def starting(path: Path) -> Iterator[GuestFolder]:
 
 def abandoned(path: Path) -> bool:
     """Whether the command that was starting this guest is gone."""
-    try:
-        fd = os.open(path / "starting", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        return True
-    finally:
-        os.close(fd)
+    mark = path / "starting"
+    return mark.exists() and not is_held(mark)
 
 
 def kill(pid: int, folder: GuestFolder) -> None:

@@ -12,29 +12,46 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from pathlib import Path
 
 from onecopy.errors import AgentFailed
 from onecopy.vmm.pipe import Pipe
 
-#: Seconds a clone may take to confirm.
+#: Seconds a guest may take to answer.
 TIMEOUT = 30.0
 
 
 async def become(folder: Path, name: str, *, machine_id: bool) -> None:
-    """Give the clone its hostname, machine-id and the time; raise AgentFailed unless confirmed."""
-    wanted = secrets.token_hex(16) if machine_id else "-"
-    line = f"{name} {wanted} {time.time():.3f}\n"
+    """Give the clone its hostname and machine-id; raise AgentFailed unless it confirms them."""
+    wanted = f"{name} {secrets.token_hex(16) if machine_id else '-'}"
+    answer = await _ask(folder, f"be {wanted}")
+    if answer != wanted:
+        raise AgentFailed(f"the clone should be {wanted} but says it is {answer!r}")
+
+
+async def rehearse(folder: Path, name: str, machine_id: str | None) -> None:
+    """Let a guest that is about to be saved become what it is already, and get ready again.
+
+    What this touches for the first time is then in the saved system, and not each clone's own.
+    Raises AgentFailed.
+    """
+    for line, expected in (
+        (f"be {name} {machine_id or '-'}", f"{name} {machine_id or '-'}"),
+        ("prepare", "prepared"),
+    ):
+        answer = await _ask(folder, line)
+        if answer != expected:
+            raise AgentFailed(f"asked to {line!r} the guest says {answer!r}")
+
+
+async def _ask(folder: Path, line: str) -> str:
     try:
         async with asyncio.timeout(TIMEOUT):
             with Pipe(folder, "identity") as pipe:
-                await pipe.write(line.encode())
-                answer = (await pipe.until(b"\n")).decode(errors="replace")
+                await pipe.write(f"{line}\n".encode())
+                return (await pipe.until(b"\n")).decode(errors="replace")
     except TimeoutError:
         raise AgentFailed(
-            f"the clone did not confirm its identity within {TIMEOUT:g} s",
+            f"the guest did not confirm its identity within {TIMEOUT:g} s",
             hint="`onecopy logs` shows its console; save the system again if this goes on",
         ) from None
-    if answer.split() != [name, wanted]:
-        raise AgentFailed(f"the clone should be {name} {wanted} but says it is {answer!r}")

@@ -11,17 +11,20 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 from onecopy.build.kernel import KernelConfig
+from onecopy.guest import identity
 from onecopy.guest.boot import ColdSpec, Prepared, booted, launch_spec, prepare_cold
 from onecopy.guest.exec import run_captured
 from onecopy.guest.host import Host
-from onecopy.guest.machine import SystemConfig
+from onecopy.guest.machine import Placed, SystemConfig
+from onecopy.host import process
 from onecopy.model import MIB, Reference
 from onecopy.run import run
 from onecopy.store import Artifact, NewLayer, require_disk
@@ -31,6 +34,12 @@ from onecopy.vmm.launch import Vmm
 from onecopy.vmm.monitor import connect
 
 _ROLE = "org.onecopy.role"
+#: A guest is quiet once its VMM uses no more than this share of a processor for as long (seconds):
+#: longer than the kernel puts off what is not urgent (one second: net/core/link_watch.c).
+_RESTING = 0.02
+_REST = 1.25
+#: Seconds after which a guest that does not come to rest is saved all the same.
+_PATIENCE = 10.0
 #: Bytes of device state and records that a saved system may need besides its RAM.
 _STATE_ROOM = 16 * MIB
 
@@ -55,8 +64,12 @@ async def save_system(
             )
             progress(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
             async with booted(prepared, launched, [lease.fd]) as vmm:
-                machine_id = await _has_machine_id(folder.path)
-                progress("ready; freezing it")
+                await _read_folders(folder.path, prepared.placed)
+                machine_id = await _machine_id(folder.path)
+                await identity.rehearse(folder.path, name, machine_id)
+                progress("ready; waiting until it is quiet")
+                await _quiet(vmm)
+                progress("freezing it")
                 await _freeze(vmm, work / "state")
             folder.remove()
             progress("storing its memory")
@@ -64,7 +77,7 @@ async def save_system(
             run(["fallocate", "--dig-holes", ram])
             # An interrupt comes as a cancellation: heeded up to here,
             await asyncio.sleep(0)
-            artifact = _put(host, ref, prepared, work, machine_id)
+            artifact = _put(host, ref, prepared, work, machine_id is not None)
             # and too late after it.
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0)
@@ -77,9 +90,34 @@ def _reserve(path: Path, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-async def _has_machine_id(folder: Path) -> bool:
-    done = await run_captured(folder, ["test", "-s", "/etc/machine-id"], timeout=30)
-    return done.exit_code == 0
+async def _read_folders(folder: Path, placed: Sequence[Placed]) -> None:
+    """Let the guest read the folders and inodes of its segments.
+
+    File systems read these, unlike files, by block and into memory of the guest's own: now they are
+    in the saved system, and no clone reads or keeps any of them again.
+    """
+    mountpoints = [item.segment.mountpoint for item in placed]
+    await run_captured(folder, ["find", *mountpoints, "-xdev", "-links", "0"], timeout=300)
+
+
+async def _machine_id(folder: Path) -> str | None:
+    done = await run_captured(folder, ["cat", "/etc/machine-id"], timeout=30)
+    return done.stdout.decode().strip() or None
+
+
+async def _quiet(vmm: Vmm) -> None:
+    """Wait until the guest rests: what it was still about to do each clone would do again.
+
+    Right after boot that is much: links coming up, delayed work, start-up jobs. A guest that never
+    rests is taken as it is after ``_PATIENCE``.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    used = process.cpu_seconds(vmm.pid)
+    while time.monotonic() < deadline:
+        await asyncio.sleep(_REST)
+        before, used = used, process.cpu_seconds(vmm.pid)
+        if used - before <= _REST * _RESTING:
+            return
 
 
 async def _freeze(vmm: Vmm, state: Path) -> None:

@@ -6,12 +6,12 @@ Not here: naming them (store.py).
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 
 from onecopy.errors import InvalidInput, NotFound, StoreDamaged
 from onecopy.store.artifact import NewLayer
+from onecopy.store.digest import file_digest
 from onecopy.store.layout import Layout
 from onecopy.store.oci import Descriptor, is_digest
 
@@ -48,9 +48,8 @@ def _measure_file(layer: NewLayer) -> tuple[str, int]:
         raise InvalidInput(f"{path} is not a regular file")
     with path.open("rb") as file:
         os.fchmod(file.fileno(), 0o444)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-        return f"sha256:{digest}", os.fstat(file.fileno()).st_size
+        return file_digest(path), os.fstat(file.fileno()).st_size
 
 
 def _measure_blob(layout: Layout, layer: NewLayer) -> tuple[str, int]:

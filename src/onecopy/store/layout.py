@@ -35,28 +35,6 @@ def default_root() -> Path:
     return (Path(data) if data else Path.home() / ".local" / "share") / "onecopy"
 
 
-def is_held(path: Path) -> bool:
-    """Whether a process holds the exclusive lock on ``path``; gone counts as not held.
-
-    The test takes a shared lock. Shared locks do not exclude one another, so one tester never looks
-    like a holder to the next, with or without the store's lock. And what is seen free under the
-    store's lock stays free: a lease is locked before it has its name, a workspace is made and
-    locked under the store's lock.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The paths of the store ``root`` (absolute), its lock, and safe writes."""

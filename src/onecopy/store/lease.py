@@ -15,8 +15,9 @@ from types import TracebackType
 
 import msgspec
 
+from onecopy.host.lock import is_held
 from onecopy.store import oci
-from onecopy.store.layout import Layout, is_held
+from onecopy.store.layout import Layout
 
 
 class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,12 +5,12 @@ Not here: names (names.py), changes (store.py).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from onecopy.errors import StoreDamaged
 from onecopy.store import oci
 from onecopy.store.artifact import Artifact, Layer
+from onecopy.store.digest import file_digest
 from onecopy.store.layout import Layout
 
 
@@ -74,8 +74,7 @@ def verify(layout: Layout, digest: str, owner: str) -> None:
     for blob in manifest.layers:
         path = layout.blob(blob.digest)
         try:
-            with path.open("rb") as file:
-                found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            found = file_digest(path)
         except FileNotFoundError as error:
             raise StoreDamaged(f"{path} is missing", hint=repair(owner)) from error
         if found != blob.digest or path.stat().st_size != blob.size:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from onecopy.errors import AlreadyExists, InUse, InvalidInput, NotFound, StoreDamaged
+from onecopy.host.lock import is_held
 from onecopy.model import Reference, check_name
 from onecopy.store import collect, ingest, lease, loading, names, oci, workspace
 from onecopy.store.artifact import Artifact, NewLayer
 from onecopy.store.disk import file_errors, sync_folder
-from onecopy.store.layout import default_root, is_held
+from onecopy.store.layout import default_root
 from onecopy.store.lease import Lease, LeaseRecord
 from onecopy.store.opening import open_layout
 

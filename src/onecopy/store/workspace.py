@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from onecopy.host.lock import is_held
 from onecopy.store.disk import file_errors
-from onecopy.store.layout import Layout, is_held
+from onecopy.store.layout import Layout
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from onecopy.errors import AgentFailed
+from onecopy.host.lock import locked
 from onecopy.vmm.pipe import Pipe
 
 #: Seconds an agent may take to answer one call.
@@ -56,29 +56,13 @@ class Agent:
         Whoever finds the note of another, whose exchange never ended, first lets the agent
         discard what is left of it.
         """
-        lock = os.open(self._folder / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            await _flock(lock)
+        async with locked(self._folder / "agent.lock") as lock:
             with Pipe(self._folder, "agent") as pipe:
                 if os.fstat(lock).st_size:
                     await _synchronize(pipe)
                 os.write(lock, b"!")
                 yield pipe
                 os.ftruncate(lock, 0)
-        finally:
-            os.close(lock)
-
-
-async def _flock(fd: int) -> None:
-    delay = 0.001
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 0.05)
-        else:
-            return
 
 
 async def _ask(pipe: Pipe, request: dict[str, object]) -> dict[str, Any]:

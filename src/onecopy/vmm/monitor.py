@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 from qemu.qmp.events import EventListener
 
 from onecopy.errors import GuestFailed
+from onecopy.host.lock import locked
 
 # The library logs what it also raises.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -99,13 +100,31 @@ class Monitor:
 @contextlib.asynccontextmanager
 async def connect(path: Path) -> AsyncIterator[Monitor]:
     """Connect to a VMM's monitor; raise GuestFailed if it ends before it answers."""
-    client = QMPClient()
-    try:
-        await client.connect(str(path))
-    except (QMPError, OSError) as error:
-        raise GuestFailed("QEMU ended before it answered") from error
-    try:
-        yield Monitor(client)
-    finally:
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            await client.disconnect()
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            # One command at a time: QEMU serves one client and lets one more wait.
+            await stack.enter_async_context(locked(path.with_suffix(".lock")))
+            client = await _greeted(path)
+        except (QMPError, OSError) as error:
+            raise GuestFailed("QEMU ended before it answered") from error
+        try:
+            yield Monitor(client)
+        finally:
+            with contextlib.suppress(QMPError, OSError, EOFError):
+                await client.disconnect()
+
+
+async def _greeted(path: Path) -> QMPClient:
+    """A new connection. QEMU drops one that comes while it lets go of the last: try again then."""
+    for delay in (0.01, 0.05, 0.25, 1, None):
+        client = QMPClient()
+        try:
+            await client.connect(str(path))
+        except ConnectError as error:
+            # Nobody listens any more: QEMU is gone.
+            if delay is None or isinstance(error.exc, ConnectionRefusedError | FileNotFoundError):
+                raise
+            await asyncio.sleep(delay)
+        else:
+            break
+    return client
