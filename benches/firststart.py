@@ -1,4 +1,4 @@
-"""What the first start of a program costs a guest: from a virtio disk, and from the segment.
+"""What the first start of a program costs: from a virtio disk, from the segment, and in a clone.
 
 Counted in the guest, by probe.sh. Not here: guests whose application is measured (kinds.py).
 """
@@ -20,7 +20,11 @@ from benches.plain import start_plain
 from benches.setup import Setup, resource
 from onecopy.errors import NotReady
 from onecopy.guest.boot import run_cold
+from onecopy.guest.exec import run_captured
+from onecopy.guest.start import start_clone
 
+# The guest ends with its command, and its console is read first.
+_PROBE_AND_STAY = resource("probe.sh") + "sleep 1000\n"
 _LINE = re.compile(r"bench: (\d+) (\d+) (\d+) (\d+) ([\d.]+) ([\d.]+) (\d+)\r?$", re.MULTILINE)
 
 
@@ -41,13 +45,14 @@ async def measure_first_starts(
     setup: Setup, count: int, tell: Callable[[str], None]
 ) -> dict[str, FirstStart]:
     """``count`` fresh guests of each kind, in turn; the images are in the host's page cache."""
-    lines: dict[str, list[list[float]]] = {"plain": [], "segment": []}
+    lines: dict[str, list[list[float]]] = {"plain": [], "segment": [], "saved": []}
     for number in range(count):
         tell(f"first start of a program, {number + 1} of {count}")
         async with _plain(setup) as console:
             lines["plain"].append(await _line(console))
         async with _cold(setup) as console:
             lines["segment"].append(await _line(console))
+        lines["saved"].append(await _saved(setup))
     return {kind: _first_start(each) for kind, each in lines.items()}
 
 
@@ -63,7 +68,7 @@ def _first_start(lines: list[list[float]]) -> FirstStart:
 @contextlib.asynccontextmanager
 async def _plain(setup: Setup) -> AsyncIterator[Path]:
     """The console of a plain guest that runs the probe."""
-    vmm = start_plain(setup, new_name(), resource("probe.sh"), free_port())
+    vmm = start_plain(setup, new_name(), _PROBE_AND_STAY, free_port())
     try:
         await before(vmm.wait(), _line(vmm.folder / "console.log"))
         yield vmm.folder / "console.log"
@@ -75,10 +80,25 @@ async def _plain(setup: Setup) -> AsyncIterator[Path]:
 async def _cold(setup: Setup) -> AsyncIterator[Path]:
     """The console of a guest that runs the probe from the segment."""
     spec = replace(setup.prepared.spec, ready=None)
-    prepared = replace(setup.prepared, spec=spec, command=resource("probe.sh"))
+    prepared = replace(setup.prepared, spec=spec, command=_PROBE_AND_STAY)
     record = await run_cold(setup.host, prepared, new_name())
     try:
         yield setup.host.run / record.name / "console.log"
+    finally:
+        setup.host.end(record)
+
+
+async def _saved(setup: Setup) -> list[float]:
+    """The figures of the probe in a clone, in whose saved system the program never ran."""
+    record = await start_clone(setup.host, setup.saved, new_name())
+    try:
+        done = await run_captured(
+            setup.host.run / record.name, ["sh", "-c", resource("probe.sh")], timeout=TIMEOUT
+        )
+        found = _LINE.search(done.stdout.decode())
+        if not found:
+            raise NotReady(f"the probe failed in {record.name}: {done.stderr.decode()}")
+        return [float(figure) for figure in found.groups()]
     finally:
         setup.host.end(record)
 

@@ -103,7 +103,7 @@ def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
 
 
 def _starts(starts: Starts) -> str:
-    rows = [["bare `qemu -S`: until its QMP greeting", starts.bare]]
+    rows = [["bare `qemu -S`: until it answers a QMP command", starts.bare]]
     rows += [
         [f"saved system: until {MOMENTS[key]}", starts.moments[key]]
         for key in ("running", "handed out", "answered")
@@ -131,7 +131,7 @@ def _first_starts(kinds: dict[str, FirstStart]) -> str:
         ["read from block devices", *(_mib(c.bytes_read.median) for c in columns)],
         ["seconds", *(_spread(c.seconds) for c in columns)],
     ]
-    head = ["`python3 -c 'import json, http.server'`", *(_NAMES[kind] for kind in kinds)]
+    head = ["`perl -MPOSIX`", *(_NAMES[kind] for kind in kinds)]
     return _table(head, rows) + f"\n\nMedians of {len(columns[0].faults.values)} guests each."
 
 

@@ -193,7 +193,7 @@ def test_a_reader_that_leaves_is_told_nothing(home: Store) -> None:
 def _waiting(
     home: Store, source: Path, *ignored: signal.Signals
 ) -> Iterator[subprocess.Popen[str]]:
-    """A command that waits for as long as we like, for the store's lock, and ``ignored`` signals."""
+    """A command that waits, for the store's lock, as long as we like; and ignores signals."""
     source.mkdir()
     argv = [*_ARGV, "build", "a", "--from", f"dir:{source}"]
     traps = "".join(f"trap '' {number.name[3:]}; " for number in ignored)

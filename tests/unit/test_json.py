@@ -17,7 +17,7 @@ import pytest
 from onecopy.build.kernel import KernelConfig
 from onecopy.cli import onecopy
 from onecopy.demo import show
-from onecopy.demo.measure import Batch
+from onecopy.demo.measure import Measured
 from onecopy.errors import GuestFailed
 from onecopy.guest import doctor
 from onecopy.guest.artifacts import describe, describe_fully
@@ -64,7 +64,7 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
     store = Store(tmp_path)
     artifact = put(store)
     full = describe_fully(store, artifact)
-    batch = Batch("cold", 1, 1, 1.0, (1.0,), 1, 1)
+    batch = Measured("cold", 1, 1, 1.0, (1.0,), 1, 1)
     sheet = report.Report((), ()).to_json()
     return {
         "ps: guest": list(msgspec.to_builtins(GUEST)),

@@ -1,12 +1,14 @@
 """Starting several guests: all or none, what keeps and what ends. Guests here are only records."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import pytest
 
 from onecopy.errors import GuestFailed, InvalidInput, OnecopyError
-from onecopy.guest.folder import GuestRecord
+from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
 
@@ -30,17 +32,27 @@ def _record(name: str) -> GuestRecord:
     )
 
 
+class _Batch:
+    def __init__(self, host: "_Host") -> None:
+        self._host = host
+
+    def hand_out(self) -> None:
+        self._host.handed_out = set(self._host.running)
+
+
 class _Host:
     """Which guests run: those that were started and not ended."""
 
     def __init__(self, failing: dict[str, Exception] | None = None, slow: float = 0) -> None:
         self.running: set[str] = set()
         self.begun: set[str] = set()
+        self.handed_out: set[str] = set()
         self.ready: asyncio.Queue[str] = asyncio.Queue()
         self._failing = failing or {}
         self._slow = slow
 
-    async def start(self, name: str) -> GuestRecord:
+    async def start(self, name: str, batch: Batch) -> GuestRecord:
+        assert isinstance(batch, _Batch)
         self.begun.add(name)
         if name in self._failing:
             raise self._failing[name]
@@ -51,6 +63,10 @@ class _Host:
 
     def end(self, record: GuestRecord) -> None:
         self.running.remove(record.name)
+
+    @contextmanager
+    def batch(self) -> Iterator["_Batch"]:
+        yield _Batch(self)
 
     def as_host(self) -> Host:
         return cast(Host, self)
@@ -64,7 +80,7 @@ def _run(host: _Host, *, keep_going: bool = False) -> tuple[list[str], list[str]
 def test_all_start_in_the_order_of_their_names() -> None:
     host = _Host()
     assert _run(host) == (NAMES, [])
-    assert host.running == set(NAMES)
+    assert host.running == host.handed_out == set(NAMES)
 
 
 @pytest.mark.parametrize("slow", [0, 0.02])
@@ -73,18 +89,18 @@ def test_one_failure_ends_all_others(failing: str, slow: float) -> None:
     host = _Host({failing: GuestFailed("it broke")}, slow)
     with pytest.raises(GuestFailed, match="it broke"):
         _run(host)
-    assert host.running == set()
+    assert host.running == host.handed_out == set()
 
 
 def test_a_late_failure_ends_those_that_run_already() -> None:
     host = _Host()
 
-    async def start(name: str) -> GuestRecord:
+    async def start(name: str, batch: Batch) -> GuestRecord:
         if name == NAMES[-1]:
             for _ in NAMES[:-1]:
                 await host.ready.get()
             raise GuestFailed("the last one broke")
-        return await host.start(name)
+        return await host.start(name, batch)
 
     with pytest.raises(GuestFailed):
         asyncio.run(start_many(host.as_host(), NAMES, start))
@@ -95,24 +111,24 @@ def test_a_late_failure_ends_those_that_run_already() -> None:
 def test_keep_going_keeps_the_others_and_tells_the_failures() -> None:
     host = _Host({"g-2": GuestFailed("it broke"), "g-4": GuestFailed("this, too")})
     assert _run(host, keep_going=True) == (["g-1", "g-3"], ["g-2", "g-4"])
-    assert host.running == {"g-1", "g-3"}
+    assert host.running == host.handed_out == {"g-1", "g-3"}
 
 
 def test_a_bug_is_raised_as_it_is() -> None:
     host = _Host({"g-1": ZeroDivisionError("ours")})
     with pytest.raises(ZeroDivisionError):
         _run(host)
-    assert host.running == set()
+    assert host.running == host.handed_out == set()
 
 
 @pytest.mark.parametrize("keep_going", [False, True])
 def test_cancelled_it_leaves_none(keep_going: bool) -> None:
     host = _Host()
 
-    async def start(name: str) -> GuestRecord:
+    async def start(name: str, batch: Batch) -> GuestRecord:
         if name == "g-2":
             await asyncio.Event().wait()
-        return await host.start(name)
+        return await host.start(name, batch)
 
     async def main() -> None:
         everything = start_many(host.as_host(), NAMES, start, keep_going=keep_going)

@@ -26,7 +26,7 @@ from onecopy.build.tools import ensure_tools
 from onecopy.errors import BadSource, MissingProgram
 from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
 from onecopy.guest.exec import Completed, run_captured
-from onecopy.guest.folder import GuestRecord
+from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
 from onecopy.guest.save import save_system
@@ -215,7 +215,7 @@ def clones(host: Host, saved: Artifact) -> Iterator[Clones]:
 
     def start(count: int) -> list[GuestRecord]:
         names = names_for("clone", None, count)
-        new = _start(host, names, lambda name: start_clone(host, source, name))
+        new = _start(host, names, lambda name, batch: start_clone(host, source, name, batch=batch))
         started.extend(new)
         return new
 
@@ -233,7 +233,9 @@ def cold(host: Host) -> Iterator[Cold]:
         spec = ColdSpec(root=Reference.parse(root.ref), **options)  # type: ignore[arg-type]
         prepared = prepare_cold(host, spec)
         names = names_for("cold", None, 1)
-        started.extend(_start(host, names, lambda name: run_cold(host, prepared, name)))
+        started.extend(
+            _start(host, names, lambda name, batch: run_cold(host, prepared, name, batch))
+        )
         return started[-1]
 
     yield boot
@@ -242,7 +244,7 @@ def cold(host: Host) -> Iterator[Cold]:
 
 
 def _start(
-    host: Host, names: list[str], start: Callable[[str], Awaitable[GuestRecord]]
+    host: Host, names: list[str], start: Callable[[str, Batch], Awaitable[GuestRecord]]
 ) -> list[GuestRecord]:
     return list(asyncio.run(start_many(host, names, start)).guests)
 

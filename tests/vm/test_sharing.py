@@ -5,15 +5,21 @@ Not here: RAM of clones (test_sharing_clones.py), what the report makes of it (t
 
 from __future__ import annotations
 
+import asyncio
 import os
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from onecopy.build.segment import build_segment
+from onecopy.guest.boot import ColdSpec
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
+from onecopy.guest.many import names_for, start_many
+from onecopy.guest.save import save_system
+from onecopy.guest.start import start_clone, template
 from onecopy.host import kpage, pagemap, residency
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
@@ -136,37 +142,80 @@ def test_a_programs_text_is_one_copy(
             assert texts[0][page] == texts[1][page] == checksum
 
 
+@dataclass(frozen=True, slots=True)
+class FirstStart:
+    """What the guest's kernel counted while a program started; bytes, but for the faults."""
+
+    mapped: int
+    """Of its files, in place."""
+    cached: int
+    """What the guest's page cache grew by."""
+    read: int
+    """From block devices, by the program."""
+    sectors: int
+    """From block devices, by anybody."""
+    faults: tuple[int, int]
+    """Major ones: the program's, everybody's."""
+
+
+def first_start(guest: GuestRecord, run_in: RunIn) -> FirstStart:
+    done = run_in(guest, "sh", "-c", FIRST_START, "sh", STARTED)
+    assert done.exit_code == 0, done.stderr
+    lines = [line.split() for line in done.stdout.decode().splitlines()]
+    told = {key: [int(v) for k, v in lines if k == key] for key, _ in lines}
+    grown = {key: values[1] - values[0] for key, values in told.items() if len(values) == 2}
+    disks = {key for key in grown if key.startswith("disk:")}
+    # Segments are all the disks there are.
+    assert disks == {f"disk:pmem{number}" for number in range(3)}
+    result = FirstStart(
+        mapped=told["mapped"][0],
+        cached=grown["nr_file_pages"] * PAGE_SIZE,
+        read=told["read"][0],
+        sectors=sum(grown[key] for key in disks) * 512,
+        faults=(told["majflt"][0], grown["pgmajfault"]),
+    )
+    print(f"{guest.name}: {result}")
+    return result
+
+
 def test_a_first_start_reads_and_caches_no_program(two: list[GuestRecord], run_in: RunIn) -> None:
     for guest in two:
-        done = run_in(guest, "sh", "-c", FIRST_START, "sh", STARTED)
-        assert done.exit_code == 0, done.stderr
-        lines = [line.split() for line in done.stdout.decode().splitlines()]
-        told = {key: [int(v) for k, v in lines if k == key] for key, _ in lines}
-        grown = {key: values[1] - values[0] for key, values in told.items() if len(values) == 2}
-        mapped = told["mapped"][0]
-        cached = grown["nr_file_pages"] * PAGE_SIZE
-        sectors = sum(grown[key] for key in grown if key.startswith("disk:"))
-        print(
-            f"{guest.name}: mapped {mapped} bytes of files, page cache +{cached}, "
-            f"read {told['read'][0]} ({sectors} sectors), major faults {told['majflt'][0]}"
-        )
-        assert mapped > 2 * MIB
-        assert told["majflt"] == [0]
-        assert grown["pgmajfault"] == 0
+        found = first_start(guest, run_in)
+        assert found.mapped > 2 * MIB
+        assert found.faults == (0, 0)
         # The file system's own records (folders, inodes) are read by block and kept in the guest;
         # of the files themselves not one page is.
-        assert cached < mapped / 8
-        assert told["read"][0] < mapped / 16
-        assert sectors * 512 < mapped / 16
-        assert {key for key in told if key.startswith("disk:")} == {
-            f"disk:pmem{number}" for number in range(3)
-        }
+        assert found.cached < found.mapped / 8
+        assert found.read < found.mapped / 16
+        assert found.sectors < found.mapped / 16
 
     # The counter does see a program that is not executed in place: a copy in RAM.
     script = "grep nr_file_pages /proc/vmstat; cp /usr/bin/python3 /tmp/p; "
     done = run_in(two[0], "sh", "-c", script + "grep nr_file_pages /proc/vmstat")
     before, after = (int(line.split()[1]) for line in done.stdout.splitlines())
     assert (after - before) * PAGE_SIZE > 6 * MIB
+
+
+def test_a_first_start_in_a_clone_reads_nothing_at_all(
+    host: Host, python_root: Artifact, run_in: RunIn
+) -> None:
+    # Nothing but an idle system was saved: the program starts for the first time in each clone.
+    spec = ColdSpec(root=Reference.parse(python_root.ref), memory=192 * MIB, command="")
+    source = template(host, asyncio.run(save_system(host, Reference("idle"), spec)))
+    names = names_for("first", None, 2)
+    guests = asyncio.run(
+        start_many(host, names, lambda name, batch: start_clone(host, source, name, batch=batch))
+    )
+    try:
+        for guest in guests.guests:
+            found = first_start(guest, run_in)
+            assert found.mapped > 2 * MIB
+            assert (found.faults, found.read, found.sectors) == ((0, 0), 0, 0)
+            assert found.cached < found.mapped / 64
+    finally:
+        for guest in guests.guests:
+            host.end(guest)
+        host.store.remove(Reference("idle"))
 
 
 def test_what_nobody_touched_is_not_in_memory(

@@ -24,7 +24,7 @@ from onecopy.errors import InvalidInput
 from onecopy.model import Reference
 
 if TYPE_CHECKING:
-    from onecopy.guest.folder import GuestRecord
+    from onecopy.guest.folder import Batch, GuestRecord
     from onecopy.guest.host import Host
     from onecopy.guest.many import Started
 
@@ -87,7 +87,10 @@ def command(
         else:
             ports = {each: _ports(publish, number) for number, each in enumerate(names)}
             start = many.start_many(
-                host, names, lambda each: starter(each, ports[each]).start(), keep_going=keep_going
+                host,
+                names,
+                lambda each, batch: starter(each, ports[each]).start(batch),
+                keep_going=keep_going,
             )
             return _started(asyncio.run(_then(host, start, cmd, keep)), as_json, bool(cmd))
     for line in argv:
@@ -98,7 +101,7 @@ def command(
 class _Start:
     """One guest to be: its command line, or itself."""
 
-    def __init__(self, argv: list[str], start: Callable[[], Awaitable[GuestRecord]]) -> None:
+    def __init__(self, argv: list[str], start: Callable[[Batch], Awaitable[GuestRecord]]) -> None:
         self.argv = argv
         self.start = start
 
@@ -120,7 +123,7 @@ def _clone(
     template = start.template(host, host.store.resolve(source, "system"), Choice(options["accel"]))
     return lambda name, ports: _Start(
         start.dry_run(host, template, name, ports),
-        lambda: start.start_clone(host, template, name, ports),
+        lambda batch: start.start_clone(host, template, name, ports, batch),
     )
 
 
@@ -136,7 +139,9 @@ def _cold(
 
     def starter(name: str, ports: Ports) -> _Start:
         mine = replace(prepared, spec=replace(prepared.spec, publish=ports))
-        return _Start(boot.dry_run(host, mine, name), lambda: boot.run_cold(host, mine, name))
+        return _Start(
+            boot.dry_run(host, mine, name), lambda batch: boot.run_cold(host, mine, name, batch)
+        )
 
     return starter
 

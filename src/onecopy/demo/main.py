@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onecopy.build.packages import host_suite
 from onecopy.build.segment import build_segment
-from onecopy.demo.measure import Batch, start_batch
+from onecopy.demo.measure import Measured, start_batch
 from onecopy.guest import boot, save, start
 from onecopy.guest.host import Host
 from onecopy.model import Reference
@@ -34,7 +34,7 @@ def specification(accel: Choice) -> boot.ColdSpec:
     )
 
 
-async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[str, list[Batch]]:
+async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[str, list[Measured]]:
     """Do it all; returns the accelerator (and why) and what both kinds of guests took.
 
     The demo's segments and system stay in the store, its guests do not stay.
@@ -49,8 +49,8 @@ async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[s
         host,
         "cold",
         COLD_GUESTS,
-        lambda name, ports: boot.run_cold(
-            host, replace(prepared, spec=replace(prepared.spec, publish=ports)), name
+        lambda name, ports, batch: boot.run_cold(
+            host, replace(prepared, spec=replace(prepared.spec, publish=ports)), name, batch
         ),
     )
     tell(f"starting {SAVED_GUESTS} guests from the saved system")
@@ -59,7 +59,7 @@ async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[s
         host,
         "saved",
         SAVED_GUESTS,
-        lambda name, ports: start.start_clone(host, template, name, ports),
+        lambda name, ports, batch: start.start_clone(host, template, name, ports, batch),
     )
     return f"{prepared.accel.name}: {prepared.accel.reason}", [cold, saved]
 
@@ -74,7 +74,7 @@ def build_all(host: Host, tell: Callable[[str], None]) -> None:
         build_segment(host.store, APP, f"dir:{Path(folder)}", progress=tell)
 
 
-async def _batch(host: Host, kind: str, count: int, starter: object) -> Batch:
+async def _batch(host: Host, kind: str, count: int, starter: object) -> Measured:
     run_id = secrets.token_hex(2)
     names = [f"demo-{kind}-{run_id}-{number}" for number in range(1, count + 1)]
     try:

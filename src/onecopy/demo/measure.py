@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from onecopy.guest.folder import GuestRecord
+from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import start_many
 from onecopy.guest.maps import guest_maps
@@ -22,7 +22,7 @@ PATIENCE = 180.0
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Measured:
     """Guests that were started together, and what they took; times in seconds, memory in bytes."""
 
     kind: str
@@ -57,14 +57,14 @@ async def start_batch(
     host: Host,
     kind: str,
     names: Sequence[str],
-    start: Callable[[str, Ports], Awaitable[GuestRecord]],
-) -> Batch:
+    start: Callable[[str, Ports, Batch], Awaitable[GuestRecord]],
+) -> Measured:
     """Start guests at once, and look at them when all have answered; the caller ends them."""
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     answers: dict[str, asyncio.Task[float | None]] = {}
 
-    async def start_and_ask(name: str) -> GuestRecord:
-        record = await start(name, ((ports[name], 80),))
+    async def start_and_ask(name: str, batch: Batch) -> GuestRecord:
+        record = await start(name, ((ports[name], 80),), batch)
         # The next guest starts while this one answers.
         answers[name] = asyncio.create_task(_answered(name, ports[name]))
         return record
@@ -74,7 +74,7 @@ async def start_batch(
     when = [at for at in await asyncio.gather(*answers.values()) if at is not None]
     figures = report.collect(guest_maps(started.guests)).totals
     count = len(names)
-    return Batch(
+    return Measured(
         kind=kind,
         guests=count,
         answered=len(when),

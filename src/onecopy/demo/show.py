@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from onecopy.demo.measure import Batch
+from onecopy.demo.measure import Measured
 from onecopy.model import MIB
 
 HEADINGS = (
@@ -28,7 +28,7 @@ NOTES = (
 )
 
 
-def rows(batches: Sequence[Batch]) -> list[list[str]]:
+def rows(batches: Sequence[Measured]) -> list[list[str]]:
     """One row per kind of guest."""
     return [
         [
@@ -43,7 +43,7 @@ def rows(batches: Sequence[Batch]) -> list[list[str]]:
     ]
 
 
-def as_json(accel: str, batches: Sequence[Batch]) -> dict[str, Any]:
+def as_json(accel: str, batches: Sequence[Measured]) -> dict[str, Any]:
     """docs/json.md; seconds and bytes."""
     cold, saved = batches
     return {
@@ -65,7 +65,7 @@ def as_json(accel: str, batches: Sequence[Batch]) -> dict[str, Any]:
     }
 
 
-def picture(accel: str, batches: Sequence[Batch]) -> str:
+def picture(accel: str, batches: Sequence[Measured]) -> str:
     """Three pairs of bars as an SVG document."""
     cold, saved = batches
     panels = [

@@ -15,7 +15,7 @@ from onecopy.build.tools import ensure_tools
 from onecopy.errors import AgentFailed, GuestFailed, NotEnough, NotReady
 from onecopy.guest import machine
 from onecopy.guest.exec import Completed, run_captured
-from onecopy.guest.folder import GuestFolder, GuestRecord
+from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.ports import Ports, published, require_free
 from onecopy.host import meminfo
@@ -239,19 +239,21 @@ _DEFAULT_READY = f"""
 """
 
 
-async def run_cold(host: Host, prepared: Prepared, name: str) -> GuestRecord:
-    """Boot a guest and hand it out."""
+async def run_cold(
+    host: Host, prepared: Prepared, name: str, batch: Batch | None = None
+) -> GuestRecord:
+    """Boot a guest. It is handed out with its ``batch``; without one, at once."""
     require_free(prepared.spec.publish)
     began = time.monotonic()
-    with host.claim(name, prepared.digests) as (folder, lease):
+    with host.starting(batch) as mine, host.claim(name, prepared.digests, mine) as (folder, lease):
         spec = launch_spec(host, prepared, folder.path, name)
         async with booted(prepared, spec, [lease.fd]) as vmm:
             async with connect(folder.path / "monitor.sock") as monitor:
                 ports = await published(monitor, prepared.spec.publish)
-            return _hand_out(prepared, folder, vmm, ports, time.monotonic() - began)
+            return _up(prepared, folder, vmm, ports, time.monotonic() - began)
 
 
-def _hand_out(
+def _up(
     prepared: Prepared, folder: GuestFolder, vmm: Vmm, ports: Ports, seconds: float
 ) -> GuestRecord:
     record = GuestRecord(
@@ -269,6 +271,6 @@ def _hand_out(
         segments=machine.blob_names(prepared.placed),
         publish=ports,
     )
-    folder.hand_out(record)
+    folder.write(record)
     vmm.detach()
     return record

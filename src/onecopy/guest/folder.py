@@ -1,8 +1,8 @@
 """Run folders: what a running guest has on the host, and how a dead one is swept.
 
     RUN/NAME/
-        guest.json      what it is; written when the guest is handed out
-        starting        locked by the command that starts it; gone when it is handed out
+        guest.json      what it is; written once the guest is up
+        starting        link to the mark of the command that starts it; leads nowhere afterwards
         monitor.sock    QMP; monitor.lock is held by the command that speaks it
         agent.in .out   pipes to the guest agent, agent.lock beside them
         identity.in .out  pipes to the guest's identity script
@@ -10,9 +10,11 @@
         console.sock    the serial console; console.log keeps all it said
         qemu.log        what QEMU itself said
 
+    RUN/.starting-ID    locked by a command that starts guests; gone when they are handed out
+
 A guest exists as long as its VMM holds its lease in the store (store/lease.py). A folder without
-a live lease is a leftover; so is a VMM whose ``starting`` nobody locks any more: both are swept by
-the next command.
+a live lease is a leftover; so is a VMM whose mark nobody locks any more: both are swept by the next
+command.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import signal
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -30,6 +33,8 @@ import msgspec
 from onecopy.errors import NotFound
 from onecopy.host.lock import is_held
 from onecopy.store import Store
+
+_MARK = ".starting-"
 
 
 class GuestRecord(msgspec.Struct, frozen=True):
@@ -79,20 +84,31 @@ class GuestFolder:
         self.name = path.name
 
     def record(self) -> GuestRecord:
-        """Read guest.json; raise NotFound while there is none."""
+        """Read guest.json; raise NotFound while the guest is not handed out."""
         try:
-            return msgspec.json.decode((self.path / "guest.json").read_bytes(), type=GuestRecord)
+            text = (self.path / "guest.json").read_bytes()
         except FileNotFoundError:
+            text = b""
+        if not text or self._mark.exists():
             raise NotFound(
                 f"there is no guest {self.name!r}", hint="`onecopy ps` lists the running guests"
-            ) from None
+            )
+        return msgspec.json.decode(text, type=GuestRecord)
 
-    def hand_out(self, record: GuestRecord) -> None:
-        """From now on the guest is the user's, and outlives the command."""
+    def write(self, record: GuestRecord) -> None:
+        """Note what the guest is, now that it is up."""
         temporary = self.path / "guest.json.tmp"
         temporary.write_bytes(msgspec.json.encode(record))
         temporary.rename(self.path / "guest.json")
-        (self.path / "starting").unlink()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the command that was starting this guest is gone."""
+        return self._mark.exists() and not is_held(self._mark.resolve())
+
+    @property
+    def _mark(self) -> Path:
+        return self.path / "starting"
 
     def remove(self) -> None:
         """Remove the folder; its VMM must be gone."""
@@ -109,31 +125,39 @@ class GuestFolder:
         return None
 
 
-@contextlib.contextmanager
-def starting(path: Path) -> Iterator[GuestFolder]:
-    """A new run folder, marked as being started by this process.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Guests that one command starts: they become the user's all at once, or none of them does.
 
-    The caller hands the guest out, or ends its VMM and removes the folder.
+    Made while no sweeper runs.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if path.exists():  # the lease was free: what is here is a leftover
-        shutil.rmtree(path)
-    # The lock comes before the name: a sweeper never sees the folder without it.
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.mkdir(mode=0o700)
-    fd = os.open(hidden / "starting", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        hidden.rename(path)
-        yield GuestFolder(path)
-    finally:
-        os.close(fd)
+
+    mark: Path
+
+    def add(self, path: Path) -> GuestFolder:
+        """A new run folder for one of them; the caller ends its VMM and removes it if it fails."""
+        if path.exists():  # its lease was free: what is here is a leftover
+            shutil.rmtree(path)
+        path.mkdir(mode=0o700)
+        (path / "starting").symlink_to(self.mark)
+        return GuestFolder(path)
+
+    def hand_out(self) -> None:
+        """From now on the guests are the user's, and outlive the command."""
+        self.mark.unlink()
 
 
-def abandoned(path: Path) -> bool:
-    """Whether the command that was starting this guest is gone."""
-    mark = path / "starting"
-    return mark.exists() and not is_held(mark)
+def is_mark(path: Path) -> bool:
+    """Whether ``path``, in the folder of the run folders, is the mark of a batch."""
+    return path.name.startswith(_MARK)
+
+
+def lock_mark(run: Path) -> tuple[Path, int]:
+    """A new mark, and the descriptor that locks it."""
+    mark = run / f"{_MARK}{secrets.token_hex(8)}"
+    fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return mark, fd
 
 
 def kill(pid: int, folder: GuestFolder) -> None:

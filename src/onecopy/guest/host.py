@@ -11,7 +11,16 @@ from functools import cached_property
 from pathlib import Path
 
 from onecopy.errors import NotFound
-from onecopy.guest.folder import GuestFolder, GuestRecord, abandoned, kill, run_root, starting
+from onecopy.guest.folder import (
+    Batch,
+    GuestFolder,
+    GuestRecord,
+    is_mark,
+    kill,
+    lock_mark,
+    run_root,
+)
+from onecopy.host.lock import is_held
 from onecopy.store import Lease, Store
 from onecopy.vmm.qemu import Qemu, probe
 
@@ -52,16 +61,42 @@ class Host:
         return sorted(records, key=lambda record: record.name)
 
     @contextlib.contextmanager
-    def claim(self, name: str, digests: Sequence[str]) -> Iterator[tuple[GuestFolder, Lease]]:
+    def batch(self) -> Iterator[Batch]:
+        """What the guests that are started meanwhile belong to; the caller hands them out.
+
+        Killed before, the command leaves guests that the next one ends.
+        """
+        with self._locked():
+            mark, fd = lock_mark(self.run)
+        try:
+            yield Batch(mark)
+        finally:
+            mark.unlink(missing_ok=True)
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def starting(self, batch: Batch | None) -> Iterator[Batch]:
+        """``batch``, or one for a single guest, which is handed out at the end."""
+        if batch:
+            yield batch
+            return
+        with self.batch() as own:
+            yield own
+            own.hand_out()
+
+    @contextlib.contextmanager
+    def claim(
+        self, name: str, digests: Sequence[str], batch: Batch
+    ) -> Iterator[tuple[GuestFolder, Lease]]:
         """A new guest's run folder and lease; raise AlreadyExists if the name is taken.
 
-        Our copies of both locks are closed at the end. The caller hands the guest out, or leaves
-        nothing behind.
+        Our copy of the lease is closed at the end. If that is an error nothing is left behind, but
+        for the VMM, which is the caller's to end.
         """
         with contextlib.ExitStack() as stack:
             with self._locked():
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
-                folder = stack.enter_context(starting(self.run / name))
+                folder = batch.add(self.run / name)
             try:
                 yield folder, lease
             except BaseException:
@@ -81,19 +116,22 @@ class Host:
             for path in self._folders():
                 folder = GuestFolder(path)
                 if self.store.is_held(path.name):
-                    if not abandoned(path):
+                    if not folder.abandoned:
                         continue
                     vmm = folder.find_vmm()
                     if vmm is not None:
                         kill(vmm, folder)
                         killed = True
                 folder.remove()
+            for path in filter(is_mark, self.run.iterdir()):
+                if not is_held(path):
+                    path.unlink()
         if killed:
             # Their leases are stale only now.
             self.store.sweep()
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.run.iterdir() if path.is_dir() and path.name[0] != "."]
+        return [path for path in self.run.iterdir() if path.is_dir()]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

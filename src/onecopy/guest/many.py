@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onecopy.errors import OnecopyError
-from onecopy.guest.folder import GuestRecord
+from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.model import check_guest_name
 
@@ -38,11 +38,11 @@ def names_for(source: str, name: str | None, count: int) -> list[str]:
 async def start_many(
     host: Host,
     names: Sequence[str],
-    start: Callable[[str], Awaitable[GuestRecord]],
+    start: Callable[[str, Batch], Awaitable[GuestRecord]],
     *,
     keep_going: bool = False,
 ) -> Started:
-    """Start guests concurrently.
+    """Start guests concurrently, and hand them out together.
 
     If one cannot start all others are ended again and its error is raised, unless ``keep_going``:
     then they run on, and the failures are told beside them. Interrupted, it leaves none.
@@ -50,20 +50,22 @@ async def start_many(
     # More at once than there are processors only makes each of them ready later.
     turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
 
-    async def one(name: str) -> GuestRecord:
+    async def one(name: str, batch: Batch) -> GuestRecord:
         async with turn:
-            return await start(name)
+            return await start(name, batch)
 
-    tasks = {name: asyncio.ensure_future(one(name)) for name in names}
-    when = asyncio.ALL_COMPLETED if keep_going else asyncio.FIRST_EXCEPTION
-    try:
-        await asyncio.wait(tasks.values(), return_when=when)
-    except asyncio.CancelledError:
-        await _settle(host, tasks, keep=False)
-        raise
-    failures = await _settle(host, tasks, keep=keep_going)
-    if failures and not keep_going:
-        raise failures[0][1]
+    with host.batch() as batch:
+        tasks = {name: asyncio.ensure_future(one(name, batch)) for name in names}
+        when = asyncio.ALL_COMPLETED if keep_going else asyncio.FIRST_EXCEPTION
+        try:
+            await asyncio.wait(tasks.values(), return_when=when)
+        except asyncio.CancelledError:
+            await _settle(host, tasks, keep=False)
+            raise
+        failures = await _settle(host, tasks, keep=keep_going)
+        if failures and not keep_going:
+            raise failures[0][1]
+        batch.hand_out()
     guests = (task.result() for task in tasks.values() if not _failed(task))
     return Started(tuple(guests), tuple(failures))
 

@@ -58,7 +58,10 @@ async def save_system(
     with host.store.workspace() as work:
         ram = work / "ram"
         _reserve(ram, prepared.hardware.memory)
-        with host.claim(name, prepared.digests) as (folder, lease):
+        with (
+            host.batch() as batch,
+            host.claim(name, prepared.digests, batch) as (folder, lease),
+        ):
             launched = replace(
                 launch_spec(host, prepared, folder.path, name), ram=Ram.SAVING, ram_path=ram
             )

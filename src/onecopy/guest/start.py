@@ -12,7 +12,7 @@ from typing import Any
 
 from onecopy.errors import GuestFailed, Incompatible
 from onecopy.guest import identity, machine
-from onecopy.guest.folder import GuestFolder, GuestRecord
+from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig
 from onecopy.guest.ports import Ports, published, require_free
@@ -85,14 +85,20 @@ def dry_run(host: Host, source: Template, name: str, publish: Ports) -> list[str
     return command(source.hardware, launch_spec(host, source, host.run / name, publish))
 
 
-async def start_clone(host: Host, source: Template, name: str, publish: Ports = ()) -> GuestRecord:
-    """Start one clone and hand it out, once it has a name and identity of its own.
+async def start_clone(
+    host: Host, source: Template, name: str, publish: Ports = (), batch: Batch | None = None
+) -> GuestRecord:
+    """Start one clone, until it has a name and identity of its own.
 
-    Raises AlreadyExists if the name is taken, InUse if a port is, GuestFailed, AgentFailed.
+    It is handed out with its ``batch``; without one, at once. Raises AlreadyExists if the name is
+    taken, InUse if a port is, GuestFailed, AgentFailed.
     """
     require_free(publish)
     began = time.monotonic()
-    with host.claim(name, [source.artifact.digest]) as (folder, lease):
+    with (
+        host.starting(batch) as mine,
+        host.claim(name, [source.artifact.digest], mine) as (folder, lease),
+    ):
         prepare(folder.path)
         spec = launch_spec(host, source, folder.path, publish)
         vmm = launch(source.hardware, spec, inherit=[lease.fd])
@@ -104,7 +110,7 @@ async def start_clone(host: Host, source: Template, name: str, publish: Ports = 
             become = identity.become(folder.path, name, machine_id=source.config.machine_id)
             await _unless_ended(vmm, become)
             record = _record(source, folder, vmm, ports, time.monotonic() - began)
-            folder.hand_out(record)
+            folder.write(record)
             vmm.detach()
             return record
 

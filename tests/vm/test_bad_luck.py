@@ -1,0 +1,456 @@
+"""When things go wrong: full disks, killed commands, killed QEMUs, guests that never come up.
+
+After each of them the next command finds nothing left, and the store whole. Not here: the store's
+own crash tests, line by line (tests/unit/test_store_crash.py).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from onecopy import errors
+from onecopy.build.kernel import ensure_kernel
+from onecopy.build.tools import ensure_tools
+from onecopy.errors import OnecopyError
+from onecopy.guest.host import Host
+from onecopy.model import MIB, Reference
+from onecopy.store import Artifact, NewLayer, Store
+from tests.unit.store_kit import check_whole
+from tests.vm.conftest import vmms
+
+ONECOPY = str(Path(sys.executable).with_name("onecopy"))
+DOCUMENTED = {
+    each.exit_code
+    for each in vars(errors).values()
+    if isinstance(each, type) and issubclass(each, OnecopyError) and each is not OnecopyError
+}
+#: Seconds after which something that must not block has blocked.
+STUCK = 120
+
+
+def onecopy(*args: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = os.environ | ({"ONECOPY_HOME": str(home)} if home else {})
+    return subprocess.run([ONECOPY, *args], capture_output=True, text=True, timeout=300, env=env)
+
+
+def refused(code: int, *args: str, home: Path | None = None) -> str:
+    """What a command that must fail prints on standard error."""
+    done = onecopy(*args, home=home)
+    assert done.returncode == code, f"{args}: {done.returncode} {done.stdout} {done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def refs(host: Host) -> set[str]:
+    return {artifact.ref for artifact in host.store.artifacts()}
+
+
+def assert_nothing_left(host: Host, names: set[str]) -> None:
+    """After one next command, only ``names`` are in the store, and nothing is anywhere else."""
+    assert onecopy("ps", "--json", home=host.store.root).stdout.strip() == "[]"
+    assert vmms(host) == []
+    assert [path.name for path in host.run.iterdir()] == [".lock"]
+    assert list((host.store.root / "leases").iterdir()) == []
+    assert list((host.store.root / "tmp").iterdir()) == []
+    mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    assert [line for line in mounts if f"{host.store.root}/" in line.split()[4]] == []
+    assert refs(host) == names
+    assert host.store.collect() == []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left(host: Host, saved: Artifact, busybox_root: Artifact) -> Iterator[None]:
+    """Each test of this file leaves nothing, and no name, behind."""
+    names = refs(host)
+    yield
+    assert_nothing_left(host, names)
+
+
+def save(name: str, root: Artifact, *options: str) -> list[str]:
+    return ["save", name, "--root", root.ref, "--memory", "96M", *options]
+
+
+def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
+    options = ["--ready", "echo not yet; exit 3", "--timeout", "20"]
+    said = refused(11, *save("never", busybox_root, *options))
+    assert "not ready after 20 s" in said and "exit code 3: not yet" in said
+    assert "correct --ready" in said
+
+
+def test_a_guest_that_cannot_boot_in_time(busybox_root: Artifact) -> None:
+    said = refused(11, *save("late", busybox_root, "--timeout", "1"))
+    assert "did not come up within 1 s" in said and "--timeout" in said
+    cold = ["run", "--cold", busybox_root.ref, "--name", "late", "--memory", "96M"]
+    refused(11, *cold, "--timeout", "1")
+
+
+def test_a_guest_whose_command_ends(busybox_root: Artifact) -> None:
+    said = refused(
+        10, *save("short", busybox_root, "--run", "echo bye; exit 5", "--ready", "false")
+    )
+    # Its own last words, too.
+    assert "the guest ended while starting" in said
+    assert "bye" in said and "the command ended with exit code 5" in said
+
+
+@contextmanager
+def begun(*args: str) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process group of its own, as a shell starts it; ended at the end."""
+    with subprocess.Popen(
+        [ONECOPY, *args],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(process: subprocess.Popen[str], step: str) -> None:
+    """Read the command's progress up to the line of this step."""
+    assert process.stderr
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if step in line:
+            return
+    raise AssertionError(f"{step!r} did not come: {seen}")
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code, and the rest of what was said."""
+    said = process.communicate(timeout=STUCK)[1]
+    return process.returncode, said
+
+
+INTERRUPTS = [
+    ("build", "writing the erofs image", signal.SIGINT),
+    ("build", "writing the erofs image", signal.SIGKILL),
+    ("build", "storing", signal.SIGTERM),
+    ("debian", "installing", signal.SIGINT),
+    ("debian", "installing", signal.SIGKILL),
+    ("save", "booting", signal.SIGINT),
+    ("save", "booting", signal.SIGKILL),
+    ("save", "freezing", signal.SIGKILL),
+    ("save", "storing", signal.SIGTERM),
+    ("run", "", signal.SIGINT),
+    ("run", "", signal.SIGTERM),
+    ("run", "", signal.SIGKILL),
+    ("run", "", signal.SIGKILL),
+    ("cold", "booting", signal.SIGTERM),
+]
+
+
+@pytest.mark.parametrize(("what", "step", "number"), INTERRUPTS)
+def test_an_interrupted_command(
+    host: Host,
+    saved: Artifact,
+    busybox_root: Artifact,
+    tmp_path: Path,
+    what: str,
+    step: str,
+    number: signal.Signals,
+) -> None:
+    names = refs(host)
+    args = {
+        "build": ["build", "cut", "--from", f"dir:{tmp_path}"],
+        "debian": ["build", "cut", "--from", "debian:bookworm"],
+        "save": save("cut", busybox_root),
+        "run": ["run", saved.ref, "-n", "4", "--name", "cut"],
+        "cold": ["run", "--cold", busybox_root.ref, "--memory", "96M", "--name", "cut"],
+    }[what]
+    (tmp_path / "data").write_bytes(secrets.token_bytes(64 * MIB))
+    # Storing takes longer than this, so that all of it lies before the end.
+    longest = {"debian": 8.0, "storing": 0.03}.get(step if step == "storing" else what, 0.3)
+    delay = random.uniform(0, longest)  # noqa: S311
+    print(f"delay {delay:.3f} s")  # shown if it fails
+    with begun(*args) as process:
+        if step:
+            wait_for(process, step)
+        else:
+            first_vmm(host, process)
+        time.sleep(delay)
+        # As Ctrl-C does: to the command and to all that it started in its process group.
+        send = os.killpg if number == signal.SIGINT else os.kill
+        send(process.pid, number)
+        code, said = finish(process)
+    assert "Traceback" not in said
+    if code == 0:
+        # It was done already; then it is all there.
+        onecopy("stop", "--all", "--now")
+        assert refs(host) - names <= {"cut:latest"}
+        if what in ("build", "debian", "save"):
+            onecopy("rm", "cut")
+    else:
+        assert code == (-9 if number == signal.SIGKILL else 130), said
+        if code == 130:
+            assert said.splitlines()[-1] == "onecopy: interrupted"
+    if what == "debian":
+        let_mmdebstrap_end(host)
+    assert_nothing_left(host, names)
+
+
+def let_mmdebstrap_end(host: Host) -> None:
+    """A kill -9 of us has it asked to end, which takes it some seconds."""
+    work = f"{host.store.root}/tmp/work-".encode()
+    deadline = time.monotonic() + STUCK
+    while any(work in line for line in command_lines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def command_lines() -> Iterator[bytes]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                yield (entry / "cmdline").read_bytes()
+
+
+@pytest.mark.parametrize("delay", [0.0, 2.0])
+def test_qemu_killed_while_saving(host: Host, busybox_root: Artifact, delay: float) -> None:
+    with begun(*save("dead", busybox_root, "--ready", "echo soon; false")) as process:
+        wait_for(process, "booting")
+        kill_first(host, process, delay)
+        code, said = finish(process)
+    assert code == 10, said
+    assert "the guest ended while starting (QEMU's exit code -9)" in said
+    assert "onecopy doctor" in said
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.15])
+def test_qemu_killed_while_a_clone_starts(host: Host, saved: Artifact, delay: float) -> None:
+    began = time.monotonic()
+    with begun("run", saved.ref, "--name", "dead") as process:
+        kill_first(host, process, delay)
+        code, said = finish(process)
+    # Killed right after it was handed out, the start itself was a success.
+    assert code in (0, 10), said
+    if code == 10:
+        assert "QEMU" in said
+    # Nobody waits for a guest that is gone.
+    assert time.monotonic() - began < 20
+
+
+def kill_first(host: Host, process: subprocess.Popen[str], delay: float) -> None:
+    """Wait for the first VMM, and ``delay`` seconds more, and kill it."""
+    pid = first_vmm(host, process)
+    time.sleep(delay)
+    os.kill(pid, signal.SIGKILL)
+
+
+def first_vmm(host: Host, process: subprocess.Popen[str]) -> int:
+    while not (found := vmms(host)):
+        assert process.poll() is None
+    return found[0]
+
+
+@pytest.fixture
+def small(host: Host, tmp_path: Path, busybox_root: Artifact) -> Iterator[Host]:
+    """A host whose store, with what a busybox guest needs, is on a disk of 300 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300M", "small", disk], check=True)
+    try:
+        mine = Host.open(disk / "store")
+        for artifact in (ensure_kernel(host.store), ensure_tools(host.store), busybox_root):
+            copy(artifact, mine.store)
+        yield mine
+        onecopy("stop", "--all", "--now", home=mine.store.root)
+        mine.run.joinpath(".lock").unlink()
+        mine.run.rmdir()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def copy(artifact: Artifact, into: Store) -> None:
+    with into.workspace() as work:
+        layers = []
+        for layer in artifact.layers:
+            file = work / layer.digest
+            subprocess.run(["cp", layer.path, file], check=True)
+            layers.append(NewLayer(file, layer.media_type, layer.annotations))
+        into.put(artifact.kind, Reference.parse(artifact.ref), artifact.config, layers)
+
+
+def test_a_full_disk(small: Host, busybox_root: Artifact, tmp_path: Path) -> None:
+    names, home = refs(small), small.store.root
+    tcg = ["--accel", "tcg"]
+    said = refused(9, *save("big", busybox_root, "--memory", "1G", *tcg), home=home)
+    assert "not enough disk: 1040 MiB needed" in said
+    assert_nothing_left(small, names)
+
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big/data").write_bytes(secrets.token_bytes(250 * MIB))
+    assert "not enough disk" in refused(
+        9, "build", "big", "--from", f"dir:{tmp_path}/big", home=home
+    )
+    assert_nothing_left(small, names)
+
+
+def test_a_disk_that_fills_up_meanwhile(small: Host, busybox_root: Artifact) -> None:
+    names, home = refs(small), small.store.root
+    env = os.environ | {"ONECOPY_HOME": str(home)}
+    args = save("full", busybox_root, "--accel", "tcg")
+    with subprocess.Popen([ONECOPY, *args], stderr=subprocess.PIPE, text=True, env=env) as process:
+        wait_for(process, "booting")
+        filler = home.parent / "filler"
+        with pytest.raises(OSError, match="No space left"), filler.open("wb", 0) as file:
+            while True:
+                file.write(bytes(MIB))
+        code, said = finish(process)
+    assert code == 9, said
+    filler.unlink()
+    assert_nothing_left(small, names)
+    # With room again, it goes.
+    assert onecopy(*args, home=home).returncode == 0
+    assert onecopy("rm", "full", home=home).returncode == 0
+
+
+def test_an_archive_that_does_not_fit(small: Host, tmp_path: Path) -> None:
+    names = refs(small)
+    (tmp_path / "zeros").write_bytes(bytes(400 * MIB))
+    subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "a.tar", "zeros"], check=True)
+    packed = tmp_path / "a.tar.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes(), 1))
+    refused(9, "build", "big", "--from", f"tar:{packed}", home=small.store.root)
+    assert_nothing_left(small, names)
+
+
+def test_what_cannot_be_right_is_refused_with_a_hint(
+    saved: Artifact, busybox_root: Artifact
+) -> None:
+    run, root = ["run", saved.ref], ["--root", busybox_root.ref]
+    cold = ["run", "--cold", busybox_root.ref]
+    table: list[tuple[int, list[str], str]] = [
+        (2, ["build", "Web", "--from", "dir:/srv"], "'Web' is not a valid name"),
+        (2, ["build", "web:", "--from", "dir:/srv"], "not a valid version"),
+        (2, ["build", "web", "--from", "nothing"], "debian:SUITE"),
+        (2, ["build", "web", "--from", "dir:/srv", "--fs", "xfs"], "'erofs'"),
+        (8, ["build", "web", "--from", "dir:/no/such"], "cannot open the folder"),
+        (8, ["build", "web", "--from", "tar:/etc/hosts"], "cannot be unpacked"),
+        (3, ["save", "x", "--root", "no-such"], "there is no segment no-such:latest"),
+        (3, ["save", "x", "--root", saved.ref], "not a segment"),
+        (2, ["save", "x@sha256:12", *root], "is not a valid digest"),
+        (9, ["save", "x", *root, "--memory", "8M"], "at least --memory 96M"),
+        (9, [*cold, "--memory", "0"], "at least --memory 96M"),
+        (2, ["save", "x", *root, "--memory", "lots"], "256M or 1G"),
+        (2, ["save", "x", *root, "--memory", "-5M"], "is not a size"),
+        (9, ["save", "x", *root, "--memory", "9999G"], "not enough memory"),
+        (2, ["save", "x", *root, "--cpus", "0"], "1<=x<=64"),
+        (2, ["save", "x", *root, "--timeout", "0"], "x>=1"),
+        (2, ["save", "x", *root, "--segment", "busybox"], "--segment data:/srv/data"),
+        (2, ["save", "x", *root, "--segment", "busybox:/"], ""),
+        (2, ["save", "x", *root, "--segment", "busybox:/a/../b"], "absolute path"),
+        (2, ["save", "x", *root, *["--segment", "busybox:/a"] * 2], "both be mounted on /a"),
+        (3, ["save", "x", *root, "--segment", "no-such:/a"], "there is no segment"),
+        (8, [*cold, "--kernel", "/no/such"], "--modules"),
+        (3, ["run", "no-such"], "there is no system no-such:latest"),
+        (3, ["run", busybox_root.ref], "not a system"),
+        (3, ["run", "--cold", saved.ref], "not a segment"),
+        (3, ["run", f"saved@sha256:{64 * '0'}"], "there is no system"),
+        (2, [*run, "--name", "UPPER"], "not a valid guest name"),
+        (2, [*run, "--name", "under_score"], "not a valid guest name"),
+        (2, [*run, "--name", "x" * 64], "1-63"),
+        (2, [*run, "-n", "3", "--name", "x" * 63], "1-63"),
+        (2, [*run, "-n", "0"], "1<=x<=10000"),
+        (2, [*run, "-p", "http"], "-p 8080:80"),
+        (2, [*run, "-p", "80:"], "-p 8080:80"),
+        (2, [*run, "-p", "70000:80"], "1 to 65535"),
+        (2, [*run, "-p", "8080:0"], "1 to 65535"),
+        (2, [*run, "-n", "2", "-p", "65535:80"], "not that many ports"),
+        (2, [*run, "--ready", "true"], "--cold"),
+        (2, [*run, "--accel", "xen"], "'tcg'"),
+        (3, ["stop", "nobody"], "onecopy ps"),
+        (3, ["logs", "nobody"], "onecopy ps"),
+        (3, ["console", "nobody"], "onecopy ps"),
+        (3, ["inspect", "nobody"], "there is no"),
+        (3, ["rm", "nobody"], "there is no"),
+        (3, ["verify", "nobody"], "there is no"),
+        (2, ["no-such-command"], "No such command"),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda row: onecopy(*row[1]), table))
+    wrong = [
+        (row, done.returncode, done.stderr)
+        for row, done in zip(table, results, strict=True)
+        if done.returncode != row[0] or row[2] not in done.stderr or "Traceback" in done.stderr
+    ]
+    assert wrong == []
+    assert all(done.stdout == "" for done in results)
+
+
+def test_two_saves_of_one_name_at_once(host: Host, busybox_root: Artifact) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        texts = [f"save {number}" for number in (1, 2)]
+        commands = [f"echo {text}; exec sleep 1000000" for text in texts]
+        both = [save("twice", busybox_root, "--run", command) for command in commands]
+        results = list(pool.map(lambda args: onecopy(*args), both))
+    assert [done.returncode for done in results] == [0, 0], results
+    system = host.store.resolve(Reference("twice"))
+    assert system.digest in {done.stdout.split()[1] for done in results}
+    # What the other had saved is gone, and this one starts.
+    check_whole(host.store.root)
+    done = onecopy("run", "twice", "--", "cat", "/run/onecopy/run")
+    assert done.stdout.split(";")[0] in [f"echo {text}" for text in texts]
+    assert onecopy("rm", "twice").returncode == 0
+
+
+def test_removing_what_another_command_starts(host: Host, saved: Artifact) -> None:
+    for number in range(8):
+        again(host, saved, number)
+        late = random.uniform(0, 0.4)  # noqa: S311
+        with ThreadPoolExecutor(2) as pool:
+            start = pool.submit(onecopy, "run", "race", "--name", "racer", "--json")
+            time.sleep(late)
+            remove = pool.submit(onecopy, "rm", "race")
+        ran, removed = start.result(), remove.result()
+        assert ran.returncode in (0, 3), ran.stderr
+        assert removed.returncode in (0, 4), removed.stderr
+        # One of them has won: what runs is not removed.
+        assert (ran.returncode, removed.returncode) != (0, 0) or ended(ran.stdout)
+        if ran.returncode == 0:
+            assert onecopy("exec", "racer", "true").returncode == 0
+            assert onecopy("stop", "--now", "racer").returncode == 0
+        if removed.returncode == 4:
+            assert "in use by racer" in removed.stderr
+            assert onecopy("rm", "race").returncode == 0
+    check_whole(host.store.root)
+
+
+def ended(said: str) -> bool:
+    """Whether the guest that a command told of is no more."""
+    (guest,) = json.loads(said)["guests"]
+    return not Path(f"/proc/{guest['pid']}").exists()
+
+
+def again(host: Host, saved: Artifact, number: int) -> None:
+    """The saved system once more as ``race``, with a blob of its own that a removal takes away."""
+    with host.store.workspace() as work:
+        layers = []
+        for layer in saved.layers:
+            if layer.annotations.get("org.onecopy.role") == "state":
+                state = work / "state"
+                # QEMU reads up to the end mark, and no further.
+                state.write_bytes(layer.path.read_bytes() + bytes([number]))
+                layers.append(NewLayer(state, layer.media_type, layer.annotations))
+            else:
+                fields = layer.media_type, layer.annotations, layer.digest, layer.size
+                layers.append(NewLayer(None, *fields))
+        host.store.put("system", Reference("race"), saved.config, layers)
