@@ -21,6 +21,7 @@ from onecopy.errors import CommandFailed, MissingProgram
 PACKAGES = {
     "apt-get": "apt",
     "busybox": "busybox-static",
+    "bzip2": "bzip2",
     "cpio": "cpio",
     "debugfs": "e2fsprogs",
     "depmod": "kmod",

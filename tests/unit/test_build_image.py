@@ -306,10 +306,10 @@ def test_a_tree_that_changes_is_refused(tmp_path: Path, fs: str) -> None:
     (tree / "sparse").touch()
     # Takes the programs a while to read.
     os.truncate(tree / "sparse", 200 << 20)
-    changer = subprocess.Popen(
-        ["sh", "-c", f"while sleep 0.02; do date +%N > '{tree}/changing'; done"]
-    )
+    changer = subprocess.Popen(["sh", "-c", f"while date +%N > '{tree}/changing'; do :; done"])
     try:
+        while not (tree / "changing").exists():
+            pass
         with pytest.raises(BadSource, match=r"changed while it was read|cannot read"):
             make_image(tree, tmp_path / "image", fs)
     finally:

@@ -6,6 +6,7 @@ matter. Not here: whole Debian roots (debian.py).
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
@@ -32,11 +33,17 @@ def host_suite() -> str:
 
 def extract_packages(names: Sequence[str], suite: str, into: Path) -> None:
     """Unpack packages and all they depend on into ``into``; raise BadSource."""
-    argv = ["mmdebstrap", "--quiet", "--variant=extract", f"--include={','.join(names)}"]
+    argv = [*_mmdebstrap("extract"), f"--include={','.join(names)}"]
     try:
         run([*argv, suite, into])
     except CommandFailed as error:
         raise BadSource(f"cannot fetch {', '.join(names)}: {error}", hint=_HINT) from error
+
+
+def _mmdebstrap(variant: str) -> list[str]:
+    # Nothing is run of what is unpacked, so no chroot is needed, which only root could make.
+    mode = [] if os.geteuid() == 0 else ["--mode=chrootless"]
+    return ["mmdebstrap", "--quiet", *mode, f"--variant={variant}"]
 
 
 def fetch_package(
@@ -62,7 +69,7 @@ def fetch_package(
         done
         exit 1
     """
-    argv = ["mmdebstrap", "--quiet", "--variant=custom", f"--customize-hook={script}"]
+    argv = [*_mmdebstrap("custom"), f"--customize-hook={script}"]
     try:
         run([*argv, suite, root])
     except CommandFailed as error:

@@ -75,12 +75,12 @@ def picture(accel: str, batches: Sequence[Measured]) -> str:
     ]
     body = "".join(_panel(number, *panel) for number, panel in enumerate(panels))
     title = f"onecopy: {saved.guests} guests from one saved system, {cold.guests} booted cold"
-    note = f"{platform.machine()}, {os.cpu_count()} cores, {accel}"
+    note = f"{platform.machine()}, {os.cpu_count()} cores, under {accel.partition(':')[0].upper()}"
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" font-family="sans-serif">'
         '<rect width="760" height="300" fill="white"/>'
         f'<text x="20" y="30" font-size="17" font-weight="bold">{escape(title)}</text>'
-        f'{body}<text x="20" y="288" font-size="10" fill="#666">{escape(note[:130])}</text></svg>\n'
+        f'{body}<text x="20" y="288" font-size="10" fill="#666">{escape(note)}</text></svg>\n'
     )
 
 

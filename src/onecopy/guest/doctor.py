@@ -14,6 +14,7 @@ from onecopy.host import ksm, meminfo, pagemap
 from onecopy.model import format_size
 from onecopy.run import PACKAGES, find_program
 from onecopy.vmm.accel import Choice, choose
+from onecopy.vmm.qemu import Qemu
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,7 @@ def _programs() -> Iterator[Finding]:
 def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Finding]:
     try:
         qemu = host.qemu
-        rom = "RAM files stay read-only" if qemu.rom else "RAM files are opened read-write by root"
-        yield Finding("qemu", "ok", f"{qemu.version}, {qemu.machine}; {rom}")
+        yield _starting(qemu)
         kernel = ensure_kernel(host.store, progress=progress)
         yield Finding("kernel", "ok", KernelConfig.of(kernel).release)
         progress("running a probe guest under KVM")
@@ -63,6 +63,15 @@ def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Fin
         yield Finding("accelerator", state, f"{accel.name}: {accel.reason}")
     except OnecopyError as error:
         yield Finding("virtualization", "missing", f"{error.message} ({error.hint})")
+
+
+def _starting(qemu: Qemu) -> Finding:
+    says = f"{qemu.version}, {qemu.machine}"
+    if qemu.rom:
+        return Finding("qemu", "ok", f"{says}; it maps saved RAM from a read-only file")
+    if os.geteuid() == 0:
+        return Finding("qemu", "ok", f"{says}; it opens saved RAM for writing, and never writes it")
+    return Finding("qemu", "limited", f"{says}; only root can start saved systems with it")
 
 
 def _memory() -> Iterator[Finding]:
@@ -80,7 +89,7 @@ def _memory() -> Iterator[Finding]:
 def _counters() -> Iterator[Finding]:
     try:
         start = id(object()) & ~0xFFF
-        pagemap.read(os.getpid(), start, 1)
+        pagemap.pfn(pagemap.read(os.getpid(), start, 1)[0])
         yield Finding("page counters", "ok", "pagemap shows physical pages")
     except NotPermitted:
         yield Finding("page counters", "limited", "physical pages are shown to root only")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecopy.errors import GuestFailed, Incompatible
+from onecopy.errors import GuestFailed, Incompatible, NotPermitted
 from onecopy.guest import identity, machine
 from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
@@ -21,6 +22,7 @@ from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import Hardware, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, launch, prepare
 from onecopy.vmm.monitor import connect
+from onecopy.vmm.qemu import Qemu
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
     """Check that a saved system can be started here; raise Incompatible with the reason."""
     config = SystemConfig.of(artifact)
     host.qemu.require_machine(config.machine)
+    _require_right(host.qemu)
     if accel not in (Choice.AUTO, Choice(config.accel)):
         raise Incompatible(
             f"{artifact.ref} was saved under {config.accel} and cannot be started under {accel}",
@@ -63,6 +66,18 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
         hardware=machine.hardware_of(config, placed),
         segments=machine.blob_names(placed),
     )
+
+
+def _require_right(qemu: Qemu) -> None:
+    """Raise NotPermitted if this QEMU wants more of the RAM file than this user may do with it.
+
+    Blobs are read-only. QEMU before 8.2 opens even a file that it maps private for writing.
+    """
+    if not qemu.rom and os.geteuid() != 0:
+        raise NotPermitted(
+            f"QEMU {qemu.version} opens the saved RAM for writing, which only root may",
+            hint="use QEMU 8.2 or later, or run as root; `run --cold` boots guests meanwhile",
+        )
 
 
 def launch_spec(host: Host, source: Template, folder: Path, publish: Ports) -> Launch:
