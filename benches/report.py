@@ -20,6 +20,7 @@ from benches.places import Place
 from benches.setup import Setup
 from benches.starts import MOMENTS, Starts
 from onecopy.host import meminfo
+from onecopy.model import format_size
 
 _NAMES = {
     "plain": "plain",
@@ -128,7 +129,7 @@ def _first_starts(kinds: dict[str, FirstStart]) -> str:
     rows = [
         ["major page faults in the guest", *(f"{c.faults.median:.0f}" for c in columns)],
         ["- of the program itself", *(f"{c.own_faults.median:.0f}" for c in columns)],
-        ["read from block devices", *(_mib(c.bytes_read.median) for c in columns)],
+        ["read from block devices", *(format_size(int(c.bytes_read.median)) for c in columns)],
         ["seconds", *(_spread(c.seconds) for c in columns)],
     ]
     head = ["`perl -MPOSIX`", *(_NAMES[kind] for kind in kinds)]

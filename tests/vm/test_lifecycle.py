@@ -289,9 +289,9 @@ def test_logs_and_console(web: str) -> None:
         console.stdin.flush()
         assert console.wait(60) == 0
     assert "heard something" in command("logs", "talker").stdout
-    said = command("logs", "--qemu", "talker").stdout.splitlines()
+    lines = command("logs", "--qemu", "talker").stdout.splitlines()
     # Since QEMU 9.1; older ones know no other way.
-    assert [line for line in said if "fd: migration to a file is deprecated" not in line] == []
+    assert [line for line in lines if "fd: migration to a file is deprecated" not in line] == []
     assert "no guest 'nobody'" in command("logs", "nobody", code=3).stderr
 
 
