@@ -6,11 +6,12 @@ Not here: segments (test_sharing.py), changes to the kernel's own text (test_pat
 from __future__ import annotations
 
 import secrets
+import time
 
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.host import kpage, pagemap
-from onecopy.model import PAGE_SIZE
+from onecopy.model import MIB, PAGE_SIZE
 from onecopy.store import Artifact
 from tests.vm import physical
 from tests.vm.conftest import Clones, RunIn
@@ -26,6 +27,15 @@ def test_unwritten_ram_is_one_copy(host: Host, clones: Clones, run_in: RunIn) ->
         check_ram(*(physical.ram(guest) for guest in guests))
     for guest in guests:
         assert run_in(guest, "hostname").stdout.decode().strip() == guest.name
+
+
+def test_an_idle_clone_owns_little(clones: Clones) -> None:
+    # What a guest was about to do when it was saved each clone would do again, on pages of its own.
+    (guest,) = clones(1)
+    time.sleep(3)
+    own = sum(physical.private(entry) for entry in physical.ram(guest)) * PAGE_SIZE
+    print(f"private RAM of an idle clone: {own / MIB:.2f} MiB")
+    assert 0 < own < MIB
 
 
 def check_ram(first: list[int], second: list[int]) -> None:

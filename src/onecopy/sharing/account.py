@@ -55,6 +55,7 @@ class GuestAccount:
     ram_size: int
     ram_private: int | None
     ram_shared: int | None
+    segments_mapped: int | None
     segments: tuple[SegmentUse, ...] | None
     vmm_private: int | None
     vmm_shared: int | None
@@ -81,6 +82,7 @@ def account(
     told_apart = {id(m) for m in ram}
     rest = [m for m in mappings if id(m) not in told_apart and _file(m) not in maps.segments]
     merged = [m.ksm for m in mappings if m.ksm is not None]
+    segments = tuple(_segment(*item, mappings) for item in sorted(maps.segments.items()))
     return GuestAccount(
         name=maps.name,
         pid=maps.pid,
@@ -88,7 +90,8 @@ def account(
         ram_size=maps.ram_bytes,
         ram_private=sum(_ram_private(m) for m in ram) if ram else None,
         ram_shared=sum(_ram_shared(m) for m in ram) if ram else None,
-        segments=tuple(_segment(*item, mappings) for item in sorted(maps.segments.items())),
+        segments_mapped=sum(segment.mapped for segment in segments),
+        segments=segments,
         vmm_private=sum(m.private + m.swap for m in rest) if ram else None,
         vmm_shared=sum(m.shared for m in rest) if ram else None,
         pss_total=sum(m.pss for m in mappings),
@@ -126,6 +129,7 @@ def _unreadable(maps: GuestMaps, page_tables: int | None, note: str) -> GuestAcc
         ram_size=maps.ram_bytes,
         ram_private=None,
         ram_shared=None,
+        segments_mapped=None,
         segments=None,
         vmm_private=None,
         vmm_shared=None,

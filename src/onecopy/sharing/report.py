@@ -51,8 +51,13 @@ COLUMNS = (
         "for each guest that maps it, the blob's resident bytes count it once.",
     ),
     Column(
+        "segments_mapped",
+        "SEG MAPPED",
+        "Address space of the segments that this guest maps, in memory or not.",
+    ),
+    Column(
         "segments",
-        "SEGMENTS",
+        "SEG RESIDENT",
         "Segment pages that this guest has mapped in; the total counts a page once for each "
         "guest that maps it, the blob's resident bytes count it once.",
     ),

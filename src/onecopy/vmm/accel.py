@@ -47,7 +47,8 @@ class Accelerator(msgspec.Struct, frozen=True):
 def choose(choice: Choice, binary: str, kernel: Path, cache: Path) -> Accelerator:
     """The accelerator to use; raise Incompatible if ``kvm`` is forced and does not run guests.
 
-    ``cache`` keeps the probe's answer until the host boots again or its kernel image changes.
+    ``cache`` keeps the probe's answer until the host boots again, or its QEMU or the guests' kernel
+    changes.
     """
     if choice is Choice.TCG:
         return Accelerator("tcg", "asked for")
@@ -65,7 +66,8 @@ def _kept_probe(binary: str, kernel: Path, cache: Path) -> str:
     if why_not:
         return why_not
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    kept = cache / f"kvm-{boot}-{kernel.name[:12]}"
+    qemu = Path(binary).resolve().stat().st_mtime_ns
+    kept = cache / f"kvm-{boot}-{qemu:x}-{kernel.name[:12]}"
     try:
         return kept.read_text()
     except OSError:
