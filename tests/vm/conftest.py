@@ -195,6 +195,20 @@ def static_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 
 
 @pytest.fixture(scope="session")
+def systemd_root(host: Host) -> Artifact:
+    """Root segment: Debian with systemd as its init."""
+    try:
+        return build_segment(
+            host.store,
+            Reference("systemd"),
+            f"debian:{SUITE}",
+            include=["systemd-sysv", "dbus"],
+        )
+    except BadSource as error:
+        cannot_run(error.message)
+
+
+@pytest.fixture(scope="session")
 def saved(host: Host, python_root: Artifact, app: Artifact) -> Artifact:
     """Saved system: ``python_root`` with the app at /srv/app answering on port 80."""
     spec = ColdSpec(

@@ -22,15 +22,13 @@ from typing import IO, Any
 
 import pytest
 
-from onecopy.build.segment import build_segment
-from onecopy.errors import BadSource, GuestFailed
+from onecopy.errors import GuestFailed
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
-from onecopy.model import MIB, Reference
+from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
-from tests.conftest import cannot_run
-from tests.vm.conftest import SUITE, Clones, Cold, RunIn
+from tests.vm.conftest import Clones, Cold, RunIn
 
 EXEC = [str(Path(sys.executable).with_name("onecopy")), "exec"]
 #: Seconds after which something that must not block has blocked.
@@ -278,17 +276,8 @@ def test_in_a_tree_with_one_static_program(
     assert run_in(guest, "bash").exit_code == 127
 
 
-def test_in_a_debian_with_systemd(host: Host, cold: Cold, run_in: RunIn) -> None:
-    try:
-        root = build_segment(
-            host.store,
-            Reference("systemd"),
-            f"debian:{SUITE}",
-            include=["systemd-sysv", "dbus"],
-        )
-    except BadSource as error:
-        cannot_run(error.message)
-    guest = cold(root, memory=512 * MIB)
+def test_in_a_debian_with_systemd(cold: Cold, systemd_root: Artifact, run_in: RunIn) -> None:
+    guest = cold(systemd_root, memory=512 * MIB)
     failed = run_in(guest, "systemctl", "--failed", "--plain", "--no-legend").stdout.decode()
     state = run_in(guest, "systemctl", "is-system-running")
     assert (state.exit_code, state.stdout) == (0, b"running\n"), failed

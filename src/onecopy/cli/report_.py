@@ -36,7 +36,7 @@ def command(as_json: bool) -> None:
         for blob in result.blobs
     ]
     print_table(["SHARED FILE", "KIND", "SIZE", "RESIDENT", "GUESTS"], blobs)
-    print()
+    print("\nFigures are MiB; ? is what the kernel does not tell.")
     for column in columns:
         print(f"{column.heading}: {column.counts}")
 

@@ -35,10 +35,10 @@ async def rehearse(folder: Path, name: str, machine_id: str | None) -> None:
     What this touches for the first time is then in the saved system, and not each clone's own.
     Raises AgentFailed.
     """
-    for line, expected in (
-        (f"be {name} {machine_id or '-'}", f"{name} {machine_id or '-'}"),
-        ("prepare", "prepared"),
-    ):
+    # A machine-id may have come into being since the guest last got ready.
+    prepare = ("prepare", "prepared")
+    whole = f"{name} {machine_id or '-'}"
+    for line, expected in (prepare, (f"be {whole}", whole), prepare):
         answer = await _ask(folder, line)
         if answer != expected:
             raise AgentFailed(f"asked to {line!r} the guest says {answer!r}")
