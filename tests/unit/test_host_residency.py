@@ -106,3 +106,9 @@ def test_odd_files(tmp_path: Path) -> None:
         residency.resident_bytes(tmp_path / "none")
     with pytest.raises(InvalidInput):
         residency.resident_pages(tmp_path)
+
+
+def test_a_partial_last_page_counts_as_what_the_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE_SIZE + 100))
+    assert residency.resident_bytes(path) == PAGE_SIZE + 100

@@ -46,13 +46,15 @@ def resident_bytes(path: Path) -> int | None:
     Raises NotFound, NotPermitted when the file may not be read, InvalidInput when it is none.
     """
     with _opened(path) as fd:
+        # Of the last page only what belongs to the file.
+        size = os.fstat(fd).st_size
         try:
-            return _cachestat(fd)
+            return min(_cachestat(fd), size)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
                 return None
         pages = _mincore(fd)
-    return None if pages is None else sum(pages) * PAGE_SIZE
+    return None if pages is None else min(sum(pages) * PAGE_SIZE, size)
 
 
 def resident_pages(path: Path) -> bytes | None:
