@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
 from onecopy.guest.host import Host
+from onecopy.guest.start import may_start
 from onecopy.host import ksm, meminfo, pagemap
 from onecopy.model import format_size
 from onecopy.run import PACKAGES, find_program
@@ -67,11 +68,11 @@ def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Fin
 
 def _starting(qemu: Qemu) -> Finding:
     says = f"{qemu.version}, {qemu.machine}"
+    if not may_start(qemu):
+        return Finding("qemu", "limited", f"{says}; only root can start saved systems with it")
     if qemu.rom:
         return Finding("qemu", "ok", f"{says}; it maps saved RAM from a read-only file")
-    if os.geteuid() == 0:
-        return Finding("qemu", "ok", f"{says}; it opens saved RAM for writing, and never writes it")
-    return Finding("qemu", "limited", f"{says}; only root can start saved systems with it")
+    return Finding("qemu", "ok", f"{says}; it opens saved RAM for writing, and never writes it")
 
 
 def _memory() -> Iterator[Finding]:

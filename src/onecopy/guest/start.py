@@ -68,12 +68,16 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
     )
 
 
-def _require_right(qemu: Qemu) -> None:
-    """Raise NotPermitted if this QEMU wants more of the RAM file than this user may do with it.
+def may_start(qemu: Qemu) -> bool:
+    """Whether this user may do with a saved RAM file what this QEMU wants of it.
 
     Blobs are read-only. QEMU before 8.2 opens even a file that it maps private for writing.
     """
-    if not qemu.rom and os.geteuid() != 0:
+    return qemu.rom or os.geteuid() == 0
+
+
+def _require_right(qemu: Qemu) -> None:
+    if not may_start(qemu):
         raise NotPermitted(
             f"QEMU {qemu.version} opens the saved RAM for writing, which only root may",
             hint="use QEMU 8.2 or later, or run as root; `run --cold` boots guests meanwhile",

@@ -2,7 +2,9 @@
 
 Reachable is every manifest in the index, its config and its layers; held is what a live lease
 lists. A blob that is only held is pending purge: gone at the first sweep after its last holder.
-All of it runs under the store's lock. Not here: when it is due (store.py).
+All of it runs under the store's lock, and what is seen free then stays free: a lease is locked
+before it has its name, a workspace is made and locked under the store's lock. Not here: when it is
+due (store.py).
 """
 
 from __future__ import annotations
