@@ -25,6 +25,7 @@ _ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py",)
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="script/test-kvm",
+        usage="%(prog)s [smoke] [--debian {12,13}] [--out FOLDER] [-- PYTEST-ARGUMENT...]",
         description="Run the VM tests under real KVM, in an emulated host.",
     )
     parser.add_argument("what", nargs="?", choices=["all", "smoke"], default="all")
@@ -38,11 +39,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=PROJECT / "out/kvm", help="folder for results and logs"
     )
-    parser.add_argument("pytest", nargs="*", help="arguments for pytest (after --)")
-    arguments = parser.parse_args()
+    # argparse cannot tell a last optional argument from the first after "--".
+    ours, pytest = _split(sys.argv[1:])
+    arguments = parser.parse_args(ours)
+    arguments.pytest = pytest
     if not arguments.debian:
         arguments.debian = [13] if arguments.what == "smoke" else sorted(RELEASES, reverse=True)
     return arguments
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:end], arguments[end + 1 :]
 
 
 def _tell(text: str) -> None:

@@ -96,6 +96,8 @@ async def emulated_host(host: Host, images: Images, folder: Path) -> AsyncIterat
             memory=MEMORY,
             cpus=CPUS,
             command="",
+            # TCG's maximum includes AMD's virtualization.
+            cpu="max",
             accel=Choice.TCG,
             network=False,
         ),

@@ -24,6 +24,7 @@ from onecopy.store import Artifact
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Hardware, Kernel, Launch, Ram, command
+from onecopy.vmm.cpu import DEFAULT, qemu_cpu
 from onecopy.vmm.launch import Vmm, launch, prepare
 from onecopy.vmm.monitor import connect
 
@@ -41,6 +42,8 @@ class ColdSpec:
     memory: int = DEFAULT_MEMORY
     """Bytes."""
     cpus: int = 1
+    cpu: str = DEFAULT
+    """CPU model (vmm/cpu.py)."""
     command: str | None = None
     """Run with a minimal init; None: the image's own init, or none if it has none."""
     ready: str | None = None
@@ -91,7 +94,7 @@ def prepare_cold(
     placed = machine.place(root, tools, kernel, extra)
     hardware = Hardware(
         machine=qemu.machine,
-        cpu=accel.cpu,
+        cpu=qemu_cpu(spec.cpu, accel.name),
         cpus=spec.cpus,
         memory=align_up(spec.memory),
         network=spec.network,
