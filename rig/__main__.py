@@ -1,40 +1,48 @@
-"""script/test-kvm: the tests under real KVM, in an emulated host."""
+"""script/test-kvm: the tests under real KVM, in emulated hosts."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
+from rig import support, verdict
 from rig.host import INSIDE, RESULTS, EmulatedHost, emulated_host
 from rig.images import PROJECT, RELEASES, Debian, ensure_images, store_root
-from rig.verdict import problems
 
-#: Seconds that one emulated host's tests may take.
+#: Seconds that one emulated host may take for all it is to do.
 LIMIT = 3600.0
-#: These build Debian roots from the network, which an emulated host does not have; under KVM they
-#: would show nothing else.
-_ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py",)
+#: The first builds Debian roots from the network, which an emulated host does not have; the second
+#: boots emulated hosts. Under KVM they would show nothing else.
+_ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_rig.py")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="script/test-kvm",
-        usage="%(prog)s [smoke] [--debian {12,13}] [--out FOLDER] [-- PYTEST-ARGUMENT...]",
-        description="Run the VM tests under real KVM, in an emulated host.",
+        usage="%(prog)s [all|smoke|support] [--debian {12,13}] [--out FOLDER] [-- PYTEST-ARG...]",
+        description="Run the VM tests under real KVM, in emulated hosts.",
     )
-    parser.add_argument("what", nargs="?", choices=["all", "smoke"], default="all")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["all", "smoke", "support"],
+        default="all",
+        help="all VM tests; the few that script/test runs, too; or docs/support.md made anew",
+    )
     parser.add_argument(
         "--debian",
         type=int,
         choices=sorted(RELEASES),
         action="append",
-        help="default: all (smoke: 13)",
+        help="the release of the host; may be repeated (default: all; for smoke: 13)",
     )
     parser.add_argument(
         "--out", type=Path, default=PROJECT / "out/kvm", help="folder for results and logs"
@@ -62,34 +70,65 @@ def _show(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-async def _one(debian: Debian, arguments: argparse.Namespace) -> list[str]:
-    """Run what is asked for in one emulated host; return what speaks against a pass."""
-    folder = arguments.out / f"debian-{debian.number}"
-    host = Host.open(store_root())
-    images = ensure_images(host, debian, ("bookworm",), _tell)
-    _tell(f"booting Debian {debian.number}")
-    began = time.monotonic()
-    code: int | None = None
-    trouble = []
-    try:
-        async with emulated_host(host, images, folder) as emulated:
-            _tell(f"it is up after {time.monotonic() - began:.0f} s")
-            code = await _tests(emulated, arguments)
-    except OnecopyError as error:
-        trouble.append(error.message)
-    _tell(f"Debian {debian.number}: {time.monotonic() - began:.0f} s; logs are in {folder}")
-    return [f"Debian {debian.number}: {text}" for text in (*trouble, *problems(folder, code))]
-
-
-async def _tests(emulated: EmulatedHost, arguments: argparse.Namespace) -> int:
+async def _tests(debian: Debian, arguments: argparse.Namespace) -> list[str]:
+    """Run tests in one emulated host; return what speaks against a pass."""
     argv = [INSIDE, "python", "-m", "pytest", "-p", "no:cacheprovider"]
     argv += [f"--junitxml={RESULTS}/junit.xml"]
     argv += ["-m", "smoke"] if arguments.what == "smoke" else []
     argv += arguments.pytest or ["tests/vm", *_ELSEWHERE]
+    folder = arguments.out / f"debian-{debian.number}"
+    found = await _in_host(debian, ("bookworm",), folder, argv)
+    return [*found, *verdict.tests(folder), *verdict.console(folder)]
+
+
+async def _support(debian: Debian, arguments: argparse.Namespace) -> list[str]:
+    """Make the rows of one host, and docs/support.md with them; return what went wrong."""
+    folder = arguments.out / f"support-debian-{debian.number}"
+    suites = tuple(release.suite for release in RELEASES.values())
+    found = await _in_host(debian, suites, folder, [INSIDE, "sh", "rig/matrix", *suites])
+    try:
+        lines = (folder / "support").read_text().splitlines()
+    except FileNotFoundError:
+        return [*found, "no combination came to its end"]
+    rows = support.merge(
+        PROJECT / "docs/support.json", [support.Row(**json.loads(line)) for line in lines]
+    )
+    (PROJECT / "docs/support.md").write_text(support.to_markdown(rows))
+    failed = [f"{row.key}: {row.reason}" for row in rows if row.result == "failed"]
+    return [*found, *failed, *verdict.console(folder)]
+
+
+async def _in_host(
+    debian: Debian, suites: tuple[str, ...], folder: Path, argv: list[str]
+) -> list[str]:
+    """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong."""
+    host = Host.open(store_root())
+    images = ensure_images(host, debian, suites, _tell)
+    _tell(f"booting Debian {debian.number}")
+    began = time.monotonic()
+    try:
+        async with emulated_host(host, images, folder) as emulated:
+            _tell(f"it is up after {time.monotonic() - began:.0f} s")
+            code = await _call(emulated, argv)
+    except OnecopyError as error:
+        return [error.message]
+    finally:
+        _tell(f"Debian {debian.number}: {time.monotonic() - began:.0f} s; logs are in {folder}")
+    return [f"it ended with exit code {code}"] if code else []
+
+
+async def _call(emulated: EmulatedHost, argv: list[str]) -> int:
     try:
         return await emulated.call(argv, LIMIT, _show)
     finally:
         await emulated.fetch()
+
+
+_WHAT: dict[str, Callable[[Debian, argparse.Namespace], Awaitable[list[str]]]] = {
+    "all": _tests,
+    "smoke": _tests,
+    "support": _support,
+}
 
 
 async def _all(arguments: argparse.Namespace) -> list[str]:
@@ -99,11 +138,13 @@ async def _all(arguments: argparse.Namespace) -> list[str]:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     found = []
     for number in arguments.debian:
-        found += await _one(RELEASES[number], arguments)
+        problems = await _WHAT[arguments.what](RELEASES[number], arguments)
+        found += [f"Debian {number}: {text}" for text in problems]
     return found
 
 
 def main() -> int:
+    """Run what is asked for; 0 only if nothing speaks against a pass."""
     arguments = _arguments()
     try:
         found = asyncio.run(_all(arguments))
@@ -114,7 +155,7 @@ def main() -> int:
         return 130
     for text in found:
         _tell(text)
-    _tell("FAILED" if found else "passed under KVM")
+    _tell("FAILED" if found else "passed")
     return 1 if found else 0
 
 

@@ -47,8 +47,14 @@ class EmulatedHost:
     run_folder: Path
     folder: Path
 
-    async def call(self, argv: Sequence[str], limit: float, tell: Callable[[bytes], None]) -> int:
-        """Run a program inside and return its exit code; ``limit`` is in seconds.
+    async def call(
+        self,
+        argv: Sequence[str],
+        limit: float,
+        tell: Callable[[bytes], None],
+        silence: float = SILENCE,
+    ) -> int:
+        """Run a program inside and return its exit code; ``limit`` and ``silence`` are in seconds.
 
         Both its outputs go to ``tell`` and to output.log. Raises Hung, and what exec raises.
         """
@@ -66,12 +72,12 @@ class EmulatedHost:
                 run_streaming(self.run_folder, argv, Streams(listen, listen), timeout=limit)
             )
             while not work.done():
-                await asyncio.wait({work}, timeout=5)
-                if time.monotonic() - heard > SILENCE and not work.done():
+                await asyncio.wait({work}, timeout=min(5, silence))
+                if time.monotonic() - heard > silence and not work.done():
                     work.cancel()
                     with suppress(asyncio.CancelledError, OnecopyError):
                         await work
-                    raise Hung(f"the emulated host said nothing for {SILENCE:g} s")
+                    raise Hung(f"the emulated host said nothing for {silence:g} s")
             return work.result()
 
     async def fetch(self) -> None:
@@ -83,7 +89,9 @@ class EmulatedHost:
 
 
 @asynccontextmanager
-async def emulated_host(host: Host, images: Images, folder: Path) -> AsyncIterator[EmulatedHost]:
+async def emulated_host(
+    host: Host, images: Images, folder: Path, memory: int = MEMORY
+) -> AsyncIterator[EmulatedHost]:
     """Boot one; at the end, whatever happened, it is gone and its logs are in ``folder``.
 
     It is never handed out: killed, we leave it to the next command, which ends it.
@@ -93,7 +101,7 @@ async def emulated_host(host: Host, images: Images, folder: Path) -> AsyncIterat
         ColdSpec(
             root=images.root,
             segments=images.mounted,
-            memory=MEMORY,
+            memory=memory,
             cpus=CPUS,
             command="",
             # TCG's maximum includes AMD's virtualization.

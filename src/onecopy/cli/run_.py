@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Ports = tuple[tuple[int, int], ...]
 _COLD_ONLY = (
-    *("segments", "memory", "cpus", "run_command", "ready", "timeout"),
+    *("segments", "memory", "cpus", "cpu", "run_command", "ready", "timeout"),
     *("no_network", "kernel", "modules"),
 )
 
