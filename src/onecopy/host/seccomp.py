@@ -17,6 +17,8 @@ from onecopy.host.syscall import address, buffer, syscall
 
 #: System calls by number.
 OPEN, SOCKET, SOCKETPAIR, OPENAT, IO_URING_SETUP = 2, 41, 53, 257, 425
+#: chmod, fchmod, fchmodat, fchmodat2; setxattr, lsetxattr, fsetxattr, setxattrat.
+CHANGE_RIGHTS = (90, 91, 268, 452, 188, 189, 190, 463)
 
 _SECCOMP = 317
 _SET_MODE_FILTER, _GET_ACTION_AVAIL = 1, 2
