@@ -26,12 +26,14 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import start_many
+from onecopy.guest.maps import guest_maps
 from onecopy.guest.save import save_system
 from onecopy.guest.start import start_clone, template
 from onecopy.guest.stop import stop_guest
 from onecopy.host import landlock
 from onecopy.host.process import exists
 from onecopy.model import MIB, Reference
+from onecopy.sharing.account import measure
 from onecopy.store import Artifact, Store
 from onecopy.vmm.argv import Ram
 from onecopy.vmm.launch import prepare
@@ -277,6 +279,7 @@ def test_an_ordinary_user(others_store: Path, rogue: Path) -> None:
     assert told["answers"] == {"user-1": "user-1", "user-2": "user-2"}
     assert told["users"] == [NOBODY, NOBODY]
     assert told["seccomp"] == ["2", "2"]
+    assert told["accounts"] == ["", ""]
     assert told["stopped"] == [True, True]
     assert told["left"] == []
     outcome = told["outcome"]
@@ -310,6 +313,7 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
         answers[guest.name] = done.stdout.decode().strip()
     outcome, closed = await _rogue_of_user(host, system, started.guests[0], rogue)
     result: dict[str, object] = {
+        "accounts": [measure(maps).note for maps in guest_maps(started.guests)],
         "answers": answers,
         "outcome": outcome,
         "closed": closed,

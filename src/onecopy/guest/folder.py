@@ -51,6 +51,8 @@ class GuestRecord(msgspec.Struct, frozen=True):
     accel: str
     accel_reason: str
     pid: int
+    start_ticks: int
+    """Clock ticks from the host's boot to QEMU's start: with the pid, its identity."""
     started: float
     """Seconds since the epoch."""
     start_seconds: float
@@ -61,8 +63,6 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """The file that RAM is mapped from; None for anonymous RAM."""
     segments: dict[str, str]
     """Path of each mapped blob -> name."""
-    start_ticks: int = 0
-    """Clock ticks from the host's boot to QEMU's start: with the pid, its identity."""
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1, port of the guest) pairs."""
     schema: int = 1
