@@ -35,6 +35,7 @@ def start_plain(setup: Setup, name: str, command: str, port: int) -> Vmm:
     """Start QEMU; the guest runs ``command``, and its port 80 is ``port`` of 127.0.0.1."""
     folder = setup.work / name
     folder.mkdir()
+    folder.chmod(0o711)
     _write_initrd(setup, folder / "initrd", name, command)
     prepare(folder)
     spec = Launch(
@@ -43,12 +44,17 @@ def start_plain(setup: Setup, name: str, command: str, port: int) -> Vmm:
         name=name,
         folder=folder,
         monitor_fd="FD",
+        console_fd="FD",
         ram=Ram.ANONYMOUS,
         kernel=Kernel(setup.prepared.kernel.layer("kernel").path, folder / "initrd"),
         publish=((port, 80),),
-        extra=("-drive", f"file={setup.image},if=virtio,format=raw,readonly=on"),
     )
-    return launch(replace(setup.prepared.hardware, segments=()), spec)
+    hardware = replace(setup.prepared.hardware, segments=())
+    with setup.image.open("rb") as image:
+        # By descriptor: QEMU may be another user, and has no way to where it lies.
+        file = f"/proc/self/fd/{image.fileno()}"
+        drive = ("-drive", f"file={file},if=virtio,format=raw,readonly=on")
+        return launch(hardware, replace(spec, extra=drive), inherit=[image.fileno()])
 
 
 def _write_initrd(setup: Setup, out: Path, name: str, command: str) -> None:

@@ -40,6 +40,7 @@ def _cases(root: Path) -> dict[str, Case]:
         name="web-1",
         folder=root / "web-1",
         monitor_fd="FD",
+        console_fd="FD",
         ram=Ram.COPY_ON_WRITE,
         ram_path=root / "ram",
     )
@@ -64,7 +65,7 @@ def _cases(root: Path) -> dict[str, Case]:
 
 NAMES = sorted(_cases(Path("/store")))
 #: The name of a thing that goes into the line as it is; what differs by host comes from a probe.
-_PLAIN = {"machine", "binary", "name", "folder", "monitor_fd"}
+_PLAIN = {"machine", "binary", "name", "folder", "monitor_fd", "console_fd"}
 
 
 def _text(case: Case) -> str:

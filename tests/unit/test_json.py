@@ -38,6 +38,7 @@ GUEST = GuestRecord(
     accel="tcg",
     accel_reason="asked for",
     pid=1,
+    start_ticks=1,
     started=0.5,
     start_seconds=0.5,
     memory=1,

@@ -23,6 +23,7 @@ def _record(name: str) -> GuestRecord:
         digest="sha256:0",
         accel="tcg",
         accel_reason="",
+        start_ticks=1,
         pid=0,
         started=0,
         start_seconds=0,

@@ -1,12 +1,11 @@
-"""Who may start saved systems: told before QEMU is started, with the way out."""
-
-import os
+"""What a QEMU that opens saved RAM for writing needs of the kernel: told before it is started."""
 
 import pytest
 
-from onecopy.errors import NotPermitted
+from onecopy.errors import Incompatible
 from onecopy.guest.doctor import _starting
-from onecopy.guest.start import _require_right
+from onecopy.host import seccomp
+from onecopy.vmm import readonly_ram
 from onecopy.vmm.qemu import Qemu
 
 
@@ -15,17 +14,17 @@ def _qemu(rom: bool) -> Qemu:
 
 
 @pytest.mark.parametrize(
-    ("user", "rom", "state"),
-    [(0, False, "ok"), (0, True, "ok"), (1000, True, "ok"), (1000, False, "limited")],
+    ("kernel", "rom", "state"),
+    [(True, False, "ok"), (True, True, "ok"), (False, True, "ok"), (False, False, "limited")],
 )
 def test_doctor_and_start_agree(
-    user: int, rom: bool, state: str, monkeypatch: pytest.MonkeyPatch
+    kernel: bool, rom: bool, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(seccomp, "can_ask", lambda: kernel)
     assert _starting(_qemu(rom)).state == state
     if state == "ok":
-        _require_right(_qemu(rom))
+        readonly_ram.require(_qemu(rom))
     else:
-        with pytest.raises(NotPermitted) as caught:
-            _require_right(_qemu(rom))
+        with pytest.raises(Incompatible) as caught:
+            readonly_ram.require(_qemu(rom))
         assert "QEMU 8.2" in caught.value.hint

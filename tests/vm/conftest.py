@@ -116,15 +116,16 @@ def _require_accelerator(host: Host) -> None:
 
 def vmms(host: Host) -> list[int]:
     """Process ids of all VMMs with a run folder of ``host``, whether on record or not."""
-    mark = f"{host.run}/".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 line = (entry / "cmdline").read_bytes()
+                where = (entry / "cwd").readlink()
             except OSError:  # it ended meanwhile
                 continue
-            if line.partition(b"\0")[0].endswith(b"qemu-system-x86_64") and mark in line:
+            ours = where.is_relative_to(host.run)
+            if line.partition(b"\0")[0].endswith(b"qemu-system-x86_64") and ours:
                 found.append(int(entry.name))
     return found
 

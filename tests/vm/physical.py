@@ -72,7 +72,8 @@ def regions(host: Host, guest: GuestRecord) -> dict[str, Region]:
     for line in (Path("/proc") / str(guest.pid) / "cmdline").read_bytes().split(b"\0"):
         options = dict(o.split("=", 1) for o in line.decode().split(",") if "=" in o)
         if line.startswith(b"memory-backend-file,id=segment"):
-            paths[f"/objects/{options['id']}"] = options["mem-path"]
+            fd = Path("/proc") / str(guest.pid) / options["mem-path"].removeprefix("/proc/self/")
+            paths[f"/objects/{options['id']}"] = str(fd.readlink())
     devices = [d["data"] for d in query(host, guest, "query-memory-devices")]
     return {
         paths[d["memdev"]]: Region(d["memaddr"], d["size"], d["memdev"])

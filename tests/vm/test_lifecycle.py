@@ -79,14 +79,18 @@ def assert_no_trace(host: Host, name: str) -> None:
     """No VMM, run folder or lease of this guest."""
     assert not (host.run / name).exists()
     assert not host.store.is_held(name)
-    mark = f"{host.run / name}/".encode()
-    assert [p for p in vmms(host) if mark in Path(f"/proc/{p}/cmdline").read_bytes()] == []
+    assert [p for p in vmms(host) if f"guest={name}" in real_command(p)] == []
 
 
 def real_command(pid: int) -> list[str]:
-    """What QEMU was really started with, its inherited socket's number aside."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
-    return [re.sub(r"\bfd=\d+", "fd=FD", word) for word in words]
+    """What QEMU was really started with: its files by path, but no numbers of its sockets."""
+    proc = Path(f"/proc/{pid}")
+    line = (proc / "cmdline").read_bytes().decode()
+    line = re.sub(r"\bfd=\d+", "fd=FD", line)
+    line = re.sub(r"/proc/self/(fd/\d+)", lambda found: str((proc / found[1]).readlink()), line)
+    line = line.replace(" (deleted)", "")
+    line = re.sub(r"(?<==)\./", f"{(proc / 'cwd').readlink()}/", line)
+    return line.split("\0")[:-1]
 
 
 def dry_run(*args: str) -> list[str]:

@@ -150,6 +150,7 @@ def launch_spec(host: Host, prepared: Prepared, folder: Path, name: str) -> Laun
         name=name,
         folder=folder,
         monitor_fd="FD",
+        console_fd="FD",
         ram=Ram.ANONYMOUS,
         kernel=Kernel(prepared.kernel.layer("kernel").path, folder / "initrd"),
         publish=prepared.spec.publish,
@@ -157,7 +158,7 @@ def launch_spec(host: Host, prepared: Prepared, folder: Path, name: str) -> Laun
 
 
 def dry_run(host: Host, prepared: Prepared, name: str) -> list[str]:
-    """The exact command line, but for the number of the inherited monitor socket."""
+    """The exact command line, but for the numbers of inherited sockets."""
     folder = host.run / name
     return command(prepared.hardware, launch_spec(host, prepared, folder, name))
 
@@ -267,6 +268,7 @@ def _up(
         accel=prepared.accel.name,
         accel_reason=prepared.accel.reason,
         pid=vmm.pid,
+        start_ticks=vmm.start_ticks,
         started=time.time(),
         start_seconds=seconds,
         memory=prepared.hardware.memory,

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
 from onecopy.guest.host import Host
-from onecopy.guest.start import may_start
-from onecopy.host import ksm, meminfo, pagemap
+from onecopy.host import ksm, landlock, meminfo, pagemap
 from onecopy.model import format_size
 from onecopy.run import PACKAGES, find_program
+from onecopy.vmm import readonly_ram, user
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
@@ -62,17 +62,35 @@ def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Fin
         accel = choose(Choice.AUTO, qemu.binary, path, host.store.cache)
         state = "ok" if accel.name == "kvm" else "limited"
         yield Finding("accelerator", state, f"{accel.name}: {accel.reason}")
+        yield _confinement(accel.name)
     except OnecopyError as error:
         yield Finding("virtualization", "missing", f"{error.message} ({error.hint})")
 
 
 def _starting(qemu: Qemu) -> Finding:
     says = f"{qemu.version}, {qemu.machine}"
-    if not may_start(qemu):
-        return Finding("qemu", "limited", f"{says}; only root can start saved systems with it")
     if qemu.rom:
         return Finding("qemu", "ok", f"{says}; it maps saved RAM from a read-only file")
-    return Finding("qemu", "ok", f"{says}; it opens saved RAM for writing, and never writes it")
+    if readonly_ram.is_possible(qemu):
+        return Finding("qemu", "ok", f"{says}; it is given saved RAM read-only")
+    return Finding("qemu", "limited", f"{says}; it cannot start saved systems on this kernel")
+
+
+def _confinement(accel: str) -> Finding:
+    says, limits = ["seccomp"], []
+    if os.geteuid() != 0:
+        says.append("QEMU runs as you")
+    elif why_not := user.why_not(accel):
+        limits.append(f"QEMU runs as root, without capabilities: {why_not}")
+    else:
+        says.append("each guest's QEMU is a user of its own")
+    if version := landlock.abi():
+        says.append(f"Landlock ABI {version}")
+    else:
+        limits.append(
+            "this kernel has no Landlock (LSM=landlock), so files are kept by rights only"
+        )
+    return Finding("confinement", "limited" if limits else "ok", "; ".join([*limits, *says]))
 
 
 def _memory() -> Iterator[Finding]:

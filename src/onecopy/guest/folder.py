@@ -25,6 +25,7 @@ import os
 import secrets
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ class GuestRecord(msgspec.Struct, frozen=True):
     accel: str
     accel_reason: str
     pid: int
+    start_ticks: int
+    """Clock ticks from the host's boot to QEMU's start: with the pid, its identity."""
     started: float
     """Seconds since the epoch."""
     start_seconds: float
@@ -115,12 +118,17 @@ class GuestFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def find_vmm(self) -> int | None:
-        """Process id of the VMM, found by its command line; None if there is none."""
-        mark = f"{self.path}/console.sock".encode()
+        """Process id of the VMM; None if there is none.
+
+        It is the process that was started as this guest and works in this folder, which nobody
+        else can enter.
+        """
+        mark = f"\0-name\0guest={self.name}\0".encode()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
-                    if mark in (entry / "cmdline").read_bytes():
+                    started = mark in (entry / "cmdline").read_bytes()
+                    if started and self.path.samefile(entry / "cwd"):
                         return int(entry.name)
         return None
 
@@ -138,7 +146,9 @@ class Batch:
         """A new run folder for one of them; the caller ends its VMM and removes it if it fails."""
         if path.exists():  # its lease was free: what is here is a leftover
             shutil.rmtree(path)
-        path.mkdir(mode=0o700)
+        path.mkdir()
+        # Its VMM may be another user, who has no more than the way to what is made for it there.
+        path.chmod(0o711)
         (path / "starting").symlink_to(self.mark)
         return GuestFolder(path)
 
@@ -160,14 +170,14 @@ def lock_mark(run: Path) -> tuple[Path, int]:
     return mark, fd
 
 
-def kill(pid: int, folder: GuestFolder) -> None:
-    """End a VMM and wait for it; nothing happens if ``pid`` is another process by now."""
+def kill(pid: int, is_it: Callable[[], bool]) -> None:
+    """End a VMM and wait for it; nothing happens unless ``pid`` still ``is_it``."""
     import select
 
     with contextlib.suppress(ProcessLookupError):
         pidfd = os.pidfd_open(pid)
         try:
-            if folder.find_vmm() == pid:
+            if is_it():
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 select.select([pidfd], [], [], 10)
         finally:

@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from onecopy.errors import NotFound
@@ -21,6 +21,7 @@ from onecopy.guest.folder import (
     run_root,
 )
 from onecopy.host.lock import is_held
+from onecopy.host.process import is_same
 from onecopy.store import Lease, Store
 from onecopy.vmm.qemu import Qemu, probe
 
@@ -105,9 +106,9 @@ class Host:
 
     def end(self, record: GuestRecord) -> None:
         """End a guest's VMM, unasked, and remove its folder."""
-        folder = GuestFolder(self.run / record.name)
-        kill(record.pid, folder)
-        folder.remove()
+        # Not by its command line: that is its own memory, which it may change.
+        kill(record.pid, lambda: is_same(record.pid, record.start_ticks))
+        GuestFolder(self.run / record.name).remove()
 
     def sweep(self) -> None:
         """Remove what no living command or VMM owns: folders, and guests never handed out."""
@@ -120,7 +121,7 @@ class Host:
                         continue
                     vmm = folder.find_vmm()
                     if vmm is not None:
-                        kill(vmm, folder)
+                        kill(vmm, partial(_is_vmm, folder, vmm))
                         killed = True
                 folder.remove()
             for path in filter(is_mark, self.run.iterdir()):
@@ -142,3 +143,7 @@ class Host:
             yield
         finally:
             os.close(fd)
+
+
+def _is_vmm(folder: GuestFolder, pid: int) -> bool:
+    return folder.find_vmm() == pid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 
-from onecopy.errors import InUse
+from onecopy.errors import InUse, NotPermitted
 from onecopy.vmm.monitor import Monitor
 
 Ports = tuple[tuple[int, int], ...]
@@ -15,12 +15,17 @@ _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
 
 
 def require_free(publish: Ports) -> None:
-    """Raise InUse for a port that is taken: QEMU's own message does not say which."""
+    """Raise InUse for a port that is taken, or NotPermitted; QEMU does not say which one."""
     for port, _ in publish:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
+            except PermissionError:
+                raise NotPermitted(
+                    f"port {port} of the host may be published by root only",
+                    hint="give a higher one, or 0 for any free one",
+                ) from None
             except OSError:
                 raise InUse(
                     f"port {port} on 127.0.0.1 is taken",

@@ -76,6 +76,8 @@ async def save_system(
                 await _freeze(vmm, work / "state")
             folder.remove()
             progress("storing its memory")
+            # It was the VMM's while that ran.
+            os.chown(ram, os.geteuid(), os.getegid())
             # Pages of zeroes need no disk and no page cache.
             run(["fallocate", "--dig-holes", ram])
             # An interrupt comes as a cancellation: heeded up to here,

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecopy.errors import GuestFailed, Incompatible, NotPermitted
+from onecopy.errors import GuestFailed, Incompatible
 from onecopy.guest import identity, machine
 from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig
 from onecopy.guest.ports import Ports, published, require_free
 from onecopy.store import Artifact
+from onecopy.vmm import readonly_ram
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import Hardware, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, launch, prepare
 from onecopy.vmm.monitor import connect
-from onecopy.vmm.qemu import Qemu
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
     """Check that a saved system can be started here; raise Incompatible with the reason."""
     config = SystemConfig.of(artifact)
     host.qemu.require_machine(config.machine)
-    _require_right(host.qemu)
+    readonly_ram.require(host.qemu)
     if accel not in (Choice.AUTO, Choice(config.accel)):
         raise Incompatible(
             f"{artifact.ref} was saved under {config.accel} and cannot be started under {accel}",
@@ -68,22 +67,6 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
     )
 
 
-def may_start(qemu: Qemu) -> bool:
-    """Whether this user may do with a saved RAM file what this QEMU wants of it.
-
-    Blobs are read-only. QEMU before 8.2 opens even a file that it maps private for writing.
-    """
-    return qemu.rom or os.geteuid() == 0
-
-
-def _require_right(qemu: Qemu) -> None:
-    if not may_start(qemu):
-        raise NotPermitted(
-            f"QEMU {qemu.version} opens the saved RAM for writing, which only root may",
-            hint="use QEMU 8.2 or later, or run as root; `run --cold` boots guests meanwhile",
-        )
-
-
 def launch_spec(host: Host, source: Template, folder: Path, publish: Ports) -> Launch:
     """How QEMU is told to start this clone."""
     return Launch(
@@ -92,6 +75,7 @@ def launch_spec(host: Host, source: Template, folder: Path, publish: Ports) -> L
         name=folder.name,
         folder=folder,
         monitor_fd="FD",
+        console_fd="FD",
         ram=Ram.COPY_ON_WRITE,
         ram_path=source.ram,
         ram_readonly_file=host.qemu.rom,
@@ -100,7 +84,7 @@ def launch_spec(host: Host, source: Template, folder: Path, publish: Ports) -> L
 
 
 def dry_run(host: Host, source: Template, name: str, publish: Ports) -> list[str]:
-    """The exact command line, but for the number of the inherited monitor socket."""
+    """The exact command line, but for the numbers of inherited sockets."""
     return command(source.hardware, launch_spec(host, source, host.run / name, publish))
 
 
@@ -171,6 +155,7 @@ def _record(
         accel=source.accel.name,
         accel_reason=source.accel.reason,
         pid=vmm.pid,
+        start_ticks=vmm.start_ticks,
         started=time.time(),
         start_seconds=seconds,
         memory=source.config.memory,

@@ -56,6 +56,14 @@ def exists(pid: int, root: Path = ROOT) -> bool:
         return False
 
 
+def is_same(pid: int, start_ticks: int, root: Path = ROOT) -> bool:
+    """Whether ``pid`` is the process that started then, and not a later one."""
+    try:
+        return stat(pid, root).start_ticks == start_ticks
+    except NotFound:
+        return False
+
+
 def cpu_seconds(pid: int, root: Path = ROOT) -> float:
     """CPU time that the process used, user and system, all threads. Raises NotFound."""
     figures = stat(pid, root)

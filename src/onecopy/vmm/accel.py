@@ -15,7 +15,9 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible
-from onecopy.run import environment
+from onecopy.vmm.confine import Confinement, start
+from onecopy.vmm.given import READ
+from onecopy.vmm.user import new_user
 
 #: Seconds after which a probe guest that said nothing is given up.
 PROBE_TIMEOUT = 30.0
@@ -86,11 +88,12 @@ def _probe(binary: str, kernel: Path) -> str:
     """Boot the kernel under KVM until it looks for its root; return "" or why it failed."""
     argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256M"]
-    argv += ["-serial", "stdio", "-kernel", str(kernel), "-append", "console=ttyS0 panic=-1"]
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment()
-        )
+    argv += ["-serial", "stdio", "-append", "console=ttyS0 panic=-1"]
+    with tempfile.TemporaryFile() as output, kernel.open("rb") as image:
+        fd = image.fileno()
+        argv += ["-kernel", f"/proc/self/fd/{fd}"]
+        confinement = Confinement(new_user("kvm"), 0, {fd: READ}, kvm=True, asks=False)
+        process = start(argv, confinement, Path("/"), output.fileno(), [fd]).process
         try:
             process.wait(PROBE_TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -86,6 +86,8 @@ class Launch:
     """The run folder: sockets, pipes and logs."""
     monitor_fd: int | str
     """Listening UNIX socket that the VMM inherits, for QMP."""
+    console_fd: int | str
+    """The same for the serial console."""
     ram: Ram
     ram_path: Path | None = None
     ram_readonly_file: bool = False
@@ -170,7 +172,7 @@ def _channels(launch: Launch) -> list[str]:
         "-mon",
         "chardev=monitor,mode=control",
         "-chardev",
-        f"socket,id=console,path={folder}/console.sock,server=on,wait=off,logfile={folder}/console.log",
+        f"socket,id=console,fd={launch.console_fd},server=on,wait=off,logfile={folder}/console.log",
         "-serial",
         "chardev:console",
         "-device",

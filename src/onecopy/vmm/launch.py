@@ -1,13 +1,13 @@
 """Starting QEMU, whose process outlives the command that started it.
 
-Not here: what is on the command line (argv.py), what is said to QEMU afterwards (monitor.py).
+Not here: what is on the command line (argv.py), what QEMU may (confine.py), what is said to it
+afterwards (monitor.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -18,20 +18,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from onecopy.errors import GuestFailed
-from onecopy.run import environment
-from onecopy.vmm.argv import PORTS, Hardware, Launch, command
-
-_PR_SET_THP_DISABLE = 41
+from onecopy.host.process import stat
+from onecopy.vmm.argv import PORTS, Hardware, Launch, Ram, command
+from onecopy.vmm.confine import Confinement, start
+from onecopy.vmm.given import given
+from onecopy.vmm.readonly_ram import ReadOnlyRam
+from onecopy.vmm.user import new_user, port_capabilities
 
 
 class Vmm:
     """A QEMU process that we started; ``pid`` stays ours until wait() or detach()."""
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, argv: Sequence[str]) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        folder: Path,
+        argv: Sequence[str],
+        ram: ReadOnlyRam | None = None,
+    ) -> None:
         self.pid = process.pid
+        # Also of a process that has ended: it is ours to wait for.
+        self.start_ticks = stat(process.pid).start_ticks
         self.folder = folder
         self.argv = tuple(argv)
         self._process = process
+        self._ram = ram
 
     async def wait(self, timeout: float | None = None) -> int | None:
         """Wait up to ``timeout`` seconds for the end; return the exit code or None."""
@@ -56,11 +67,17 @@ class Vmm:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGKILL)
         await self.wait()
+        self._let_go()
 
     def detach(self) -> None:
         """Let the process live on without us."""
         # Popen would warn that it is still running; init reaps it once we are gone.
         self._process.returncode = 0
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._ram:
+            self._ram.close()
 
     def explain(self, error: GuestFailed) -> GuestFailed:
         """``error`` with what QEMU and the guest's console printed."""
@@ -84,41 +101,52 @@ def printed(folder: Path) -> str:
 
 
 def prepare(folder: Path) -> None:
-    """Make the pipes of a run folder (argv.py names them)."""
+    """Make what QEMU opens in its run folder (argv.py names it): it can make nothing there."""
     for name, _ in PORTS:
         os.mkfifo(folder / f"{name}.in", 0o600)
         os.mkfifo(folder / f"{name}.out", 0o600)
+    (folder / "console.log").touch(0o600)
 
 
 def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> Vmm:
-    """Start QEMU in its prepared run folder.
+    """Start QEMU in its prepared run folder, confined (confine.py).
 
-    ``spec.monitor_fd`` is filled in here: the socket is listening before QEMU runs, so that a
-    client can connect at once and need not poll. ``inherit`` are descriptors that live as long as
-    the VMM: its lease, and its saved state.
+    ``spec.monitor_fd`` and ``console_fd`` are filled in here: the sockets are listening before QEMU
+    runs, so that a client can connect at once and need not poll. ``inherit`` are descriptors that
+    live as long as the VMM, which may open their files for reading. A saved system's RAM is served
+    from the running event loop (readonly_ram.py). Raises Incompatible.
     """
-    with _listen(spec.folder / "monitor.sock") as monitor, _log(spec.folder) as log:
-        argv = command(hardware, replace(spec, monitor_fd=monitor.fileno()))
-        with _small_pages():
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=spec.folder,
-                env=environment(),
-                pass_fds=(monitor.fileno(), *inherit),
-                start_new_session=True,
-            )
-    return Vmm(process, spec.folder, argv)
+    user = new_user(spec.accel)
+    with contextlib.ExitStack() as stack:
+        machine, named, files = stack.enter_context(given(hardware, spec, user, inherit))
+        monitor = stack.enter_context(_listen(spec.folder / "monitor.sock"))
+        console = stack.enter_context(_listen(spec.folder / "console.sock"))
+        named = replace(named, monitor_fd=monitor, console_fd=console)
+        asks = spec.ram is Ram.COPY_ON_WRITE and not spec.ram_readonly_file
+        ram = ReadOnlyRam(spec.ram_path) if asks and spec.ram_path else None
+        confinement = Confinement(
+            user=user,
+            capabilities=port_capabilities(host for host, _ in spec.publish),
+            rights=files.rights,
+            kvm=spec.accel == "kvm",
+            asks=asks,
+        )
+        log = stack.enter_context(_log(spec.folder))
+        passed = (monitor, console, *files.passed)
+        started = start(command(machine, named), confinement, spec.folder, log, passed)
+        if ram and started.listener is not None:
+            ram.serve(started.listener)
+    return Vmm(started.process, spec.folder, command(hardware, spec), ram)
 
 
 @contextlib.contextmanager
-def _listen(path: Path) -> Iterator[socket.socket]:
+def _listen(path: Path) -> Iterator[int]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        # What bind() makes gets these rights: ours alone.
+        os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(path))
         listener.listen()
-        yield listener
+        yield listener.fileno()
 
 
 @contextlib.contextmanager
@@ -128,19 +156,3 @@ def _log(folder: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-@contextlib.contextmanager
-def _small_pages() -> Iterator[None]:
-    """Let children inherit "no transparent huge pages" (prctl(2), PR_SET_THP_DISABLE).
-
-    QEMU asks for huge pages for guest RAM and for its translation buffer: a small guest would
-    then occupy memory that it never touches.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    before = libc.prctl(42, 0, 0, 0, 0)  # PR_GET_THP_DISABLE
-    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    try:
-        yield
-    finally:
-        libc.prctl(_PR_SET_THP_DISABLE, max(before, 0), 0, 0, 0)

@@ -1,0 +1,89 @@
+"""Landlock: what a process may reach through file names, whoever it is (landlock(7)).
+
+Linux Documentation/userspace-api/landlock.rst. Rights of a newer ABI are denied where the kernel
+knows them. Not here: which files a VMM needs (vmm/confine.py).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from onecopy.host.syscall import buffer, syscall
+
+EXECUTE = 1 << 0
+WRITE_FILE = 1 << 1
+READ_FILE = 1 << 2
+READ_DIR = 1 << 3
+TRUNCATE = 1 << 14
+IOCTL_DEV = 1 << 15
+#: What makes sense for something that is no folder.
+_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+#: All file system rights up to the ABI in which they came.
+_HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+#: No signals to, and no abstract UNIX sockets of, processes outside.
+_SCOPED = {6: 0b11}
+
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_CREATE_RULESET_VERSION = 1
+_RULE_PATH_BENEATH = 1
+
+
+def abi() -> int:
+    """The version of Landlock that this kernel has; 0 if it has none, or it is switched off."""
+    try:
+        return syscall(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
+    except OSError:
+        return 0
+
+
+def handled(version: int) -> int:
+    """All file system rights that ``version`` of the ABI knows: denied, unless a rule allows."""
+    return max((mask for since, mask in _HANDLED.items() if since <= version), default=0)
+
+
+def attributes(version: int) -> bytes:
+    """struct landlock_ruleset_attr as that version has it. TCP (version 4) stays free."""
+    scoped = _SCOPED[6] if version >= 6 else 0
+    size = 8 if version < 4 else 16 if version < 6 else 24
+    return struct.pack("QQQ", handled(version), 0, scoped)[:size]
+
+
+class Ruleset:
+    """Rules, until a process puts itself under them; to be closed."""
+
+    def __init__(self, version: int) -> None:
+        self._handled = handled(version)
+        data = attributes(version)
+        self.fd = syscall(_CREATE_RULESET, buffer(data), len(data), 0)
+
+    def allow(self, fd: int, rights: int) -> None:
+        """Allow ``rights`` on the file, or below the folder, that is open as ``fd``."""
+        rights &= self._handled
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            rights &= _FILE
+        rule = buffer(struct.pack("=Qi", rights, fd))
+        syscall(_ADD_RULE, self.fd, _RULE_PATH_BENEATH, rule, 0)
+
+    def allow_paths(self, paths: Iterable[Path | str], rights: int) -> None:
+        """The same by name; links are followed, and what is not there is left out."""
+        for path in paths:
+            try:
+                fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                self.allow(fd, rights)
+            finally:
+                os.close(fd)
+
+    def restrict_self(self) -> None:
+        """Put this thread under them, for ever; it must have set no_new_privs. Raise OSError."""
+        syscall(_RESTRICT_SELF, self.fd, 0)
+
+    def close(self) -> None:
+        """Let go of it; whoever is under it stays so."""
+        os.close(self.fd)

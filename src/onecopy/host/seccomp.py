@@ -1,0 +1,125 @@
+"""seccomp filters: which system calls a process may make, and which another one answers for it.
+
+seccomp(2), seccomp_unotify(2), Linux Documentation/userspace-api/seccomp_filter.rst; x86_64 only.
+A filter sees numbers, not memory: flags yes, file names no. Not here: what a VMM may
+(vmm/confine.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import select
+import struct
+from collections.abc import Sequence
+
+from onecopy.host.syscall import address, buffer, syscall
+
+#: System calls by number.
+OPEN, SOCKET, SOCKETPAIR, OPENAT, IO_URING_SETUP = 2, 41, 53, 257, 425
+#: chmod, fchmod, fchmodat, fchmodat2; setxattr, lsetxattr, fsetxattr, setxattrat.
+CHANGE_RIGHTS = (90, 91, 268, 452, 188, 189, 190, 463)
+
+_SECCOMP = 317
+_SET_MODE_FILTER, _GET_ACTION_AVAIL = 1, 2
+_FLAG_NEW_LISTENER = 1 << 3
+
+KILL = 0x80000000
+ERROR = 0x00050000
+ASK = 0x7FC00000
+ALLOW = 0x7FFF0000
+
+_ARCH_X86_64 = 0xC000003E
+_X32 = 0x40000000
+#: struct seccomp_data: nr, arch, instruction pointer, six arguments of 64 bits.
+_NR, _ARCH, _ARGUMENTS = 0, 4, 16
+
+# The loader, the three tests and the end that are needed of classic BPF (linux/bpf_common.h).
+_LOAD, _EQUAL, _NOT_LESS, _RETURN = 0x20, 0x15, 0x35, 0x06
+
+# _IOWR('!', 0, struct seccomp_notif), _IOWR('!', 1, struct seccomp_notif_resp) and
+# _IOW('!', 3, struct seccomp_notif_addfd).
+_RECEIVE, _SEND, _ADD_FD = 0xC0502100, 0xC0182101, 0x40182103
+
+
+def program(*blocks: Sequence[bytes]) -> bytes:
+    """A filter: the first block that knows the call decides; else it is allowed.
+
+    A call of another architecture ends the process, and the numbers of x32 do not exist: neither
+    can be used to get round it.
+    """
+    head = [_op(_LOAD, _ARCH), _op(_EQUAL, _ARCH_X86_64, 1, 0), _op(_RETURN, KILL)]
+    head += [_op(_LOAD, _NR), _op(_NOT_LESS, _X32, 0, 1), _op(_RETURN, ERROR | errno.ENOSYS)]
+    body = [op for block in blocks for op in block]
+    return b"".join([*head, *body, _op(_RETURN, ALLOW)])
+
+
+def deny(number: int, error: int) -> list[bytes]:
+    """The call fails with ``error``."""
+    return [_op(_EQUAL, number, 0, 1), _op(_RETURN, ERROR | error)]
+
+
+def allow_only(number: int, argument: int, values: Sequence[int], error: int) -> list[bytes]:
+    """The call fails with ``error`` unless the ``argument`` (an int, counted from 0) is listed."""
+    last = len(values)
+    tests = [_op(_EQUAL, value, last - place, 0) for place, value in enumerate(values)]
+    block = [_argument(argument), *tests, _op(_RETURN, ERROR | error), _op(_RETURN, ALLOW)]
+    return [_op(_EQUAL, number, 0, len(block)), *block]
+
+
+def ask_if(number: int, argument: int, value: int) -> list[bytes]:
+    """The listener answers the call if the ``argument`` is ``value``; else it is allowed."""
+    block = [_argument(argument), _op(_EQUAL, value, 0, 1), _op(_RETURN, ASK), _op(_RETURN, ALLOW)]
+    return [_op(_EQUAL, number, 0, len(block)), *block]
+
+
+def _argument(number: int) -> bytes:
+    # The low half, which is all that the kernel takes of an int.
+    return _op(_LOAD, _ARGUMENTS + 8 * number)
+
+
+def _op(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """struct sock_filter; the jumps count operations to skip."""
+    return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def can_ask() -> bool:
+    """Whether this kernel lets another process answer (since Linux 5.0)."""
+    try:
+        syscall(_SECCOMP, _GET_ACTION_AVAIL, 0, buffer(struct.pack("I", ASK)))
+    except OSError:
+        return False
+    return True
+
+
+def install(filter_program: bytes, *, listen: bool) -> int | None:
+    """Put this thread under a filter, for ever; it must have set no_new_privs.
+
+    With ``listen`` returns the descriptor at which calls are answered. Raises OSError; EBUSY means
+    that a filter with a listener is there already, as in some containers.
+    """
+    code = buffer(filter_program)
+    fprog = buffer(struct.pack("HxxxxxxQ", len(filter_program) // 8, address(code)))
+    flags = _FLAG_NEW_LISTENER if listen else 0
+    result = syscall(_SECCOMP, _SET_MODE_FILTER, flags, fprog)
+    return result if listen else None
+
+
+def is_asked(listener: int) -> bool:
+    """Whether a call waits for an answer now."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return any(events & select.POLLIN for _, events in poll.poll(0))
+
+
+def answer_with(listener: int, fd: int) -> None:
+    """Let the waiting call return a copy of our descriptor; raise OSError.
+
+    Linux 5.9; the caller may have ended meanwhile (ENOENT).
+    """
+    request = bytearray(80)
+    fcntl.ioctl(listener, _RECEIVE, request)
+    (call,) = struct.unpack_from("Q", request)
+    # A bytearray, since for bytes fcntl.ioctl() does not return what the call returned.
+    number = fcntl.ioctl(listener, _ADD_FD, bytearray(struct.pack("QIIII", call, 0, fd, 0, 0)))
+    fcntl.ioctl(listener, _SEND, struct.pack("QqiI", call, number, 0, 0))

@@ -1,0 +1,87 @@
+"""What a VMM is given to open: files by descriptor, so that it needs no way to where they lie.
+
+QEMU takes names, so it gets /proc/self/fd/N, which opens the file anew with the rights of QEMU's
+user (proc_pid_fd(5)). Not here: what QEMU may open besides (confine.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from onecopy.host.landlock import READ_FILE, TRUNCATE, WRITE_FILE
+from onecopy.vmm.argv import PORTS, Hardware, Launch, Ram
+from onecopy.vmm.user import User
+
+READ = READ_FILE
+WRITE = READ_FILE | WRITE_FILE | TRUNCATE
+
+
+class Given:
+    """Open files for one VMM; ``rights`` are those of landlock.py."""
+
+    def __init__(self, user: User | None, inherited: Sequence[int]) -> None:
+        self._user = user
+        self._ends = ExitStack()
+        self.rights: dict[int, int] = dict.fromkeys(inherited, READ)
+        """Descriptor -> what the VMM may open the file for, which is no more than it is open for
+        here."""
+        self.passed: list[int] = list(inherited)
+        """Descriptors that the VMM inherits."""
+
+    def name(self, path: Path, *, write: bool = False, own: bool = False) -> Path:
+        """The name of a file for the VMM, which inherits it; ``own`` makes it the VMM's file."""
+        fd = self._open(path, os.O_RDWR if write else os.O_RDONLY, WRITE if write else READ)
+        if own and self._user:
+            self._user.own(fd)
+        self.passed.append(fd)
+        return Path(f"/proc/self/fd/{fd}")
+
+    def let_open(self, path: Path) -> None:
+        """Let the VMM open a file of its run folder by name, for writing, too."""
+        # A path descriptor: to open a pipe would be to use it.
+        fd = self._open(path, os.O_PATH, WRITE)
+        if self._user:
+            self._user.own(Path(f"/proc/self/fd/{fd}"))
+
+    def _open(self, path: Path, flags: int, rights: int) -> int:
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        self._ends.callback(os.close, fd)
+        self.rights[fd] = rights
+        return fd
+
+    def close(self) -> None:
+        """Close all that was opened here; the VMM has copies."""
+        self._ends.close()
+
+
+@contextmanager
+def given(
+    hardware: Hardware, spec: Launch, user: User | None, inherited: Sequence[int]
+) -> Iterator[tuple[Hardware, Launch, Given]]:
+    """Open what a machine is made of; yields it with names for the VMM in place of paths."""
+    files = Given(user, inherited)
+    try:
+        for name, _ in PORTS:
+            files.let_open(spec.folder / f"{name}.in")
+            files.let_open(spec.folder / f"{name}.out")
+        files.let_open(spec.folder / "console.log")
+        segments = tuple(replace(slot, path=files.name(slot.path)) for slot in hardware.segments)
+        # QEMU runs in its run folder: it reaches no other one.
+        named = replace(_with_names(spec, files), folder=Path())
+        yield replace(hardware, segments=segments), named, files
+    finally:
+        files.close()
+
+
+def _with_names(spec: Launch, files: Given) -> Launch:
+    if spec.kernel:
+        image, initrd = files.name(spec.kernel.image), files.name(spec.kernel.initrd, own=True)
+        spec = replace(spec, kernel=replace(spec.kernel, image=image, initrd=initrd))
+    if spec.ram_path:
+        saving = spec.ram is Ram.SAVING
+        spec = replace(spec, ram_path=files.name(spec.ram_path, write=saving, own=saving))
+    return spec

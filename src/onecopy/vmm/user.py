@@ -1,0 +1,108 @@
+"""Whom QEMU runs as when root starts it: a user of its own for each guest.
+
+The number is all there is of that user: no name, no files but the guest's, no record that could go
+stale. Not here: what else QEMU may not (confine.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.host.files import ROOT, read_number
+from onecopy.host.syscall import become, set_capabilities
+
+#: Ranges for guests, best first. Nothing else gives out numbers of the first; the second is that of
+#: systemd's dynamic users (systemd docs/UIDS-GIDS.md).
+_RANGES = (range(0x70000000, 0x78000000), range(61184, 65520))
+KVM = Path("/dev/kvm")
+
+_BIND_SERVICE = 1 << 10  # CAP_NET_BIND_SERVICE
+#: CAP_CHOWN, CAP_SETGID, CAP_SETUID: what it takes to hand a process and its files to someone else.
+_NEEDED = 1 << 0 | 1 << 6 | 1 << 7
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user (and group) number, and the groups it needs besides."""
+
+    id: int
+    groups: tuple[int, ...] = ()
+
+    def own(self, file: int | Path) -> None:
+        """Make a file this user's."""
+        os.chown(file, self.id, self.id)
+
+    def become(self, capabilities: int = 0) -> None:
+        """Let this thread be the user, with no more than ``capabilities``; raise OSError."""
+        become(self.id, self.id, self.groups)
+        set_capabilities(capabilities)
+
+
+def new_user(accel: str) -> User | None:
+    """A user for one new guest; None if it has to run as whoever starts it."""
+    if os.geteuid() != 0 or why_not(accel):
+        return None
+    return User(secrets.choice(_usable_range()), _groups(accel))
+
+
+def why_not(accel: str, root: Path = ROOT) -> str:
+    """What keeps root from running guests as users of their own; "" if nothing does."""
+    if not _usable_range(root):
+        return "this container has no user numbers for guests"
+    if _capabilities(root) & _NEEDED != _NEEDED:
+        return "this root may not become another user"
+    if accel == "kvm" and not _may_use_kvm(KVM.stat()):
+        return "/dev/kvm belongs to no group that may use it"
+    return ""
+
+
+def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
+    """What it takes to publish ``ports`` of the host, as far as we have it (ip(7))."""
+    first = read_number(root / "proc/sys/net/ipv4/ip_unprivileged_port_start")
+    low = any(0 < port < (1024 if first is None else first) for port in ports)
+    return _BIND_SERVICE & _capabilities(root) if low else 0
+
+
+def _usable_range(root: Path = ROOT) -> range:
+    """The best range that exists in this user namespace (user_namespaces(7)); it may be empty."""
+    maps = [(root / f"proc/self/{name}").read_text() for name in ("uid_map", "gid_map")]
+    for wanted in _RANGES:
+        if all(_is_mapped(wanted, text) for text in maps):
+            return wanted
+    return range(0)
+
+
+def _is_mapped(wanted: range, text: str) -> bool:
+    for line in text.splitlines():
+        inside, _, count = map(int, line.split())
+        if inside <= wanted.start and wanted.stop <= inside + count:
+            return True
+    return False
+
+
+def _capabilities(root: Path) -> int:
+    status = (root / "proc/self/status").read_text()
+    found = re.search(r"^CapEff:\s+([0-9a-f]+)$", status, re.MULTILINE)
+    return int(found[1], 16) if found else 0
+
+
+def _groups(accel: str) -> tuple[int, ...]:
+    if accel != "kvm":
+        return ()
+    device = KVM.stat()
+    return (device.st_gid,) if _is_for_group(device) else ()
+
+
+def _may_use_kvm(device: os.stat_result) -> bool:
+    return _is_for_group(device) or device.st_mode & stat.S_IRWXO >= 0o6
+
+
+def _is_for_group(device: os.stat_result) -> bool:
+    """Whether joining its group helps. Not root's group: too much else is open to it."""
+    return device.st_gid != 0 and device.st_mode & 0o060 == 0o060

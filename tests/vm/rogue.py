@@ -1,0 +1,68 @@
+"""A program of ours in QEMU's place and in QEMU's confinement: rogue.c, and what became of it.
+
+Not here: what must become of it (test_confinement.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from onecopy.vmm.argv import Hardware, Launch
+from onecopy.vmm.launch import launch
+from tests.conftest import cannot_run
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+Outcome = dict[str, str]
+"""Attempt -> "ok" or the name of the error."""
+
+#: For a file that may only be read; what it says by name is the same by descriptor.
+READ_ONLY = {
+    "open for writing": "EACCES",
+    "open for both": "EACCES",
+    "open and cut off": "EACCES",
+    "truncate": "EACCES",
+    "open for reading": "ok",
+    "pwrite": "EBADF",
+    "ftruncate": "EINVAL",
+    "fallocate": "EBADF",
+    "mmap shared": "EACCES",
+    "mprotect": "EACCES",
+    "mmap private": "ok",
+}
+#: Ways to a file that go by its name.
+BY_NAME = ("open for writing", "open for both", "open and cut off", "truncate", "open for reading")
+
+
+def compile_rogue(folder: Path) -> Path:
+    """The program, where every user finds it."""
+    if shutil.which("gcc") is None:
+        cannot_run("there is no gcc")
+    program = folder / "rogue"
+    subprocess.run(["gcc", "-static", "-Os", "-o", program, SOURCE], check=True)
+    folder.chmod(0o755)
+    return program
+
+
+async def run_rogue(
+    program: Path,
+    hardware: Hardware,
+    spec: Launch,
+    attempts: Sequence[tuple[str, str | Path | int]],
+    inherit: Sequence[int] = (),
+) -> Outcome:
+    """Let it do its worst in a prepared run folder."""
+    words = [str(word) for attempt in attempts for word in attempt]
+    spec = replace(spec, binary=str(program), extra=("--", *words))
+    vmm = launch(hardware, spec, inherit=inherit)
+    try:
+        assert await vmm.wait(60) == 0, (spec.folder / "qemu.log").read_text()
+    finally:
+        await vmm.kill()
+    *lines, last = (spec.folder / "qemu.log").read_text().splitlines()
+    assert last == "done"
+    return dict(line.rsplit(": ", 1) for line in lines)

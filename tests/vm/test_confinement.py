@@ -1,0 +1,349 @@
+"""What a VMM may: as the kernel tells it of real ones, and by trying with a rogue in QEMU's place.
+
+The rogue (rogue.c) is started by the same launch() in the same confinement, but without QEMU's own
+`-sandbox`, which a guest that takes QEMU over cannot shed either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from onecopy.build.kernel import ensure_kernel
+from onecopy.build.segment import build_segment
+from onecopy.build.tools import ensure_tools
+from onecopy.guest import boot, start
+from onecopy.guest.boot import ColdSpec, prepare_cold
+from onecopy.guest.exec import run_captured
+from onecopy.guest.folder import GuestFolder, GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import start_many
+from onecopy.guest.maps import guest_maps
+from onecopy.guest.save import save_system
+from onecopy.guest.start import start_clone, template
+from onecopy.guest.stop import stop_guest
+from onecopy.host import landlock
+from onecopy.host.process import exists
+from onecopy.model import MIB, Reference
+from onecopy.sharing.account import measure
+from onecopy.store import Artifact, Store
+from onecopy.vmm.argv import Ram
+from onecopy.vmm.launch import prepare
+from tests.conftest import cannot_run
+from tests.unit.other_user import NOBODY, as_nobody
+from tests.vm.conftest import Clones, Cold
+from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
+from tests.vm.test_bad_luck import copy
+
+#: What QEMU has open besides files: its event loop, its sockets.
+ANONYMOUS = re.compile(r"anon_inode:\[(eventfd|eventpoll|signalfd|timerfd)\]|socket:\[\d+\]")
+#: And in its run folder.
+OWN = {"qemu.log", "console.log", "agent.in", "agent.out", "identity.in", "identity.out"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _landlock() -> None:
+    if not landlock.abi():
+        cannot_run("this kernel has no Landlock")
+
+
+@pytest.fixture(scope="module")
+def rogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    # Not below pytest's own folder, which only root can enter.
+    with tempfile.TemporaryDirectory(prefix="onecopy-rogue-") as folder:
+        yield compile_rogue(Path(folder))
+
+
+def status(guest: GuestRecord) -> dict[str, str]:
+    lines = Path(f"/proc/{guest.pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def test_each_vmm_is_a_user_of_its_own(clones: Clones, cold: Cold, busybox_root: Artifact) -> None:
+    guests = [*clones(2), cold(busybox_root, memory=96 * MIB)]
+    users = set()
+    for guest in guests:
+        told = status(guest)
+        (user,) = set(told["Uid"].split())
+        assert int(user) >= 61184
+        assert told["Gid"].split() == [user] * 4
+        assert told["Groups"].split() == []
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+            assert int(told[kind], 16) == 0
+        assert (told["NoNewPrivs"], told["Seccomp"]) == ("1", "2")
+        # Our filter, and QEMU's.
+        assert told["Seccomp_filters"] == "2"
+        users.add(user)
+    assert len(users) == len(guests)
+
+
+def test_a_low_port_takes_one_capability(cold: Cold, busybox_root: Artifact) -> None:
+    low = next(port for port in range(1023, 600, -1) if _is_free(port))
+    guest = cold(busybox_root, memory=96 * MIB, publish=((low, 80),))
+    told = status(guest)
+    assert {int(told[kind], 16) for kind in ("CapPrm", "CapEff", "CapAmb")} == {1 << 10}
+    assert told["Uid"].split()[0] != "0"
+
+
+def _is_free(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def test_a_vmm_has_only_what_it_needs(
+    host: Host, clones: Clones, cold: Cold, busybox_root: Artifact
+) -> None:
+    for guest in (*clones(1), cold(busybox_root, memory=96 * MIB)):
+        blobs = 0
+        for fd in Path(f"/proc/{guest.pid}/fd").iterdir():
+            target = str(fd.readlink()).removesuffix(" (deleted)")
+            flags = (Path(f"/proc/{guest.pid}/fdinfo") / fd.name).read_text()
+            found = re.search(r"^flags:\s+(\d+)", flags, re.MULTILINE)
+            assert found
+            access = int(found[1], 8) & os.O_ACCMODE
+            if Path(target).is_relative_to(host.store.root):
+                assert access == os.O_RDONLY, target
+                blobs += 1
+            elif Path(target).is_relative_to(host.run):
+                folder, name = Path(target).parent, Path(target).name
+                assert folder == host.run / guest.name
+                assert name in OWN | {"initrd"}
+            else:
+                assert target == "/dev/null" or ANONYMOUS.fullmatch(target), target
+        assert blobs > len(guest.segments)
+
+
+@pytest.fixture
+def place(host: Host, saved: Artifact) -> Iterator[tuple[GuestFolder, int]]:
+    """A run folder for a VMM, and the descriptor of its lease."""
+    with host.batch() as batch, host.claim("rogue", [saved.digest], batch) as (folder, lease):
+        prepare(folder.path)
+        yield folder, lease.fd
+        folder.remove()
+
+
+def secret(folder: Path) -> Path:
+    """A file of root's in a folder that is open to all."""
+    path = folder / "secret"
+    path.write_text("secret")
+    path.chmod(0o600)
+    return path
+
+
+def given(outcome: Outcome) -> set[str]:
+    """The names of the files that the rogue was given."""
+    return {line.rsplit(" ", 1)[1] for line in outcome if line.startswith("chmod ")}
+
+
+def assert_read_only(outcome: Outcome, names: set[str]) -> None:
+    for name in names:
+        assert {what: outcome[f"{what} {name}"] for what in READ_ONLY} == READ_ONLY
+        assert outcome[f"chmod {name}"] == "EPERM"
+
+
+def assert_closed(outcome: Outcome, paths: Sequence[Path]) -> None:
+    """None of these files could be changed."""
+    for path in paths:
+        for what in BY_NAME[:-1]:
+            assert outcome[f"{what} {path}"] == "EACCES", (what, path)
+
+
+def assert_no_way_out(outcome: Outcome) -> None:
+    calls = ("unix socket", "netlink socket", "socketpair", "tcp socket", "io_uring", "setuid")
+    errors = ("EACCES", "EACCES", "EACCES", "ok", "ENOSYS", "EPERM")
+    assert tuple(outcome[call] for call in calls) == errors
+
+
+def test_a_rogue_clone(
+    host: Host,
+    saved: Artifact,
+    clones: Clones,
+    rogue: Path,
+    place: tuple[GuestFolder, int],
+) -> None:
+    (neighbour,) = clones(1)
+    source = template(host, saved)
+    folder, lease = place
+    spec = start.launch_spec(host, source, folder.path, ())
+    theirs, blob = host.run / neighbour.name, next(iter(source.segments))
+    closed = [
+        *(Path("/etc/hostname"), host.store.root / "index.json", Path(blob)),
+        *(theirs / "console.log", theirs / "guest.json", theirs / "monitor.sock"),
+        *(folder.path / "guest.json", Path("guest.json"), Path("qemu.log")),
+    ]
+    (folder.path / "guest.json").write_text("{}")
+    unreadable = [secret(rogue.parent), Path("/etc/shadow"), Path(f"/proc/{neighbour.pid}/cmdline")]
+    attempts: list[tuple[str, str | Path | int]] = [
+        *(("write", path) for path in closed),
+        *(("read", path) for path in unreadable),
+        *(("make", path) for path in ("new", folder.path / "new", "/tmp/onecopy-new")),
+        *(("unlink", path) for path in ("guest.json", "console.log", blob)),
+        *(("list", path) for path in (".", "/", "/run", "/proc", host.store.root)),
+        ("signal", neighbour.pid),
+        ("ptrace", neighbour.pid),
+    ]
+    outcome = asyncio.run(run_rogue(rogue, source.hardware, spec, attempts, inherit=[lease]))
+    files = given(outcome)
+    assert len(files) == len(source.segments) + 1
+    assert_read_only(outcome, files)
+    if not spec.ram_readonly_file:
+        assert_ram_was_given_read_only(outcome)
+    assert_closed(outcome, closed)
+    for what, word in attempts:
+        if what in ("read", "make", "unlink", "list"):
+            assert outcome[f"{what} {word}"] == "EACCES", (what, word)
+    assert (outcome["signal"], outcome["ptrace"]) == ("EPERM", "EPERM")
+    assert_no_way_out(outcome)
+    assert exists(neighbour.pid)
+    host.store.verify(saved)
+
+
+def assert_ram_was_given_read_only(outcome: Outcome) -> None:
+    """What it asked for as QEMU 7.2 does; and only once."""
+    assert (outcome["open as QEMU does"], outcome["it is open for"]) == ("ok", str(os.O_RDONLY))
+    for what in set(READ_ONLY) - set(BY_NAME):
+        assert outcome[f"{what} what came"] == READ_ONLY[what]
+    assert outcome["open as QEMU does again"] == "ENOSYS"
+
+
+def test_a_rogue_that_is_saved(
+    host: Host, saved: Artifact, busybox_root: Artifact, rogue: Path, place: tuple[GuestFolder, int]
+) -> None:
+    """It may write its own RAM, and nothing else; the file is then nobody's but ours."""
+    folder, lease = place
+    prepared = prepare_cold(host, ColdSpec(root=Reference.parse(busybox_root.ref), memory=96 * MIB))
+    with host.store.workspace() as work:
+        ram = work / "ram"
+        with ram.open("wb") as file:
+            file.truncate(96 * MIB)
+        (folder.path / "initrd").write_bytes(b"initrd")
+        spec = boot.launch_spec(host, prepared, folder.path, "rogue")
+        spec = replace(spec, ram=Ram.SAVING, ram_path=ram)
+        outcome = asyncio.run(
+            run_rogue(rogue, prepared.hardware, spec, [("write", ram)], inherit=[lease])
+        )
+        assert (outcome["open as QEMU does"], outcome["it is open for"]) == ("ok", str(os.O_RDWR))
+        assert outcome["mmap shared what came"] == "ok"
+        assert {outcome[f"{what} {ram}"] for what in BY_NAME} == {"EACCES"}
+        mine = {name for name in given(outcome) if outcome[f"open for both {name}"] == "ok"}
+        assert len(mine) == 1
+        assert_read_only(outcome, given(outcome) - mine)
+        assert ram.stat().st_uid >= 61184
+    assert_no_way_out(outcome)
+    for artifact in prepared.artifacts:
+        host.store.verify(artifact)
+    assert {path.stat().st_uid for path in (host.store.root / "blobs/sha256").iterdir()} == {0}
+
+
+def test_the_blobs_of_a_saved_system_are_roots_and_read_only(host: Host, saved: Artifact) -> None:
+    for layer in saved.layers:
+        told = layer.path.stat()
+        assert (told.st_uid, told.st_gid, told.st_mode & 0o777) == (0, 0, 0o444)
+
+
+@pytest.fixture
+def others_store(host: Host) -> Iterator[Path]:
+    """A folder of an ordinary user, whose store has a kernel and tools, and a root to build."""
+    with tempfile.TemporaryDirectory(prefix="onecopy-user-") as folder:
+        home = Path(folder)
+        (home / "bin").mkdir()
+        store = Store(home / "store")
+        for artifact in (ensure_kernel(host.store), ensure_tools(host.store)):
+            copy(artifact, store)
+        root = home / "root/bin"
+        root.mkdir(parents=True)
+        shutil.copy("/bin/busybox", root / "busybox")
+        (root / "sh").symlink_to("busybox")
+        for path in (home, *home.rglob("*")):
+            os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+        yield home
+
+
+def test_an_ordinary_user(others_store: Path, rogue: Path) -> None:
+    """Builds, saves, runs, executes, stops in a store of their own, and is as well protected."""
+    told = as_nobody(lambda: asyncio.run(_as_user(others_store, rogue)))
+    assert told["answers"] == {"user-1": "user-1", "user-2": "user-2"}
+    assert told["users"] == [NOBODY, NOBODY]
+    assert told["seccomp"] == ["2", "2"]
+    assert told["accounts"] == ["", ""]
+    assert told["stopped"] == [True, True]
+    assert told["left"] == []
+    outcome = told["outcome"]
+    assert_read_only(outcome, given(outcome))
+    if "open as QEMU does" in outcome:
+        assert_ram_was_given_read_only(outcome)
+    # No signals to others is something that Landlock learned later.
+    assert outcome["signal"] == ("EPERM" if landlock.abi() >= 6 else "ok")
+    assert outcome["ptrace"] == "EPERM"
+    assert_closed(outcome, [Path(path) for path in told["closed"]])
+    assert {outcome[f"unlink {path}"] for path in told["closed"]} == {"EACCES"}
+    assert_no_way_out(outcome)
+
+
+async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
+    os.environ |= {"ONECOPY_HOME": str(home / "store"), "XDG_RUNTIME_DIR": str(home / "run")}
+    os.environ["HOME"] = str(home)
+    host = Host.open()
+    build_segment(host.store, Reference("root"), f"dir:{home / 'root'}")
+    spec = ColdSpec(root=Reference("root"), memory=96 * MIB)
+    system = await save_system(host, Reference("user"), spec)
+    source = template(host, system)
+    started = await start_many(
+        host,
+        ["user-1", "user-2"],
+        lambda name, batch: start_clone(host, source, name, batch=batch),
+    )
+    answers = {}
+    for guest in started.guests:
+        done = await run_captured(host.run / guest.name, ["hostname"], timeout=60)
+        answers[guest.name] = done.stdout.decode().strip()
+    outcome, closed = await _rogue_of_user(host, system, started.guests[0], rogue)
+    result: dict[str, object] = {
+        "accounts": [measure(maps).note for maps in guest_maps(started.guests)],
+        "answers": answers,
+        "outcome": outcome,
+        "closed": closed,
+        "users": [int(status(guest)["Uid"].split()[0]) for guest in started.guests],
+        "seccomp": [status(guest)["Seccomp"] for guest in started.guests],
+        "stopped": [await stop_guest(host, guest, 60) for guest in started.guests],
+    }
+    host.store.verify(system)
+    return result | {"left": [record.holder for record in host.store.leases()]}
+
+
+async def _rogue_of_user(
+    host: Host, system: Artifact, neighbour: GuestRecord, rogue: Path
+) -> tuple[Outcome, list[str]]:
+    """What it came to, and the files that it tried to write and to unlink."""
+    source = template(host, system)
+    theirs = host.run / neighbour.name
+    closed = [
+        *(str(host.store.root / "index.json"), str(source.ram)),
+        *(str(theirs / "guest.json"), str(theirs / "console.log")),
+    ]
+    attempts: list[tuple[str, str | Path | int]] = [
+        *(("write", path) for path in closed),
+        *(("unlink", path) for path in closed),
+        ("signal", neighbour.pid),
+        ("ptrace", neighbour.pid),
+    ]
+    with host.batch() as batch, host.claim("rogue", [system.digest], batch) as (folder, lease):
+        prepare(folder.path)
+        spec = start.launch_spec(host, source, folder.path, ())
+        outcome = await run_rogue(rogue, source.hardware, spec, attempts, inherit=[lease.fd])
+        folder.remove()
+    return outcome, closed
