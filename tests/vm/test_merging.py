@@ -5,6 +5,7 @@ The machine's settings of KSM are put back. Not here: bench figures (benches/mer
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator
@@ -12,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.host import ksm
+from onecopy.errors import Incompatible
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import names_for
+from onecopy.guest.start import start_clone, template
+from onecopy.host import ksm, smaps
+from onecopy.model import MIB
+from onecopy.store import Artifact
 from tests.conftest import cannot_run
 from tests.vm.conftest import Clones, RunIn
 
@@ -61,3 +69,33 @@ def test_equal_writes_of_clones_become_one(scanning: None, clones: Clones, run_i
     done = run_in(first, "sh", "-c", f"printf x | dd of=/dev/shm/same conv=notrunc; {CHECK}")
     assert done.stdout not in (b"", sums[0])
     assert run_in(second, "sh", "-c", CHECK).stdout == sums[1]
+
+
+def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Host, saved: Artifact) -> None:
+    source, names = template(host, saved), names_for("merge", None, 2)
+    started: list[GuestRecord] = []
+    try:
+        try:
+            for name in names:
+                guest = asyncio.run(start_clone(host, source, name, merge=True))
+                started.append(guest)
+        except Incompatible as error:
+            cannot_run(error.message)
+        pids = [guest.pid for guest in started]
+        # Relocated data alone is more, and equal only without address randomisation.
+        deadline = time.monotonic() + 300
+        while min(merged_of_qemu(pid) for pid in pids) < MIB:
+            assert time.monotonic() < deadline, [merged_of_qemu(pid) for pid in pids]
+            time.sleep(0.5)
+    finally:
+        for guest in started:
+            host.end(guest)
+
+
+def merged_of_qemu(pid: int) -> int:
+    """Bytes of QEMU's own file mappings, which only relocation writes to, that are merged."""
+    mappings = [m for m in smaps.read(pid) if "qemu-system" in m.path]
+    assert mappings
+    if any(mapping.ksm is None for mapping in mappings):
+        cannot_run("this kernel does not tell what is merged of a mapping")
+    return sum(mapping.ksm or 0 for mapping in mappings)

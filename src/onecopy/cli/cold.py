@@ -25,6 +25,7 @@ def cold_spec(
     modules: Path | None,
     accel: str,
     publish: tuple[tuple[int, int], ...] = (),
+    merge: bool = False,
 ) -> ColdSpec:
     """What the user asked for."""
     from onecopy.guest.boot import ColdSpec
@@ -41,6 +42,7 @@ def cold_spec(
         timeout=timeout,
         network=not no_network,
         publish=publish,
+        merge=merge,
         accel=Choice(accel),
         kernel=kernel,
         modules=modules,

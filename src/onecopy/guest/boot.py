@@ -52,6 +52,8 @@ class ColdSpec:
     """Seconds that booting and getting ready may take."""
     network: bool = True
     publish: tuple[tuple[int, int], ...] = ()
+    merge: bool = False
+    """KSM may merge the VMM's own memory, too."""
     accel: Choice = Choice.AUTO
     kernel: Path | None = None
     modules: Path | None = None
@@ -154,6 +156,7 @@ def launch_spec(host: Host, prepared: Prepared, folder: Path, name: str) -> Laun
         ram=Ram.ANONYMOUS,
         kernel=Kernel(prepared.kernel.layer("kernel").path, folder / "initrd"),
         publish=prepared.spec.publish,
+        merge=prepared.spec.merge,
     )
 
 

@@ -23,11 +23,14 @@ from onecopy.host import landlock, seccomp
 from onecopy.host.landlock import EXECUTE, IOCTL_DEV, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
 from onecopy.host.syscall import (
     PR_GET_DUMPABLE,
+    PR_GET_MEMORY_MERGE,
     PR_GET_THP_DISABLE,
     PR_SET_DUMPABLE,
+    PR_SET_MEMORY_MERGE,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_THP_DISABLE,
     prctl,
+    randomize_no_addresses,
     set_capabilities,
     unshare_folder,
 )
@@ -43,6 +46,9 @@ _HOST = (
     *("/sys/devices/system/cpu", "/sys/devices/system/node"),
 )
 _NAME_SERVERS = Path("/etc/resolv.conf")
+#: What QEMU allocates in blocks of some size, mostly queues of virtio devices, it hardly touches:
+#: as mappings of their own untouched pages take no memory. One arena holds the rest of all threads.
+_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=16384"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,8 @@ class Confinement:
     kvm: bool
     asks: bool
     """Whether opening a file for reading and writing is answered by us (readonly_ram.py)."""
+    merge: bool = False
+    """Whether KSM may merge its own memory, for which it gives up address randomisation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,8 @@ def start(
         ends.callback(os.close, null)
         ends.enter_context(_inherited_only(passed))
         ends.enter_context(_inherited_attributes())
+        if confinement.merge:
+            ends.enter_context(_mergeable())
 
         def work() -> Started:
             listener = _enter(confinement, rules, folder)
@@ -110,6 +120,9 @@ def _enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int
             confinement.user.become(confinement.capabilities)
         else:
             set_capabilities(confinement.capabilities)
+        if confinement.merge:
+            # Half of what is QEMU's own are addresses (relocated data): equal ones can be merged.
+            randomize_no_addresses()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         if rules:
             rules.restrict_self()
@@ -127,7 +140,7 @@ def _spawn(argv: Sequence[str], null: int, output: int) -> subprocess.Popen[byte
         stdin=null,
         stdout=output,
         stderr=output,
-        env=environment(),
+        env=environment(_ENVIRONMENT),
         # What is inherited is set already.
         close_fds=False,
         start_new_session=True,
@@ -168,6 +181,23 @@ def _inherited_attributes() -> Iterator[None]:
         prctl(PR_SET_THP_DISABLE, huge)
         if dumpable == 1:
             prctl(PR_SET_DUMPABLE, 1)
+
+
+@contextmanager
+def _mergeable() -> Iterator[None]:
+    """Let new children have all their memory open to KSM (PR_SET_MEMORY_MERGE(2const))."""
+    try:
+        before = prctl(PR_GET_MEMORY_MERGE)
+        prctl(PR_SET_MEMORY_MERGE, 1)
+    except OSError as error:
+        raise Incompatible(
+            "this kernel does not let KSM merge QEMU's own memory",
+            hint="that takes Linux 6.4 with KSM; start the guests without --merge-vmm",
+        ) from error
+    try:
+        yield
+    finally:
+        prctl(PR_SET_MEMORY_MERGE, before)
 
 
 def _ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
