@@ -14,13 +14,17 @@ import tempfile
 from pathlib import Path
 
 from benches.firststart import measure_first_starts
+from benches.idle import measure_idle
 from benches.kinds import measure_kinds
 from benches.report import Report, machine_facts
 from benches.setup import SYSTEM, Setup, set_up
 from benches.starts import measure_starts
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
+from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
+
+PARTS = ("starts", "programs", "kinds", "idle")
 
 
 def _arguments() -> argparse.Namespace:
@@ -30,8 +34,16 @@ def _arguments() -> argparse.Namespace:
         epilog="The store is that of onecopy (ONECOPY_HOME); the root segment onecopy-bench-root "
         "stays in it. KSM is the whole host's: it is switched on for a while, then as it was.",
     )
+    parser.add_argument(
+        "what",
+        nargs="*",
+        choices=[[], *PARTS],
+        help=f"what to measure: {', '.join(PARTS)} (default: all)",
+    )
     parser.add_argument("--guests", type=int, default=4, help="guests of each kind (default: 4)")
     parser.add_argument("--starts", type=int, default=21, help="single starts (default: 21)")
+    parser.add_argument("--idle", type=int, default=16, help="idle clones (default: 16)")
+    parser.add_argument("--root", type=Reference.parse, help="a Debian root with python3 to use")
     parser.add_argument("--programs", type=int, default=3, help="first starts of a program")
     parser.add_argument("--quick", action="store_true", help="2 guests, 3 starts, 1 program")
     parser.add_argument("--no-ksm", action="store_true", help="leave the host's KSM alone")
@@ -40,7 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.guests, arguments.starts, arguments.programs = 2, 3, 1
+        arguments.guests, arguments.starts, arguments.programs, arguments.idle = 2, 3, 1, 2
     if min(arguments.guests - 1, arguments.starts, arguments.programs) < 1:
         parser.error("at least 2 guests, 1 start and 1 program")
     return arguments
@@ -58,7 +70,7 @@ async def _measure(arguments: argparse.Namespace) -> Report:
     host = Host.open()
     with tempfile.TemporaryDirectory(prefix="onecopy-bench-") as work:
         try:
-            setup = await set_up(host, Path(work), arguments.accel, _tell)
+            setup = await set_up(host, Path(work), arguments.accel, _tell, arguments.root)
             return await _all(setup, arguments)
         finally:
             if host.store.find(SYSTEM, "system"):
@@ -66,10 +78,17 @@ async def _measure(arguments: argparse.Namespace) -> Report:
 
 
 async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:
-    starts = await measure_starts(setup, arguments.starts, _tell)
-    first_starts = await measure_first_starts(setup, arguments.programs, _tell)
-    results = await measure_kinds(setup, arguments.guests, not arguments.no_ksm, _tell)
-    return Report(machine_facts(setup), results, starts, first_starts)
+    wanted = arguments.what or PARTS
+    report = Report(machine_facts(setup))
+    if "starts" in wanted:
+        report.starts = await measure_starts(setup, arguments.starts, _tell)
+    if "programs" in wanted:
+        report.programs = await measure_first_starts(setup, arguments.programs, _tell)
+    if "kinds" in wanted:
+        report.kinds = await measure_kinds(setup, arguments.guests, not arguments.no_ksm, _tell)
+    if "idle" in wanted:
+        report.idle = await measure_idle(setup, arguments.idle, not arguments.no_ksm, _tell)
+    return report
 
 
 def main() -> int:

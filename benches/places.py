@@ -22,6 +22,8 @@ class Place:
     pss: float
     private: float
     """Pages that no other process maps."""
+    anonymous: float
+    """Pages that are in no file: written here, merged ones included."""
 
 
 def places(guests: Sequence[Running], saved: Template) -> list[Place]:
@@ -37,6 +39,7 @@ def places(guests: Sequence[Running], saved: Template) -> list[Place]:
             sum(m.rss for m in mappings) / count,
             sum(m.pss for m in mappings) / count,
             sum(m.private for m in mappings) / count,
+            sum(m.anonymous for m in mappings) / count,
         )
         for name, mappings in found.items()
     ]

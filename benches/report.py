@@ -14,6 +14,7 @@ from typing import Any
 
 from benches.figures import Kind, Spread
 from benches.firststart import FirstStart
+from benches.idle import Idle
 from benches.kinds import Results
 from benches.merging import Merged
 from benches.places import Place
@@ -30,32 +31,41 @@ _NAMES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Report:
     """One run."""
 
     machine: dict[str, str]
-    results: Results
-    starts: Starts
-    first_starts: dict[str, FirstStart]
+    starts: Starts | None = None
+    programs: dict[str, FirstStart] | None = None
+    kinds: Results | None = None
+    idle: list[Idle] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and bytes; each spread with all its values."""
-        return {"schema": 1, **asdict(self)}
+        return {"schema": 2, **asdict(self)}
 
     def to_markdown(self) -> str:
         """Tables with a heading each."""
         machine = [[key, value] for key, value in self.machine.items()]
-        parts = [
-            "### The machine\n\n" + _table(["", ""], machine),
-            f"### {self.results.kinds[0].guests} guests of each kind\n\n"
-            + _kinds(self.results.kinds, self.results.merging),
-            "### One start\n\n" + _starts(self.starts),
-            "### The phases of one start\n\n" + _phases(self.starts),
-            "### First start of a program in a guest\n\n" + _first_starts(self.first_starts),
-            "### Where the memory of a saved system's guest lies\n\n"
-            + _places(self.results.places),
-        ]
+        parts = ["### The machine\n\n" + _table(["", ""], machine)]
+        if self.kinds:
+            number = self.kinds.kinds[0].guests
+            tables = _kinds(self.kinds.kinds, self.kinds.merging)
+            parts.append(f"### {number} guests of each kind\n\n{tables}")
+            parts.append(
+                "### Where the memory of a saved system's guest lies\n\n"
+                + _places(self.kinds.places)
+            )
+        if self.starts:
+            parts.append("### One start\n\n" + _starts(self.starts))
+            parts.append("### The phases of one start\n\n" + _phases(self.starts))
+        if self.programs:
+            parts.append(
+                "### First start of a program in a guest\n\n" + _first_starts(self.programs)
+            )
+        if self.idle:
+            parts.append("### An idle clone, beyond the shared copy\n\n" + _idle(self.idle))
         return "\n\n".join(parts) + "\n"
 
 
@@ -134,6 +144,23 @@ def _first_starts(kinds: dict[str, FirstStart]) -> str:
     ]
     head = ["`perl -MPOSIX`", *(_NAMES[kind] for kind in kinds)]
     return _table(head, rows) + f"\n\nMedians of {len(columns[0].faults.values)} guests each."
+
+
+def _idle(kinds: Sequence[Idle]) -> str:
+    """Host memory of one more clone, and where it lies."""
+    head = ["per clone", *("KSM, QEMU's own memory too" if k.merged else "as it is" for k in kinds)]
+    rows = [
+        ["**host memory, all in**", *(f"**{_mib(k.all_in)}**" for k in kinds)],
+        ["- in no file, merged pages divided (Pss_Anon)", *(_mib(k.anonymous) for k in kinds)],
+        ["- page tables", *(_mib(k.page_tables) for k in kinds)],
+        ["- the kernel's stacks and slab memory", *(_mib(k.kernel) for k in kinds)],
+        ["MemFree taken, whatever for", *(_mib(k.free_taken) for k in kinds)],
+        ["CPU, of one core", *(f"{k.cpu * 100:.2f} %" for k in kinds)],
+    ]
+    for name in [place.name for place in kinds[0].places if place.anonymous]:
+        places = [next(p for p in k.places if p.name == name) for k in kinds]
+        rows.append([f"in no file: {name}", *(_mib(place.anonymous) for place in places)])
+    return _table(head, rows) + f"\n\n{kinds[0].guests} clones, on top of one."
 
 
 def _places(places: Sequence[Place]) -> str:

@@ -58,11 +58,17 @@ def application() -> str:
     return f"exec python3 -c {shlex.quote(resource('app.py'))}"
 
 
-async def set_up(host: Host, work: Path, accel: Choice, tell: Callable[[str], None]) -> Setup:
-    """Build what the store lacks and save the system."""
-    if host.store.find(ROOT, "segment") is None:
+async def set_up(
+    host: Host,
+    work: Path,
+    accel: Choice,
+    tell: Callable[[str], None],
+    root: Reference | None = None,
+) -> Setup:
+    """Save the system, on ``root`` or on one that is built if the store lacks it."""
+    if root is None and host.store.find(ROOT, "segment") is None:
         build_segment(host.store, ROOT, _SOURCE, include=_PACKAGES, progress=tell)
-    spec = ColdSpec(root=ROOT, command=application(), ready=READY, accel=accel)
+    spec = ColdSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
     prepared = prepare_cold(host, spec, tell)
     began = time.monotonic()
     artifact = await save_system(host, SYSTEM, spec, tell)

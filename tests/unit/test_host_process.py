@@ -82,6 +82,9 @@ def test_meminfo_recorded_and_live(tmp_path: Path) -> None:
         cached=93152 << 10,
         swap_total=0,
         swap_free=0,
+        page_tables=2220 << 10,
+        kernel_stacks=1492 << 10,
+        slab_unreclaimable=26584 << 10,
     )
     live = meminfo.read()
     assert live.total == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,16 +1,12 @@
 """What the tests with real guests share: a store with things to boot, and guests that end.
 
-Each session works in a store of its own, a copy of one that is kept in ``$ONECOPY_TEST_CACHE``
-(default: .cache/onecopy-tests) with what takes long to make: kernel, tools and a Debian root. The
-kept one is made anew when src/onecopy/build changes. Not here: what is looked at in a guest's
-memory (physical.py).
+Each session works in a store of its own, a copy of a kept one (kept.py). Not here: what is looked
+at in a guest's memory (physical.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -22,7 +18,6 @@ import pytest
 
 from onecopy.build.kernel import ensure_kernel
 from onecopy.build.segment import build_segment
-from onecopy.build.tools import ensure_tools
 from onecopy.errors import BadSource, MissingProgram
 from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
 from onecopy.guest.exec import Completed, run_captured
@@ -35,10 +30,13 @@ from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice, choose
 from tests.conftest import cannot_run
+from tests.vm.kept import SUITE, kept_store
 
-PROJECT = Path(__file__).parents[2]
-PYTHON_ROOT = Reference("python")
-SUITE = "bookworm"
+PYTHON_ROOT = Reference("python", SUITE)
+#: What guests must run under ("kvm" or "tcg"); else what is found.
+ACCEL = os.environ.get("ONECOPY_TEST_ACCEL")
+#: Where there is no KVM script/test-kvm makes one, and runs these.
+collect_ignore = [] if ACCEL == "kvm" else ["kvm"]
 
 APP = """\
 import http.server, socket
@@ -96,6 +94,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONECOPY_HOME", str(root))
         mine = Host.open(root)
+        _require_accelerator(mine)
         try:
             yield mine
         finally:
@@ -106,6 +105,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
             shutil.rmtree(mine.run)
             shutil.rmtree(root)
         assert not left, f"VMMs were left: {left}"
+
+
+def _require_accelerator(host: Host) -> None:
+    if ACCEL:
+        kernel = ensure_kernel(host.store).layer("kernel").path
+        found = choose(Choice.AUTO, host.qemu.binary, kernel, host.store.cache)
+        assert found.name == ACCEL, f"guests would run under {found.name}: {found.reason}"
 
 
 def vmms(host: Host) -> list[int]:
@@ -125,35 +131,10 @@ def vmms(host: Host) -> list[int]:
 
 
 def _copy_kept_store(root: Path) -> None:
-    cache = Path(os.environ.get("ONECOPY_TEST_CACHE", PROJECT / ".cache/onecopy-tests"))
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        kept = cache / f"store-{_builders_digest()}"
-        for other in cache.glob("store-*"):
-            if other != kept:
-                shutil.rmtree(other)
-        _fill(Host.open(kept))
-        # Copied, not linked: a test may damage what it has.
-        subprocess.run(["cp", "-a", "--reflink=auto", kept, root], check=True)
-
-
-def _builders_digest() -> str:
-    digest = hashlib.sha256()
-    files = (PROJECT / "src/onecopy/build").rglob("*")
-    for path in sorted(p for p in files if p.is_file() and p.suffix != ".pyc"):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _fill(kept: Host) -> None:
     try:
-        kernel = ensure_kernel(kept.store)
-        ensure_tools(kept.store)
-        if not kept.store.find(PYTHON_ROOT, "segment"):
-            build_segment(kept.store, PYTHON_ROOT, f"debian:{SUITE}", include=["python3"])
-        # The answers of QEMU and of the KVM probe are kept beside the store, too.
-        choose(Choice.AUTO, kept.qemu.binary, kernel.layer("kernel").path, kept.store.cache)
+        with kept_store() as kept:
+            # Copied, not linked: a test may damage what it has.
+            subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, root], check=True)
     except (BadSource, MissingProgram) as error:
         cannot_run(error.message)
 
@@ -198,15 +179,7 @@ def static_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 @pytest.fixture(scope="session")
 def systemd_root(host: Host) -> Artifact:
     """Root segment: Debian with systemd as its init."""
-    try:
-        return build_segment(
-            host.store,
-            Reference("systemd"),
-            f"debian:{SUITE}",
-            include=["systemd-sysv", "dbus"],
-        )
-    except BadSource as error:
-        cannot_run(error.message)
+    return host.store.resolve(Reference("systemd", SUITE), "segment")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from onecopy.guest.host import Host
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact, NewLayer, Store
 from tests.unit.store_kit import check_whole
-from tests.vm.conftest import vmms
+from tests.vm.conftest import ACCEL, vmms
 
 ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 DOCUMENTED = {
@@ -291,7 +291,7 @@ def copy(artifact: Artifact, into: Store) -> None:
 
 def test_a_full_disk(small: Host, busybox_root: Artifact, tmp_path: Path) -> None:
     names, home = refs(small), small.store.root
-    tcg = ["--accel", "tcg"]
+    tcg = ["--accel", ACCEL or "tcg"]
     said = refused(9, *save("big", busybox_root, "--memory", "1G", *tcg), home=home)
     assert "not enough disk: 1040 MiB needed" in said
     assert_nothing_left(small, names)
@@ -307,7 +307,7 @@ def test_a_full_disk(small: Host, busybox_root: Artifact, tmp_path: Path) -> Non
 def test_a_disk_that_fills_up_meanwhile(small: Host, busybox_root: Artifact) -> None:
     names, home = refs(small), small.store.root
     env = os.environ | {"ONECOPY_HOME": str(home)}
-    args = save("full", busybox_root, "--accel", "tcg")
+    args = save("full", busybox_root, "--accel", ACCEL or "tcg")
     with subprocess.Popen([ONECOPY, *args], stderr=subprocess.PIPE, text=True, env=env) as process:
         wait_for(process, "booting")
         filler = home.parent / "filler"

@@ -118,6 +118,7 @@ def text_pages(host: Host, guest: GuestRecord, run_in: RunIn, image: Path) -> di
     return {(address - region.start) // PAGE_SIZE: crc for address, crc in found}
 
 
+@pytest.mark.smoke
 def test_a_programs_text_is_one_copy(
     host: Host, two: list[GuestRecord], run_in: RunIn, python_root: Artifact
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_first_start_reads_and_caches_no_program(two: list[GuestRecord], run_i
     assert (after - before) * PAGE_SIZE > 6 * MIB
 
 
+@pytest.mark.smoke
 def test_a_first_start_in_a_clone_reads_nothing_at_all(
     host: Host, python_root: Artifact, run_in: RunIn
 ) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import secrets
 import time
 
+import pytest
+
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.host import kpage, pagemap
@@ -19,6 +21,7 @@ from tests.vm.conftest import Clones, RunIn
 PYTHON_FILE = "/usr/lib/python3.11/this.py"
 
 
+@pytest.mark.smoke
 def test_unwritten_ram_is_one_copy(host: Host, clones: Clones, run_in: RunIn) -> None:
     guests = clones(2)
     for guest in guests:
@@ -64,6 +67,7 @@ def holds(guest: GuestRecord, token: bytes) -> bool:
     return token in physical.ram_bytes(guest, 0, guest.memory)
 
 
+@pytest.mark.smoke
 def test_what_one_clone_writes_no_other_sees(
     host: Host, clones: Clones, run_in: RunIn, saved: Artifact, python_root: Artifact
 ) -> None:

@@ -60,23 +60,25 @@ def ensure_kernel(
     *,
     kernel: Path | None = None,
     modules: Path | None = None,
+    suite: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Artifact:
     """The kernel to boot guests with: from the store, or built into it.
 
-    ``kernel`` (a bzImage) and ``modules`` (its ``lib/modules/RELEASE`` folder) name another one
-    than the distribution's. Raises BadSource when they do not fit.
+    It is that of Debian ``suite`` (default: this host's). ``kernel`` (a bzImage) and ``modules``
+    (its ``lib/modules/RELEASE`` folder) name another one. Raises BadSource when they do not fit.
     """
     if (kernel is None) != (modules is None):
         raise BadSource("--kernel and --modules go together", hint="give both, or neither")
     if kernel is not None and modules is not None:
         return _custom(store, kernel, modules, progress)
-    ref = Reference(KERNEL_NAME, host_suite())
+    suite = suite or host_suite()
+    ref = Reference(KERNEL_NAME, suite)
     found = store.find(ref, "kernel")
     if found:
         return found
     with store.workspace() as work:
-        package = fetch_package(DEBIAN_PACKAGES, host_suite(), work, progress)
+        package = fetch_package(DEBIAN_PACKAGES, suite, work, progress)
         progress(f"unpacking {package.name}")
         run(["dpkg-deb", "--extract", package, work / "tree"])
         image = next((work / "tree/boot").glob("vmlinuz-*"))

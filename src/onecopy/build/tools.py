@@ -25,15 +25,21 @@ _PACKAGES = ("qemu-guest-agent", "busybox-static")
 _SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "identity")
 
 
-def ensure_tools(store: Store, progress: Callable[[str], None] = lambda _: None) -> Artifact:
-    """The tools segment that goes with this onecopy: from the store, or built into it."""
-    ref = Reference(TOOLS_NAME, f"{host_suite()}-{_scripts_digest()}")
+def ensure_tools(
+    store: Store, progress: Callable[[str], None] = lambda _: None, *, suite: str = ""
+) -> Artifact:
+    """The tools segment that goes with this onecopy: from the store, or built into it.
+
+    Its programs are those of Debian ``suite`` (default: this host's).
+    """
+    suite = suite or host_suite()
+    ref = Reference(TOOLS_NAME, f"{suite}-{_scripts_digest()}")
     found = store.find(ref, "segment")
     if found:
         return found
     with store.workspace() as work:
         progress("fetching the guest agent")
-        extract_packages(_PACKAGES, host_suite(), work / "debian")
+        extract_packages(_PACKAGES, suite, work / "debian")
         tree = work / "tools"
         _assemble(work / "debian", tree)
         make_image(tree, work / "image", "erofs")

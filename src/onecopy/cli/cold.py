@@ -16,6 +16,7 @@ def cold_spec(
     segments: tuple[tuple[Reference, str], ...],
     memory: int,
     cpus: int,
+    cpu: str,
     run_command: str | None,
     ready: str | None,
     timeout: float,
@@ -24,6 +25,7 @@ def cold_spec(
     modules: Path | None,
     accel: str,
     publish: tuple[tuple[int, int], ...] = (),
+    merge: bool = False,
 ) -> ColdSpec:
     """What the user asked for."""
     from onecopy.guest.boot import ColdSpec
@@ -34,11 +36,13 @@ def cold_spec(
         segments=segments,
         memory=memory,
         cpus=cpus,
+        cpu=cpu,
         command=run_command,
         ready=ready,
         timeout=timeout,
         network=not no_network,
         publish=publish,
+        merge=merge,
         accel=Choice(accel),
         kernel=kernel,
         modules=modules,

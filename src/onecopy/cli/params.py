@@ -110,6 +110,14 @@ def cold_options(command: _F) -> _F:
             help="Processors of the guest.",
         ),
         click.option(
+            "--cpu",
+            default="x86-64-v2",
+            show_default=True,
+            metavar="MODEL",
+            help="CPU model: x86-64-v2 or -v3, which nearly every host has; host (with KVM) or "
+            "max, all that this one has; or another of QEMU's.",
+        ),
+        click.option(
             "--run",
             "run_command",
             metavar="CMD",

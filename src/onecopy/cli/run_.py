@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Ports = tuple[tuple[int, int], ...]
 _COLD_ONLY = (
-    *("segments", "memory", "cpus", "run_command", "ready", "timeout"),
+    *("segments", "memory", "cpus", "cpu", "run_command", "ready", "timeout"),
     *("no_network", "kernel", "modules"),
 )
 
@@ -51,6 +51,12 @@ _COLD_ONLY = (
 @click.option("--cold", is_flag=True, help="SOURCE is a root segment: boot it.")
 @click.option("--keep-going", is_flag=True, help="If a guest cannot start, keep the others.")
 @click.option("--keep", is_flag=True, help="With CMD: do not stop the guests when it has ended.")
+@click.option(
+    "--merge-vmm",
+    is_flag=True,
+    help="Let KSM merge what QEMU itself keeps in memory, too; QEMU then goes without address "
+    "randomisation. Needs Linux 6.4, and KSM to run.",
+)
 @cold_options
 @accel_option
 @click.option("--dry-run", is_flag=True, help="Print QEMU's command line and do nothing.")
@@ -64,6 +70,7 @@ def command(
     cold: bool,
     keep_going: bool,
     keep: bool,
+    merge_vmm: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
@@ -79,6 +86,9 @@ def command(
     host = Host.open()
     names = many.names_for(source.name, name, count)
     with progress() as tell:
+        if merge_vmm:
+            _tell_of_ksm(tell)
+        options["merge"] = merge_vmm
         starter = _cold(host, source, options, tell) if cold else _clone(host, source, options)
         if dry_run:
             argv = [
@@ -123,7 +133,7 @@ def _clone(
     template = start.template(host, host.store.resolve(source, "system"), Choice(options["accel"]))
     return lambda name, ports: _Start(
         start.dry_run(host, template, name, ports),
-        lambda batch: start.start_clone(host, template, name, ports, batch),
+        lambda batch: start.start_clone(host, template, name, ports, batch, merge=options["merge"]),
     )
 
 
@@ -144,6 +154,14 @@ def _cold(
         )
 
     return starter
+
+
+def _tell_of_ksm(tell: Callable[[str], None]) -> None:
+    from onecopy.host import ksm
+
+    state = ksm.read()
+    if state and state.run != 1:
+        tell("KSM does not run, so nothing is merged yet (root: echo 1 >/sys/kernel/mm/ksm/run)")
 
 
 def _ports(publish: Ports, number: int) -> Ports:

@@ -24,6 +24,7 @@ from onecopy.store import Artifact
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Hardware, Kernel, Launch, Ram, command
+from onecopy.vmm.cpu import DEFAULT, qemu_cpu
 from onecopy.vmm.launch import Vmm, launch, prepare
 from onecopy.vmm.monitor import connect
 
@@ -41,6 +42,8 @@ class ColdSpec:
     memory: int = DEFAULT_MEMORY
     """Bytes."""
     cpus: int = 1
+    cpu: str = DEFAULT
+    """CPU model (vmm/cpu.py)."""
     command: str | None = None
     """Run with a minimal init; None: the image's own init, or none if it has none."""
     ready: str | None = None
@@ -49,6 +52,8 @@ class ColdSpec:
     """Seconds that booting and getting ready may take."""
     network: bool = True
     publish: tuple[tuple[int, int], ...] = ()
+    merge: bool = False
+    """KSM may merge the VMM's own memory, too."""
     accel: Choice = Choice.AUTO
     kernel: Path | None = None
     modules: Path | None = None
@@ -91,7 +96,7 @@ def prepare_cold(
     placed = machine.place(root, tools, kernel, extra)
     hardware = Hardware(
         machine=qemu.machine,
-        cpu=accel.cpu,
+        cpu=qemu_cpu(spec.cpu, accel.name),
         cpus=spec.cpus,
         memory=align_up(spec.memory),
         network=spec.network,
@@ -151,6 +156,7 @@ def launch_spec(host: Host, prepared: Prepared, folder: Path, name: str) -> Laun
         ram=Ram.ANONYMOUS,
         kernel=Kernel(prepared.kernel.layer("kernel").path, folder / "initrd"),
         publish=prepared.spec.publish,
+        merge=prepared.spec.merge,
     )
 
 

@@ -67,7 +67,9 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
     )
 
 
-def launch_spec(host: Host, source: Template, folder: Path, publish: Ports) -> Launch:
+def launch_spec(
+    host: Host, source: Template, folder: Path, publish: Ports, *, merge: bool = False
+) -> Launch:
     """How QEMU is told to start this clone."""
     return Launch(
         binary=host.qemu.binary,
@@ -80,6 +82,7 @@ def launch_spec(host: Host, source: Template, folder: Path, publish: Ports) -> L
         ram_path=source.ram,
         ram_readonly_file=host.qemu.rom,
         publish=publish,
+        merge=merge,
     )
 
 
@@ -89,12 +92,19 @@ def dry_run(host: Host, source: Template, name: str, publish: Ports) -> list[str
 
 
 async def start_clone(
-    host: Host, source: Template, name: str, publish: Ports = (), batch: Batch | None = None
+    host: Host,
+    source: Template,
+    name: str,
+    publish: Ports = (),
+    batch: Batch | None = None,
+    *,
+    merge: bool = False,
 ) -> GuestRecord:
     """Start one clone, until it has a name and identity of its own.
 
-    It is handed out with its ``batch``; without one, at once. Raises AlreadyExists if the name is
-    taken, InUse if a port is, GuestFailed, AgentFailed.
+    It is handed out with its ``batch``; without one, at once. ``merge`` lets KSM merge the VMM's
+    own memory, too. Raises AlreadyExists if the name is taken, InUse if a port is, GuestFailed,
+    AgentFailed, Incompatible.
     """
     require_free(publish)
     began = time.monotonic()
@@ -103,7 +113,7 @@ async def start_clone(
         host.claim(name, [source.artifact.digest], mine) as (folder, lease),
     ):
         prepare(folder.path)
-        spec = launch_spec(host, source, folder.path, publish)
+        spec = launch_spec(host, source, folder.path, publish, merge=merge)
         vmm = launch(source.hardware, spec, inherit=[lease.fd])
         async with _or_killed(vmm):
             async with connect(folder.path / "monitor.sock") as monitor:

@@ -28,6 +28,11 @@ class MemInfo:
     cached: int | None
     swap_total: int | None
     swap_free: int | None
+    #: Of all processes.
+    page_tables: int | None
+    kernel_stacks: int | None
+    #: Slab memory that the kernel cannot give back under pressure.
+    slab_unreclaimable: int | None
 
 
 def parse(text: bytes) -> MemInfo:
@@ -40,6 +45,9 @@ def parse(text: bytes) -> MemInfo:
         cached=size.get(b"Cached"),
         swap_total=size.get(b"SwapTotal"),
         swap_free=size.get(b"SwapFree"),
+        page_tables=size.get(b"PageTables"),
+        kernel_stacks=size.get(b"KernelStack"),
+        slab_unreclaimable=size.get(b"SUnreclaim"),
     )
 
 

@@ -21,9 +21,12 @@ PR_GET_THP_DISABLE = 42
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+PR_SET_MEMORY_MERGE = 67
+PR_GET_MEMORY_MERGE = 68
 
 _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET, _UNSHARE = 116, 117, 119, 126, 272
 _CLONE_FS = 0x200
+_PERSONALITY, _ADDR_NO_RANDOMIZE, _PERSONALITY_NOW = 135, 0x0040000, 0xFFFFFFFF
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,6 +59,12 @@ def become(uid: int, gid: int, groups: Sequence[int]) -> None:
 def unshare_folder() -> None:
     """Have a working directory, root and umask apart from the process's other threads."""
     syscall(_UNSHARE, _CLONE_FS)
+
+
+def randomize_no_addresses() -> None:
+    """Programs that this thread executes lie at the same addresses each time (personality(2))."""
+    now = syscall(_PERSONALITY, _PERSONALITY_NOW)
+    syscall(_PERSONALITY, now | _ADDR_NO_RANDOMIZE)
 
 
 def set_capabilities(mask: int) -> None:

@@ -41,11 +41,6 @@ class Accelerator(msgspec.Struct, frozen=True):
     """``kvm`` or ``tcg``."""
     reason: str
 
-    @property
-    def cpu(self) -> str:
-        """The CPU model of new guests."""
-        return "host" if self.name == "kvm" else "max"
-
 
 def choose(choice: Choice, binary: str, kernel: Path, cache: Path) -> Accelerator:
     """The accelerator to use; raise Incompatible if ``kvm`` is forced and does not run guests.

@@ -96,6 +96,8 @@ class Launch:
     """None: the machine waits for a saved state (``-incoming defer``)."""
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
+    merge: bool = False
+    """KSM may merge the VMM's own memory (spawn.py); not on the command line."""
     extra: tuple[str, ...] = field(default=())
 
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from onecopy.errors import Incompatible
 from onecopy.host import landlock, seccomp
 from onecopy.host.landlock import EXECUTE, IOCTL_DEV, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
-from onecopy.host.syscall import PR_SET_NO_NEW_PRIVS, prctl, set_capabilities, unshare_folder
+from onecopy.host.syscall import (
+    PR_SET_NO_NEW_PRIVS,
+    prctl,
+    randomize_no_addresses,
+    set_capabilities,
+    unshare_folder,
+)
 from onecopy.vmm.user import KVM, User
 
 #: QEMU, its libraries, its firmware, the time zone.
@@ -43,6 +49,8 @@ class Confinement:
     kvm: bool
     asks: bool
     """Whether opening a file for reading and writing is answered by us (readonly_ram.py)."""
+    merge: bool = False
+    """Whether KSM may merge its own memory, for which it gives up address randomisation."""
 
 
 def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int | None:
@@ -58,6 +66,9 @@ def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int 
             confinement.user.become(confinement.capabilities)
         else:
             set_capabilities(confinement.capabilities)
+        if confinement.merge:
+            # Half of what is QEMU's own are addresses (relocated data): equal ones can be merged.
+            randomize_no_addresses()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         if rules:
             rules.restrict_self()

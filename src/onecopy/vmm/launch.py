@@ -131,6 +131,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
             rights=files.rights,
             kvm=spec.accel == "kvm",
             asks=asks,
+            merge=spec.merge,
         )
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)

@@ -14,15 +14,22 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from onecopy.errors import Incompatible
 from onecopy.host.syscall import (
     PR_GET_DUMPABLE,
+    PR_GET_MEMORY_MERGE,
     PR_GET_THP_DISABLE,
     PR_SET_DUMPABLE,
+    PR_SET_MEMORY_MERGE,
     PR_SET_THP_DISABLE,
     prctl,
 )
 from onecopy.run import environment
 from onecopy.vmm.confine import Confinement, enter, ruleset
+
+#: What QEMU allocates in blocks of some size, mostly queues of virtio devices, it hardly touches:
+#: as mappings of their own untouched pages take no memory. One arena holds the rest of all threads.
+_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=16384"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ def start(
         ends.callback(os.close, null)
         ends.enter_context(_inherited_only(passed))
         ends.enter_context(_inherited_attributes())
+        if confinement.merge:
+            ends.enter_context(_mergeable())
 
         def work() -> Started:
             listener = enter(confinement, rules, folder)
@@ -72,7 +81,7 @@ def _spawn(argv: Sequence[str], null: int, output: int) -> subprocess.Popen[byte
         stdin=null,
         stdout=output,
         stderr=output,
-        env=environment(),
+        env=environment(_ENVIRONMENT),
         # What is inherited is set already.
         close_fds=False,
         start_new_session=True,
@@ -113,3 +122,20 @@ def _inherited_attributes() -> Iterator[None]:
         prctl(PR_SET_THP_DISABLE, huge)
         if dumpable == 1:
             prctl(PR_SET_DUMPABLE, 1)
+
+
+@contextmanager
+def _mergeable() -> Iterator[None]:
+    """Let new children have all their memory open to KSM (PR_SET_MEMORY_MERGE(2const))."""
+    try:
+        before = prctl(PR_GET_MEMORY_MERGE)
+        prctl(PR_SET_MEMORY_MERGE, 1)
+    except OSError as error:
+        raise Incompatible(
+            "this kernel does not let KSM merge QEMU's own memory",
+            hint="that takes Linux 6.4 with KSM; start the guests without --merge-vmm",
+        ) from error
+    try:
+        yield
+    finally:
+        prctl(PR_SET_MEMORY_MERGE, before)

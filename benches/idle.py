@@ -1,0 +1,118 @@
+"""What an idle clone costs the host beyond the shared copy, by what is mapped.
+
+One clone runs before the figures begin, so that what clones share is in memory already and each
+further one adds only what is its own. Not here: guests that have answered requests (kinds.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import statistics
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benches.figures import Running, settled
+from benches.kinds import new_name
+from benches.merging import merged
+from benches.places import Place, places
+from benches.setup import Setup
+from onecopy.errors import Incompatible
+from onecopy.guest.maps import guest_maps
+from onecopy.guest.start import start_clone
+from onecopy.host import meminfo, process
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """Clones that have been left alone since their start; bytes per clone."""
+
+    guests: int
+    merged: bool
+    """KSM has merged what it can, QEMU's own memory included."""
+    anonymous: float
+    """Pages of the VMM that are in no file, those that KSM shares divided (Pss_Anon)."""
+    page_tables: float
+    kernel: float
+    """What else the kernel has allocated meanwhile: stacks and slab memory (KSM's, too)."""
+    free_taken: float
+    """How much less MemFree the host has, whatever for."""
+    places: list[Place]
+    cpu: float
+    """CPU seconds per second."""
+
+    @property
+    def all_in(self) -> float:
+        """What one more clone costs."""
+        return self.anonymous + self.page_tables + self.kernel
+
+
+async def measure_idle(
+    setup: Setup, count: int, with_ksm: bool, tell: Callable[[str], None]
+) -> list[Idle]:
+    """``count`` clones, and the same number with KSM over the VMMs' memory."""
+    tell(f"{count} idle clones")
+    async with _clones(setup, count, merge=False) as (guests, before):
+        found = [await _figures(setup, guests, before, merged=False)]
+    if with_ksm:
+        tell(f"{count} idle clones, until KSM has merged what it can")
+        async with _clones(setup, count, merge=True) as (guests, before), merged():
+            found.append(await _figures(setup, guests, before, merged=True))
+    return found
+
+
+async def _figures(
+    setup: Setup, guests: Sequence[Running], before: meminfo.MemInfo, *, merged: bool
+) -> Idle:
+    cpu = await settled(guests)
+    now, pids = meminfo.read(), [guest.maps.pid for guest in guests]
+    return Idle(
+        guests=len(guests),
+        merged=merged,
+        anonymous=statistics.mean(map(_anonymous, pids)),
+        page_tables=_grown(before, now, "page_tables") / len(guests),
+        kernel=sum(_grown(before, now, f) for f in ("kernel_stacks", "slab_unreclaimable"))
+        / len(guests),
+        free_taken=-_grown(before, now, "free") / len(guests),
+        places=places(guests, setup.saved),
+        cpu=cpu,
+    )
+
+
+def _grown(before: meminfo.MemInfo, now: meminfo.MemInfo, field: str) -> int:
+    first, last = getattr(before, field), getattr(now, field)
+    if first is None or last is None:
+        raise Incompatible(f"/proc/meminfo does not tell {field}")
+    return int(last - first)
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes; Documentation/filesystems/proc.rst, "smaps_rollup"."""
+    found = re.search(
+        r"^Pss_Anon: +([0-9]+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M
+    )
+    if not found:
+        raise Incompatible("this kernel's smaps_rollup has no Pss_Anon")
+    return int(found[1]) << 10
+
+
+@contextlib.asynccontextmanager
+async def _clones(
+    setup: Setup, count: int, *, merge: bool
+) -> AsyncIterator[tuple[list[Running], meminfo.MemInfo]]:
+    """``count`` clones at rest, and the host's memory when there was one before them."""
+    async with contextlib.AsyncExitStack() as ends:
+        first = [await _start(setup, ends, merge=merge)]
+        await settled(first)
+        before = meminfo.read()
+        yield [await _start(setup, ends, merge=merge) for _ in range(count)], before
+
+
+async def _start(setup: Setup, ends: contextlib.AsyncExitStack, *, merge: bool) -> Running:
+    record = await start_clone(setup.host, setup.saved, new_name(), merge=merge)
+    ends.callback(setup.host.end, record)
+    (maps,) = guest_maps([record])
+    await asyncio.sleep(0)
+    return Running(maps, record.start_seconds, process.cpu_seconds(record.pid))

@@ -1,0 +1,125 @@
+"""The emulated host: a cold guest under TCG whose processors have AMD's virtualization.
+
+QEMU's TCG emulates SVM with nested paging, so the KVM inside is the kernel's own, and real. Not
+here: what it is made of (images.py), whether what it says is a pass (verdict.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import OnecopyError
+from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
+from onecopy.guest.exec import Streams, run_captured, run_streaming
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.model import MIB
+from onecopy.run import run
+from onecopy.vmm.accel import Choice
+from rig.images import Images
+
+CPUS = 2
+MEMORY = 10240 * MIB
+#: What runs all else inside, and where that puts its results.
+INSIDE = "/opt/onecopy/tree/rig/inside"
+RESULTS = "/run/results"
+#: Seconds without a word after which an emulated host has hung: the longest silent test takes two
+#: minutes, and three times that when the machine is busy.
+SILENCE = 480.0
+
+
+class Hung(OnecopyError):
+    """The emulated host said nothing for too long, or ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmulatedHost:
+    """A running one; ``folder`` takes what it says and leaves."""
+
+    record: GuestRecord
+    run_folder: Path
+    folder: Path
+
+    async def call(
+        self,
+        argv: Sequence[str],
+        limit: float,
+        tell: Callable[[bytes], None],
+        silence: float = SILENCE,
+    ) -> int:
+        """Run a program inside and return its exit code; ``limit`` and ``silence`` are in seconds.
+
+        Both its outputs go to ``tell`` and to output.log. Raises Hung, and what exec raises.
+        """
+        heard = time.monotonic()
+        with (self.folder / "output.log").open("ab") as log:
+
+            def listen(data: bytes) -> None:
+                nonlocal heard
+                heard = time.monotonic()
+                log.write(data)
+                log.flush()
+                tell(data)
+
+            work = asyncio.ensure_future(
+                run_streaming(self.run_folder, argv, Streams(listen, listen), timeout=limit)
+            )
+            while not work.done():
+                await asyncio.wait({work}, timeout=min(5, silence))
+                if time.monotonic() - heard > silence and not work.done():
+                    work.cancel()
+                    with suppress(asyncio.CancelledError, OnecopyError):
+                        await work
+                    raise Hung(f"the emulated host said nothing for {silence:g} s")
+            return work.result()
+
+    async def fetch(self) -> None:
+        """Bring back the results; a host that has none leaves none."""
+        argv = ["tar", "-C", RESULTS, "-cf", "-", "."]
+        done = await run_captured(self.run_folder, argv, timeout=300)
+        if done.exit_code == 0:
+            run(["tar", "-x", "--no-same-owner"], cwd=self.folder, stdin=done.stdout)
+
+
+@asynccontextmanager
+async def emulated_host(
+    host: Host, images: Images, folder: Path, memory: int = MEMORY
+) -> AsyncIterator[EmulatedHost]:
+    """Boot one; at the end, whatever happened, it is gone and its logs are in ``folder``.
+
+    It is never handed out: killed, we leave it to the next command, which ends it.
+    """
+    prepared = prepare_cold(
+        host,
+        ColdSpec(
+            root=images.root,
+            segments=images.mounted,
+            memory=memory,
+            cpus=CPUS,
+            command="",
+            # TCG's maximum includes AMD's virtualization.
+            cpu="max",
+            accel=Choice.TCG,
+            network=False,
+        ),
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with host.batch() as batch:
+        record = await run_cold(host, prepared, f"rig-{secrets.token_hex(3)}", batch)
+        mine = host.run / record.name
+        # By descriptor: the run folder may be swept before we have read them.
+        with (mine / "console.log").open("rb") as console, (mine / "qemu.log").open("rb") as qemu:
+            try:
+                yield EmulatedHost(record, mine, folder)
+            finally:
+                host.end(record)
+                (folder / "console.log").write_bytes(console.read())
+                (folder / "qemu.log").write_bytes(qemu.read())

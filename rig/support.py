@@ -1,0 +1,88 @@
+"""docs/support.md: what was really run where, and what came of it.
+
+The rows are kept in docs/support.json, so that a run of some of them keeps the others. A
+combination without a row was not run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HOSTS = {"Debian 12": "7.2", "Debian 13": "10.0"}
+GUESTS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
+ACCELS = ("kvm", "tcg")
+USERS = {"root": "root", "user": "a user of the group kvm"}
+_HEAD = """\
+# What runs where
+
+Made by `script/test-kvm support` from what was run: in each host the everyday way, by the command
+line alone, from a root segment to two clones that answer over HTTP with their own names (`build`,
+`save`, `run`, `exec`, `report`, `stop`, `rm`; rig/flow.py). Hosts were emulated, with the release's
+own kernel, QEMU and Python; KVM was real, TCG in them is emulation in emulation. "Not run" says
+nothing about whether it works.
+
+| host | QEMU | guest | under | as | result |
+|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One combination that was run."""
+
+    host: str
+    guest: str
+    """Suite of the root segment."""
+    qemu: str
+    """Full version."""
+    accel: str
+    user: str
+    result: str
+    """``works``, ``refused`` or ``failed``."""
+    reason: str = ""
+    """What onecopy said, unless it works."""
+    seconds: int = 0
+    """That the whole took; not shown: hosts are emulated."""
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What makes a combination; QEMU by its feature release."""
+        return self.host, ".".join(self.qemu.split(".")[:2]), self.guest, self.accel, self.user
+
+
+def merge(known: Path, new: Iterable[Row]) -> list[Row]:
+    """The rows of the file ``known`` with ``new`` ones in place of the same; written back."""
+    try:
+        old = [Row(**row) for row in json.loads(known.read_text())]
+    except FileNotFoundError:
+        old = []
+    rows = sorted({row.key: row for row in (*old, *new)}.values(), key=lambda row: row.key)
+    known.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def to_markdown(rows: Iterable[Row]) -> str:
+    """The page: every combination, run or not."""
+    by_key = {row.key: row for row in rows}
+    lines = []
+    for host, qemu, guest, accel, user in itertools.product(
+        HOSTS, HOSTS.values(), GUESTS, ACCELS, USERS
+    ):
+        row = by_key.get((host, qemu, guest, accel, user))
+        version = row.qemu if row else qemu
+        cells = (host, version, GUESTS[guest], accel.upper(), USERS[user], _result(row, host, qemu))
+        lines.append(f"| {' | '.join(cells)} |")
+    return _HEAD + "\n".join(lines) + "\n"
+
+
+def _result(row: Row | None, host: str, qemu: str) -> str:
+    if row:
+        reason = " ".join(row.reason.replace("|", "/").split())
+        return f"**{row.result}**: {reason}" if reason else row.result
+    if HOSTS[host] != qemu:
+        return f"not run: {host} has another QEMU, {HOSTS[host]}"
+    return "not run"

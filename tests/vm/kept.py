@@ -1,0 +1,69 @@
+"""A store with what takes long to make, kept from one test run to the next.
+
+It lies in ``$ONECOPY_TEST_CACHE`` (default: .cache/onecopy-tests) and holds kernel, tools and
+Debian roots. It is made anew when src/onecopy/build changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from onecopy.build.kernel import ensure_kernel
+from onecopy.build.segment import build_segment
+from onecopy.build.tools import ensure_tools
+from onecopy.guest.host import Host
+from onecopy.model import Reference
+from onecopy.vmm.accel import Choice, choose
+
+PROJECT = Path(__file__).parents[2]
+#: The suite of the guests' roots.
+SUITE = os.environ.get("ONECOPY_TEST_SUITE", "bookworm")
+#: Name of a kept segment -> the Debian packages in it; its version is the suite.
+ROOTS = {"python": ("python3",), "systemd": ("systemd-sysv", "dbus")}
+
+
+@contextlib.contextmanager
+def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Host]:
+    """The kept store, locked meanwhile: filled for guests of the suites ``roots``.
+
+    Kernel and tools are those of the suite ``host`` (default: this host's). Raises BadSource and
+    MissingProgram if it cannot be filled here.
+    """
+    cache = Path(os.environ.get("ONECOPY_TEST_CACHE", PROJECT / ".cache/onecopy-tests"))
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = cache / f"store-{builders_digest()}"
+        for other in cache.glob("store-*"):
+            if other != path:
+                shutil.rmtree(other)
+        kept = Host.open(path)
+        kernel = ensure_kernel(kept.store, suite=host)
+        ensure_tools(kept.store, suite=host)
+        for suite in roots:
+            _ensure_roots(kept, suite)
+        # The answers of QEMU and of the KVM probe are kept beside the store, too.
+        choose(Choice.AUTO, kept.qemu.binary, kernel.layer("kernel").path, kept.store.cache)
+        yield kept
+
+
+def _ensure_roots(kept: Host, suite: str) -> None:
+    for name, packages in ROOTS.items():
+        ref = Reference(name, suite)
+        if not kept.store.find(ref, "segment"):
+            build_segment(kept.store, ref, f"debian:{suite}", include=packages)
+
+
+def builders_digest() -> str:
+    """Changes with all that builds segments."""
+    digest = hashlib.sha256()
+    files = (PROJECT / "src/onecopy/build").rglob("*")
+    for path in sorted(p for p in files if p.is_file() and p.suffix != ".pyc"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,96 @@
+"""What guests see of their machine: CPU model, clock, random numbers, and pages of which size.
+
+All of it differs between KVM and TCG; script/test-kvm runs it under KVM, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from onecopy.errors import GuestFailed, Incompatible
+from onecopy.guest.boot import ColdSpec, prepare_cold
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.machine import SystemConfig
+from onecopy.host import smaps
+from onecopy.model import Reference
+from onecopy.store import Artifact
+from onecopy.vmm.cpu import DEFAULT, LEVELS
+from tests.vm.conftest import Clones, Cold, RunIn
+
+#: /proc/cpuinfo's names of the features of x86-64-v2 (x86-64 psABI) and of our addition to it.
+V2 = {"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3", "aes", "rdrand"}
+V3 = V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+
+
+def flags(guest: GuestRecord, run_in: RunIn) -> set[str]:
+    done = run_in(guest, "sed", "-n", "s/^flags.*: //p", "/proc/cpuinfo")
+    return set(done.stdout.decode().split())
+
+
+def test_clones_have_the_portable_cpu(saved: Artifact, clones: Clones, run_in: RunIn) -> None:
+    assert SystemConfig.of(saved).cpu == LEVELS[DEFAULT]
+    (guest,) = clones(1)
+    assert flags(guest, run_in) >= V2
+    # Nothing that not every host has.
+    assert not flags(guest, run_in) & {"avx", "svm", "vmx", "tsc_deadline_timer"}
+
+
+def test_another_cpu_is_asked_for(busybox_root: Artifact, cold: Cold, run_in: RunIn) -> None:
+    assert flags(cold(busybox_root, cpu="x86-64-v3"), run_in) >= V3
+
+
+def test_the_hosts_own_cpu_needs_kvm(
+    host: Host, busybox_root: Artifact, cold: Cold, run_in: RunIn, saved: Artifact
+) -> None:
+    spec = ColdSpec(root=Reference.parse(busybox_root.ref), cpu="host")
+    if SystemConfig.of(saved).accel == "kvm":
+        assert flags(cold(busybox_root, cpu="host"), run_in) >= V2
+    else:
+        with pytest.raises(Incompatible, match="host needs KVM"):
+            prepare_cold(host, spec)
+
+
+def test_an_unknown_cpu(busybox_root: Artifact, cold: Cold) -> None:
+    with pytest.raises(GuestFailed, match="unable to find CPU model 'quantum'"):
+        cold(busybox_root, cpu="quantum")
+
+
+def test_a_clones_clock_goes_on(clones: Clones, run_in: RunIn) -> None:
+    (guest,) = clones(1)
+    readings = []
+    for _ in range(3):
+        before = time.monotonic()
+        uptime = float(run_in(guest, "cat", "/proc/uptime").stdout.split()[0])
+        readings.append((before, uptime, time.monotonic()))
+        time.sleep(1)
+    for (begin, first, first_known), (asked, second, end) in itertools.pairwise(readings):
+        # The guest's time between two readings is no shorter and no longer than it can have been.
+        assert asked - first_known - 0.1 < second - first < end - begin + 0.1
+    said = run_in(guest, "dmesg").stdout.decode()
+    trouble = ("unstable", "soft lockup", "stall", "clock skew", "time jumped")
+    assert not [line for line in said.splitlines() if any(word in line for word in trouble)]
+
+
+def test_clones_have_random_numbers_of_their_own(clones: Clones, run_in: RunIn) -> None:
+    guests = clones(3)
+    script = "cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1"
+    said = [run_in(guest, "sh", "-c", script).stdout.decode().splitlines() for guest in guests]
+    assert all(len(lines) == 2 for lines in said)
+    assert len({line for lines in said for line in lines}) == 2 * len(guests)
+    for guest in guests:
+        done = run_in(
+            guest, "sh", "-c", "dmesg | grep -c 'crng reseeded due to virtual machine fork'"
+        )
+        assert done.stdout.strip() == b"1"
+
+
+def test_no_vmm_gets_huge_pages_unasked(clones: Clones, busybox_root: Artifact, cold: Cold) -> None:
+    # A small guest would then occupy memory that it never touches.
+    for guest in (*clones(1), cold(busybox_root)):
+        mappings = smaps.read(guest.pid)
+        assert mappings
+        assert sum(mapping.anon_huge for mapping in mappings) == 0

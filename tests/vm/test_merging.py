@@ -1,0 +1,101 @@
+"""KSM merges what clones have written for themselves, and they go on with pages of their own.
+
+The machine's settings of KSM are put back. Not here: bench figures (benches/merging.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onecopy.errors import Incompatible
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import names_for
+from onecopy.guest.start import start_clone, template
+from onecopy.host import ksm, smaps
+from onecopy.model import MIB
+from onecopy.store import Artifact
+from tests.conftest import cannot_run
+from tests.vm.conftest import Clones, RunIn
+
+SETTINGS = ("run", "pages_to_scan", "sleep_millisecs")
+ROOT = Path("/sys/kernel/mm/ksm")
+PAGES = 1024
+#: The same pages in each guest, and different from one another.
+WRITE = "import hashlib\nwith open('/dev/shm/same', 'wb') as file:\n"
+WRITE += f"    for n in range({PAGES}): file.write(hashlib.sha256(b'%d' % n).digest() * 128)\n"
+CHECK = "cksum < /dev/shm/same"
+
+
+@pytest.fixture
+def scanning() -> Iterator[None]:
+    """KSM runs, fast; afterwards it is as it was."""
+    if ksm.read() is None:
+        cannot_run("this kernel has no KSM")
+    before = {name: (ROOT / name).read_text() for name in SETTINGS}
+    try:
+        for name, value in (("pages_to_scan", 20000), ("sleep_millisecs", 10), ("run", 1)):
+            (ROOT / name).write_text(str(value))
+        yield
+    finally:
+        for name, text in before.items():
+            (ROOT / name).write_text(text)
+
+
+def merging(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/ksm_merging_pages").read_text())
+
+
+def test_equal_writes_of_clones_become_one(scanning: None, clones: Clones, run_in: RunIn) -> None:
+    if not Path(f"/proc/{os.getpid()}/ksm_merging_pages").exists():
+        cannot_run("this kernel does not tell what KSM merges of a process")
+    guests = clones(2)
+    for guest in guests:
+        assert run_in(guest, "python3", "-c", WRITE).exit_code == 0
+    deadline = time.monotonic() + 300
+    while min(merging(guest.pid) for guest in guests) < PAGES:
+        assert time.monotonic() < deadline, [merging(guest.pid) for guest in guests]
+        time.sleep(0.5)
+    first, second = guests
+    sums = [run_in(guest, "sh", "-c", CHECK).stdout for guest in guests]
+    assert sums[0] == sums[1]
+    # One writes on a merged page: the other does not see it.
+    done = run_in(first, "sh", "-c", f"printf x | dd of=/dev/shm/same conv=notrunc; {CHECK}")
+    assert done.stdout not in (b"", sums[0])
+    assert run_in(second, "sh", "-c", CHECK).stdout == sums[1]
+
+
+def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Host, saved: Artifact) -> None:
+    source, names = template(host, saved), names_for("merge", None, 2)
+    started: list[GuestRecord] = []
+    try:
+        try:
+            for name in names:
+                guest = asyncio.run(start_clone(host, source, name, merge=True))
+                started.append(guest)
+        except Incompatible as error:
+            cannot_run(error.message)
+        pids = [guest.pid for guest in started]
+        # Relocated data alone is more, and equal only without address randomisation.
+        deadline = time.monotonic() + 300
+        while min(merged_of_qemu(pid) for pid in pids) < MIB:
+            assert time.monotonic() < deadline, [merged_of_qemu(pid) for pid in pids]
+            time.sleep(0.5)
+    finally:
+        for guest in started:
+            host.end(guest)
+
+
+def merged_of_qemu(pid: int) -> int:
+    """Bytes of QEMU's own file mappings, which only relocation writes to, that are merged."""
+    mappings = [m for m in smaps.read(pid) if "qemu-system" in m.path]
+    assert mappings
+    if any(mapping.ksm is None for mapping in mappings):
+        cannot_run("this kernel does not tell what is merged of a mapping")
+    return sum(mapping.ksm or 0 for mapping in mappings)
