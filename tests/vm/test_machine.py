@@ -40,7 +40,12 @@ def test_clones_have_the_portable_cpu(saved: Artifact, clones: Clones, run_in: R
 
 
 def test_another_cpu_is_asked_for(busybox_root: Artifact, cold: Cold, run_in: RunIn) -> None:
-    assert flags(cold(busybox_root, cpu="x86-64-v3"), run_in) >= V3
+    guest = cold(busybox_root, cpu="x86-64-v3")
+    wanted = set(V3)
+    if b"XSAVE consistency problem" in run_in(guest, "dmesg").stdout:
+        # KVM on a processor that QEMU before 8.0 emulates: Linux then does without these.
+        wanted -= {"avx", "avx2", "fma", "xsave"}
+    assert flags(guest, run_in) >= wanted
 
 
 def test_the_hosts_own_cpu_needs_kvm(

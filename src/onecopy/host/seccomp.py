@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from onecopy.host.syscall import address, buffer, syscall
 
 #: System calls by number.
-OPEN, SOCKET, SOCKETPAIR, OPENAT, IO_URING_SETUP = 2, 41, 53, 257, 425
+OPEN, MADVISE, SOCKET, SOCKETPAIR, OPENAT, IO_URING_SETUP = 2, 28, 41, 53, 257, 425
 #: chmod, fchmod, fchmodat, fchmodat2; setxattr, lsetxattr, fsetxattr, setxattrat.
 CHANGE_RIGHTS = (90, 91, 268, 452, 188, 189, 190, 463)
 
@@ -67,9 +67,19 @@ def allow_only(number: int, argument: int, values: Sequence[int], error: int) ->
     return [_op(_EQUAL, number, 0, len(block)), *block]
 
 
+def deny_if(number: int, argument: int, value: int, error: int) -> list[bytes]:
+    """The call fails with ``error`` if the ``argument`` is ``value``; else it is allowed."""
+    return _if(number, argument, value, ERROR | error)
+
+
 def ask_if(number: int, argument: int, value: int) -> list[bytes]:
     """The listener answers the call if the ``argument`` is ``value``; else it is allowed."""
-    block = [_argument(argument), _op(_EQUAL, value, 0, 1), _op(_RETURN, ASK), _op(_RETURN, ALLOW)]
+    return _if(number, argument, value, ASK)
+
+
+def _if(number: int, argument: int, value: int, action: int) -> list[bytes]:
+    block = [_argument(argument), _op(_EQUAL, value, 0, 1)]
+    block += [_op(_RETURN, action), _op(_RETURN, ALLOW)]
     return [_op(_EQUAL, number, 0, len(block)), *block]
 
 

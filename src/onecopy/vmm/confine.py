@@ -8,6 +8,7 @@ made of (given.py), how a confined process is started (spawn.py).
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import socket
 from collections.abc import Mapping
@@ -110,12 +111,17 @@ def filter_program(*, asks: bool) -> bytes:
     speak to any service of the host, or to the monitor of another guest. Files keep their rights:
     an ordinary user's VMM owns the blobs, and only from ABI 3 on Landlock knows what cuts a file
     off. io_uring would be a way round the filter; QEMU does without.
+
+    QEMU asks for huge pages for all guest memory, files included. The kernel would then read 2 MiB
+    and more of a segment for each page that a guest touches (do_sync_mmap_readahead() in
+    mm/filemap.c), whatever PR_SET_THP_DISABLE says. QEMU does not mind a refusal.
     """
     inet = (socket.AF_INET, socket.AF_INET6)
     blocks = [
         seccomp.deny(seccomp.IO_URING_SETUP, errno.ENOSYS),
         seccomp.deny(seccomp.SOCKETPAIR, errno.EACCES),
         *(seccomp.deny(number, errno.EPERM) for number in seccomp.CHANGE_RIGHTS),
+        seccomp.deny_if(seccomp.MADVISE, 2, mmap.MADV_HUGEPAGE, errno.EINVAL),
         seccomp.allow_only(seccomp.SOCKET, 0, inet, errno.EACCES),
     ]
     if asks:
