@@ -1,6 +1,6 @@
 """The one door to external programs.
 
-Every program but QEMU (whose process outlives us: vmm/launch.py) is started here: standard input
+Every program but QEMU (whose process outlives us: vmm/spawn.py) is started here: standard input
 is /dev/null, the environment is rebuilt, a missing program names its package, a failure carries a
 command line that one can paste.
 """

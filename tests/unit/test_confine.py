@@ -21,8 +21,9 @@ from onecopy.guest.ports import require_free
 from onecopy.host import landlock, seccomp
 from onecopy.host.landlock import TRUNCATE
 from onecopy.host.syscall import prctl
-from onecopy.vmm import confine, user
-from onecopy.vmm.confine import Confinement, filter_program, start
+from onecopy.vmm import user
+from onecopy.vmm.confine import Confinement, filter_program
+from onecopy.vmm.spawn import start
 from tests.unit.other_user import as_nobody
 
 X86_64, I386 = 0xC000003E, 0x40000003
@@ -198,7 +199,7 @@ def test_only_what_is_passed_is_inherited(plain: Confinement, tmp_path: Path) ->
 
 def test_we_stay_as_we_were(plain: Confinement, tmp_path: Path) -> None:
     before = _ourselves()
-    mine = confine.Confinement(user.new_user("tcg"), 0, {}, kvm=False, asks=False)
+    mine = Confinement(user.new_user("tcg"), 0, {}, kvm=False, asks=False)
     for confinement in (plain, mine):
         with (tmp_path / "out").open("wb") as out:
             assert start(["/bin/true"], confinement, tmp_path, out.fileno(), []).process.wait() == 0

@@ -344,6 +344,9 @@ async def _rogue_of_user(
     with host.batch() as batch, host.claim("rogue", [system.digest], batch) as (folder, lease):
         prepare(folder.path)
         spec = start.launch_spec(host, source, folder.path, ())
+        # Even if nothing else kept its owner from writing to it.
+        source.ram.chmod(0o644)
         outcome = await run_rogue(rogue, source.hardware, spec, attempts, inherit=[lease.fd])
+        source.ram.chmod(0o444)
         folder.remove()
     return outcome, closed

@@ -10,6 +10,9 @@
         console.sock    the serial console; console.log keeps all it said
         qemu.log        what QEMU itself said
 
+    What QEMU opens there by itself (pipes, console.log) is its user's; the folder and all else is
+    ours, so that QEMU makes and replaces nothing (vmm/confine.py).
+
     RUN/.starting-ID    locked by a command that starts guests; gone when they are handed out
 
 A guest exists as long as its VMM holds its lease in the store (store/lease.py). A folder without

@@ -15,8 +15,9 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible
-from onecopy.vmm.confine import Confinement, start
+from onecopy.vmm.confine import Confinement
 from onecopy.vmm.given import READ
+from onecopy.vmm.spawn import start
 from onecopy.vmm.user import new_user
 
 #: Seconds after which a probe guest that said nothing is given up.

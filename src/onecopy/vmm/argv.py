@@ -97,7 +97,7 @@ class Launch:
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
     merge: bool = False
-    """KSM may merge the VMM's own memory (confine.py); not on the command line."""
+    """KSM may merge the VMM's own memory (spawn.py); not on the command line."""
     extra: tuple[str, ...] = field(default=())
 
 

@@ -20,9 +20,10 @@ from pathlib import Path
 from onecopy.errors import GuestFailed
 from onecopy.host.process import stat
 from onecopy.vmm.argv import PORTS, Hardware, Launch, Ram, command
-from onecopy.vmm.confine import Confinement, start
+from onecopy.vmm.confine import Confinement
 from onecopy.vmm.given import given
 from onecopy.vmm.readonly_ram import ReadOnlyRam
+from onecopy.vmm.spawn import start
 from onecopy.vmm.user import new_user, port_capabilities
 
 
