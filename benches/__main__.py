@@ -17,7 +17,7 @@ from benches.firststart import measure_first_starts
 from benches.idle import measure_idle
 from benches.kinds import measure_kinds
 from benches.report import Report, machine_facts
-from benches.setup import SYSTEM, Setup, set_up
+from benches.setup import ALONE, SYSTEM, Setup, set_up
 from benches.starts import measure_starts
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
@@ -73,8 +73,9 @@ async def _measure(arguments: argparse.Namespace) -> Report:
             setup = await set_up(host, Path(work), arguments.accel, _tell, arguments.root)
             return await _all(setup, arguments)
         finally:
-            if host.store.find(SYSTEM, "system"):
-                host.store.remove(SYSTEM)
+            for system in (SYSTEM, ALONE):
+                if host.store.find(system, "system"):
+                    host.store.remove(system)
 
 
 async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:

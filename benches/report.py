@@ -114,7 +114,11 @@ def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
 
 
 def _starts(starts: Starts) -> str:
-    rows = [["bare `qemu -S`: until it answers a QMP command", starts.bare]]
+    rows = [
+        ["`qemu -machine none -S`: until it answers a QMP command", starts.empty],
+        ["bare `qemu -S`: the same", starts.bare],
+        ["saved system without network: until the guest is the user's", starts.alone["handed out"]],
+    ]
     rows += [
         [f"saved system: until {MOMENTS[key]}", starts.moments[key]]
         for key in ("running", "handed out", "answered")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from onecopy.vmm.accel import Choice
 ROOT = Reference("onecopy-bench-root")
 #: Removed at the end.
 SYSTEM = Reference("onecopy-bench")
+ALONE = Reference("onecopy-bench-alone")
 _SOURCE, _PACKAGES = "debian:bookworm", ["python3"]
 #: A shell command: the application answers (asked in the guest, of itself).
 READY = "python3 -c 'import urllib.request; urllib.request.urlopen(\"http://127.0.0.1\")'"
@@ -38,6 +39,8 @@ class Setup:
     """A guest that executes the root image in place and runs the application."""
     saved: Template
     """The same guest, saved when the application answered."""
+    alone: Template
+    """The same without a network card."""
     work: Path
     """A scratch folder."""
     save_seconds: float
@@ -72,10 +75,13 @@ async def set_up(
     prepared = prepare_cold(host, spec, tell)
     began = time.monotonic()
     artifact = await save_system(host, SYSTEM, spec, tell)
+    seconds = time.monotonic() - began
+    alone = await save_system(host, ALONE, replace(spec, network=False), tell)
     return Setup(
         host=host,
         prepared=prepared,
         saved=template(host, artifact),
+        alone=template(host, alone),
         work=work,
-        save_seconds=time.monotonic() - began,
+        save_seconds=seconds,
     )

@@ -23,6 +23,7 @@ from benches.figures import Spread
 from benches.kinds import new_name
 from benches.setup import Setup
 from onecopy.guest import identity, start
+from onecopy.guest.ports import Ports
 from onecopy.run import environment
 from onecopy.vmm.launch import launch
 from onecopy.vmm.monitor import Monitor, connect
@@ -45,8 +46,12 @@ _BEFORE = {"migrate-incoming": "loading", "cont": "loaded"}
 class Starts:
     """Seconds."""
 
+    empty: Spread
+    """`qemu -machine none -S` until it answers its first QMP command: no machine at all."""
     bare: Spread
     """`qemu -S` until it answers its first QMP command."""
+    alone: dict[str, Spread]
+    """As ``moments``, of a clone without a network card, which answers nobody."""
     moments: dict[str, Spread]
     """A clone's MOMENTS, from spawning QEMU."""
     phases: dict[str, Spread]
@@ -57,36 +62,53 @@ class Starts:
 
 async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) -> Starts:
     """``count`` of each, in turn; the first of each, which warms the host, is left out."""
-    bare, command, clones = [], [], []
+    empty, bare, alone, command, clones = [], [], [], [], []
     for number in range(count + 1):
         tell(f"one start, {number} of {count}")
-        bare.append(_bare(setup))
-        clones.append(await _clone(setup))
+        empty.append(_bare(setup, ["-machine", "none"]))
+        bare.append(_bare(setup, _machine(setup)))
+        alone.append(await _clone(setup, setup.alone))
+        clones.append(await _clone(setup, setup.saved, ((0, 80),)))
         command.append(_command(setup))
-    moments = {key: Spread.of(clone[key] for clone in clones[1:]) for key in MOMENTS}
     steps = [dict(_steps(clone)) for clone in clones[1:]]
-    phases = {key: Spread.of(step[key] for step in steps) for key in MOMENTS}
-    return Starts(Spread.of(bare[1:]), moments, phases, Spread.of(command[1:]))
+    return Starts(
+        empty=Spread.of(empty[1:]),
+        bare=Spread.of(bare[1:]),
+        alone=_spreads(alone[1:]),
+        moments=_spreads(clones[1:]),
+        phases=_spreads(steps),
+        command=Spread.of(command[1:]),
+    )
+
+
+def _spreads(clones: list[dict[str, float]]) -> dict[str, Spread]:
+    return {key: Spread.of(clone[key] for clone in clones) for key in clones[0]}
 
 
 def _steps(clone: dict[str, float]) -> Iterator[tuple[str, float]]:
     last = 0.0
-    for key in MOMENTS:
-        yield key, clone[key] - last
-        last = clone[key]
+    for key, moment in clone.items():
+        yield key, moment - last
+        last = moment
 
 
-def _bare(setup: Setup) -> float:
-    """An empty machine that never runs, of the same type and CPU: what no start can go below."""
+def _machine(setup: Setup) -> list[str]:
+    """An empty machine of the same type and CPU."""
+    hardware = setup.saved.hardware
+    argv = ["-machine", hardware.machine, "-accel", setup.saved.accel.name]
+    return [*argv, "-cpu", hardware.cpu, "-m", "256M"]
+
+
+def _bare(setup: Setup, machine: list[str]) -> float:
+    """QEMU with a machine that never runs: what no start can go below."""
     path = setup.work / "bare.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
         fd = listener.fileno()
-        hardware, qemu = setup.saved.hardware, setup.host.qemu
-        argv = [qemu.binary, "-nodefaults", "-no-user-config", "-display", "none", "-S"]
-        argv += ["-machine", hardware.machine, "-accel", setup.saved.accel.name]
-        argv += ["-cpu", hardware.cpu, "-m", "256M", "-mon", "chardev=monitor,mode=control"]
+        binary = setup.host.qemu.binary
+        argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-S", *machine]
+        argv += ["-mon", "chardev=monitor,mode=control"]
         argv += ["-chardev", f"socket,id=monitor,fd={fd},server=on,wait=off"]
         began = time.monotonic()
         process = subprocess.Popen(
@@ -109,18 +131,19 @@ def _bare(setup: Setup) -> float:
         path.unlink()
 
 
-async def _clone(setup: Setup) -> dict[str, float]:
-    """The moments of one clone."""
+async def _clone(setup: Setup, system: start.Template, publish: Ports = ()) -> dict[str, float]:
+    """The moments of one clone; the last only if it publishes a port."""
     name = new_name()
     with _watched() as marks:
-        record = await start.start_clone(setup.host, setup.saved, name, ((0, 80),))
+        record = await start.start_clone(setup.host, system, name, publish)
         marks["handed out"] = time.monotonic()
     try:
-        await answered(record.publish[0][0], name)
-        marks["answered"] = time.monotonic()
+        if publish:
+            await answered(record.publish[0][0], name)
+            marks["answered"] = time.monotonic()
     finally:
         setup.host.end(record)
-    return {key: marks[key] - marks["spawn"] for key in MOMENTS}
+    return {key: marks[key] - marks["spawn"] for key in MOMENTS if key in marks}
 
 
 @contextlib.contextmanager
