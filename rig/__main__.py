@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
-import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from onecopy.errors import OnecopyError
-from onecopy.guest.host import Host
-from rig import support, verdict
-from rig.host import INSIDE, RESULTS, EmulatedHost, emulated_host
-from rig.images import PROJECT, RELEASES, Debian, ensure_images, store_root
+from rig import jobs
+from rig.images import PROJECT, RELEASES
 
-#: Seconds that one emulated host may take for all it is to do.
-LIMIT = 3600.0
-#: The first builds Debian roots from the network, which an emulated host does not have; the second
-#: boots emulated hosts. Under KVM they would show nothing else.
-_ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_rig.py")
+JOBS: dict[str, jobs.Job] = {
+    "all": jobs.tests,
+    "smoke": jobs.smoke,
+    "support": jobs.make_support,
+    "bench": jobs.bench,
+}
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="script/test-kvm",
-        usage="%(prog)s [all|smoke|support] [--debian {12,13}] [--out FOLDER] [-- PYTEST-ARG...]",
+        usage=f"%(prog)s [{'|'.join(JOBS)}] [--debian N] [--out FOLDER] [-- PYTEST-ARGUMENT...]",
         description="Run the VM tests under real KVM, in emulated hosts.",
     )
     parser.add_argument(
         "what",
         nargs="?",
-        choices=["all", "smoke", "support"],
+        choices=list(JOBS),
         default="all",
-        help="all VM tests; the few that script/test runs, too; or docs/support.md made anew",
+        help="all VM tests (default); the few that script/test runs, too; make docs/support.md "
+        "anew; or measure",
     )
     parser.add_argument(
         "--debian",
@@ -61,76 +58,6 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:end], arguments[end + 1 :]
 
 
-def _tell(text: str) -> None:
-    print(f"test-kvm: {text}", file=sys.stderr, flush=True)
-
-
-def _show(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-
-
-async def _tests(debian: Debian, arguments: argparse.Namespace) -> list[str]:
-    """Run tests in one emulated host; return what speaks against a pass."""
-    argv = [INSIDE, "python", "-m", "pytest", "-p", "no:cacheprovider"]
-    argv += [f"--junitxml={RESULTS}/junit.xml"]
-    argv += ["-m", "smoke"] if arguments.what == "smoke" else []
-    argv += arguments.pytest or ["tests/vm", *_ELSEWHERE]
-    folder = arguments.out / f"debian-{debian.number}"
-    found = await _in_host(debian, ("bookworm",), folder, argv)
-    return [*found, *verdict.tests(folder), *verdict.console(folder)]
-
-
-async def _support(debian: Debian, arguments: argparse.Namespace) -> list[str]:
-    """Make the rows of one host, and docs/support.md with them; return what went wrong."""
-    folder = arguments.out / f"support-debian-{debian.number}"
-    suites = tuple(release.suite for release in RELEASES.values())
-    found = await _in_host(debian, suites, folder, [INSIDE, "sh", "rig/matrix", *suites])
-    try:
-        lines = (folder / "support").read_text().splitlines()
-    except FileNotFoundError:
-        return [*found, "no combination came to its end"]
-    rows = support.merge(
-        PROJECT / "docs/support.json", [support.Row(**json.loads(line)) for line in lines]
-    )
-    (PROJECT / "docs/support.md").write_text(support.to_markdown(rows))
-    failed = [f"{row.key}: {row.reason}" for row in rows if row.result == "failed"]
-    return [*found, *failed, *verdict.console(folder)]
-
-
-async def _in_host(
-    debian: Debian, suites: tuple[str, ...], folder: Path, argv: list[str]
-) -> list[str]:
-    """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong."""
-    host = Host.open(store_root())
-    images = ensure_images(host, debian, suites, _tell)
-    _tell(f"booting Debian {debian.number}")
-    began = time.monotonic()
-    try:
-        async with emulated_host(host, images, folder) as emulated:
-            _tell(f"it is up after {time.monotonic() - began:.0f} s")
-            code = await _call(emulated, argv)
-    except OnecopyError as error:
-        return [error.message]
-    finally:
-        _tell(f"Debian {debian.number}: {time.monotonic() - began:.0f} s; logs are in {folder}")
-    return [f"it ended with exit code {code}"] if code else []
-
-
-async def _call(emulated: EmulatedHost, argv: list[str]) -> int:
-    try:
-        return await emulated.call(argv, LIMIT, _show)
-    finally:
-        await emulated.fetch()
-
-
-_WHAT: dict[str, Callable[[Debian, argparse.Namespace], Awaitable[list[str]]]] = {
-    "all": _tests,
-    "smoke": _tests,
-    "support": _support,
-}
-
-
 async def _all(arguments: argparse.Namespace) -> list[str]:
     task = asyncio.current_task()
     if task:
@@ -138,24 +65,25 @@ async def _all(arguments: argparse.Namespace) -> list[str]:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     found = []
     for number in arguments.debian:
-        problems = await _WHAT[arguments.what](RELEASES[number], arguments)
+        job = JOBS[arguments.what]
+        problems = await job(RELEASES[number], arguments.out, arguments.pytest)
         found += [f"Debian {number}: {text}" for text in problems]
     return found
 
 
 def main() -> int:
-    """Run what is asked for; 0 only if nothing speaks against a pass."""
+    """Do what is asked for; 0 only if nothing speaks against a pass."""
     arguments = _arguments()
     try:
         found = asyncio.run(_all(arguments))
     except OnecopyError as error:
-        _tell(f"{error.message}\n{error.hint}".rstrip())
+        jobs.tell(f"{error.message}\n{error.hint}".rstrip())
         return error.exit_code
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     for text in found:
-        _tell(text)
-    _tell("FAILED" if found else "passed")
+        jobs.tell(text)
+    jobs.tell("FAILED" if found else "passed")
     return 1 if found else 0
 
 

@@ -1,0 +1,102 @@
+"""What script/test-kvm can do in an emulated host.
+
+One function each, which returns what went wrong. Not here: the host itself (host.py), the programs
+that run in it (inside, matrix, bench).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+from onecopy.errors import OnecopyError
+from onecopy.guest.host import Host
+from rig import support, verdict
+from rig.host import INSIDE, RESULTS, EmulatedHost, emulated_host
+from rig.images import PROJECT, RELEASES, Debian, ensure_images, store_root
+
+#: Seconds that one emulated host may take for all it is to do.
+LIMIT = 3600.0
+#: The first builds Debian roots from the network, which an emulated host does not have; the second
+#: boots emulated hosts. Under KVM they would show nothing else.
+_ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_rig.py")
+
+Job = Callable[[Debian, Path, Sequence[str]], Awaitable[list[str]]]
+"""(release, folder for results, arguments for pytest) -> what went wrong."""
+
+
+def tell(text: str) -> None:
+    """A line for who waits."""
+    print(f"test-kvm: {text}", file=sys.stderr, flush=True)
+
+
+async def tests(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
+    """All VM tests, or what ``arguments`` say."""
+    wanted = arguments or ["tests/vm", *_ELSEWHERE]
+    pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider"]
+    folder = out / f"debian-{debian.number}"
+    argv = [INSIDE, *pytest, f"--junitxml={RESULTS}/junit.xml", *wanted]
+    found = await _in_host(debian, ("bookworm",), folder, argv)
+    return [*found, *verdict.tests(folder), *verdict.console(folder)]
+
+
+async def smoke(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
+    """The few tests that script/test runs under KVM, too."""
+    return await tests(debian, out, ["-m", "smoke", *(arguments or ["tests/vm", *_ELSEWHERE])])
+
+
+async def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+    """The rows of one host, and docs/support.md with them."""
+    folder = out / f"support-debian-{debian.number}"
+    suites = tuple(release.suite for release in RELEASES.values())
+    found = await _in_host(debian, suites, folder, [INSIDE, "rig/matrix", *suites])
+    try:
+        lines = (folder / "support").read_text().splitlines()
+    except FileNotFoundError:
+        return [*found, "no combination came to its end"]
+    new = [support.Row(**json.loads(line)) for line in lines]
+    rows = support.merge(PROJECT / "docs/support.json", new)
+    (PROJECT / "docs/support.md").write_text(support.to_markdown(rows))
+    failed = [f"{row.key}: {row.reason}" for row in new if row.result == "failed"]
+    return [*found, *failed, *verdict.console(folder)]
+
+
+async def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+    """Figures under KVM (rig/bench)."""
+    folder = out / f"bench-debian-{debian.number}"
+    found = await _in_host(debian, ("bookworm",), folder, [INSIDE, "rig/bench"])
+    return [*found, *verdict.console(folder)]
+
+
+async def _in_host(
+    debian: Debian, suites: tuple[str, ...], folder: Path, argv: list[str]
+) -> list[str]:
+    """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong."""
+    host = Host.open(store_root())
+    images = ensure_images(host, debian, suites, tell)
+    tell(f"booting Debian {debian.number}")
+    began = time.monotonic()
+    try:
+        async with emulated_host(host, images, folder) as emulated:
+            tell(f"it is up after {time.monotonic() - began:.0f} s")
+            code = await _call(emulated, argv)
+    except OnecopyError as error:
+        return [error.message]
+    finally:
+        tell(f"Debian {debian.number}: {time.monotonic() - began:.0f} s; logs are in {folder}")
+    return [f"it ended with exit code {code}"] if code else []
+
+
+async def _call(emulated: EmulatedHost, argv: list[str]) -> int:
+    try:
+        return await emulated.call(argv, LIMIT, _show)
+    finally:
+        await emulated.fetch()
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
