@@ -37,14 +37,17 @@ from onecopy.sharing.account import measure
 from onecopy.store import Artifact, Store
 from onecopy.vmm.argv import Ram
 from onecopy.vmm.launch import prepare
+from onecopy.vmm.user import KVM
 from tests.conftest import cannot_run
 from tests.unit.other_user import NOBODY, as_nobody
 from tests.vm.conftest import Clones, Cold
 from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
 from tests.vm.test_bad_luck import copy
 
-#: What QEMU has open besides files: its event loop, its sockets.
-ANONYMOUS = re.compile(r"anon_inode:\[(eventfd|eventpoll|signalfd|timerfd)\]|socket:\[\d+\]")
+#: What QEMU has open besides files: its event loop, its sockets, its virtual machine.
+ANONYMOUS = re.compile(
+    r"anon_inode:\[(eventfd|eventpoll|signalfd|timerfd)\]|socket:\[\d+\]|anon_inode:kvm-\S+"
+)
 #: And in its run folder.
 OWN = {"qemu.log", "console.log", "agent.in", "agent.out", "identity.in", "identity.out"}
 
@@ -67,6 +70,11 @@ def status(guest: GuestRecord) -> dict[str, str]:
     return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
 
 
+def groups(guest: GuestRecord) -> list[str]:
+    """What lets it use KVM, and nothing else."""
+    return [str(KVM.stat().st_gid)] if guest.accel == "kvm" else []
+
+
 def test_each_vmm_is_a_user_of_its_own(clones: Clones, cold: Cold, busybox_root: Artifact) -> None:
     guests = [*clones(2), cold(busybox_root, memory=96 * MIB)]
     users = set()
@@ -75,7 +83,7 @@ def test_each_vmm_is_a_user_of_its_own(clones: Clones, cold: Cold, busybox_root:
         (user,) = set(told["Uid"].split())
         assert int(user) >= 61184
         assert told["Gid"].split() == [user] * 4
-        assert told["Groups"].split() == []
+        assert told["Groups"].split() == groups(guest)
         for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
             assert int(told[kind], 16) == 0
         assert (told["NoNewPrivs"], told["Seccomp"]) == ("1", "2")
@@ -123,7 +131,8 @@ def test_a_vmm_has_only_what_it_needs(
                 assert folder == host.run / guest.name
                 assert name in OWN | {"initrd"}
             else:
-                assert target == "/dev/null" or ANONYMOUS.fullmatch(target), target
+                devices = {"/dev/null"} | ({str(KVM)} if guest.accel == "kvm" else set())
+                assert target in devices or ANONYMOUS.fullmatch(target), target
         assert blobs > len(guest.segments)
 
 
@@ -181,7 +190,7 @@ def test_a_rogue_clone(
     spec = start.launch_spec(host, source, folder.path, ())
     theirs, blob = host.run / neighbour.name, next(iter(source.segments))
     closed = [
-        *(Path("/etc/hostname"), host.store.root / "index.json", Path(blob)),
+        *(Path("/etc/passwd"), host.store.root / "index.json", Path(blob)),
         *(theirs / "console.log", theirs / "guest.json", theirs / "monitor.sock"),
         *(folder.path / "guest.json", Path("guest.json"), Path("qemu.log")),
     ]
