@@ -23,7 +23,7 @@ JOBS: dict[str, jobs.Job] = {
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="script/test-kvm",
-        usage=f"%(prog)s [{'|'.join(JOBS)}] [--debian N] [--out FOLDER] [-- PYTEST-ARGUMENT...]",
+        usage="%(prog)s [WHAT] [--debian N] [--out FOLDER] [-- PYTEST-ARGUMENT...]",
         description="Run the VM tests under real KVM, in emulated hosts.",
     )
     parser.add_argument(

@@ -21,9 +21,9 @@ _HEAD = """\
 
 Made by `script/test-kvm support` from what was run: in each host the everyday way, by the command
 line alone, from a root segment to two clones that answer over HTTP with their own names (`build`,
-`save`, `run`, `exec`, `report`, `stop`, `rm`; rig/flow.py). Hosts were emulated, with the release's
-own kernel, QEMU and Python; KVM was real, TCG in them is emulation in emulation. "Not run" says
-nothing about whether it works.
+`save`, `run`, `exec`, `report`, `stop`, `rm`; rig/flow.py). Each host had its release's QEMU,
+Python and tools; for KVM it was an emulated one, in which KVM is real ([testing](testing.md)). "Not
+run" says nothing about whether it works.
 
 | host | QEMU | guest | under | as | result |
 |---|---|---|---|---|---|

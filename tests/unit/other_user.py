@@ -4,7 +4,7 @@ import ctypes
 import json
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tests.conftest import cannot_run
@@ -13,15 +13,18 @@ NOBODY = 65534
 _PR_SET_DUMPABLE = 4
 
 
-def as_nobody(function: Callable[[], object]) -> Any:
-    """What ``function`` returns (JSON values) in a child process without any privilege."""
+def as_nobody(function: Callable[[], object], groups: Sequence[int] = ()) -> Any:
+    """What ``function`` returns (JSON values) in a child process without any privilege.
+
+    ``groups`` are all that it belongs to, besides its own.
+    """
     if os.geteuid():
         cannot_run("only root can become someone else")
     reading, writing = os.pipe()
     # Not a new interpreter: another user may not be able to reach this one's files.
     child = os.fork()
     if not child:
-        _answer(function, writing)
+        _answer(function, groups, writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         answer = pipe.read().decode()
@@ -30,10 +33,10 @@ def as_nobody(function: Callable[[], object]) -> Any:
     return json.loads(answer)
 
 
-def _answer(function: Callable[[], object], writing: int) -> None:
+def _answer(function: Callable[[], object], groups: Sequence[int], writing: int) -> None:
     status = 1
     try:
-        os.setgroups([])
+        os.setgroups(groups)
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
         # Becoming another user closed /proc/self to ourselves: prctl(2).

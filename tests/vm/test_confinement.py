@@ -40,7 +40,7 @@ from onecopy.vmm.launch import prepare
 from onecopy.vmm.user import KVM
 from tests.conftest import cannot_run
 from tests.unit.other_user import NOBODY, as_nobody
-from tests.vm.conftest import Clones, Cold
+from tests.vm.conftest import ACCEL, Clones, Cold
 from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
 from tests.vm.test_bad_luck import copy
 
@@ -284,7 +284,9 @@ def others_store(host: Host) -> Iterator[Path]:
 
 def test_an_ordinary_user(others_store: Path, rogue: Path) -> None:
     """Builds, saves, runs, executes, stops in a store of their own, and is as well protected."""
-    told = as_nobody(lambda: asyncio.run(_as_user(others_store, rogue)))
+    kvm = [KVM.stat().st_gid] if KVM.exists() and KVM.stat().st_gid else []
+    told = as_nobody(lambda: asyncio.run(_as_user(others_store, rogue)), kvm)
+    assert ACCEL in (None, told["accel"])
     assert told["answers"] == {"user-1": "user-1", "user-2": "user-2"}
     assert told["users"] == [NOBODY, NOBODY]
     assert told["seccomp"] == ["2", "2"]
@@ -322,6 +324,7 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
         answers[guest.name] = done.stdout.decode().strip()
     outcome, closed = await _rogue_of_user(host, system, started.guests[0], rogue)
     result: dict[str, object] = {
+        "accel": started.guests[0].accel,
         "accounts": [measure(maps).note for maps in guest_maps(started.guests)],
         "answers": answers,
         "outcome": outcome,
