@@ -6,6 +6,7 @@ Not here: that the kernel keeps to it (tests/vm/test_confinement.py).
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import socket
 import struct
@@ -76,6 +77,8 @@ def test_the_filter(asks: bool) -> None:
         (53, socket.AF_UNIX): failing(errno.EACCES),
         (425,): failing(errno.ENOSYS),
         (91, 3, 0o666): failing(errno.EPERM),
+        (28, 0, 4096, mmap.MADV_HUGEPAGE): failing(errno.EINVAL),
+        (28, 0, 4096, mmap.MADV_MERGEABLE): seccomp.ALLOW,
         # Of x32, and of no call that there is.
         (0x40000000 | SOCKET, socket.AF_INET): failing(errno.ENOSYS),
         (-1,): failing(errno.ENOSYS),
