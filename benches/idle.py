@@ -25,6 +25,9 @@ from onecopy.guest.start import start_clone
 from onecopy.host import meminfo, process
 
 
+_PAGE_TABLES = ("page_tables", "secondary_page_tables")
+
+
 @dataclass(frozen=True, slots=True)
 class Idle:
     """Clones that have been left alone since their start; bytes per clone."""
@@ -35,6 +38,7 @@ class Idle:
     anonymous: float
     """Pages of the VMM that are in no file, those that KSM shares divided (Pss_Anon)."""
     page_tables: float
+    """Of the VMM, and of the guest (KVM's)."""
     kernel: float
     """What else the kernel has allocated meanwhile: stacks and slab memory (KSM's, too)."""
     free_taken: float
@@ -72,20 +76,20 @@ async def _figures(
         guests=len(guests),
         merged=merged,
         anonymous=statistics.mean(map(_anonymous, pids)),
-        page_tables=_grown(before, now, "page_tables") / len(guests),
-        kernel=sum(_grown(before, now, f) for f in ("kernel_stacks", "slab_unreclaimable"))
-        / len(guests),
+        page_tables=_grown(before, now, *_PAGE_TABLES) / len(guests),
+        kernel=_grown(before, now, "kernel_stacks", "slab_unreclaimable") / len(guests),
         free_taken=-_grown(before, now, "free") / len(guests),
         places=places(guests, setup.saved),
         cpu=cpu,
     )
 
 
-def _grown(before: meminfo.MemInfo, now: meminfo.MemInfo, field: str) -> int:
-    first, last = getattr(before, field), getattr(now, field)
-    if first is None or last is None:
-        raise Incompatible(f"/proc/meminfo does not tell {field}")
-    return int(last - first)
+def _grown(before: meminfo.MemInfo, now: meminfo.MemInfo, *fields: str) -> int:
+    """How many bytes these fields together have grown by."""
+    try:
+        return sum(getattr(now, field) - getattr(before, field) for field in fields)
+    except TypeError:
+        raise Incompatible(f"/proc/meminfo does not tell {' and '.join(fields)}") from None
 
 
 def _anonymous(pid: int) -> int:

@@ -83,6 +83,7 @@ def test_meminfo_recorded_and_live(tmp_path: Path) -> None:
         swap_total=0,
         swap_free=0,
         page_tables=2220 << 10,
+        secondary_page_tables=0,
         kernel_stacks=1492 << 10,
         slab_unreclaimable=26584 << 10,
     )

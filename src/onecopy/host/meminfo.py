@@ -30,6 +30,8 @@ class MemInfo:
     swap_free: int | None
     #: Of all processes.
     page_tables: int | None
+    #: The same of guests, that is KVM's (Linux 6.1).
+    secondary_page_tables: int | None
     kernel_stacks: int | None
     #: Slab memory that the kernel cannot give back under pressure.
     slab_unreclaimable: int | None
@@ -46,6 +48,7 @@ def parse(text: bytes) -> MemInfo:
         swap_total=size.get(b"SwapTotal"),
         swap_free=size.get(b"SwapFree"),
         page_tables=size.get(b"PageTables"),
+        secondary_page_tables=size.get(b"SecPageTables"),
         kernel_stacks=size.get(b"KernelStack"),
         slab_unreclaimable=size.get(b"SUnreclaim"),
     )
