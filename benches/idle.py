@@ -24,7 +24,6 @@ from onecopy.guest.maps import guest_maps
 from onecopy.guest.start import start_clone
 from onecopy.host import meminfo, process
 
-
 _PAGE_TABLES = ("page_tables", "secondary_page_tables")
 
 
