@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from onecopy.errors import OnecopyError
+from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
 from onecopy.guest.exec import Streams, run_captured, run_streaming
 from onecopy.guest.folder import GuestRecord
@@ -35,10 +35,6 @@ RESULTS = "/run/results"
 SILENCE = 480.0
 
 
-class Hung(OnecopyError):
-    """The emulated host said nothing for too long, or ended."""
-
-
 @dataclass(frozen=True, slots=True)
 class EmulatedHost:
     """A running one; ``folder`` takes what it says and leaves."""
@@ -56,7 +52,8 @@ class EmulatedHost:
     ) -> int:
         """Run a program inside and return its exit code; ``limit`` and ``silence`` are in seconds.
 
-        Both its outputs go to ``tell`` and to output.log. Raises Hung, and what exec raises.
+        Both its outputs go to ``tell`` and to output.log. Raises GuestFailed if the host
+        hangs or ends, AgentFailed if its agent does not answer.
         """
         heard = time.monotonic()
         with (self.folder / "output.log").open("ab") as log:
@@ -77,7 +74,7 @@ class EmulatedHost:
                     work.cancel()
                     with suppress(asyncio.CancelledError, OnecopyError):
                         await work
-                    raise Hung(f"the emulated host said nothing for {silence:g} s")
+                    raise GuestFailed(f"the emulated host said nothing for {silence:g} s")
             return work.result()
 
     async def fetch(self) -> None:

