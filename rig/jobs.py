@@ -16,8 +16,9 @@ from pathlib import Path
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
+from onecopy.model import MIB
 from rig import support, verdict
-from rig.host import INSIDE, RESULTS, EmulatedHost, emulated_host
+from rig.host import INSIDE, MEMORY, RESULTS, EmulatedHost, emulated_host
 from rig.images import PROJECT, RELEASES, Debian, ensure_images, store_root
 
 #: Seconds that one emulated host may take for all it is to do.
@@ -26,6 +27,8 @@ LIMIT = 3600.0
 #: boots emulated hosts. Under KVM they would show nothing else.
 _ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_rig.py")
 
+#: Bytes: a machine of 8 GiB can do the smoke tests.
+_SMOKE_MEMORY = 5120 * MIB
 _SUITES = tuple(release.suite for release in RELEASES.values())
 
 Job = Callable[[Debian, Path, Sequence[str]], Awaitable[list[str]]]
@@ -37,19 +40,22 @@ def tell(text: str) -> None:
     print(f"test-kvm: {text}", file=sys.stderr, flush=True)
 
 
-async def tests(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
-    """All VM tests, or what ``arguments`` say."""
+async def tests(
+    debian: Debian, out: Path, arguments: Sequence[str], memory: int = MEMORY
+) -> list[str]:
+    """All VM tests, or what ``arguments`` say; ``memory`` is the host's, in bytes."""
     wanted = arguments or ["tests/vm", *_ELSEWHERE]
     pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider"]
     folder = out / f"debian-{debian.number}"
     argv = [INSIDE, *pytest, f"--junitxml={RESULTS}/junit.xml", *wanted]
-    found = await _in_host(debian, ("bookworm",), folder, argv)
+    found = await _in_host(debian, ("bookworm",), folder, argv, memory)
     return [*found, *verdict.tests(folder), *verdict.console(folder)]
 
 
 async def smoke(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     """The few tests that script/test runs under KVM, too."""
-    return await tests(debian, out, ["-m", "smoke", *(arguments or ["tests/vm", *_ELSEWHERE])])
+    wanted = arguments or ["tests/vm", *_ELSEWHERE]
+    return await tests(debian, out, ["-m", "smoke", *wanted], _SMOKE_MEMORY)
 
 
 async def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
@@ -97,7 +103,7 @@ async def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
 
 
 async def _in_host(
-    debian: Debian, suites: tuple[str, ...], folder: Path, argv: list[str]
+    debian: Debian, suites: tuple[str, ...], folder: Path, argv: list[str], memory: int = MEMORY
 ) -> list[str]:
     """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong."""
     host = Host.open(store_root())
@@ -105,7 +111,7 @@ async def _in_host(
     tell(f"booting Debian {debian.number}")
     began = time.monotonic()
     try:
-        async with emulated_host(host, images, folder) as emulated:
+        async with emulated_host(host, images, folder, memory) as emulated:
             tell(f"it is up after {time.monotonic() - began:.0f} s")
             code = await _call(emulated, argv)
     except OnecopyError as error:

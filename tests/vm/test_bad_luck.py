@@ -346,7 +346,7 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (2, ["build", "web", "--from", "nothing"], "debian:SUITE"),
         (2, ["build", "web", "--from", "dir:/srv", "--fs", "xfs"], "'erofs'"),
         (8, ["build", "web", "--from", "dir:/no/such"], "cannot open the folder"),
-        (8, ["build", "web", "--from", "tar:/etc/hosts"], "cannot be unpacked"),
+        (8, ["build", "web", "--from", "tar:/etc/passwd"], "cannot be unpacked"),
         (3, ["save", "x", "--root", "no-such"], "there is no segment no-such:latest"),
         (3, ["save", "x", "--root", saved.ref], "not a segment"),
         (2, ["save", "x@sha256:12", *root], "is not a valid digest"),
