@@ -157,7 +157,7 @@ def _idle(kinds: Sequence[Idle]) -> str:
         ["**host memory, all in**", *(f"**{_mib(k.all_in)}**" for k in kinds)],
         ["- in no file, merged pages divided (Pss_Anon)", *(_mib(k.anonymous) for k in kinds)],
         ["- page tables", *(_mib(k.page_tables) for k in kinds)],
-        ["- the kernel's stacks and slab memory", *(_mib(k.kernel) for k in kinds)],
+        ["- kernel stacks, KSM's records", *(_mib(k.kernel) for k in kinds)],
         ["MemFree taken, whatever for", *(_mib(k.free_taken) for k in kinds)],
         ["CPU, of one core", *(f"{k.cpu * 100:.2f} %" for k in kinds)],
     ]

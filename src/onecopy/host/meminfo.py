@@ -33,8 +33,6 @@ class MemInfo:
     #: The same of guests, that is KVM's (Linux 6.1).
     secondary_page_tables: int | None
     kernel_stacks: int | None
-    #: Slab memory that the kernel cannot give back under pressure.
-    slab_unreclaimable: int | None
 
 
 def parse(text: bytes) -> MemInfo:
@@ -50,7 +48,6 @@ def parse(text: bytes) -> MemInfo:
         page_tables=size.get(b"PageTables"),
         secondary_page_tables=size.get(b"SecPageTables"),
         kernel_stacks=size.get(b"KernelStack"),
-        slab_unreclaimable=size.get(b"SUnreclaim"),
     )
 
 
