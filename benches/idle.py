@@ -6,7 +6,6 @@ further one adds only what is its own. Not here: guests that have answered reque
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import statistics
@@ -128,5 +127,4 @@ async def _start(setup: Setup, ends: contextlib.AsyncExitStack, *, merge: bool) 
     record = await start_clone(setup.host, setup.saved, new_name(), merge=merge)
     ends.callback(setup.host.end, record)
     (maps,) = guest_maps([record])
-    await asyncio.sleep(0)
     return Running(maps, record.start_seconds, process.cpu_seconds(record.pid))

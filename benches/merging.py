@@ -17,9 +17,6 @@ from onecopy.host import ksm, process
 
 #: The kernel's defaults are made for a machine that may take hours: 100 pages each 20 ms.
 SETTINGS = {"pages_to_scan": 2000, "sleep_millisecs": 20, "run": 1}
-#: Where the kernel has it. It scans old pages only now and then, and of two equal ones each at its
-#: own time: they may never meet.
-_THOROUGH = {"smart_scan": 0}
 #: Seconds after which merging that does not come to an end is given up.
 TIMEOUT = 300.0
 _EVERY = 2.0
@@ -40,8 +37,7 @@ async def merged() -> AsyncIterator[Merged]:
     """Run KSM until it has converged; its settings are restored at the end."""
     thread = _ksmd()
     began, cpu, scans = time.monotonic(), process.cpu_seconds(thread), _read().full_scans or 0
-    thorough = {} if _read().smart_scan is None else _THOROUGH
-    with ksm.settings({**thorough, **SETTINGS}):
+    with ksm.settings({**ksm.thorough(), **SETTINGS}):
         await _converged()
         yield Merged(
             seconds=time.monotonic() - began,

@@ -21,7 +21,7 @@ from onecopy.vmm.qemu import BINARY
 from rig.support import Row
 from tests.vm.conftest import APP
 
-#: Seconds that one command may take: TCG in an emulated host is emulation in emulation.
+#: Seconds that one command may take: in an emulated host that is much longer than elsewhere.
 PATIENCE = 1500
 #: Exit codes that mean "not here", and not "broken" (docs/exit-codes.md).
 REFUSALS = (13, 15)

@@ -18,7 +18,6 @@ from pathlib import Path
 from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
 from onecopy.guest.exec import Streams, run_captured, run_streaming
-from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.model import MIB
 from onecopy.run import run
@@ -39,7 +38,6 @@ SILENCE = 480.0
 class EmulatedHost:
     """A running one; ``folder`` takes what it says and leaves."""
 
-    record: GuestRecord
     run_folder: Path
     folder: Path
 
@@ -115,7 +113,7 @@ async def emulated_host(
         # By descriptor: the run folder may be swept before we have read them.
         with (mine / "console.log").open("rb") as console, (mine / "qemu.log").open("rb") as qemu:
             try:
-                yield EmulatedHost(record, mine, folder)
+                yield EmulatedHost(mine, folder)
             finally:
                 host.end(record)
                 (folder / "console.log").write_bytes(console.read())

@@ -34,12 +34,9 @@ CHECK = "cksum < /dev/shm/same"
 @pytest.fixture
 def scanning() -> Iterator[None]:
     """KSM runs, fast; afterwards it is as it was."""
-    state = ksm.read()
-    if state is None:
+    if ksm.read() is None:
         cannot_run("this kernel has no KSM")
-    # It scans old pages only now and then, and of two equal ones each at its own time: for ever.
-    thorough = {} if state.smart_scan is None else {"smart_scan": 0}
-    with ksm.settings({**thorough, "pages_to_scan": 20000, "sleep_millisecs": 10, "run": 1}):
+    with ksm.settings({**ksm.thorough(), "pages_to_scan": 20000, "sleep_millisecs": 10, "run": 1}):
         yield
 
 

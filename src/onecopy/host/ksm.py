@@ -71,6 +71,15 @@ def read(root: Path = ROOT) -> Ksm | None:
     return Ksm(advisor_mode=_setting(folder / "advisor_mode"), **numbers)
 
 
+def thorough(root: Path = ROOT) -> dict[str, int | str]:
+    """The setting that lets each scan look at every page, where the kernel has another.
+
+    smart_scan skips old pages in most scans, and of two equal ones each at its own time: they may
+    never meet.
+    """
+    return {"smart_scan": 0} if (root / _FOLDER / "smart_scan").exists() else {}
+
+
 def _setting(path: Path) -> str | None:
     """A setting as it is written back: of ``none [scan-time]`` only the chosen word."""
     data = read_file(path)
