@@ -39,8 +39,6 @@ class Setup:
     """A guest that executes the root image in place and runs the application."""
     saved: Template
     """The same guest, saved when the application answered."""
-    alone: Template
-    """The same without a network card."""
     work: Path
     """A scratch folder."""
     save_seconds: float
@@ -75,13 +73,16 @@ async def set_up(
     prepared = prepare_cold(host, spec, tell)
     began = time.monotonic()
     artifact = await save_system(host, SYSTEM, spec, tell)
-    seconds = time.monotonic() - began
-    alone = await save_system(host, ALONE, replace(spec, network=False), tell)
     return Setup(
         host=host,
         prepared=prepared,
         saved=template(host, artifact),
-        alone=template(host, alone),
         work=work,
-        save_seconds=seconds,
+        save_seconds=time.monotonic() - began,
     )
+
+
+async def without_network(setup: Setup, tell: Callable[[str], None]) -> Template:
+    """The same guest, saved without a network card."""
+    spec = replace(setup.prepared.spec, network=False)
+    return template(setup.host, await save_system(setup.host, ALONE, spec, tell))

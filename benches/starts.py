@@ -21,7 +21,7 @@ from unittest.mock import patch
 from benches.answers import answered
 from benches.figures import Spread
 from benches.kinds import new_name
-from benches.setup import Setup
+from benches.setup import Setup, without_network
 from onecopy.guest import identity, start
 from onecopy.guest.ports import Ports
 from onecopy.run import environment
@@ -62,12 +62,13 @@ class Starts:
 
 async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) -> Starts:
     """``count`` of each, in turn; the first of each, which warms the host, is left out."""
+    lonely = await without_network(setup, tell)
     empty, bare, alone, command, clones = [], [], [], [], []
     for number in range(count + 1):
         tell(f"one start, {number} of {count}")
         empty.append(_bare(setup, ["-machine", "none"]))
         bare.append(_bare(setup, _machine(setup)))
-        alone.append(await _clone(setup, setup.alone))
+        alone.append(await _clone(setup, lonely))
         clones.append(await _clone(setup, setup.saved, ((0, 80),)))
         command.append(_command(setup))
     steps = [dict(_steps(clone)) for clone in clones[1:]]
