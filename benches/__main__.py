@@ -13,9 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benches.firstguest import measure_first_guests
 from benches.firststart import measure_first_starts
 from benches.idle import measure_idle
 from benches.kinds import measure_kinds
+from benches.layout import measure_layouts
 from benches.report import Report, machine_facts
 from benches.setup import ALONE, SYSTEM, Setup, set_up
 from benches.starts import measure_starts
@@ -24,7 +26,9 @@ from onecopy.guest.host import Host
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
-PARTS = ("starts", "programs", "kinds", "idle")
+PARTS = ("starts", "programs", "first", "kinds", "idle")
+#: Only when asked for: it needs a large root.
+FURTHER = ("layout",)
 
 
 def _arguments() -> argparse.Namespace:
@@ -37,14 +41,21 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "what",
         nargs="*",
-        choices=[[], *PARTS],
-        help=f"what to measure: {', '.join(PARTS)} (default: all)",
+        choices=[[], *PARTS, *FURTHER],
+        help=f"what to measure: {', '.join(PARTS)} (default: these), {', '.join(FURTHER)}",
     )
     parser.add_argument("--guests", type=int, default=4, help="guests of each kind (default: 4)")
     parser.add_argument("--starts", type=int, default=21, help="single starts (default: 21)")
     parser.add_argument("--idle", type=int, default=16, help="idle clones (default: 16)")
     parser.add_argument("--root", type=Reference.parse, help="a Debian root with python3 to use")
     parser.add_argument("--programs", type=int, default=3, help="first starts of a program")
+    parser.add_argument("--first", type=int, default=5, help="starts of a first guest, each way")
+    parser.add_argument(
+        "--drop-caches",
+        action="store_true",
+        help="before each of them drop the whole host's page cache, and not only the blobs",
+    )
+    parser.add_argument("--layouts", type=int, default=3, help="guests of each layout (default: 3)")
     parser.add_argument("--quick", action="store_true", help="2 guests, 3 starts, 1 program")
     parser.add_argument("--no-ksm", action="store_true", help="leave the host's KSM alone")
     parser.add_argument("--accel", choices=list(Choice), default=Choice.AUTO, type=Choice)
@@ -53,8 +64,10 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.guests, arguments.starts, arguments.programs, arguments.idle = 2, 3, 1, 2
-    if min(arguments.guests - 1, arguments.starts, arguments.programs) < 1:
-        parser.error("at least 2 guests, 1 start and 1 program")
+        arguments.first = arguments.layouts = 1
+    counts = (arguments.starts, arguments.programs, arguments.first, arguments.layouts)
+    if min(arguments.guests - 1, *counts) < 1:
+        parser.error("at least 2 guests, and 1 of everything else")
     return arguments
 
 
@@ -85,10 +98,16 @@ async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:
         report.starts = await measure_starts(setup, arguments.starts, _tell)
     if "programs" in wanted:
         report.programs = await measure_first_starts(setup, arguments.programs, _tell)
+    if "first" in wanted:
+        report.first = await measure_first_guests(
+            setup, arguments.first, arguments.drop_caches, _tell
+        )
     if "kinds" in wanted:
         report.kinds = await measure_kinds(setup, arguments.guests, not arguments.no_ksm, _tell)
     if "idle" in wanted:
         report.idle = await measure_idle(setup, arguments.idle, not arguments.no_ksm, _tell)
+    if "layout" in wanted:
+        report.layouts = await measure_layouts(setup, arguments.layouts, _tell)
     return report
 
 

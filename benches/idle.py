@@ -20,7 +20,7 @@ from benches.places import Place, places
 from benches.setup import Setup
 from onecopy.errors import Incompatible
 from onecopy.guest.maps import guest_maps
-from onecopy.guest.start import start_clone
+from onecopy.guest.start import CloneSpec, start_clone
 from onecopy.host import ksm, meminfo, process
 
 _PAGE_TABLES = ("page_tables", "secondary_page_tables")
@@ -124,7 +124,7 @@ async def _clones(
 
 
 async def _start(setup: Setup, ends: contextlib.AsyncExitStack, *, merge: bool) -> Running:
-    record = await start_clone(setup.host, setup.saved, new_name(), merge=merge)
+    record = await start_clone(setup.host, setup.saved, new_name(), CloneSpec(merge=merge))
     ends.callback(setup.host.end, record)
     (maps,) = guest_maps([record])
     return Running(maps, record.start_seconds, process.cpu_seconds(record.pid))

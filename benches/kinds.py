@@ -23,7 +23,7 @@ from benches.setup import Setup, application
 from onecopy.guest.boot import run_cold
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.maps import guest_maps
-from onecopy.guest.start import start_clone
+from onecopy.guest.start import CloneSpec, start_clone
 from onecopy.host import meminfo, process
 from onecopy.sharing.account import GuestMaps
 
@@ -100,7 +100,7 @@ async def _cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
 
 async def _saved(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, began = new_name(), time.monotonic()
-    record = await start_clone(setup.host, setup.saved, name, ((0, 80),))
+    record = await start_clone(setup.host, setup.saved, name, CloneSpec(publish=((0, 80),)))
     ends.callback(setup.host.end, record)
     await answered(record.publish[0][0], name)
     (maps,) = guest_maps([record])
@@ -140,7 +140,7 @@ async def measure_kinds(setup: Setup, count: int, with_ksm: bool, tell: Tell) ->
             tell("the same, until KSM has merged what it can")
             async with merged() as merging:
                 kinds.append(await _after(group, merging))
-    segments = [slot.path for slot in setup.prepared.hardware.segments]
+    segments = [item.layer.path for item in setup.prepared.placed if item.layer]
     tell(f"{count} guests booted from the segment")
     async with _group(setup, "segment", count, _cold, segments) as group:
         kinds.append(group.kind)

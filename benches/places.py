@@ -50,7 +50,7 @@ def _place(mapping: smaps.Mapping, saved: Template) -> str:
     path = mapping.path
     if path == str(saved.ram):
         return "guest RAM (saved file, copy-on-write)"
-    if path in saved.segments:
+    if path in {str(item.layer.path) for item in saved.placed if item.layer}:
         return "segments"
     if "x" in mapping.perms and not path:
         return "translated code (TCG)"

@@ -15,7 +15,7 @@ from benches.setup import Setup, resource
 from onecopy.build.bootfiles import cpio
 from onecopy.build.kernel import KernelConfig
 from onecopy.run import run
-from onecopy.vmm.argv import Kernel, Launch, Ram
+from onecopy.vmm.argv import FIRST_ADDRESS, Card, Kernel, Launch, Ram
 from onecopy.vmm.launch import Vmm, launch, prepare
 
 #: Boot modules that serve segments and the agent: a plain guest has neither.
@@ -46,7 +46,11 @@ def start_plain(setup: Setup, name: str, command: str, port: int) -> Vmm:
         monitor_fd="FD",
         console_fd="FD",
         ram=Ram.ANONYMOUS,
+        # Nothing is mapped private, so QEMU need not ask for files (vmm/answering.py); and what it
+        # opens for a drive, /dev/null, would be a question that nobody answers.
+        rom=True,
         kernel=Kernel(setup.prepared.kernel.layer("kernel").path, folder / "initrd"),
+        card=Card("52:54:00:12:34:56", str(FIRST_ADDRESS)),
         publish=((port, 80),),
     )
     hardware = replace(setup.prepared.hardware, segments=())
@@ -67,7 +71,9 @@ def _write_initrd(setup: Setup, out: Path, name: str, command: str) -> None:
     if module:
         shutil.copyfile(module, folder / "bench/virtio_blk.ko")
         names.append("bench/virtio_blk.ko")
-    shutil.copyfile(setup.prepared.tools.layer("busybox").path, folder / "bin/busybox")
+    tools = setup.prepared.tools
+    assert tools  # noqa: S101 - for the type checker: it is no bare machine
+    shutil.copyfile(tools.layer("busybox").path, folder / "bin/busybox")
     (folder / "bin/busybox").chmod(0o755)
     (folder / "init").write_text(resource("init"))
     (folder / "init").chmod(0o755)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from benches.figures import Kind, Spread
+from benches.firstguest import WAYS, FirstGuests
 from benches.firststart import FirstStart
 from benches.idle import Idle
 from benches.kinds import Results
+from benches.layout import PROGRAMS, Layout
 from benches.merging import Merged
 from benches.places import Place
 from benches.setup import Setup
@@ -38,8 +40,10 @@ class Report:
     machine: dict[str, str]
     starts: Starts | None = None
     programs: dict[str, FirstStart] | None = None
+    first: FirstGuests | None = None
     kinds: Results | None = None
     idle: list[Idle] | None = None
+    layouts: list[Layout] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and bytes; each spread with all its values."""
@@ -64,8 +68,12 @@ class Report:
             parts.append(
                 "### First start of a program in a guest\n\n" + _first_starts(self.programs)
             )
+        if self.first:
+            parts.append("### The first guest\n\n" + _first_guests(self.first))
         if self.idle:
             parts.append("### An idle clone, beyond the shared copy\n\n" + _idle(self.idle))
+        if self.layouts:
+            parts.append("### Large files, as they are and aligned\n\n" + _layouts(self.layouts))
         return "\n\n".join(parts) + "\n"
 
 
@@ -165,6 +173,52 @@ def _idle(kinds: Sequence[Idle]) -> str:
         places = [next(p for p in k.places if p.name == name) for k in kinds]
         rows.append([f"in no file: {name}", *(_mib(place.anonymous) for place in places)])
     return _table(head, rows) + f"\n\n{kinds[0].guests} clones, on top of one."
+
+
+def _first_guests(first: FirstGuests) -> str:
+    cold = first.ways["cold"].seconds.median
+    rows = [
+        [
+            WAYS[way],
+            _spread(each.seconds),
+            f"{each.seconds.median / cold:.2f}",
+            f"{each.warming.median:.2f} s" if each.warming.high > 0.01 else "-",
+            _mib(each.ahead.median),
+            _mib(each.read.median),
+            f"{each.waits.median:.0f}",
+        ]
+        for way, each in first.ways.items()
+    ]
+    head = ["files of the guest", "until it is ready", "of the first", "`warm` before that"]
+    head += ["read ahead", "read by the VMM", "its major faults"]
+    ahead = "unknown" if first.read_ahead is None else format_size(first.read_ahead)
+    return _table(head, rows) + (
+        f"\n\nMedians of {len(first.ways['cold'].seconds.values)} starts each, in turn; dropped by "
+        f"{first.dropped}. On record are {format_size(first.recorded)} of "
+        f"{format_size(first.blobs)}; the kernel reads {ahead} ahead on this disk."
+    )
+
+
+def _layouts(layouts: Sequence[Layout]) -> str:
+    places = {"root": "root", "segment": "segment, mounted"}
+    head = ["", *(f"{places[k.place]}: {k.layout}" for k in layouts)]
+    rows = [
+        ["image", *(_mib(k.image) for k in layouts)],
+        ["of it in the host's memory, afterwards", *(_mib(k.resident.median) for k in layouts)],
+    ]
+    for name in PROGRAMS:
+        programs = [k.programs[name] for k in layouts]
+        rows += [
+            [f"`{name}`: minor page faults", *(f"{p.faults.median:.0f}" for p in programs)],
+            ["- of files, 4 KiB each", *(f"{p.small.median:.0f}" for p in programs)],
+            ["- of files, 2 MiB each", *(f"{p.large.median:.0f}" for p in programs)],
+            ["- 2 MiB refused", *(f"{p.refused.median:.0f}" for p in programs)],
+            ["- page tables", *(f"{p.tables.median / 1024:.0f} KiB" for p in programs)],
+            ["- CPU of the VMM, first start", *(_spread(p.cpu) for p in programs)],
+            ["- CPU of the VMM, a further one", *(_spread(p.again) for p in programs)],
+        ]
+    number = len(layouts[0].resident.values)
+    return _table(head, rows) + f"\n\nMedians of {number} guests each (min-max)."
 
 
 def _places(places: Sequence[Place]) -> str:

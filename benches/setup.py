@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 from onecopy.build.segment import build_segment
-from onecopy.guest.boot import ColdSpec, Prepared, prepare_cold
+from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold
 from onecopy.guest.host import Host
 from onecopy.guest.save import save_system
 from onecopy.guest.start import Template, template
@@ -72,7 +72,7 @@ async def set_up(
     spec = ColdSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
     prepared = prepare_cold(host, spec, tell)
     began = time.monotonic()
-    artifact = await save_system(host, SYSTEM, spec, tell)
+    artifact = (await save_system(host, SYSTEM, spec, tell)).artifact
     return Setup(
         host=host,
         prepared=prepared,
@@ -85,4 +85,4 @@ async def set_up(
 async def without_network(setup: Setup, tell: Callable[[str], None]) -> Template:
     """The same guest, saved without a network card."""
     spec = replace(setup.prepared.spec, network=False)
-    return template(setup.host, await save_system(setup.host, ALONE, spec, tell))
+    return template(setup.host, (await save_system(setup.host, ALONE, spec, tell)).artifact)

@@ -22,7 +22,7 @@ from benches.answers import answered
 from benches.figures import Spread
 from benches.kinds import new_name
 from benches.setup import Setup, without_network
-from onecopy.guest import identity, start
+from onecopy.guest import begin, identity, start
 from onecopy.guest.ports import Ports
 from onecopy.run import environment
 from onecopy.vmm.launch import launch
@@ -136,7 +136,7 @@ async def _clone(setup: Setup, system: start.Template, publish: Ports = ()) -> d
     """The moments of one clone; the last only if it publishes a port."""
     name = new_name()
     with _watched() as marks:
-        record = await start.start_clone(setup.host, system, name, publish)
+        record = await start.start_clone(setup.host, system, name, start.CloneSpec(publish=publish))
         marks["handed out"] = time.monotonic()
     try:
         if publish:
@@ -171,12 +171,13 @@ def _watched() -> Iterator[dict[str, float]]:
             marks["running"] = time.monotonic()
         return result
 
-    async def becoming(*args: Any, **options: Any) -> None:
-        await become(*args, **options)
+    async def becoming(*args: Any, **options: Any) -> str:
+        address = await become(*args, **options)
         marks["confirmed"] = time.monotonic()
+        return address
 
     with (
-        patch.object(start, "launch", launching),
+        patch.object(begin, "launch", launching),
         patch.object(start, "connect", connecting),
         patch.object(Monitor, "execute", executing),
         patch.object(identity, "become", becoming),

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecopy.errors import GuestFailed, OnecopyError
-from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
+from onecopy.guest.boot import run_cold
+from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.exec import Streams, run_captured, run_streaming
 from onecopy.guest.host import Host
 from onecopy.model import MIB

@@ -1,3 +1,59 @@
-"""onecopy: one copy of every page that guests have in common."""
+"""onecopy: one copy of every page that guests have in common.
+
+From Python it is what the command is. A saved system (`onecopy save`, or `Host.save`) starts as
+often as you like, in some hundredths of a second each::
+
+    import onecopy
+
+    with onecopy.Host() as host:
+        with host.start("hello", 2, publish=[(0, 80)]) as guests:
+            for guest in guests:
+                guest.copy_in("tests", "/work")
+                done = guest.exec(["python3", "-m", "unittest", "discover", "/work"], timeout=60)
+                print(guest.name, guest.port(80), done.text)
+                guest.copy_out("/work/report.xml", f"report-{guest.name}.xml")
+
+The guests end with their block, whatever happens in it. `Host.boot` boots a segment instead;
+`Host.guests` are all that run; `Guest.keep` lets one outlive the program.
+
+All errors are of one tree (`onecopy.errors`): each says what happened and has a ``hint``. A program
+that fails in a guest is `ProgramFailed`, unless it was run with ``check=False``.
+
+`onecopy.aio` has the same for asyncio. docs/python.md says more.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onecopy import aio as aio
+    from onecopy import errors as errors
+    from onecopy.errors import OnecopyError as OnecopyError
+    from onecopy.errors import ProgramFailed as ProgramFailed
+    from onecopy.guest.exec import Completed as Completed
+    from onecopy.sync import Guest as Guest
+    from onecopy.sync import Host as Host
 
 __version__ = "0.1.0"
+
+#: Imported when they are used: the command must not wait for all of it.
+_PLACES = {
+    "Completed": "onecopy.guest.exec",
+    "Guest": "onecopy.sync",
+    "Host": "onecopy.sync",
+    "OnecopyError": "onecopy.errors",
+    "ProgramFailed": "onecopy.errors",
+}
+_MODULES = ("aio", "errors")
+
+
+def __getattr__(name: str) -> object:
+    if name in _PLACES:
+        return getattr(import_module(_PLACES[name]), name)
+    if name in _MODULES:
+        return import_module(f"onecopy.{name}")
+    raise AttributeError(f"module 'onecopy' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PLACES, *_MODULES]

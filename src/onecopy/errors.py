@@ -15,6 +15,13 @@ OnecopyError
 ├── Incompatible       this host cannot run what was asked for
 ├── StoreDamaged       the store holds something that it must not
 ├── NotPermitted       this user may not do that
+├── Restricted         it is restricted, and the guest is not granted it
+├── OtherDomain        it belongs to another trust domain
+├── NoSlot             the guest has no slot left for a segment or disk
+├── TooLarge           it does not fit the guest
+├── NotUnmounted       a process in the guest holds the segment
+├── NameMoved          the name means something else by now
+├── ProgramFailed      a program in a guest ran and failed
 └── Interrupted        Ctrl-C or SIGTERM
 
 Each class owns a stable ``id`` (shown by ``--json``) and an exit code; each instance says what
@@ -179,6 +186,73 @@ class NotPermitted(OnecopyError):
 
     id = "not-permitted"
     exit_code = 15
+
+
+class Restricted(OnecopyError):
+    """The segment or saved system is restricted, and this guest is not granted it."""
+
+    id = "restricted"
+    exit_code = 16
+
+
+class OtherDomain(OnecopyError):
+    """It belongs to another trust domain."""
+
+    id = "other-domain"
+    exit_code = 17
+
+
+class NoSlot(OnecopyError):
+    """The guest has no slot left for a further segment or disk."""
+
+    id = "no-slot"
+    exit_code = 18
+
+
+class TooLarge(OnecopyError):
+    """It does not fit the guest's room for segments, memory or processors."""
+
+    id = "too-large"
+    exit_code = 19
+
+
+class NotUnmounted(OnecopyError):
+    """A process of the guest holds it."""
+
+    id = "not-unmounted"
+    exit_code = 20
+
+    def __init__(self, message: str, *, holders: Sequence[str], hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.holders = tuple(holders)
+
+
+class NameMoved(OnecopyError):
+    """The name means something else by now."""
+
+    id = "name-moved"
+    exit_code = 21
+
+
+class ProgramFailed(OnecopyError):
+    """A program in a guest failed; in the Python API only."""
+
+    id = "program-failed"
+    exit_code = 22
+
+    def __init__(
+        self, guest: str, command: str, returncode: int, stdout: bytes, stderr: bytes
+    ) -> None:
+        tail = "\n".join((stdout + stderr).decode(errors="replace").strip().splitlines()[-15:])
+        super().__init__(
+            f"exit code {returncode} in {guest} from: {command}\n{tail}".rstrip(),
+            hint="127 is no such program, 124 that its time was up, 128 + n signal n",
+        )
+        self.guest = guest
+        self.command = command
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
 
 
 class Interrupted(OnecopyError):

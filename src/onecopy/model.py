@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 
 from onecopy.errors import InvalidInput
 
@@ -44,6 +45,44 @@ def check_guest_name(text: str) -> str:
     return text
 
 
+class PageClass(StrEnum):
+    """How a range of a segment is mapped, in z/VM's terms (page descriptor codes).
+
+    The first letter is S (all guests have one copy) or E (each has its own), the second what
+    guests may do with it.
+    """
+
+    SR = "SR"
+    """Shared, read-only: the stored blob itself."""
+    ER = "ER"
+    """Exclusive, read-only: each guest has a copy in memory of its own."""
+    SW = "SW"
+    """Shared, writable: one copy for all present users, which ends with the last of them."""
+    EW = "EW"
+    """Exclusive, writable: copy-on-write of the stored blob."""
+    SN = "SN"
+    """As SW, but not saved: zeroes at first."""
+    EN = "EN"
+    """As EW, but not saved: zeroes at first."""
+    SC = "SC"
+    """Shared: the host writes, guests read."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether guests see one copy."""
+        return self.value[0] == "S"
+
+    @property
+    def saved(self) -> bool:
+        """Whether it has stored content."""
+        return self.value[1] != "N"
+
+    @property
+    def writable(self) -> bool:
+        """Whether guests may write to it."""
+        return self.value[1] in "WN"
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What a user types to mean one artifact: ``NAME[:VERSION]`` or ``NAME@sha256:HEX``."""
@@ -73,6 +112,26 @@ class Reference:
 
     def __str__(self) -> str:
         return f"{self.name}@{self.digest}" if self.digest else f"{self.name}:{self.version}"
+
+
+def parse_mount(text: str) -> tuple[Reference, str]:
+    """``SEGMENT`` or ``SEGMENT:/MOUNTPOINT``; "" where it is not mounted. Raises InvalidInput."""
+    ref, slash, mountpoint = text.rpartition(":/")
+    if not slash:
+        return Reference.parse(text), ""
+    if not ref:
+        raise InvalidInput(
+            f"{text!r} does not say which segment to mount",
+            hint="write for example data:/srv/data",
+        )
+    return Reference.parse(ref), "/" + mountpoint.rstrip("/")
+
+
+def check_ports(host: int, guest: int) -> tuple[int, int]:
+    """A port of the host, 0 for any, and one of a guest; raise InvalidInput."""
+    if not (0 <= host < 65536 and 0 < guest < 65536):
+        raise InvalidInput(f"{host}:{guest} is not a port pair", hint="ports are 1 to 65535")
+    return host, guest
 
 
 def parse_size(text: str) -> int:

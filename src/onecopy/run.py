@@ -7,6 +7,7 @@ command line that one can paste.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from onecopy.errors import CommandFailed, MissingProgram
 #: Program -> the Debian package that has it.
 PACKAGES = {
     "apt-get": "apt",
+    "blkid": "util-linux",
     "busybox": "busybox-static",
     "bzip2": "bzip2",
     "cpio": "cpio",
@@ -32,7 +34,10 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "mkfs.erofs": "erofs-utils",
     "mmdebstrap": "mmdebstrap",
+    "partx": "util-linux",
+    "qemu-img": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
+    "resize2fs": "e2fsprogs",
     "tar": "tar",
     "xz": "xz-utils",
     "zstd": "zstd",
@@ -64,8 +69,11 @@ def run(
     stdin: bytes | None = None,
     pass_fds: Sequence[int] = (),
     hint: str = "",
+    both: bool = False,
 ) -> str:
     """Run a program to its end and return what it printed on standard output.
+
+    With ``both`` standard error comes before it.
 
     It runs in a process group of its own, which is ended when we are interrupted: no child
     outlives the call. Raises MissingProgram, or CommandFailed with both of its streams.
@@ -92,7 +100,59 @@ def run(
     if process.returncode:
         output = (err + b"\n" + out).decode(errors="replace")
         raise CommandFailed(shlex.join(args), process.returncode, output, hint=hint)
-    return out.decode(errors="replace")
+    return (err + out if both else out).decode(errors="replace")
+
+
+class Detached:
+    """A program of ours that outlives us, in a session of its own; a context manager.
+
+    It inherits ``pass_fds``. At the end of the ``with`` it is ended, unless it is kept.
+    """
+
+    def __init__(self, argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> None:
+        paths = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+        self._process = subprocess.Popen(
+            argv,
+            cwd="/",
+            env=environment(paths),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ask(self, question: bytes) -> bytes:
+        """Give it ``question`` on standard input; what it says until it closes standard output."""
+        assert self._process.stdin and self._process.stdout  # noqa: S101 - for the type checker
+        try:
+            self._process.stdin.write(question)
+            self._process.stdin.close()
+        except BrokenPipeError:
+            return b""
+        return self._process.stdout.read()
+
+    def keep(self) -> None:
+        """Let it live on."""
+        # So that nobody waits for it, or warns that nobody does.
+        self._process.returncode = 0
+
+    def __enter__(self) -> Detached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from onecopy.errors import GuestFailed, MissingProgram
 from onecopy.model import HUGE_PAGE_SIZE, MIB
-from onecopy.vmm.argv import MAX_SEGMENTS, Hardware, Kernel, Launch, Ram, Slot, command
+from onecopy.vmm.argv import MAX_SEGMENTS, Card, Hardware, Kernel, Launch, Mode, Ram, Slot, command
 from onecopy.vmm.launch import launch, prepare
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu import Qemu, probe
@@ -34,6 +34,7 @@ def _cases(root: Path) -> dict[str, Case]:
         segments=(Slot(root / "segment0", HUGE_PAGE_SIZE),),
     )
     many = tuple(Slot(root / f"segment{n}", (n + 1) * HUGE_PAGE_SIZE) for n in range(MAX_SEGMENTS))
+    card = Card("02:00:00:00:00:01", "198.18.1.0")
     clone = Launch(
         binary="/usr/bin/qemu-system-x86_64",
         accel="tcg",
@@ -43,22 +44,30 @@ def _cases(root: Path) -> dict[str, Case]:
         console_fd="FD",
         ram=Ram.COPY_ON_WRITE,
         ram_path=root / "ram",
+        card=card,
     )
+    modes = tuple(Slot(root / mode, HUGE_PAGE_SIZE, mode) for mode in Mode)
     kernel = Kernel(root / "vmlinuz", root / "initrd")
     cold = replace(clone, ram=Ram.ANONYMOUS, ram_path=None, kernel=kernel)
     return {
         "clone": (hardware, clone),
-        "rom": (hardware, replace(clone, ram_readonly_file=True)),
-        "saving": (hardware, replace(clone, ram=Ram.SAVING, kernel=kernel)),
+        "rom": (hardware, replace(clone, rom=True)),
         "cold": (hardware, cold),
         "append": (hardware, replace(cold, kernel=replace(kernel, append="init=/bin/sh"))),
+        "bare": (
+            replace(hardware, segments=()),
+            replace(cold, kernel=Kernel(root / "vmlinuz", None)),
+        ),
         "kvm": (replace(hardware, cpu="host"), replace(clone, accel="kvm")),
         "cpus": (replace(hardware, cpus=4), clone),
         "memory": (replace(hardware, memory=1024 * MIB), clone),
+        "bridge": (hardware, replace(clone, card=Card("02:00:00:00:00:01", "", "FD"))),
         "no-network": (replace(hardware, network=False), clone),
         "publish": (hardware, replace(clone, publish=((8080, 80), (0, 443)))),
         "no-segments": (replace(hardware, segments=()), clone),
         "many-segments": (replace(hardware, segments=many), clone),
+        "classes": (replace(hardware, segments=modes), clone),
+        "classes-rom": (replace(hardware, segments=modes), replace(clone, rom=True)),
         "extra": (hardware, replace(clone, extra=("-S",))),
     }
 
@@ -67,7 +76,7 @@ NAMES = sorted(_cases(Path("/store")))
 #: The name of a thing that goes into the line as it is; what differs by host comes from a probe.
 _PLAIN = {"machine", "binary", "name", "folder", "monitor_fd", "console_fd"}
 #: Not on the line: what the VMM is confined to (confine.py).
-_BESIDE = {"merge"}
+_BESIDE = {"merge", "later"}
 
 
 def _text(case: Case) -> str:
@@ -122,9 +131,12 @@ def qemu(tmp_path_factory: pytest.TempPathFactory) -> Qemu:
         cannot_run(error.message)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "kvm"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("kvm", "bridge")])
 def test_qemu_takes_it(name: str, qemu: Qemu, tmp_path: Path) -> None:
-    """Start it and ask what it waits for. Not "kvm", which needs a host that has it."""
+    """Start it and ask what it waits for.
+
+    Not "kvm", which needs a host that has it, and "bridge" (tests/vm/test_network.py).
+    """
     hardware, spec = _cases(tmp_path)[name]
     _make_files(tmp_path, hardware)
     spec.folder.mkdir()
@@ -133,7 +145,7 @@ def test_qemu_takes_it(name: str, qemu: Qemu, tmp_path: Path) -> None:
     spec = replace(spec, binary=qemu.binary, publish=_free(spec.publish))
     # What would run is held back.
     spec = replace(spec, extra=("-S",) if spec.kernel else spec.extra)
-    if spec.ram_readonly_file and not qemu.rom:
+    if spec.rom and not qemu.rom:
         with pytest.raises(GuestFailed):
             asyncio.run(_state(hardware, spec))
         assert "rom" in (spec.folder / "qemu.log").read_text()

@@ -41,12 +41,12 @@ def test_a_segment_and_its_record(store: Store, tree: Path) -> None:
     layer = made.layer("image")
     assert layer.media_type == "application/vnd.onecopy.image.v1+erofs"
     assert json.loads(made.config) == {
-        "schema": 1,
-        "fs": "erofs",
-        "size": layer.size,
+        "schema": 2,
+        "ranges": [{"class": "SR", "size": layer.size, "fs": "erofs"}],
         "source": "dir",
         "include": [],
         "init": "/sbin/init",
+        "parent": "",
     }
     assert layer.path.stat().st_size == layer.size == HUGE_PAGE_SIZE
     assert len(steps) >= 2

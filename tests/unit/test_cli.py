@@ -85,8 +85,7 @@ BAD = [
     "save a --root b:c:d",
     "save a --root b --memory 1.5G",
     "save a --root b --memory \u0661M",
-    "save a --root b --segment data",
-    "save a --root b --segment data:srv",
+    "save a --root b --segment :/data",
     "save a --root b --segment :/srv",
     "save a --root b --segment a/b:/srv",
     "save a --root b --cpus 0",
@@ -106,14 +105,24 @@ BAD = [
     "run a -p 1:2:3",
     "run a -p \u00b2",
     "run a -p 80:\u0663",
-    "run a --memory 256M",
-    "run a --cpus 1",
+    "run a --disk 1M --name a",
+    "run a --disk 1G",
+    "run a -n 2 --disk a.img",
+    "run a --name a --disk 1G --disk 1G",
     "run a --timeout 300",
-    "run a --segment b:/srv",
+    "run a --segment :/srv",
+    "run a --cpus 0",
+    "run a --memory x",
+    "disks extra",
+    "disks --rm A",
     "run a --no-network",
     "run a --run true",
     "run a --ready true",
     "run a --no-such-option",
+    "cp a b",
+    "cp a:/x b:/y",
+    "cp a:/x",
+    "cp ./a:b c",
     "stop",
     "stop a --all",
     "inspect A",
@@ -145,12 +154,12 @@ def test_bad_input(line: str, home: Store, capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_ports_of_several_guests() -> None:
-    from onecopy.cli.run_ import _ports
+    from onecopy.guest.ports import numbered
 
-    assert _ports(((8080, 80), (0, 443)), 2) == ((8082, 80), (0, 443))
-    assert _ports(((65535, 80),), 0) == ((65535, 80),)
+    assert numbered(((8080, 80), (0, 443)), 2) == ((8082, 80), (0, 443))
+    assert numbered(((65535, 80),), 0) == ((65535, 80),)
     with pytest.raises(InvalidInput):
-        _ports(((65535, 80),), 1)
+        numbered(((65535, 80),), 1)
 
 
 @pytest.mark.parametrize(

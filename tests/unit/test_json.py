@@ -21,30 +21,20 @@ from onecopy.demo.measure import Measured
 from onecopy.errors import GuestFailed
 from onecopy.guest import doctor
 from onecopy.guest.artifacts import describe, describe_fully
-from onecopy.guest.folder import GuestRecord, run_root
+from onecopy.guest.disks import OwnDisk
+from onecopy.guest.folder import Attached, Device, GuestDisk, run_root
 from onecopy.guest.machine import MappedSegment, SystemConfig
 from onecopy.guest.many import Started
+from onecopy.guest.pinning import Pinned
+from onecopy.guest.warming import Warmed
 from onecopy.sharing import report
 from onecopy.sharing.account import GuestAccount, SegmentUse
 from onecopy.store import Store
+from tests.unit.guest_kit import record
 from tests.unit.store_kit import put
 
 PAGE = Path(__file__).parents[2] / "docs/json.md"
-GUEST = GuestRecord(
-    name="web",
-    kind="clone",
-    source="s:latest",
-    digest="sha256:0",
-    accel="tcg",
-    accel_reason="asked for",
-    pid=1,
-    start_ticks=1,
-    started=0.5,
-    start_seconds=0.5,
-    memory=1,
-    ram_path=None,
-    segments={},
-)
+GUEST = record("web")
 
 
 def _documented() -> dict[str, list[str]]:
@@ -69,7 +59,13 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
     sheet = report.Report((), ()).to_json()
     return {
         "ps: guest": list(msgspec.to_builtins(GUEST)),
+        "ps: segment of a guest": _struct(Attached),
+        "ps: range of a segment": _struct(Device),
+        "ps: disk of a guest": _struct(GuestDisk),
+        "disks: disk": [field.name for field in fields(OwnDisk)],
         "ls: artifact": list(describe(store, artifact)),
+        "warm: blob": [field.name for field in fields(Warmed)],
+        "warm: pinned": [field.name for field in fields(Pinned)],
         "inspect: artifact": [key for key in full if key not in describe(store, artifact)],
         "inspect: layer": list(full["layers"][0]),
         "inspect: config of a system": _struct(SystemConfig),

@@ -1,36 +1,23 @@
 """Starting several guests: all or none, what keeps and what ends. Guests here are only records."""
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import cast
 
 import pytest
 
-from onecopy.errors import GuestFailed, InvalidInput, OnecopyError
+from onecopy.errors import GuestFailed, InvalidInput, NotEnough, OnecopyError
+from onecopy.guest import admission
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
+from onecopy.model import MIB
+from tests.unit.guest_kit import record
 
 NAMES = ["g-1", "g-2", "g-3", "g-4"]
-
-
-def _record(name: str) -> GuestRecord:
-    return GuestRecord(
-        name=name,
-        kind="clone",
-        source="s:latest",
-        digest="sha256:0",
-        accel="tcg",
-        accel_reason="",
-        start_ticks=1,
-        pid=0,
-        started=0,
-        start_seconds=0,
-        memory=0,
-        ram_path=None,
-        segments={},
-    )
 
 
 class _Batch:
@@ -60,13 +47,14 @@ class _Host:
         await asyncio.sleep(self._slow)
         self.running.add(name)
         self.ready.put_nowait(name)
-        return _record(name)
+        return record(name, pid=0)
 
-    def end(self, record: GuestRecord) -> None:
-        self.running.remove(record.name)
+    def end(self, *records: GuestRecord) -> None:
+        self.running -= {each.name for each in records}
 
     @contextmanager
-    def batch(self) -> Iterator["_Batch"]:
+    def batch(self, owner: Path | None = None) -> Iterator["_Batch"]:
+        assert owner is None
         yield _Batch(self)
 
     def as_host(self) -> Host:
@@ -149,6 +137,33 @@ def test_errors_of_ours_only_are_failures() -> None:
     ((name, error),) = done.failures
     assert name == "g-3"
     assert isinstance(error, OnecopyError)
+
+
+def test_what_the_memory_is_not_enough_for_is_not_begun() -> None:
+    host = _Host()
+    with pytest.raises(NotEnough):
+        asyncio.run(start_many(host.as_host(), NAMES, host.start, each=1 << 60))
+    assert host.begun == set()
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_memory_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch, keep_going: bool) -> None:
+    host = _Host()
+
+    def require(each: int, count: int = 1) -> None:
+        if count == 1 and len(host.running) == 2:
+            raise NotEnough("memory", needed=each, available=0)
+
+    monkeypatch.setattr(admission, "require", require)
+    monkeypatch.setattr(os, "cpu_count", lambda: 0.5)  # one at a time
+    everything = start_many(host.as_host(), NAMES, host.start, keep_going=keep_going, each=MIB)
+    if keep_going:
+        assert [name for name, _ in asyncio.run(everything).failures] == NAMES[2:]
+        assert host.running == set(NAMES[:2])
+    else:
+        with pytest.raises(NotEnough):
+            asyncio.run(everything)
+        assert host.running == set()
 
 
 def test_names() -> None:

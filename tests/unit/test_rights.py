@@ -5,7 +5,7 @@ import pytest
 from onecopy.errors import Incompatible
 from onecopy.guest.doctor import _starting
 from onecopy.host import seccomp
-from onecopy.vmm import readonly_ram
+from onecopy.vmm import answering
 from onecopy.vmm.qemu import Qemu
 
 
@@ -23,8 +23,8 @@ def test_doctor_and_start_agree(
     monkeypatch.setattr(seccomp, "can_ask", lambda: kernel)
     assert _starting(_qemu(rom)).state == state
     if state == "ok":
-        readonly_ram.require(_qemu(rom))
+        answering.require(_qemu(rom))
     else:
         with pytest.raises(Incompatible) as caught:
-            readonly_ram.require(_qemu(rom))
+            answering.require(_qemu(rom))
         assert "QEMU 8.2" in caught.value.hint

@@ -53,6 +53,24 @@ def test_recorded_guest_with_anonymous_ram() -> None:
     assert (found.page_tables, found.ksm, found.note) == (212 << 10, 0, "")
 
 
+def test_memory_that_came_later_is_ram() -> None:
+    nothing = dict.fromkeys((each.name for each in dataclasses.fields(Mapping)), 0)
+
+    def mapping(start: int, end: int, path: str = "") -> Mapping:
+        own = {"rss": end - start, "anonymous": end - start, "private_dirty": end - start}
+        where = {"start": start, "end": end, "perms": "rw-p", "path": path}
+        return Mapping(**nothing | own | where | {"inode": len(path)})  # type: ignore[arg-type]
+
+    saved = mapping(0x1000, 0x5000, FROM_FILE.ram_path or "")
+    mappings = [saved, mapping(0x8000, 0xA000), mapping(0xB000, 0xC000)]
+    maps = dataclasses.replace(FROM_FILE, ram_bytes=0x6000, ram_added=0x2000)
+    assert find_ram(maps, mappings) == mappings[:2]
+    assert account(maps, mappings).ram_private == 0x6000
+    assert find_ram(dataclasses.replace(maps, ram_added=0), mappings) == mappings[:1]
+    lost = dataclasses.replace(maps, ram_added=0x9000)
+    assert "RAM was not found" in account(lost, mappings).note
+
+
 def test_recorded_guest_with_ram_from_a_file() -> None:
     # The figures were added up with awk from the recorded text.
     found = account(FROM_FILE, smaps.read(1002, RECORDED))

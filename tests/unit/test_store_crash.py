@@ -3,17 +3,30 @@
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
 
 from onecopy.model import Reference
-from onecopy.store import Artifact, Store
+from onecopy.store import Access, Artifact, Store
 from tests.unit.store_kit import check_whole, fork, killed_at, put
 
+MEMORY = Path("/dev/shm")
+APP = Reference.parse("app:1")
 OLD, NEW = b"old" * 5000, b"new" * 5000
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """In memory, if that can be: thousands of rounds wait for no disk, and kills need none."""
+    if not os.access(MEMORY, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        yield Path(folder)
 
 
 def kill_at_each_line(root: Path, change: Callable[[Store], object]) -> set[frozenset[str]]:
@@ -67,6 +80,55 @@ def test_hold_killed_anywhere_leaves_no_lease(tmp_path: Path) -> None:
     artifact = put(Store(tmp_path / "a"))
     seen = kill_at_each_line(tmp_path / "a", lambda store: store.hold([artifact.digest], "web-1"))
     assert seen == {names_of(artifact)}
+
+
+def test_extend_killed_anywhere_leaves_no_lease(tmp_path: Path) -> None:
+    artifact = put(Store(tmp_path / "a"))
+
+    def change(store: Store) -> None:
+        with store.hold([artifact.digest], "web-1") as main:
+            (main.files / "blob").hardlink_to(store.resolve(APP).layers[0].path)
+            store.extend("web-1", [artifact.digest])
+
+    assert kill_at_each_line(tmp_path / "a", change) == {names_of(artifact)}
+
+
+def test_tag_into_another_domain_killed_anywhere(tmp_path: Path) -> None:
+    def change(store: Store) -> Artifact:
+        return store.tag(APP, Reference.parse("copy:1"), domain="lab")
+
+    old = put(Store(tmp_path / "a"), "app:1", OLD)
+    put(Store(tmp_path / "b"), "app:1", OLD)
+    new = change(Store(tmp_path / "b"))
+    seen = kill_at_each_line(tmp_path / "a", change)
+    assert seen == {names_of(old), names_of(old, new)}
+
+
+def test_a_restriction_survives_what_is_killed_anywhere(tmp_path: Path) -> None:
+    """Never for a moment is a restricted name free for all."""
+    root, copy = tmp_path / "a", tmp_path / "copy"
+    store = Store(root)
+    put(store, "app:1", OLD)
+    before, after = Access(restricted=True), Access(restricted=True, grants=("web-*",))
+    store.restrict("app", lambda _: before)
+
+    def change() -> None:
+        mine = Store(copy)
+        put(mine, "app:1", NEW)
+        mine.restrict("app", lambda _: after)
+
+    seen = []
+    for step in count(1):
+        shutil.copytree(root, copy)
+        killed = killed_at(step, change)
+        access = Store(copy).access("app")
+        if access not in seen:
+            seen.append(access)
+        check_whole(copy)
+        shutil.rmtree(copy)
+        if not killed:
+            break
+    assert seen == [before, after]
 
 
 def test_first_opening_killed_anywhere(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import pytest
 from onecopy.build.kernel import ensure_kernel
 from onecopy.build.segment import build_segment
 from onecopy.errors import BadSource, MissingProgram
-from onecopy.guest.boot import ColdSpec, prepare_cold, run_cold
+from onecopy.guest.boot import run_cold
+from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
@@ -192,7 +193,7 @@ def saved(host: Host, python_root: Artifact, app: Artifact) -> Artifact:
         command="exec python3 /srv/app/app.py",
         ready="wget -q -O /dev/null http://127.0.0.1/",
     )
-    return asyncio.run(save_system(host, Reference("saved"), spec))
+    return asyncio.run(save_system(host, Reference("saved"), spec)).artifact
 
 
 @pytest.fixture

@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from onecopy.build.kernel import ensure_kernel
+from onecopy.build.packages import fetch_package
 from onecopy.build.segment import build_segment
 from onecopy.build.tools import ensure_tools
 from onecopy.guest.host import Host
 from onecopy.model import Reference
+from onecopy.run import run
 from onecopy.vmm.accel import Choice, choose
 
 PROJECT = Path(__file__).parents[2]
@@ -26,6 +28,12 @@ PROJECT = Path(__file__).parents[2]
 SUITE = os.environ.get("ONECOPY_TEST_SUITE", "bookworm")
 #: Name of a kept segment -> the Debian packages in it; its version is the suite.
 ROOTS = {"python": ("python3",), "systemd": ("systemd-sysv", "dbus")}
+#: Debian 13 as people run it.
+SERVICES = Reference("services", "trixie")
+SERVICES_PACKAGES = ("systemd-sysv", "dbus", "openssh-server", "cron")
+#: A system that is no Linux: the kernel by itself of that package.
+MEMTEST = Reference("memtest")
+MEMTEST_PACKAGE = "memtest86+"
 
 
 @contextlib.contextmanager
@@ -48,6 +56,8 @@ def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Host
         ensure_tools(kept.store, suite=host)
         for suite in roots:
             _ensure_roots(kept, suite)
+        _ensure_services(kept)
+        _ensure_memtest(kept)
         # The answers of QEMU and of the KVM probe are kept beside the store, too.
         choose(Choice.AUTO, kept.qemu.binary, kernel.layer("kernel").path, kept.store.cache)
         yield kept
@@ -58,6 +68,21 @@ def _ensure_roots(kept: Host, suite: str) -> None:
         ref = Reference(name, suite)
         if not kept.store.find(ref, "segment"):
             build_segment(kept.store, ref, f"debian:{suite}", include=packages)
+
+
+def _ensure_services(kept: Host) -> None:
+    if not kept.store.find(SERVICES, "segment"):
+        source = f"debian:{SERVICES.version}"
+        build_segment(kept.store, SERVICES, source, include=SERVICES_PACKAGES)
+
+
+def _ensure_memtest(kept: Host) -> None:
+    if not kept.store.find(MEMTEST, "kernel"):
+        with kept.store.workspace() as work:
+            package = fetch_package((MEMTEST_PACKAGE,), "trixie", work, lambda _: None)
+            run(["dpkg-deb", "--extract", package, work / "tree"])
+            image = next((work / "tree/boot").glob("m*x64.bin"))
+            build_segment(kept.store, MEMTEST, f"kernel:{image}")
 
 
 def builders_digest() -> str:

@@ -12,30 +12,35 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from onecopy.build.create import NewRange, create_segment
 from onecopy.build.kernel import ensure_kernel
 from onecopy.build.segment import build_segment
 from onecopy.build.tools import ensure_tools
-from onecopy.guest import boot, start
-from onecopy.guest.boot import ColdSpec, prepare_cold
+from onecopy.guest import start
+from onecopy.guest.attach import attach
+from onecopy.guest.begin import described, with_segments
+from onecopy.guest.cold import ColdSpec
+from onecopy.guest.commit import commit
+from onecopy.guest.disks import DiskSpec
 from onecopy.guest.exec import run_captured
+from onecopy.guest.fitting import Fitting
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import start_many
 from onecopy.guest.maps import guest_maps
 from onecopy.guest.save import save_system
-from onecopy.guest.start import start_clone, template
-from onecopy.guest.stop import stop_guest
+from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.guest.stop import stop_guests
 from onecopy.host import landlock
 from onecopy.host.process import exists
-from onecopy.model import MIB, Reference
+from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
 from onecopy.sharing.account import measure
 from onecopy.store import Artifact, Store
-from onecopy.vmm.argv import Ram
+from onecopy.vmm.argv import PORTS
 from onecopy.vmm.launch import prepare
 from onecopy.vmm.user import KVM
 from tests.conftest import cannot_run
@@ -44,12 +49,13 @@ from tests.vm.conftest import ACCEL, Clones, Cold
 from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
 from tests.vm.test_bad_luck import copy
 
-#: What QEMU has open besides files: its event loop, its sockets, its virtual machine.
+#: What QEMU has open besides files: event loop, sockets, virtual machine, where it asks for files.
 ANONYMOUS = re.compile(
-    r"anon_inode:\[(eventfd|eventpoll|signalfd|timerfd)\]|socket:\[\d+\]|anon_inode:kvm-\S+"
+    r"anon_inode:\[(eventfd|eventpoll|signalfd|timerfd)\]|socket:\[\d+\]|"
+    r"anon_inode:(kvm-\S+|seccomp notify)"
 )
 #: And in its run folder.
-OWN = {"qemu.log", "console.log", "agent.in", "agent.out", "identity.in", "identity.out"}
+OWN = {"qemu.log", "console.log", *(f"{name}.{way}" for name, _ in PORTS for way in ("in", "out"))}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -117,12 +123,7 @@ def test_a_vmm_has_only_what_it_needs(
 ) -> None:
     for guest in (*clones(1), cold(busybox_root, memory=96 * MIB)):
         blobs = 0
-        for fd in Path(f"/proc/{guest.pid}/fd").iterdir():
-            target = str(fd.readlink()).removesuffix(" (deleted)")
-            flags = (Path(f"/proc/{guest.pid}/fdinfo") / fd.name).read_text()
-            found = re.search(r"^flags:\s+(\d+)", flags, re.MULTILINE)
-            assert found
-            access = int(found[1], 8) & os.O_ACCMODE
+        for target, access in open_files(guest.pid):
             if Path(target).is_relative_to(host.store.root):
                 assert access == os.O_RDONLY, target
                 blobs += 1
@@ -133,7 +134,39 @@ def test_a_vmm_has_only_what_it_needs(
             else:
                 devices = {"/dev/null"} | ({str(KVM)} if guest.accel == "kvm" else set())
                 assert target in devices or ANONYMOUS.fullmatch(target), target
-        assert blobs > len(guest.segments)
+        assert blobs > len(guest.attached)
+
+
+def test_a_disk_is_the_one_file_that_it_may_write_to(
+    host: Host, saved: Artifact, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(bytes(MIB))
+    spec = CloneSpec(fitting=Fitting(disks=(DiskSpec(file=disk),)))
+    guest = asyncio.run(start_clone(host, template(host, saved), "writer", spec))
+    try:
+        own = {str(host.run / guest.name / name) for name in OWN}
+        writable = {what for what, access in open_files(guest.pid) if access != os.O_RDONLY}
+        named = {what for what in writable if not ANONYMOUS.fullmatch(what)}
+        assert named - own - {"/dev/null", str(KVM)} == {str(disk)}
+        # It has the open file alone: the name is still that of a file of ours.
+        assert disk.stat().st_uid == os.geteuid()
+        assert not disk.stat().st_mode & 0o022
+    finally:
+        host.end(guest)
+
+
+def open_files(pid: int) -> Iterator[tuple[str, int]]:
+    """(what it is, how it was opened) of each open file, but for those closed while we look."""
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = str(fd.readlink()).removesuffix(" (deleted)")
+            flags = (Path(f"/proc/{pid}/fdinfo") / fd.name).read_text()
+        except FileNotFoundError:
+            continue
+        found = re.search(r"^flags:\s+(\d+)", flags, re.MULTILINE)
+        assert found
+        yield target, int(found[1], 8) & os.O_ACCMODE
 
 
 @pytest.fixture
@@ -187,8 +220,9 @@ def test_a_rogue_clone(
     (neighbour,) = clones(1)
     source = template(host, saved)
     folder, lease = place
-    spec = start.launch_spec(host, source, folder.path, ())
-    theirs, blob = host.run / neighbour.name, next(iter(source.segments))
+    spec = start.launch_spec(host, source, folder.path, CloneSpec(), None)
+    hardware = with_segments(source.hardware, described(source.placed))
+    theirs, blob = host.run / neighbour.name, source.artifact.layers[-1].path
     closed = [
         *(Path("/etc/passwd"), host.store.root / "index.json", Path(blob)),
         *(theirs / "console.log", theirs / "guest.json", theirs / "monitor.sock"),
@@ -205,11 +239,11 @@ def test_a_rogue_clone(
         ("signal", neighbour.pid),
         ("ptrace", neighbour.pid),
     ]
-    outcome = asyncio.run(run_rogue(rogue, source.hardware, spec, attempts, inherit=[lease]))
+    outcome = asyncio.run(run_rogue(rogue, hardware, spec, attempts, inherit=[lease]))
     files = given(outcome)
-    assert len(files) == len(source.segments) + 1
+    assert len(files) == len(source.placed) + 1
     assert_read_only(outcome, files)
-    if not spec.ram_readonly_file:
+    if not spec.rom:
         assert_ram_was_given_read_only(outcome)
     assert_closed(outcome, closed)
     for what, word in attempts:
@@ -222,40 +256,11 @@ def test_a_rogue_clone(
 
 
 def assert_ram_was_given_read_only(outcome: Outcome) -> None:
-    """What it asked for as QEMU 7.2 does; and only once."""
+    """What it asked for as QEMU 7.2 does; and only once: nobody answers again."""
     assert (outcome["open as QEMU does"], outcome["it is open for"]) == ("ok", str(os.O_RDONLY))
     for what in set(READ_ONLY) - set(BY_NAME):
         assert outcome[f"{what} what came"] == READ_ONLY[what]
-    assert outcome["open as QEMU does again"] == "ENOSYS"
-
-
-def test_a_rogue_that_is_saved(
-    host: Host, saved: Artifact, busybox_root: Artifact, rogue: Path, place: tuple[GuestFolder, int]
-) -> None:
-    """It may write its own RAM, and nothing else; the file is then nobody's but ours."""
-    folder, lease = place
-    prepared = prepare_cold(host, ColdSpec(root=Reference.parse(busybox_root.ref), memory=96 * MIB))
-    with host.store.workspace() as work:
-        ram = work / "ram"
-        with ram.open("wb") as file:
-            file.truncate(96 * MIB)
-        (folder.path / "initrd").write_bytes(b"initrd")
-        spec = boot.launch_spec(host, prepared, folder.path, "rogue")
-        spec = replace(spec, ram=Ram.SAVING, ram_path=ram)
-        outcome = asyncio.run(
-            run_rogue(rogue, prepared.hardware, spec, [("write", ram)], inherit=[lease])
-        )
-        assert (outcome["open as QEMU does"], outcome["it is open for"]) == ("ok", str(os.O_RDWR))
-        assert outcome["mmap shared what came"] == "ok"
-        assert {outcome[f"{what} {ram}"] for what in BY_NAME} == {"EACCES"}
-        mine = {name for name in given(outcome) if outcome[f"open for both {name}"] == "ok"}
-        assert len(mine) == 1
-        assert_read_only(outcome, given(outcome) - mine)
-        assert ram.stat().st_uid >= 61184
-    assert_no_way_out(outcome)
-    for artifact in prepared.artifacts:
-        host.store.verify(artifact)
-    assert {path.stat().st_uid for path in (host.store.root / "blobs/sha256").iterdir()} == {0}
+    assert outcome["open as QEMU does again"] == "waits"
 
 
 def test_the_blobs_of_a_saved_system_are_roots_and_read_only(host: Host, saved: Artifact) -> None:
@@ -291,8 +296,9 @@ def test_an_ordinary_user(others_store: Path, rogue: Path) -> None:
     assert told["users"] == [NOBODY, NOBODY]
     assert told["seccomp"] == ["2", "2"]
     assert told["accounts"] == ["", ""]
-    assert told["stopped"] == [True, True]
+    assert told["stopped"] == ["SHUT_DOWN", "SHUT_DOWN"]
     assert told["left"] == []
+    assert told["segments"] == ["mine", "----", "mine"]
     outcome = told["outcome"]
     assert_read_only(outcome, given(outcome))
     if told["asks"]:
@@ -311,31 +317,58 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
     host = Host.open()
     build_segment(host.store, Reference("root"), f"dir:{home / 'root'}")
     spec = ColdSpec(root=Reference("root"), memory=96 * MIB)
-    system = await save_system(host, Reference("user"), spec)
+    system = (await save_system(host, Reference("user"), spec)).artifact
     source = template(host, system)
     started = await start_many(
         host,
         ["user-1", "user-2"],
         lambda name, batch: start_clone(host, source, name, batch=batch),
     )
+    try:
+        return await _what_they_do(host, system, started.guests, rogue)
+    finally:
+        for record in host.guests():
+            host.end(record)
+
+
+async def _what_they_do(
+    host: Host, system: Artifact, guests: Sequence[GuestRecord], rogue: Path
+) -> dict[str, object]:
     answers = {}
-    for guest in started.guests:
+    for guest in guests:
         done = await run_captured(host.run / guest.name, ["hostname"], timeout=60)
         answers[guest.name] = done.stdout.decode().strip()
-    outcome, closed = await _rogue_of_user(host, system, started.guests[0], rogue)
+    segments = await _segments_of_user(host, guests)
+    outcome, closed = await _rogue_of_user(host, system, guests[0], rogue)
     result: dict[str, object] = {
-        "accel": started.guests[0].accel,
+        "accel": guests[0].accel,
+        "segments": segments,
         "asks": not host.qemu.rom,
-        "accounts": [measure(maps).note for maps in guest_maps(started.guests)],
+        "accounts": [measure(maps).note for maps in guest_maps(guests)],
         "answers": answers,
         "outcome": outcome,
         "closed": closed,
-        "users": [int(status(guest)["Uid"].split()[0]) for guest in started.guests],
-        "seccomp": [status(guest)["Seccomp"] for guest in started.guests],
-        "stopped": [await stop_guest(host, guest, 60) for guest in started.guests],
+        "users": [int(status(guest)["Uid"].split()[0]) for guest in guests],
+        "seccomp": [status(guest)["Seccomp"] for guest in guests],
+        "stopped": [each.name for each in await stop_guests(host, guests, 60)],
     }
     host.store.verify(system)
     return result | {"left": [record.holder for record in host.store.leases()]}
+
+
+async def _segments_of_user(host: Host, guests: Sequence[GuestRecord]) -> list[str]:
+    """What the second guest finds of what the first wrote: in common, its own, and committed."""
+    ranges = [NewRange(each, HUGE_PAGE_SIZE) for each in (PageClass.SW, PageClass.EW)]
+    create_segment(host.store, Reference("two"), ranges)
+    for guest in guests:
+        await attach(host, guest.name, Reference("two"))
+    first, second = (host.run / guest.name for guest in guests)
+    write = "for d in two two.1; do printf mine | dd of=/dev/onecopy/$d conv=fsync; done"
+    await run_captured(first, ["sh", "-c", write], timeout=60)
+    read = "for d in two two.1; do head -c 4 /dev/onecopy/$d | tr '\\0' -; echo; done"
+    found = (await run_captured(second, ["sh", "-c", read], timeout=60)).stdout.decode().split()
+    done = await commit(host, guests[0].name, "two")
+    return [*found, done.artifact.layer("range1").path.read_bytes()[:4].decode()]
 
 
 async def _rogue_of_user(
@@ -356,10 +389,11 @@ async def _rogue_of_user(
     ]
     with host.batch() as batch, host.claim("rogue", [system.digest], batch) as (folder, lease):
         prepare(folder.path)
-        spec = start.launch_spec(host, source, folder.path, ())
+        spec = start.launch_spec(host, source, folder.path, CloneSpec(), None)
         # Even if nothing else kept its owner from writing to it.
         source.ram.chmod(0o644)
-        outcome = await run_rogue(rogue, source.hardware, spec, attempts, inherit=[lease.fd])
+        hardware = with_segments(source.hardware, described(source.placed))
+        outcome = await run_rogue(rogue, hardware, spec, attempts, inherit=[lease.fd])
         source.ram.chmod(0o444)
         folder.remove()
     return outcome, closed

@@ -64,16 +64,6 @@ def test_a_killed_vmm_leaves_nothing(host: Host, saved: Artifact, clones: Clones
     assert left(host) == before
 
 
-def test_a_guest_that_is_never_ready_leaves_nothing(host: Host, python_root: Artifact) -> None:
-    before = left(host)
-    options = ["--root", python_root.ref, "--run", "", "--ready", "false", "--timeout", "25"]
-    done = run_command("save", "never", *options)
-    assert done.returncode == 11, done.stderr
-    assert "false" in done.stderr
-    assert left(host) == before
-    assert host.store.find(Reference("never"), "system") is None
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_save_that_is_ended_leaves_nothing(
     host: Host, python_root: Artifact, number: signal.Signals

@@ -29,7 +29,9 @@ import pytest
 
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.guest.host import Host
+from onecopy.model import MIB
 from onecopy.store import Artifact
+from onecopy.vmm.argv import FIRST_ADDRESS
 from onecopy.vmm.monitor import connect
 from tests.conftest import cannot_run
 from tests.vm.conftest import vmms
@@ -83,10 +85,15 @@ def assert_no_trace(host: Host, name: str) -> None:
 
 
 def real_command(pid: int) -> list[str]:
-    """What QEMU was really started with: its files by path, but no numbers of its sockets."""
+    """What QEMU was really started with: its files by path, but no numbers of its sockets.
+
+    Each guest's addresses are those that a dry run shows.
+    """
     proc = Path(f"/proc/{pid}")
     line = (proc / "cmdline").read_bytes().decode()
     line = re.sub(r"\bfd=\d+", "fd=FD", line)
+    line = re.sub(r"\bmac=[0-9a-f:]+", "mac=52:54:00:12:34:56", line)
+    line = re.sub(r"\bdhcpstart=[0-9.]+", f"dhcpstart={FIRST_ADDRESS}", line)
     line = re.sub(r"/proc/self/(fd/\d+)", lambda found: str((proc / found[1]).readlink()), line)
     line = line.replace(" (deleted)", "")
     line = re.sub(r"(?<==)\./", f"{(proc / 'cwd').readlink()}/", line)
@@ -145,9 +152,10 @@ def lasting(host: Host, web: str, modules: Path) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         point = stack.enter_context(mounted(segment, modules.parent.with_name("web-root")))
         command("build", "web-ext2", "--from", f"dir:{point}", "--fs", "ext2")
+        command("build", "web-data", "--from", f"dir:{point}", "--fs", "ext2", "--room", "4M")
     kernel = ensure_kernel(host.store).layer("kernel").path
     args = ["web-ext2", "--cold", "--name", LASTING, "--memory", "128M", "-p", "0:80"]
-    args += ["--segment", "web-ext2:/data", "--run", "busybox httpd -f -p 80 -h /www"]
+    args += ["--segment", "web-data:/data", "--run", "busybox httpd -f -p 80 -h /www"]
     args += ["--kernel", str(kernel), "--modules", str(modules)]
     planned = dry_run(*args)
     (guest,) = answer("run", *args, "--json")["guests"]
@@ -190,10 +198,11 @@ def test_ls_and_inspect_tell_what_is_in_the_store(host: Host, web: str) -> None:
     assert system["config"]["memory"] == 128 << 20
     ram = next(item for item in system["layers"] if item["size"] == 128 << 20)
     assert ram["disk"] < ram["size"], "pages of zeroes take no disk"
-    assert (
-        command("verify", web, "web-root").stdout
-        == "web:latest is whole\nweb-root:latest is whole\n"
-    )
+    verified = command("verify", web, "web-root").stdout.splitlines()
+    assert verified == [
+        "web:latest is whole, its file systems are sound: erofs, erofs, erofs",
+        "web-root:latest is whole, its file systems are sound: erofs",
+    ]
 
 
 def test_run_ps_and_inspect_are_right_about_guests(host: Host, web: str) -> None:
@@ -215,9 +224,12 @@ def test_run_ps_and_inspect_are_right_about_guests(host: Host, web: str) -> None
         assert asyncio.run(memory_of(host, guest["name"])) == guest["memory"]
         maps = Path(f"/proc/{guest['pid']}/maps").read_text()
         assert re.search(rf"rw-p .* {guest['ram_path']}$", maps, re.MULTILINE)
-        assert len(guest["segments"]) == 3
-        for path in guest["segments"]:
-            assert re.search(rf"r--s .* {path}$", maps, re.MULTILINE)
+        assert guest["attached"][0]["name"] == "web-root"
+        assert len(guest["attached"]) == 3
+        for segment in guest["attached"]:
+            (device,) = segment["devices"]
+            assert (device["page_class"], segment["state"]) == ("SR", "loaded")
+            assert re.search(rf"r--s .* {device['path']}$", maps, re.MULTILINE)
         ((port, inside),) = guest["publish"]
         assert inside == 80
         assert get(port) == "a page of the web segment"
@@ -310,7 +322,7 @@ def test_dry_run_is_what_really_runs(host: Host, web: str, lasting: dict[str, An
 
     save = shlex.split(command("save", "no", "--root", "web-root", "--dry-run").stdout)
     assert Path(save[0]).name == "qemu-system-x86_64"
-    assert any("share=on" in word and "/tmp/ram" in word for word in save)
+    assert any(word.startswith("memory-backend-ram,id=ram") for word in save)
     assert "no" not in {item["name"] for item in answer("ls", "--json")}
 
 
@@ -368,12 +380,28 @@ def test_a_taken_port(host: Host, web: str) -> None:
     assert "is taken" in command("run", web, "-p", f"{first}:80", code=4).stderr
 
 
+def test_more_than_the_host_has_memory_for(host: Host, web: str) -> None:
+    """The host's memory is real, and the guests' are not begun."""
+    refused = command("run", web, "-n", "10000", "--name", "many", code=9)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fit = int(re.search(r"so (\d+) would fit", refused.stderr)[1])  # type: ignore[index]
+    assert 0 < fit * 20 * MIB < total
+    assert not [each.name for each in host.guests() if each.name.startswith("many")]
+    # The kernel itself refuses one mapping of more than there is.
+    cold = ["run", "web-root", "--cold", "--memory", f"{(total >> 20) * 99 // 100}M"]
+    assert "0 would fit" in command(*cold, code=9).stderr
+    (guest,) = answer(*cold, "--overcommit", "--json")["guests"]
+    assert command("exec", guest["name"], "cat", "/proc/meminfo").stdout.startswith("MemTotal:")
+    command("stop", guest["name"])
+
+
 def test_stopping_asks_waits_and_ends(host: Host, web: str) -> None:
     guests = answer("run", web, "-n", "3", "--name", "s", "--json")["guests"]
     polite, frozen, at_once = (guest["name"] for guest in guests)
     assert command("stop", polite).stdout == f"{polite} shut down\n"
     os.kill(guests[1]["pid"], signal.SIGSTOP)
-    assert command("stop", frozen, "--timeout", "2").stdout == f"{frozen} was ended\n"
+    said = command("stop", frozen, "--timeout", "2").stdout
+    assert said == f"{frozen} was ended: it did not answer\n"
     assert command("stop", "--now", at_once).stdout == f"{at_once} was ended\n"
     for guest in guests:
         assert not running(guest["pid"])
@@ -454,7 +482,8 @@ def test_what_is_in_use_is_not_removed(host: Host, web: str, lasting: dict[str, 
     assert "web-ext2:latest is in use by lasting" in command("rm", "web-ext2", code=4).stderr
     ram = Path(answer("inspect", "user")["ram_path"])
     command("stop", "user", LASTING)
-    assert command("rm", web, "web-ext2").stdout == "web:latest removed\nweb-ext2:latest removed\n"
+    assert command("rm", web, "web-data").stdout == "web:latest removed\nweb-data:latest removed\n"
+    assert command("rm", "web-ext2").stdout == "web-ext2:latest removed\n"
     assert not ram.exists()
     assert "web" not in {item["name"] for item in answer("ls", "--json")}
     command("run", web, code=3)

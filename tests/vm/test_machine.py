@@ -11,7 +11,7 @@ import time
 import pytest
 
 from onecopy.errors import GuestFailed, Incompatible
-from onecopy.guest.boot import ColdSpec, prepare_cold
+from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig

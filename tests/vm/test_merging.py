@@ -17,7 +17,7 @@ from onecopy.errors import Incompatible
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for
-from onecopy.guest.start import start_clone, template
+from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.host import ksm, smaps
 from onecopy.model import MIB
 from onecopy.store import Artifact
@@ -69,7 +69,7 @@ def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Host, saved: Ar
     try:
         try:
             for name in names:
-                guest = asyncio.run(start_clone(host, source, name, merge=True))
+                guest = asyncio.run(start_clone(host, source, name, CloneSpec(merge=True)))
                 started.append(guest)
         except Incompatible as error:
             cannot_run(error.message)

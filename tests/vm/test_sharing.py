@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.build.segment import build_segment
-from onecopy.guest.boot import ColdSpec
+from onecopy.guest.cold import ColdSpec
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
@@ -203,7 +203,7 @@ def test_a_first_start_in_a_clone_reads_nothing_at_all(
 ) -> None:
     # Nothing but an idle system was saved: the program starts for the first time in each clone.
     spec = ColdSpec(root=Reference.parse(python_root.ref), memory=192 * MIB, command="")
-    source = template(host, asyncio.run(save_system(host, Reference("idle"), spec)))
+    source = template(host, asyncio.run(save_system(host, Reference("idle"), spec)).artifact)
     names = names_for("first", None, 2)
     guests = asyncio.run(
         start_many(host, names, lambda name, batch: start_clone(host, source, name, batch=batch))

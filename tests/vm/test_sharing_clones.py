@@ -38,7 +38,8 @@ def test_an_idle_clone_owns_little(clones: Clones) -> None:
     time.sleep(3)
     own = sum(physical.private(entry) for entry in physical.ram(guest)) * PAGE_SIZE
     print(f"private RAM of an idle clone: {own / MIB:.2f} MiB")
-    assert 0 < own < MIB
+    # Of 1.5 MiB becoming another machine takes 1 (docs/performance.md).
+    assert 0 < own < 2 * MIB
 
 
 def check_ram(first: list[int], second: list[int]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from onecopy.build.opening import opening
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.tree import clamp_times, clock
 from onecopy.errors import BadSource, CommandFailed
@@ -103,17 +104,12 @@ def require_kept(said: str) -> None:
 
 def open_archive(text: str) -> ArchiveSource:
     """The archive ``text``; raise BadSource, or MissingProgram if its compression needs one."""
-    try:
+    with opening("archive", text, "write tar:PATH with the path of a tar archive"):
         path = Path(text).resolve(strict=True)
         if not path.is_file():
             raise BadSource(f"{text!r} is not a file", hint="a folder is dir:PATH")
         with path.open("rb") as file:
             start = file.read(6)
-    except (OSError, RuntimeError) as error:
-        raise BadSource(
-            f"cannot open the archive {text!r}: {getattr(error, 'strerror', error)}",
-            hint="write tar:PATH with the path of a tar archive",
-        ) from error
     for magic, program in _MAGIC.items():
         if start.startswith(magic):
             find_program(program)

@@ -15,18 +15,26 @@ from importlib import resources
 from pathlib import Path
 
 from onecopy.run import run
+from onecopy.store.artifact import Layer
 
 TOOLS_MOUNTPOINT = "/run/onecopy/tools"
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A segment as the guest mounts it."""
+    """A range of a segment as the guest finds it."""
 
     slot: int
     """PCI slot of its virtio-pmem device."""
     fstype: str
+    """"" if it has no file system."""
     mountpoint: str
+    """"" if it is not mounted."""
+    segment: str
+    """Name of its segment."""
+    name: str
+    """Of the link to its device, /dev/onecopy/NAME."""
+    writable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +45,8 @@ class Boot:
     mounts: Sequence[Mount]
     modules: Sequence[str]
     """File names in the boot module archive, in loading order."""
+    network: str
+    """Its address and what goes with it, or "dhcp"; "-" for no network (guest/network.py)."""
     command: str | None
     """None: start the image's own init. Else run this with a minimal init; "" just stays up."""
 
@@ -56,32 +66,44 @@ def cpio(folder: Path) -> bytes:
     return data
 
 
-def write_initrd(out: Path, boot: Boot, modules: Path, busybox: Path) -> None:
+def write_initrd(out: Path, boot: Boot, modules: Layer, busybox: Layer) -> None:
     """Write the initramfs for ``boot`` to ``out``; ``modules`` is the boot module archive."""
     folder = out.with_name(out.name + ".d")
     (folder / "bin").mkdir(parents=True)
     (folder / "onecopy").mkdir()
     for name in ("dev", "proc", "sys", "run"):
         (folder / name).mkdir()
-    shutil.copyfile(busybox, folder / "bin/busybox")
+    (folder / "bin/busybox").write_bytes(_content(busybox))
     (folder / "bin/busybox").chmod(0o755)
     (folder / "init").write_bytes(resource("init"))
     (folder / "init").chmod(0o755)
     for name, text in _config(boot).items():
         (folder / "onecopy" / name).write_text(text)
-    out.write_bytes(modules.read_bytes() + cpio(folder))
+    out.write_bytes(_content(modules) + cpio(folder))
     shutil.rmtree(folder)
+
+
+def _content(layer: Layer) -> bytes:
+    # Not what follows in the blobs of a trust domain.
+    return layer.path.read_bytes()[: layer.size]
 
 
 def _config(boot: Boot) -> dict[str, str]:
     files = {
         "modules": "".join(f"{name}\n" for name in boot.modules),
-        "segments": "".join(f"{m.slot:02x} {m.fstype} {m.mountpoint}\n" for m in boot.mounts),
+        "segments": "".join(map(_line, boot.mounts)),
         "hostname": boot.hostname + "\n",
+        "network": boot.network + "\n",
     }
     if boot.command is not None:
         files["run"] = boot.command
     return files
+
+
+def _line(mount: Mount) -> str:
+    mode = "rw" if mount.writable else "ro"
+    where = (mount.fstype or "-", mount.mountpoint or "-")
+    return " ".join((f"{mount.slot:02x}", mount.segment, mount.name, mode, *where)) + "\n"
 
 
 def resource(name: str) -> bytes:

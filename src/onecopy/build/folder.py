@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from onecopy.build.opening import opening
 from onecopy.errors import BadSource
 
 # Their content is the kernel's, not anybody's files.
@@ -37,14 +38,9 @@ class FolderSource:
 
 def open_folder(text: str) -> FolderSource:
     """The folder ``text``; raise BadSource if it is none, or is the host's own."""
-    try:
+    with opening("folder", text, "write dir:PATH with the path of a folder"):
         path = Path(text).resolve(strict=True)
         is_folder = path.is_dir()
-    except (OSError, RuntimeError) as error:
-        raise BadSource(
-            f"cannot open the folder {text!r}: {getattr(error, 'strerror', error)}",
-            hint="write dir:PATH with the path of a folder",
-        ) from error
     if not is_folder:
         raise BadSource(f"{text!r} is not a folder", hint="an archive is tar:PATH")
     if path in _REFUSED or any(path.is_relative_to(pseudo) for pseudo in _PSEUDO):

@@ -10,32 +10,35 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from onecopy.build.ext2 import image_size, make_ext2
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.tree import Facts, scan
 from onecopy.errors import BadSource, CommandFailed, InvalidInput
-from onecopy.model import align_up
+from onecopy.model import PAGE_SIZE, align_up
 from onecopy.run import run
 
 #: One for all images: nothing mounts a segment by it, and it must not differ from build to build.
 IMAGE_UUID = "6f6e6563-6f70-4079-8000-000000000001"
 
 
-def make_image(tree: Path, out: Path, fs: str) -> int:
+def make_image(tree: Path, out: Path, fs: str, room: int = 0) -> int:
     """Write the image of ``tree`` to the new file ``out`` and return its size in bytes.
 
-    ``fs`` is one of `FILE_SYSTEMS`; the size is a multiple of 2 MiB. Raises BadSource (unreadable,
+    ``fs`` is one of `FILE_SYSTEMS`; the size is a multiple of 2 MiB. ``room`` bytes stay free in
+    it, if it is one that can be written to. Raises BadSource (unreadable,
     changed meanwhile, or more than the file system can hold), NotEnough, NotPermitted,
     InvalidInput, MissingProgram.
     """
     check_fs(fs)
     facts = scan(tree)
+    roomy = replace(facts, blocks=facts.blocks + room // PAGE_SIZE)
     # ext2 goes through a scratch copy.
-    with disk_space(out.parent, image_size(facts) * (2 if fs == "ext2" else 1)):
+    with disk_space(out.parent, image_size(roomy) * (2 if fs == "ext2" else 1)):
         try:
-            FILE_SYSTEMS[fs](tree, out, facts)
+            FILE_SYSTEMS[fs](tree, out, roomy)
         except CommandFailed as error:
             if disk_is_full(error):
                 raise

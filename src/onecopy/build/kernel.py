@@ -47,6 +47,8 @@ class KernelConfig(msgspec.Struct, frozen=True):
     modules: tuple[str, ...]
     """Files of the boot module archive, in loading order."""
     package: str = ""
+    bare: bool = False
+    """A kernel by itself (bare.py)."""
     schema: int = 1
 
     @classmethod

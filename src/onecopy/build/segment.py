@@ -1,28 +1,28 @@
-"""A source -> a segment in the store: `onecopy build`.
+"""A source -> a segment in the store, or a kernel by itself: `onecopy build`.
 
-Not here: the sources (source.py), the image (image.py), what else guests boot with (bootfiles.py).
+Not here: the sources (source.py, bare.py), the image (image.py), what else guests boot with
+(bootfiles.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from onecopy.build.bare import PREFIX, build_bare
 from onecopy.build.image import check_fs, make_image
+from onecopy.build.ranges import MEDIA_TYPE, Range, SegmentConfig, check, role
 from onecopy.build.source import open_source
 from onecopy.build.tree import find_init
 from onecopy.errors import InvalidInput
-from onecopy.model import Reference, format_size
+from onecopy.model import HUGE_PAGE_SIZE, PageClass, Reference, format_size
 from onecopy.store.artifact import NewLayer
 from onecopy.store.oci import ROLE
 
 if TYPE_CHECKING:
+    from onecopy.store.access import Access
     from onecopy.store.artifact import Artifact
     from onecopy.store.store import Store
-
-#: Media type of an image layer, without its file system's name.
-MEDIA_TYPE = "application/vnd.onecopy.image.v1"
 
 
 def build_segment(
@@ -32,18 +32,33 @@ def build_segment(
     *,
     include: Sequence[str] = (),
     fs: str = "erofs",
+    page_class: PageClass = PageClass.SR,
+    room: int = 0,
+    access: Access | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Artifact:
-    """Build ``source`` (see `open_source`) into the segment ``ref``, and return it.
+    """Build ``source`` (see `open_source`, `build_bare`) into ``ref``, and return it.
 
     The same source gives the same digest. ``include`` are Debian packages, ``fs`` is ``erofs`` or
-    ``ext2``; ``progress`` is told each step. What fails or is interrupted leaves nothing behind.
-    Raises InvalidInput, BadSource, NotEnough, NotPermitted, MissingProgram, and what `Store.put`
-    raises.
+    ``ext2``, ``room`` bytes that ext2 has free for later changes; guests map it as ``page_class``.
+    A new name gets ``access``. ``progress`` is told each step. What fails or is interrupted leaves
+    nothing behind. Raises InvalidInput, BadSource, NotEnough, NotPermitted, MissingProgram, and
+    what `Store.put` raises.
     """
-    check_fs(fs)
     if ref.digest:
         raise InvalidInput(f"{ref} cannot be a new name", hint="use NAME:VERSION")
+    if source.startswith(PREFIX):
+        if include or room or fs != "erofs" or page_class is not PageClass.SR:
+            raise InvalidInput(
+                "a kernel by itself has no packages, no file system and no class",
+                hint="leave --include, --fs, --class and --room out",
+            )
+        path = source.removeprefix(PREFIX)
+        return build_bare(store, ref, path, access=access, progress=progress)
+    check_fs(fs)
+    check([Range(page_class, HUGE_PAGE_SIZE, fs)])
+    if room and fs == "erofs":
+        raise InvalidInput("an EROFS image has no free room", hint="use --fs ext2")
     opened = open_source(source, include)
     with store.workspace() as work:
         into = work / "tree"
@@ -51,18 +66,15 @@ def build_segment(
         tree = opened.unpack(into, progress)
         progress(f"writing the {fs} image")
         image = work / "image"
-        size = make_image(tree, image, fs)
-        record = {
-            "schema": 1,
-            "fs": fs,
-            "size": size,
-            "source": opened.label,
-            "include": sorted(set(include)),
-            "init": find_init(tree),
-        }
+        size = make_image(tree, image, fs, room)
+        config = SegmentConfig(
+            ranges=(Range(page_class, size, fs),),
+            source=opened.label,
+            include=tuple(sorted(set(include))),
+            init=find_init(tree),
+        )
         progress(f"storing {format_size(size)}")
         layer = NewLayer(
-            path=image, media_type=f"{MEDIA_TYPE}+{fs}", annotations={ROLE: "image"}, size=size
+            path=image, media_type=f"{MEDIA_TYPE}+{fs}", annotations={ROLE: role(0)}, size=size
         )
-        config = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
-        return store.put("segment", ref, config, [layer])
+        return store.put("segment", ref, config.encode(), [layer], access=access)

@@ -1,6 +1,7 @@
-"""Where a segment's content comes from, as typed: ``debian:SUITE``, ``dir:PATH``, ``tar:PATH``.
+"""Where a segment's content comes from, as typed: ``debian:SUITE``, ``dir:PATH``, ``tar:PATH``,
+``disk:FILE[#PARTITION]``.
 
-Not here: how each is read (debian.py, folder.py, archive.py).
+Not here: how each is read (debian.py, folder.py, archive.py, disk.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Protocol
 
 from onecopy.build.archive import open_archive
 from onecopy.build.debian import open_debian
+from onecopy.build.disk import open_disk
 from onecopy.build.folder import open_folder
 from onecopy.errors import InvalidInput, NotPermitted
 
@@ -38,9 +40,10 @@ def open_source(text: str, include: Sequence[str] = ()) -> Source:
     Raises InvalidInput (not of a known form), BadSource (not there, not readable), NotPermitted.
     """
     kind, _, rest = text.partition(":")
-    if kind not in ("debian", "dir", "tar") or not rest:
+    if kind not in ("debian", "dir", "tar", "disk") or not rest:
         raise InvalidInput(
-            f"{text!r} is not a source", hint="write debian:SUITE, dir:PATH or tar:PATH"
+            f"{text!r} is not a source",
+            hint="write debian:SUITE, dir:PATH, tar:PATH, disk:FILE or kernel:FILE",
         )
     if kind == "debian":
         return open_debian(rest, include)
@@ -52,7 +55,7 @@ def open_source(text: str, include: Sequence[str] = ()) -> Source:
         return open_folder(rest)
     if os.geteuid() != 0:
         raise NotPermitted(
-            "tar: can be built by root only, because it sets owners",
+            f"{kind}: can be built by root only, because it sets owners",
             hint="run as root, or unpack it yourself and build from dir:PATH",
         )
-    return open_archive(rest)
+    return open_disk(rest) if kind == "disk" else open_archive(rest)

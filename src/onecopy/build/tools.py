@@ -11,18 +11,19 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-import msgspec
-
 from onecopy.build.bootfiles import resource
 from onecopy.build.image import make_image
 from onecopy.build.packages import extract_packages, host_suite
-from onecopy.model import Reference
+from onecopy.build.ranges import Range, SegmentConfig
+from onecopy.model import PageClass, Reference
 from onecopy.run import run
 from onecopy.store import Artifact, NewLayer, Store
 
 TOOLS_NAME = "onecopy-tools"
 _PACKAGES = ("qemu-guest-agent", "busybox-static")
-_SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "identity")
+_SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "identity", "segment", "fit")
+#: Those that are called by their own names.
+_COMMANDS = ("onecopy-segment", "dhcp")
 
 
 def ensure_tools(
@@ -42,12 +43,12 @@ def ensure_tools(
         extract_packages(_PACKAGES, suite, work / "debian")
         tree = work / "tools"
         _assemble(work / "debian", tree)
-        make_image(tree, work / "image", "erofs")
-        config = {"schema": 1, "fs": "erofs", "source": "onecopy", "init": None}
+        size = make_image(tree, work / "image", "erofs")
+        config = SegmentConfig(ranges=(Range(PageClass.SR, size, "erofs"),), source="onecopy")
         return store.put(
             "segment",
             ref,
-            msgspec.json.encode(config),
+            config.encode(),
             [
                 NewLayer(
                     path=work / "image",
@@ -91,5 +92,7 @@ def _assemble(debian: Path, tree: Path) -> None:
             shutil.copy(rest.split(" (")[0], tree / "lib" / name.strip())
     for applet in run([busybox, "--list"]).split():
         (tree / "applets" / applet).symlink_to("../bin/busybox")
-    for name in _SCRIPTS:
+    for name in (*_SCRIPTS, *_COMMANDS):
         (tree / name).write_bytes(resource(name))
+    for name in _COMMANDS:
+        (tree / name).chmod(0o755)

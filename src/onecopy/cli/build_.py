@@ -3,8 +3,8 @@
 import click
 
 from onecopy.cli.output import progress
-from onecopy.cli.params import ReferenceType
-from onecopy.model import Reference, format_size
+from onecopy.cli.params import ReferenceType, SizeType, domain_option, new_access
+from onecopy.model import PageClass, Reference, format_size
 
 
 @click.command("build")
@@ -14,7 +14,8 @@ from onecopy.model import Reference, format_size
     "source",
     required=True,
     metavar="SOURCE",
-    help="debian:SUITE, dir:PATH or tar:PATH (also .gz .bz2 .xz .zst).",
+    help="debian:SUITE, dir:PATH, tar:PATH (also .gz .bz2 .xz .zst), disk:FILE[#PARTITION]: a "
+    "disk image (raw, qcow2, vmdk...), whose root is found; or kernel:FILE, booted by itself.",
 )
 @click.option(
     "--include",
@@ -29,8 +30,28 @@ from onecopy.model import Reference, format_size
     show_default=True,
     help="File system of the image; both are executed in place.",
 )
-def command(name: Reference, source: str, include: tuple[str, ...], fs: str) -> None:
-    """Build a segment from Debian packages, a folder or a tar archive.
+@click.option(
+    "--class",
+    "page_class",
+    type=click.Choice(["SR", "ER", "EW"]),
+    default="SR",
+    show_default=True,
+    help="SR: one copy for all guests. ER: one in memory for each. EW: each has its own to write.",
+)
+@click.option(
+    "--room", type=SizeType(), default="0", help="With --fs ext2: free space for later changes."
+)
+@domain_option
+def command(
+    name: Reference,
+    source: str,
+    include: tuple[str, ...],
+    fs: str,
+    page_class: str,
+    room: int,
+    domain: str | None,
+) -> None:
+    """Build a segment from Debian packages, a folder, a tar archive or a disk image.
 
     The same source gives the same digest. Guests that use the segment's present version keep it.
     """
@@ -39,5 +60,15 @@ def command(name: Reference, source: str, include: tuple[str, ...], fs: str) -> 
 
     packages = [name for part in include for name in part.split(",") if name]
     with progress() as tell:
-        artifact = build_segment(Store(), name, source, include=packages, fs=fs, progress=tell)
+        artifact = build_segment(
+            Store(),
+            name,
+            source,
+            include=packages,
+            fs=fs,
+            page_class=PageClass(page_class),
+            room=room,
+            access=new_access(domain),
+            progress=tell,
+        )
     print(f"{artifact.ref} {artifact.digest} {format_size(artifact.size)}")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onecopy.guest.boot import ColdSpec
+    from onecopy.guest.cold import ColdSpec
+    from onecopy.guest.disks import DiskSpec
     from onecopy.model import Reference
 
 
@@ -25,10 +26,12 @@ def cold_spec(
     modules: Path | None,
     accel: str,
     publish: tuple[tuple[int, int], ...] = (),
+    bridge: str = "",
     merge: bool = False,
+    disks: tuple[DiskSpec, ...] = (),
 ) -> ColdSpec:
     """What the user asked for."""
-    from onecopy.guest.boot import ColdSpec
+    from onecopy.guest.cold import ColdSpec
     from onecopy.vmm.accel import Choice
 
     return ColdSpec(
@@ -42,7 +45,9 @@ def cold_spec(
         timeout=timeout,
         network=not no_network,
         publish=publish,
+        bridge=bridge,
         merge=merge,
+        disks=disks,
         accel=Choice(accel),
         kernel=kernel,
         modules=modules,

@@ -30,7 +30,7 @@ def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None
     from onecopy.guest.exec import Streams, run_streaming
     from onecopy.guest.host import Host
 
-    folder = Host.open().guest(guest).path
+    folder = Host.open().guest_with_agent(guest).path
 
     async def run() -> int:
         source = await _stdin() if stdin else None

@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from onecopy.errors import InvalidInput
-from onecopy.model import Reference, parse_size
+from onecopy.model import Reference, check_name, check_ports, parse_mount, parse_size
+
+if TYPE_CHECKING:
+    from onecopy.guest.disks import DiskSpec
+    from onecopy.store import Access
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -65,25 +70,84 @@ class PublishType(click.ParamType[Any]):
         # int() takes more digits than these, and isdigit() more than int().
         if not re.fullmatch("[0-9]+", guest) or not re.fullmatch("[0-9]*", host):
             raise InvalidInput(f"{value!r} is not a port pair", hint="write for example -p 8080:80")
-        ports = int(host or 0), int(guest)
-        if not (0 <= ports[0] < 65536 and 0 < ports[1] < 65536):
-            raise InvalidInput(f"{value!r} is not a port pair", hint="ports are 1 to 65535")
-        return ports
+        return check_ports(int(host or 0), int(guest))
 
 
-class MountType(click.ParamType[Any]):
-    """SEGMENT:/MOUNTPOINT."""
+class NameType(click.ParamType[Any]):
+    """The name of segments or saved systems, all versions."""
 
-    name = "segment:/mountpoint"
+    name = "name"
+
+    def convert(self, value: Any, param: object, ctx: object) -> str:
+        return check_name(str(value))
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        from onecopy.store import Store
+
+        names = sorted({artifact.name for artifact in Store().artifacts()})
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class AttachType(click.ParamType[Any]):
+    """SEGMENT, or SEGMENT:/MOUNTPOINT."""
+
+    name = "segment[:/mountpoint]"
 
     def convert(self, value: Any, param: object, ctx: object) -> tuple[Reference, str]:
-        text, _, mountpoint = str(value).rpartition(":/")
-        if not text:
-            raise InvalidInput(
-                f"{value!r} does not say where to mount the segment",
-                hint="write for example --segment data:/srv/data",
-            )
-        return Reference.parse(text), "/" + mountpoint.rstrip("/")
+        return parse_mount(str(value))
+
+
+class DiskType(click.ParamType[Any]):
+    """SIZE or FILE, and where to mount it."""
+
+    name = "size|file[:/mountpoint]"
+
+    def convert(self, value: Any, param: object, ctx: object) -> DiskSpec:
+        from onecopy.guest.disks import DiskSpec
+
+        return DiskSpec.parse(str(value))
+
+
+domain_option = click.option(
+    "--domain",
+    metavar="NAME",
+    help="Trust domain of a new name; - is the default one. Guests share nothing across domains.",
+)
+
+
+def domain_of(text: str | None) -> str | None:
+    """The trust domain that a user typed; None if none was."""
+    from onecopy.store.access import check_domain
+
+    return None if text is None else "" if text == "-" else check_domain(text)
+
+
+def new_access(domain: str | None) -> Access | None:
+    """Who may load a new name in a trust domain; None if none was typed."""
+    from onecopy.store import Access
+
+    found = domain_of(domain)
+    return None if found is None else Access(domain=found)
+
+
+def print_access(name: str, access: Access) -> None:
+    """Say who may load a name."""
+    from onecopy.store.access import described
+
+    if access.restricted:
+        print(f"{name} is restricted to {', '.join(access.grants) or 'nobody'}")
+    else:
+        print(f"{name} is for all guests of {described(access.domain)}")
+
+
+def typed_options() -> dict[str, str]:
+    """Parameter -> option, of those that the user has typed."""
+    context = click.get_current_context()
+    return {
+        each.name: each.opts[0]
+        for each in context.command.params
+        if each.name and context.get_parameter_source(each.name) is ParameterSource.COMMANDLINE
+    }
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -96,8 +160,9 @@ def cold_options(command: _F) -> _F:
             "--segment",
             "segments",
             multiple=True,
-            type=MountType(),
-            help="Map a further segment, mounted there. May be repeated.",
+            type=AttachType(),
+            metavar="SEGMENT[:/MOUNTPOINT]",
+            help="Map a further segment: mounted there, or as /dev/onecopy/NAME. May be repeated.",
         ),
         click.option(
             "--memory", type=SizeType(), default="256M", show_default=True, help="RAM of the guest."

@@ -8,7 +8,12 @@ from onecopy.model import Reference
 
 @click.command("rm")
 @click.argument("names", nargs=-1, required=True, type=ReferenceType())
-def command(names: tuple[Reference, ...]) -> None:
+@click.option(
+    "--pending",
+    is_flag=True,
+    help="Also if guests use it: it goes with the last of them, and nobody new can load it.",
+)
+def command(names: tuple[Reference, ...], pending: bool) -> None:
     """Remove segments, saved systems or kernels.
 
     What a guest uses is not removed: the error says who uses it.
@@ -17,4 +22,7 @@ def command(names: tuple[Reference, ...]) -> None:
 
     store = Store()
     for name in names:
-        print(f"{store.remove(name).ref} removed")
+        artifact = store.remove(name, in_use=pending)
+        users = store.users(artifact.digest)
+        kept = f"; its bytes stay until {', '.join(users)} ends" if users else ""
+        print(f"{artifact.ref} removed{kept}")

@@ -9,30 +9,29 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from onecopy.cli.cold import cold_spec
 from onecopy.cli.output import duration, print_json, progress
 from onecopy.cli.params import (
+    DiskType,
     PublishType,
     ReferenceType,
     accel_option,
     cold_options,
     json_option,
+    typed_options,
 )
 from onecopy.errors import InvalidInput
 from onecopy.model import Reference
 
 if TYPE_CHECKING:
+    from onecopy.guest.disks import DiskSpec
     from onecopy.guest.folder import Batch, GuestRecord
     from onecopy.guest.host import Host
     from onecopy.guest.many import Started
 
 Ports = tuple[tuple[int, int], ...]
-_COLD_ONLY = (
-    *("segments", "memory", "cpus", "cpu", "run_command", "ready", "timeout"),
-    *("no_network", "kernel", "modules"),
-)
+_COLD_ONLY = ("cpu", "run_command", "ready", "timeout", "no_network", "kernel", "modules")
 
 
 @click.command("run")
@@ -48,7 +47,16 @@ _COLD_ONLY = (
     help="Forward a port of 127.0.0.1 to the guest; any free one without HOST or with 0. "
     "Guest number i of several gets HOST + i - 1.",
 )
-@click.option("--cold", is_flag=True, help="SOURCE is a root segment: boot it.")
+@click.option(
+    "--bridge",
+    default="",
+    metavar="NAME",
+    help="Make the guest a port of this bridge of the host's, by a tap device; it asks for an "
+    "address there (DHCP). Root only.",
+)
+@click.option(
+    "--cold", is_flag=True, help="SOURCE is a root segment, or a kernel by itself: boot it."
+)
 @click.option("--keep-going", is_flag=True, help="If a guest cannot start, keep the others.")
 @click.option("--keep", is_flag=True, help="With CMD: do not stop the guests when it has ended.")
 @click.option(
@@ -56,6 +64,20 @@ _COLD_ONLY = (
     is_flag=True,
     help="Let KSM merge what QEMU itself keeps in memory, too; QEMU then goes without address "
     "randomisation. Needs Linux 6.4, and KSM to run.",
+)
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    type=DiskType(),
+    metavar="SIZE|FILE[:/MOUNTPOINT]",
+    help="A disk whose content stays: the guest's own, found again by --name, or an image (qcow2, "
+    "raw). Mounted there (ext4), or as /dev/onecopy/disk0. May be repeated.",
+)
+@click.option(
+    "--overcommit",
+    is_flag=True,
+    help="Start the guests even if the host may not have the memory for all of them.",
 )
 @cold_options
 @accel_option
@@ -67,40 +89,51 @@ def command(
     count: int,
     name: str | None,
     publish: Ports,
+    bridge: str,
     cold: bool,
     keep_going: bool,
     keep: bool,
     merge_vmm: bool,
+    disks: tuple[DiskSpec, ...],
+    overcommit: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> int:
     """Start guests from a saved system, or boot them cold.
 
+    From a saved system --memory and --cpus give more than was saved, and --segment loads further
+    segments; what cannot be had ends the start.
+
     With CMD (after --), run it in each guest, stop the guests when it has ended, and exit with its
     exit code.
     """
     from onecopy.guest import many
+    from onecopy.guest.disks import require_sensible
     from onecopy.guest.host import Host
+    from onecopy.guest.ports import numbered
 
+    require_sensible(disks, named=name is not None, count=count)
     host = Host.open()
     names = many.names_for(source.name, name, count)
     with progress() as tell:
         if merge_vmm:
             _tell_of_ksm(tell)
-        options["merge"] = merge_vmm
-        starter = _cold(host, source, options, tell) if cold else _clone(host, source, options)
-        if dry_run:
-            argv = [
-                starter(each, _ports(publish, number)).argv for number, each in enumerate(names)
-            ]
+        options |= {"merge": merge_vmm, "bridge": bridge, "disks": disks}
+        if cold:
+            starter, each = _cold(host, source, options, tell, needs_agent=bool(cmd))
         else:
-            ports = {each: _ports(publish, number) for number, each in enumerate(names)}
+            starter, each = _clone(host, source, options, needs_agent=bool(cmd))
+        ports = {one: numbered(publish, number) for number, one in enumerate(names)}
+        if dry_run:
+            argv = [starter(one, ports[one]).argv for one in names]
+        else:
             start = many.start_many(
                 host,
                 names,
-                lambda each, batch: starter(each, ports[each]).start(batch),
+                lambda one, batch: starter(one, ports[one]).start(batch),
                 keep_going=keep_going,
+                each=0 if overcommit else each,
             )
             return _started(asyncio.run(_then(host, start, cmd, keep)), as_json, bool(cmd))
     for line in argv:
@@ -117,34 +150,56 @@ class _Start:
 
 
 def _clone(
-    host: Host, source: Reference, options: dict[str, Any]
-) -> Callable[[str, Ports], _Start]:
-    from onecopy.guest import start
+    host: Host, source: Reference, options: dict[str, Any], *, needs_agent: bool
+) -> tuple[Callable[[str, Ports], _Start], int]:
+    from onecopy.guest import admission, start
+    from onecopy.guest.fitting import Fitting, added_memory
+    from onecopy.guest.folder import no_agent
     from onecopy.vmm.accel import Choice
 
-    typed = click.get_current_context().get_parameter_source
-    given = [key for key in _COLD_ONLY if typed(key) is ParameterSource.COMMANDLINE]
-    if given:
-        option = {"segments": "segment", "run_command": "run"}.get(given[0], given[0])
+    typed = typed_options()
+    saved = [typed[key] for key in _COLD_ONLY if key in typed]
+    if saved:
         raise InvalidInput(
-            f"--{option.replace('_', '-')} is part of a saved system and cannot be changed",
+            f"{saved[0]} is part of a saved system and cannot be changed",
             hint="give it to `onecopy save`, or boot a segment with --cold",
         )
-    template = start.template(host, host.store.resolve(source, "system"), Choice(options["accel"]))
-    return lambda name, ports: _Start(
-        start.dry_run(host, template, name, ports),
-        lambda batch: start.start_clone(host, template, name, ports, batch, merge=options["merge"]),
+    fitting = Fitting(
+        memory=options["memory"] if "memory" in typed else None,
+        cpus=options["cpus"] if "cpus" in typed else None,
+        segments=options["segments"],
+        disks=options["disks"],
     )
+    template = start.template(host, host.store.resolve(source, "system"), Choice(options["accel"]))
+    if needs_agent and not template.config.agent:
+        raise no_agent(str(source))
+
+    def starter(name: str, ports: Ports) -> _Start:
+        spec = start.CloneSpec(ports, options["bridge"], options["merge"], fitting)
+        return _Start(
+            start.dry_run(host, template, name, spec),
+            lambda batch: start.start_clone(host, template, name, spec, batch),
+        )
+
+    return starter, admission.of_clone(template.accel.name, added_memory(fitting, template.config))
 
 
 def _cold(
-    host: Host, source: Reference, options: dict[str, Any], tell: Callable[[str], None]
-) -> Callable[[str, Ports], _Start]:
+    host: Host,
+    source: Reference,
+    options: dict[str, Any],
+    tell: Callable[[str], None],
+    *,
+    needs_agent: bool,
+) -> tuple[Callable[[str, Ports], _Start], int]:
     from dataclasses import replace
 
-    from onecopy.guest import boot
+    from onecopy.guest import admission, boot, cold
+    from onecopy.guest.folder import no_agent
 
-    prepared = boot.prepare_cold(host, cold_spec(source, **options), tell)
+    prepared = cold.prepare_cold(host, cold_spec(source, **options), tell)
+    if needs_agent and not prepared.agent:
+        raise no_agent(str(source))
     tell(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
 
     def starter(name: str, ports: Ports) -> _Start:
@@ -153,7 +208,7 @@ def _cold(
             boot.dry_run(host, mine, name), lambda batch: boot.run_cold(host, mine, name, batch)
         )
 
-    return starter
+    return starter, admission.of_cold(prepared.accel.name, prepared.hardware.memory)
 
 
 def _tell_of_ksm(tell: Callable[[str], None]) -> None:
@@ -164,18 +219,12 @@ def _tell_of_ksm(tell: Callable[[str], None]) -> None:
         tell("KSM does not run, so nothing is merged yet (root: echo 1 >/sys/kernel/mm/ksm/run)")
 
 
-def _ports(publish: Ports, number: int) -> Ports:
-    ports = tuple((host + number if host else 0, guest) for host, guest in publish)
-    if any(host > 65535 for host, _ in ports):
-        raise InvalidInput("there are not that many ports", hint="give a lower one, or 0 for any")
-    return ports
-
-
 async def _then(
     host: Host, start: Awaitable[Started], cmd: Sequence[str], keep: bool
 ) -> tuple[Started, int]:
     """Start, then run ``cmd`` in each guest; returns the first exit code that is not 0."""
     from onecopy.guest.exec import Streams, run_streaming
+    from onecopy.guest.stop import sync_disks
 
     started = await start
     if not cmd:
@@ -187,8 +236,8 @@ async def _then(
         )
     finally:
         if not keep:
-            for guest in started.guests:
-                host.end(guest)
+            await asyncio.gather(*(sync_disks(host, guest) for guest in started.guests))
+            host.end(*started.guests)
     return started, next((code for code in codes if code), 0)
 
 

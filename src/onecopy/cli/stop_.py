@@ -17,24 +17,24 @@ from onecopy.errors import InvalidInput
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="How long a guest may take to shut down before it is ended.",
+    help="How long a guest may take to shut down before it is ended; several get 0.05 s more for "
+    "each.",
 )
-@click.option("--now", is_flag=True, help="Do not ask: end them (what they wrote is gone anyway).")
+@click.option(
+    "--now",
+    is_flag=True,
+    help="Do not ask: end them (what they wrote is gone anyway, but for disks).",
+)
 def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> None:
     """Stop guests: ask, wait, end."""
     from onecopy.guest.host import Host
-    from onecopy.guest.stop import stop_guest
+    from onecopy.guest.stop import stop_guests
 
     if every == bool(guests):
         raise InvalidInput("say which guests to stop", hint="name them, or give --all")
     host = Host.open()
     records = host.guests() if every else [host.guest(name).record() for name in guests]
 
-    async def stop_all() -> None:
-        results = await asyncio.gather(
-            *(stop_guest(host, record, 0 if now else timeout) for record in records)
-        )
-        for record, ended in zip(records, results, strict=True):
-            print(f"{record.name} {'shut down' if ended else 'was ended'}")
-
-    asyncio.run(stop_all())
+    endings = asyncio.run(stop_guests(host, records, 0 if now else timeout))
+    for record, ending in zip(records, endings, strict=True):
+        print(f"{record.name} {ending.value}")

@@ -12,6 +12,7 @@ from onecopy.build.packages import host_suite
 from onecopy.build.segment import build_segment
 from onecopy.demo.measure import Measured, start_batch
 from onecopy.guest import boot, save, start
+from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.host import Host
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
@@ -23,9 +24,9 @@ COLD_GUESTS = 2
 SAVED_GUESTS = 8
 
 
-def specification(accel: Choice) -> boot.ColdSpec:
+def specification(accel: Choice) -> ColdSpec:
     """The guest of the demo: Debian with Python, and an HTTP service from a segment of its own."""
-    return boot.ColdSpec(
+    return ColdSpec(
         root=ROOT,
         segments=((APP, "/srv"),),
         command="python3 /srv/hello.py",
@@ -42,9 +43,9 @@ async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[s
     build_all(host, tell)
     spec = specification(accel)
     tell("saving a system whose HTTP service is up")
-    system = await save.save_system(host, SYSTEM, spec, tell)
+    system = (await save.save_system(host, SYSTEM, spec, tell)).artifact
     tell(f"starting {COLD_GUESTS} guests cold")
-    prepared = boot.prepare_cold(host, replace(spec, ready="true"))
+    prepared = prepare_cold(host, replace(spec, ready="true"))
     cold = await _batch(
         host,
         "cold",
@@ -59,7 +60,9 @@ async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[s
         host,
         "saved",
         SAVED_GUESTS,
-        lambda name, ports, batch: start.start_clone(host, template, name, ports, batch),
+        lambda name, ports, batch: start.start_clone(
+            host, template, name, start.CloneSpec(publish=ports), batch
+        ),
     )
     return f"{prepared.accel.name}: {prepared.accel.reason}", [cold, saved]
 

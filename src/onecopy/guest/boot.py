@@ -1,150 +1,48 @@
-"""Booting a cold guest: as a guest of its own, or as the one that is about to be saved."""
+"""Booting a cold guest: as a guest of its own, or as the one that is about to be saved.
+
+A bare machine (cold.py) is up once QEMU is. Not here: what a guest is made of.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT, Boot, write_initrd
-from onecopy.build.kernel import KernelConfig, ensure_kernel
-from onecopy.build.tools import ensure_tools
-from onecopy.errors import AgentFailed, GuestFailed, NotEnough, NotReady
-from onecopy.guest import machine
+from onecopy.build.kernel import KernelConfig
+from onecopy.errors import AgentFailed, GuestFailed, NotReady
+from onecopy.guest import machine, warming
+from onecopy.guest.backing import Backed
+from onecopy.guest.begin import (
+    described,
+    handed_out,
+    noted,
+    require_mergeable,
+    segment_names,
+    started,
+    unless_ended,
+    with_segments,
+)
+from onecopy.guest.cold import ColdSpec, Prepared, system_config
 from onecopy.guest.exec import Completed, run_captured
-from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
+from onecopy.guest.fitting import Fitting, fit, require_possible
+from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
-from onecopy.guest.ports import Ports, published, require_free
-from onecopy.host import meminfo
-from onecopy.model import MIB, Reference, align_up
-from onecopy.store import Artifact
-from onecopy.vmm.accel import Accelerator, Choice, choose
+from onecopy.guest.network import new_card, settings, shown_card
+from onecopy.guest.ports import published, require_free
+from onecopy.store import Artifact, Lease
 from onecopy.vmm.agent import Agent
-from onecopy.vmm.argv import Hardware, Kernel, Launch, Ram, command
-from onecopy.vmm.cpu import DEFAULT, qemu_cpu
-from onecopy.vmm.launch import Vmm, launch, prepare
+from onecopy.vmm.argv import Card, Kernel, Launch, Ram, command
+from onecopy.vmm.launch import Vmm, prepare
 from onecopy.vmm.monitor import connect
 
-MINIMUM_MEMORY = 96 * MIB
-DEFAULT_MEMORY = 256 * MIB
 
-
-@dataclass(frozen=True, slots=True)
-class ColdSpec:
-    """What a user asks for when booting a guest."""
-
-    root: Reference
-    segments: tuple[tuple[Reference, str], ...] = ()
-    """(segment, mount point) pairs."""
-    memory: int = DEFAULT_MEMORY
-    """Bytes."""
-    cpus: int = 1
-    cpu: str = DEFAULT
-    """CPU model (vmm/cpu.py)."""
-    command: str | None = None
-    """Run with a minimal init; None: the image's own init, or none if it has none."""
-    ready: str | None = None
-    """A shell command that exits 0 in the guest once it is ready."""
-    timeout: float = 300
-    """Seconds that booting and getting ready may take."""
-    network: bool = True
-    publish: tuple[tuple[int, int], ...] = ()
-    merge: bool = False
-    """KSM may merge the VMM's own memory, too."""
-    accel: Choice = Choice.AUTO
-    kernel: Path | None = None
-    modules: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything a cold guest needs, in the store; nothing runs yet."""
-
-    spec: ColdSpec
-    root: Artifact
-    artifacts: tuple[Artifact, ...]
-    placed: tuple[machine.Placed, ...]
-    kernel: Artifact
-    tools: Artifact
-    accel: Accelerator
-    hardware: Hardware
-    command: str | None = field(default=None)
-
-    @property
-    def digests(self) -> list[str]:
-        """Manifests to hold while the guest runs."""
-        return [artifact.digest for artifact in self.artifacts]
-
-
-def prepare_cold(
-    host: Host, spec: ColdSpec, progress: Callable[[str], None] = lambda _: None
-) -> Prepared:
-    """Resolve names, fetch kernel and tools if the store lacks them, choose the accelerator.
-
-    Raises NotFound, InvalidInput, NotEnough, Incompatible, and what building raises.
-    """
-    root = host.store.resolve(spec.root, "segment")
-    extra = [(host.store.resolve(ref, "segment"), where) for ref, where in spec.segments]
-    _require_memory(spec.memory)
-    qemu = host.qemu
-    kernel = ensure_kernel(host.store, kernel=spec.kernel, modules=spec.modules, progress=progress)
-    tools = ensure_tools(host.store, progress)
-    accel = choose(spec.accel, qemu.binary, kernel.layer("kernel").path, host.store.cache)
-    placed = machine.place(root, tools, kernel, extra)
-    hardware = Hardware(
-        machine=qemu.machine,
-        cpu=qemu_cpu(spec.cpu, accel.name),
-        cpus=spec.cpus,
-        memory=align_up(spec.memory),
-        network=spec.network,
-        segments=machine.slots(placed),
-    )
-    return Prepared(
-        spec=spec,
-        root=root,
-        artifacts=(root, tools, kernel, *(artifact for artifact, _ in extra)),
-        placed=tuple(placed),
-        kernel=kernel,
-        tools=tools,
-        accel=accel,
-        hardware=hardware,
-        command=_command(spec, root),
-    )
-
-
-def _command(spec: ColdSpec, root: Artifact) -> str | None:
-    """None for an image with an init of its own; an image without one just stays up."""
-    if spec.command is not None or has_init(root):
-        return spec.command
-    return ""
-
-
-def has_init(root: Artifact) -> bool:
-    """Whether the image brings an init (build/segment.py looked)."""
-    import msgspec
-
-    return bool(msgspec.json.decode(root.config).get("init"))
-
-
-def _require_memory(memory: int) -> None:
-    if memory < MINIMUM_MEMORY:
-        raise NotEnough(
-            "memory for a guest",
-            needed=MINIMUM_MEMORY,
-            available=memory,
-            hint=f"give at least --memory {MINIMUM_MEMORY // MIB}M",
-        )
-    available = meminfo.read().available
-    if available is not None and available < memory:
-        raise NotEnough(
-            "memory", needed=memory, available=available, hint="stop guests, or give less --memory"
-        )
-
-
-def launch_spec(host: Host, prepared: Prepared, folder: Path, name: str) -> Launch:
+def launch_spec(
+    host: Host, prepared: Prepared, folder: Path, name: str, card: Card | None
+) -> Launch:
     """How QEMU is told to boot this guest."""
     return Launch(
         binary=host.qemu.binary,
@@ -154,44 +52,65 @@ def launch_spec(host: Host, prepared: Prepared, folder: Path, name: str) -> Laun
         monitor_fd="FD",
         console_fd="FD",
         ram=Ram.ANONYMOUS,
-        kernel=Kernel(prepared.kernel.layer("kernel").path, folder / "initrd"),
+        rom=host.qemu.rom,
+        kernel=_booted_kernel(prepared, folder),
+        card=card,
         publish=prepared.spec.publish,
         merge=prepared.spec.merge,
     )
 
 
+def _booted_kernel(prepared: Prepared, folder: Path) -> Kernel:
+    if prepared.agent:
+        return Kernel(prepared.kernel.layer("kernel").path, folder / "initrd")
+    return Kernel(prepared.root.layer("kernel").path, None)
+
+
 def dry_run(host: Host, prepared: Prepared, name: str) -> list[str]:
-    """The exact command line, but for the numbers of inherited sockets."""
+    """The exact command line, but for the numbers of inherited sockets, and addresses."""
+    _require_possible(host, prepared)
     folder = host.run / name
-    return command(prepared.hardware, launch_spec(host, prepared, folder, name))
+    card = shown_card(prepared.spec.bridge, network=prepared.spec.network)
+    spec = launch_spec(host, prepared, folder, name, card)
+    return command(with_segments(prepared.hardware, described(prepared.placed)), spec)
 
 
 @contextlib.asynccontextmanager
-async def booted(prepared: Prepared, spec: Launch, inherit: Sequence[int]) -> AsyncIterator[Vmm]:
+async def booted(
+    host: Host, prepared: Prepared, spec: Launch, lease: Lease
+) -> AsyncIterator[tuple[Vmm, list[Backed]]]:
     """Boot, wait until the guest is ready; on any error the VMM is ended."""
-    write_initrd(
-        spec.folder / "initrd",
-        Boot(
-            hostname=spec.name,
-            mounts=machine.mounts(prepared.placed),
-            modules=KernelConfig.of(prepared.kernel).modules,
-            command=prepared.command,
-        ),
-        prepared.kernel.layer("boot-modules").path,
-        prepared.tools.layer("busybox").path,
-    )
+    warming.begin_aside(host.store, [layer for each in prepared.artifacts for layer in each.layers])
+    if prepared.tools:
+        _write_initrd(prepared, prepared.tools, spec)
     prepare(spec.folder)
-    vmm = launch(prepared.hardware, spec, inherit=inherit)
+    vmm, backed = await started(host, prepared.placed, prepared.hardware, spec, lease)
     try:
-        await _until_ready(vmm, prepared.spec)
-        (spec.folder / "initrd").unlink()
-        yield vmm
+        if prepared.agent:
+            await _until_ready(vmm, prepared.spec)
+            (spec.folder / "initrd").unlink()
+        yield vmm, backed
     except GuestFailed as error:
         await vmm.kill()
         raise vmm.explain(error) from error
     except BaseException:
         await vmm.kill()
         raise
+
+
+def _write_initrd(prepared: Prepared, tools: Artifact, spec: Launch) -> None:
+    write_initrd(
+        spec.folder / "initrd",
+        Boot(
+            hostname=spec.name,
+            network=settings(spec.card),
+            mounts=machine.mounts(prepared.placed),
+            modules=KernelConfig.of(prepared.kernel).modules,
+            command=prepared.command,
+        ),
+        prepared.kernel.layer("boot-modules"),
+        tools.layer("busybox"),
+    )
 
 
 async def _until_ready(vmm: Vmm, spec: ColdSpec) -> None:
@@ -250,35 +169,55 @@ async def run_cold(
     host: Host, prepared: Prepared, name: str, batch: Batch | None = None
 ) -> GuestRecord:
     """Boot a guest. It is handed out with its ``batch``; without one, at once."""
-    require_free(prepared.spec.publish)
+    wanted = prepared.spec
+    _require_possible(host, prepared)
+    require_free(wanted.publish)
     began = time.monotonic()
-    with host.starting(batch) as mine, host.claim(name, prepared.digests, mine) as (folder, lease):
-        spec = launch_spec(host, prepared, folder.path, name)
-        async with booted(prepared, spec, [lease.fd]) as vmm:
+    require_mergeable(prepared.domain, merge=wanted.merge)
+    host.store.require_access(segment_names(prepared.placed), name, prepared.domain)
+    with (
+        new_card(host, wanted.bridge, wanted.publish, network=wanted.network) as card,
+        host.starting(batch) as mine,
+        host.claim(name, prepared.digests, mine) as (folder, lease),
+    ):
+        spec = launch_spec(host, prepared, folder.path, name, card)
+        async with booted(host, prepared, spec, lease) as (vmm, backed):
+            # A bare machine is up once QEMU answers.
             async with connect(folder.path / "monitor.sock") as monitor:
-                ports = await published(monitor, prepared.spec.publish)
-            return _up(prepared, folder, vmm, ports, time.monotonic() - began)
+                ports = await published(monitor, wanted.publish)
+            address = card.address or await _given_address(folder.path) if card else ""
+            record = noted(
+                folder,
+                vmm,
+                kind="cold",
+                source=prepared.root,
+                accel=prepared.accel,
+                config=system_config(host, prepared),
+                placed=prepared.placed,
+                backed=backed,
+                domain=prepared.domain,
+                ram_path=None,
+                publish=ports,
+                card=card,
+                address=address,
+                bridge=wanted.bridge,
+            )
+            fitting = Fitting(disks=wanted.disks)
+            record = await unless_ended(vmm, fit(host, mine, folder, record, fitting))
+            return handed_out(folder, vmm, record, began)
 
 
-def _up(
-    prepared: Prepared, folder: GuestFolder, vmm: Vmm, ports: Ports, seconds: float
-) -> GuestRecord:
-    record = GuestRecord(
-        name=folder.name,
-        kind="cold",
-        source=prepared.root.ref,
-        digest=prepared.root.digest,
-        accel=prepared.accel.name,
-        accel_reason=prepared.accel.reason,
-        pid=vmm.pid,
-        start_ticks=vmm.start_ticks,
-        started=time.time(),
-        start_seconds=seconds,
-        memory=prepared.hardware.memory,
-        ram_path=None,
-        segments=machine.blob_names(prepared.placed),
-        publish=ports,
-    )
-    folder.write(record)
-    vmm.detach()
-    return record
+def _require_possible(host: Host, prepared: Prepared) -> None:
+    config = system_config(host, prepared)
+    require_possible(host, Fitting(disks=prepared.spec.disks), config, "it boots")
+
+
+async def _given_address(folder: Path) -> str:
+    """The address that its network has given the guest (build/files/dhcp)."""
+    done = await run_captured(folder, ["cat", "/run/onecopy/address"], timeout=30)
+    if done.exit_code:
+        raise GuestFailed(
+            "the guest was given no address in the network of its bridge",
+            hint="that takes a DHCP server there; leave --bridge out for a user-mode network",
+        )
+    return done.stdout.decode().strip()

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
 from onecopy.guest.host import Host
-from onecopy.host import ksm, landlock, meminfo, pagemap
+from onecopy.host import ksm, landlock, meminfo, pagemap, verity
 from onecopy.model import format_size
 from onecopy.run import PACKAGES, find_program
-from onecopy.vmm import readonly_ram, user
+from onecopy.vmm import answering, user
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
@@ -71,7 +71,7 @@ def _starting(qemu: Qemu) -> Finding:
     says = f"{qemu.version}, {qemu.machine}"
     if qemu.rom:
         return Finding("qemu", "ok", f"{says}; it maps saved RAM from a read-only file")
-    if readonly_ram.is_possible(qemu):
+    if answering.is_possible(qemu):
         return Finding("qemu", "ok", f"{says}; it is given saved RAM read-only")
     return Finding("qemu", "limited", f"{says}; it cannot start saved systems on this kernel")
 
@@ -118,3 +118,14 @@ def _store(host: Host) -> Iterator[Finding]:
     free = shutil.disk_usage(host.store.root).free
     state = "ok" if free > 2 << 30 else "limited"
     yield Finding("store", state, f"{host.store.root}, {format_size(free)} free")
+    yield _protection(host)
+
+
+def _protection(host: Host) -> Finding:
+    with host.store.workspace() as work:
+        sample = work / "sample"
+        sample.write_bytes(b"sample")
+        if verity.enable(sample):
+            return Finding("blobs", "ok", "fs-verity guards new ones against change")
+    says = "the store's file system has no fs-verity: only `onecopy verify` finds a changed one"
+    return Finding("blobs", "limited", says)

@@ -20,17 +20,21 @@ from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.errors import AgentFailed, GuestFailed, OnecopyError
 from onecopy.host.lock import is_held, locked
 from onecopy.vmm.agent import Agent
+from onecopy.vmm.hotplug import EXEC_PORT
 from onecopy.vmm.monitor import Monitor, connect
 
 #: Exit code that a program gets whose time was up, as timeout(1) has it.
 TIMED_OUT = 124
 
-Sink = Callable[[bytes], None]
+Sink = Callable[[bytes], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """Where a program's streams go; ``stdin`` None means an empty one."""
+    """Where a program's streams go; ``stdin`` None means an empty one.
+
+    What reading one or writing the others raises ends the program.
+    """
 
     stdout: Sink
     stderr: Sink
@@ -45,6 +49,11 @@ class Completed:
     """128 + n if signal n ended it, 127 if there is no such program, 124 if its time was up."""
     stdout: bytes = b""
     stderr: bytes = b""
+
+    @property
+    def text(self) -> str:
+        """What it printed on standard output, as text."""
+        return self.stdout.decode(errors="replace")
 
 
 async def run_captured(
@@ -76,7 +85,9 @@ async def run_streaming(
         except TimeoutError:
             await _kill(agent, pid)
             return TIMED_OUT
-        except (asyncio.CancelledError, OSError):
+        except (AgentFailed, GuestFailed):
+            raise
+        except BaseException:
             with contextlib.suppress(OnecopyError):
                 await _kill(agent, pid)
             raise
@@ -110,6 +121,7 @@ async def _transfer(
 ) -> None:
     """Move all streams until both outputs are at their end, or the wrapper is gone."""
     feed = asyncio.ensure_future(_feed(ports.get("in"), streams.stdin))
+    feed.add_done_callback(lambda _: _failed(feed) and outputs.cancel())
     outputs = asyncio.gather(
         _drain(ports["out"], tag.encode(), streams.stdout),
         _drain(ports["err"], tag.encode(), streams.stderr),
@@ -118,6 +130,8 @@ async def _transfer(
     try:
         tasks: set[asyncio.Future[Any]] = {outputs, watch}
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if _failed(feed):
+            feed.result()
         if not outputs.done():
             # The wrapper was killed and can write no end: take what is still on its way.
             await asyncio.wait({outputs}, timeout=1)
@@ -129,6 +143,10 @@ async def _transfer(
         for task in (feed, outputs, watch):
             task.cancel()
         await asyncio.gather(feed, outputs, watch, return_exceptions=True)
+
+
+def _failed(task: asyncio.Future[Any]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is not None
 
 
 async def _watch(agent: Agent, pid: int) -> None:
@@ -216,7 +234,7 @@ async def _plug(monitor: Monitor, name: str) -> socket.socket:
         address = {"type": "fd", "data": {"str": identity}}
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
         await monitor.execute("chardev-add", {"id": identity, "backend": backend})
-        device = {"driver": "virtserialport", "bus": "serial.0", "id": f"port.{name}"}
+        device = {"driver": "virtserialport", "bus": "serial.0", "id": EXEC_PORT + name}
         await monitor.execute("device_add", {**device, "chardev": identity, "name": name})
     except BaseException:
         ours.close()
@@ -227,7 +245,7 @@ async def _plug(monitor: Monitor, name: str) -> socket.socket:
 async def _unplug(monitor: Monitor, names: Sequence[str]) -> None:
     for name in names:
         with contextlib.suppress(GuestFailed):
-            await monitor.execute("device_del", {"id": f"port.{name}"})
+            await monitor.execute("device_del", {"id": EXEC_PORT + name})
     for name in names:
         await _remove_chardev(monitor, f"exec.{name}")
 

@@ -2,10 +2,15 @@
 
     RUN/NAME/
         guest.json      what it is; written once the guest is up
+        system.json     what a saved system's record says of it (machine.py)
         starting        link to the mark of the command that starts it; leads nowhere afterwards
+        owner           link to the mark of the process that it ends with; only if it does
         monitor.sock    QMP; monitor.lock is held by the command that speaks it
         agent.in .out   pipes to the guest agent, agent.lock beside them
         identity.in .out  pipes to the guest's identity script
+        segment.in .out   pipes to the guest's onecopy-segment
+        attach.lock     held by the command that changes which segments the guest has
+        paused          locked by the command that lets the guest stand still
         exec.TAG        locked by the command that runs a program in the guest
         console.sock    the serial console; console.log keeps all it said
         qemu.log        what QEMU itself said
@@ -14,6 +19,7 @@
     ours, so that QEMU makes and replaces nothing (vmm/confine.py).
 
     RUN/.starting-ID    locked by a command that starts guests; gone when they are handed out
+    RUN/.owner-ID       locked by a process as long as it wants its guests (Host.owner)
 
 A guest exists as long as its VMM holds its lease in the store (store/lease.py). A folder without
 a live lease is a leftover; so is a VMM whose mark nobody locks any more: both are swept by the next
@@ -26,19 +32,73 @@ import contextlib
 import fcntl
 import os
 import secrets
+import select
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import NotFound
+from onecopy.errors import AgentFailed, Incompatible, NotFound
 from onecopy.host.lock import is_held
+from onecopy.model import PageClass
 from onecopy.store import Store
 
-_MARK = ".starting-"
+_MARKS = ("starting", "owner")
+
+
+class Device(msgspec.Struct, frozen=True):
+    """One range of a segment, as a guest has it."""
+
+    page_class: PageClass
+    size: int
+    """Bytes."""
+    fs: str
+    address: str
+    """Bus and slot on PCI, in hexadecimal: ``00:10``."""
+    path: str
+    """What the VMM maps, as /proc/PID/maps has it."""
+    file: str
+    """The file of the store whose pages these are, at least until written to; "" if none."""
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """A segment in a guest. Its lease is kept until the guest ends, also when it is unloaded."""
+
+    name: str
+    ref: str
+    """``NAME:VERSION``, at the time."""
+    digest: str
+    """Its manifest."""
+    devices: tuple[Device, ...]
+    mountpoint: str
+    """"" if it is not mounted."""
+    state: str
+    """``loaded``; ``loading``; or ``kept``: unloaded, but QEMU cannot take its device away."""
+    exclusive: bool = False
+    """Loaded as a copy of the guest's own, to write to, of what others only read."""
+
+
+class GuestDisk(msgspec.Struct, frozen=True):
+    """A disk of a guest, whose content stays when it ends."""
+
+    name: str
+    """/dev/onecopy/NAME in the guest."""
+    path: str
+    """The image on the host."""
+    form: str
+    """``raw`` or ``qcow2``."""
+    own: bool
+    """Whether it is the guest's own, found again by the guest's name."""
+    mountpoint: str
+    """"" if it is not mounted."""
+    address: str
+    """Bus and slot on PCI, in hexadecimal: ``01:05``."""
+    made: bool = False
+    """Whether it was made for this guest, at its start."""
 
 
 class GuestRecord(msgspec.Struct, frozen=True):
@@ -64,11 +124,37 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """Bytes of RAM."""
     ram_path: str | None
     """The file that RAM is mapped from; None for anonymous RAM."""
-    segments: dict[str, str]
-    """Path of each mapped blob -> name."""
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1, port of the guest) pairs."""
-    schema: int = 1
+    attached: tuple[Attached, ...] = ()
+    """The segments that it has now."""
+    domain: str = ""
+    """Its trust domain; "" is the default one."""
+    mac: str = ""
+    """Of its network card; "" if it has none."""
+    address: str = ""
+    """Of IP, when it was handed out: in a network of its own, or in that of the bridge."""
+    bridge: str = ""
+    """Of the host, that it is a port of; "" for user-mode network."""
+    listener: int | None = None
+    """Descriptor of QEMU's where it asks for files (vmm/answering.py); None if it needs not."""
+    agent: bool = True
+    """Whether our agent is in it: not in a bare machine (cold.py)."""
+    cpus: int = 1
+    """Processors."""
+    added: int = 0
+    """Bytes of ``memory`` that came after the saved system was loaded."""
+    disks: tuple[GuestDisk, ...] = ()
+    """Whose content stays when it ends."""
+    schema: int = 3
+
+
+def no_agent(name: str) -> AgentFailed:
+    """Why nothing can be done inside a bare machine."""
+    return AgentFailed(
+        f"{name} is a bare machine: no agent of onecopy is in it",
+        hint="without one there are ps, report, logs, console and stop",
+    )
 
 
 def run_root(store: Store) -> Path:
@@ -85,21 +171,40 @@ def run_root(store: Store) -> Path:
 class GuestFolder:
     """The run folder of one guest."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, batch: Batch | None = None) -> None:
         self.path = path
         self.name = path.name
+        self._batch = batch
 
     def record(self) -> GuestRecord:
-        """Read guest.json; raise NotFound while the guest is not handed out."""
+        """Read guest.json; raise NotFound while the guest is not handed out, or Incompatible.
+
+        Who starts it, as one of its ``batch``, sees it before.
+        """
         try:
             text = (self.path / "guest.json").read_bytes()
         except FileNotFoundError:
             text = b""
-        if not text or self._mark.exists():
+        if not text or (self._mark.exists() and not self._ours):
             raise NotFound(
                 f"there is no guest {self.name!r}", hint="`onecopy ps` lists the running guests"
             )
-        return msgspec.json.decode(text, type=GuestRecord)
+        try:
+            return msgspec.json.decode(text, type=GuestRecord)
+        except msgspec.MsgspecError as error:
+            raise Incompatible(
+                f"{self.path}/guest.json cannot be read: another version of onecopy started "
+                f"{self.name}",
+                hint=f"`onecopy stop` it with that version, or end its QEMU: "
+                f"kill {self.find_vmm() or 'PID'}",
+            ) from error
+
+    def require_agent(self) -> GuestRecord:
+        """The record of a guest that our agent is in; raise AgentFailed of a bare machine."""
+        record = self.record()
+        if not record.agent:
+            raise no_agent(self.name)
+        return record
 
     def write(self, record: GuestRecord) -> None:
         """Note what the guest is, now that it is up."""
@@ -109,8 +214,30 @@ class GuestFolder:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the command that was starting this guest is gone."""
-        return self._mark.exists() and not is_held(self._mark.resolve())
+        """Whether the command that was starting it, or the process that it ends with, is gone."""
+        if self._mark.exists() and not is_held(self._mark.resolve()):
+            return True
+        return self.owner is not None and not is_held(self.owner)
+
+    @property
+    def owner(self) -> Path | None:
+        """The mark of the process that it ends with, if it does."""
+        link = self.path / "owner"
+        return link.readlink() if link.is_symlink() else None
+
+    def keep(self) -> None:
+        """From now on it does not end with the process that started it."""
+        (self.path / "owner").unlink(missing_ok=True)
+
+    @property
+    def left_paused(self) -> bool:
+        """Whether the command that let it stand still (pause.py) is gone."""
+        mark = self.path / "paused"
+        return mark.exists() and not is_held(mark)
+
+    @property
+    def _ours(self) -> bool:
+        return self._batch is not None and self._mark.readlink() == self._batch.mark
 
     @property
     def _mark(self) -> Path:
@@ -121,19 +248,32 @@ class GuestFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def find_vmm(self) -> int | None:
-        """Process id of the VMM; None if there is none.
+        """Process id of the VMM; None if there is none."""
+        return next(find_vmms([self.path]), (None, None))[1]
 
-        It is the process that was started as this guest and works in this folder, which nobody
-        else can enter.
-        """
-        mark = f"\0-name\0guest={self.name}\0".encode()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    started = mark in (entry / "cmdline").read_bytes()
-                    if started and self.path.samefile(entry / "cwd"):
-                        return int(entry.name)
-        return None
+
+def find_vmms(folders: Iterable[Path]) -> Iterator[tuple[str, int]]:
+    """(guest, process id) of the VMMs of these run folders.
+
+    A VMM is the process that was started as that guest and works in its folder, which nobody else
+    can enter.
+    """
+    wanted = {folder: _named(folder) for folder in folders}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (folder := _guest_of(entry, wanted)):
+            yield folder.name, int(entry.name)
+
+
+def _named(folder: Path) -> bytes:
+    return f"\0-name\0guest={folder.name}\0".encode()
+
+
+def _guest_of(process: Path, wanted: Mapping[Path, bytes]) -> Path | None:
+    with contextlib.suppress(OSError):
+        folder = (process / "cwd").readlink()
+        if folder in wanted and wanted[folder] in (process / "cmdline").read_bytes():
+            return folder
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +284,8 @@ class Batch:
     """
 
     mark: Path
+    owner: Path | None = None
+    """The mark of the process that they end with, if they do."""
 
     def add(self, path: Path) -> GuestFolder:
         """A new run folder for one of them; the caller ends its VMM and removes it if it fails."""
@@ -153,35 +295,53 @@ class Batch:
         # Its VMM may be another user, who has no more than the way to what is made for it there.
         path.chmod(0o711)
         (path / "starting").symlink_to(self.mark)
-        return GuestFolder(path)
+        if self.owner:
+            (path / "owner").symlink_to(self.owner)
+        return GuestFolder(path, self)
 
     def hand_out(self) -> None:
-        """From now on the guests are the user's, and outlive the command."""
+        """From now on the guests are the user's, and outlive the command, if they have no owner."""
         self.mark.unlink()
 
 
 def is_mark(path: Path) -> bool:
-    """Whether ``path``, in the folder of the run folders, is the mark of a batch."""
-    return path.name.startswith(_MARK)
+    """Whether ``path``, in the folder of the run folders, is the mark of a batch or of an owner."""
+    return path.name.startswith(tuple(f".{kind}-" for kind in _MARKS))
 
 
-def lock_mark(run: Path) -> tuple[Path, int]:
-    """A new mark, and the descriptor that locks it."""
-    mark = run / f"{_MARK}{secrets.token_hex(8)}"
+def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
+    """A new mark, ``starting`` or ``owner``, and the descriptor that locks it."""
+    mark = run / f".{kind}-{secrets.token_hex(8)}"
     fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
     return mark, fd
 
 
-def kill(pid: int, is_it: Callable[[], bool]) -> None:
-    """End a VMM and wait for it; nothing happens unless ``pid`` still ``is_it``."""
-    import select
+def is_vmm(folder: Path, pid: int) -> bool:
+    """Whether the process is the VMM of this run folder."""
+    return _guest_of(Path(f"/proc/{pid}"), {folder: _named(folder)}) is not None
 
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            if is_it():
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+def kill(vmms: Iterable[tuple[int, Callable[[], bool]]]) -> None:
+    """End VMMs and wait for them; nothing happens to a process id that is not the VMM any more."""
+    # They end side by side, and hold a descriptor each meanwhile.
+    rest = iter(vmms)
+    while some := list(islice(rest, 64)):
+        with contextlib.ExitStack() as ends:
+            for pidfd in [fd for pid, is_it in some if (fd := _killed(pid, is_it)) is not None]:
+                ends.callback(os.close, pidfd)
                 select.select([pidfd], [], [], 10)
-        finally:
-            os.close(pidfd)
+
+
+def _killed(pid: int, is_it: Callable[[], bool]) -> int | None:
+    """A descriptor that tells the end of a process; None if it is not the one that was meant."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        if is_it():
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            return pidfd
+    os.close(pidfd)
+    return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from onecopy.guest.folder import (
     Batch,
     GuestFolder,
     GuestRecord,
+    find_vmms,
     is_mark,
+    is_vmm,
     kill,
     lock_mark,
     run_root,
 )
+from onecopy.guest.pause import resume
 from onecopy.host.lock import is_held
 from onecopy.host.process import is_same
 from onecopy.store import Lease, Store
@@ -32,6 +36,8 @@ class Host:
 
     store: Store
     run: Path
+    batch_seen: Batch | None = None
+    """Guests that are being started, and that this host shows all the same."""
 
     @classmethod
     def open(cls, root: Path | None = None) -> Host:
@@ -49,28 +55,64 @@ class Host:
 
     def guest(self, name: str) -> GuestFolder:
         """The folder of a running guest; raise NotFound."""
-        folder = GuestFolder(self.run / name)
+        folder = GuestFolder(self.run / name, self.batch_seen)
         folder.record()
         return folder
 
+    def guest_with_agent(self, name: str) -> GuestFolder:
+        """The same, if something is to be done inside it; raise AgentFailed of a bare machine."""
+        folder = GuestFolder(self.run / name, self.batch_seen)
+        folder.require_agent()
+        return folder
+
+    def seeing(self, batch: Batch) -> Host:
+        """This host for who starts guests, and does with one of them what others do later."""
+        return replace(self, batch_seen=batch)
+
     def guests(self) -> list[GuestRecord]:
         """All guests that were handed out and whose VMM lives, by name."""
-        records = []
-        for path in self._folders():
-            with contextlib.suppress(NotFound):
-                records.append(GuestFolder(path).record())
-        return sorted(records, key=lambda record: record.name)
+        return self._records(self._folders())
+
+    def owned(self, owner: Path) -> list[GuestRecord]:
+        """The guests that end with an owner."""
+        return self._records(path for path in self._folders() if GuestFolder(path).owner == owner)
+
+    def vmms(self, names: Iterable[str]) -> list[tuple[str, int]]:
+        """(guest, process id of its VMM) of those of ``names`` that run or are being started."""
+        return list(find_vmms((self.run / name).resolve() for name in names))
+
+    def unloaded(self, segment: str) -> set[str]:
+        """The guests that have a segment (digest of its manifest) but have unloaded it."""
+        return {
+            record.name
+            for record in self.guests()
+            for item in record.attached
+            if item.digest == segment and item.state == "kept"
+        }
 
     @contextlib.contextmanager
-    def batch(self) -> Iterator[Batch]:
+    def batch(self, owner: Path | None = None) -> Iterator[Batch]:
         """What the guests that are started meanwhile belong to; the caller hands them out.
 
-        Killed before, the command leaves guests that the next one ends.
+        Killed before, the command leaves guests that the next one ends. So it does later with those
+        of an ``owner``.
         """
+        with self._marked("starting") as mark:
+            yield Batch(mark, owner)
+
+    def owner(self) -> AbstractContextManager[Path]:
+        """What guests belong to that are not to outlive this process, however that ends.
+
+        The next command ends those that are left.
+        """
+        return self._marked("owner")
+
+    @contextlib.contextmanager
+    def _marked(self, kind: str) -> Iterator[Path]:
         with self._locked():
-            mark, fd = lock_mark(self.run)
+            mark, fd = lock_mark(self.run, kind)
         try:
-            yield Batch(mark)
+            yield mark
         finally:
             mark.unlink(missing_ok=True)
             os.close(fd)
@@ -104,46 +146,63 @@ class Host:
                 folder.remove()
                 raise
 
-    def end(self, record: GuestRecord) -> None:
-        """End a guest's VMM, unasked, and remove its folder."""
-        # Not by its command line: that is its own memory, which it may change.
-        kill(record.pid, lambda: is_same(record.pid, record.start_ticks))
-        GuestFolder(self.run / record.name).remove()
+    def end(self, *records: GuestRecord) -> None:
+        """End the VMMs of guests, unasked, and remove their folders."""
+        # Not by their command lines: these are their own memory, which they may change.
+        kill((each.pid, partial(is_same, each.pid, each.start_ticks)) for each in records)
+        for each in records:
+            GuestFolder(self.run / each.name).remove()
 
     def sweep(self) -> None:
         """Remove what no living command or VMM owns: folders, and guests never handed out."""
-        killed = False
         with self._locked():
+            abandoned, left = [], []
             for path in self._folders():
                 folder = GuestFolder(path)
-                if self.store.is_held(path.name):
-                    if not folder.abandoned:
-                        continue
-                    vmm = folder.find_vmm()
-                    if vmm is not None:
-                        kill(vmm, partial(_is_vmm, folder, vmm))
-                        killed = True
+                if not self.store.is_held(path.name):
+                    left.append(folder)
+                elif folder.abandoned:
+                    abandoned.append(folder)
+                elif folder.left_paused:
+                    resume(path)
+            if abandoned:
+                vmms = self.vmms(folder.name for folder in abandoned)
+                kill((pid, partial(is_vmm, (self.run / name).resolve(), pid)) for name, pid in vmms)
+            for folder in (*left, *abandoned):
                 folder.remove()
             for path in filter(is_mark, self.run.iterdir()):
                 if not is_held(path):
                     path.unlink()
-        if killed:
+        if abandoned:
             # Their leases are stale only now.
             self.store.sweep()
+
+    def next_number(self) -> int:
+        """A number that no guest has had since the host was booted."""
+        with self._locked() as lock:
+            number = int(os.pread(lock, 20, 0) or b"0")
+            os.pwrite(lock, str(number + 1).encode(), 0)
+        return number
+
+    def _records(self, folders: Iterable[Path]) -> list[GuestRecord]:
+        records = []
+        for path in folders:
+            with contextlib.suppress(NotFound):
+                records.append(GuestFolder(path).record())
+        return sorted(records, key=lambda record: record.name)
 
     def _folders(self) -> list[Path]:
         return [path for path in self.run.iterdir() if path.is_dir()]
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Between claiming a name and having its folder nobody may sweep."""
+    def _locked(self) -> Iterator[int]:
+        """Between claiming a name and having its folder nobody may sweep.
+
+        The lock's file, whose descriptor this yields, has the number of the next guest.
+        """
         fd = os.open(self.run / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            yield fd
         finally:
             os.close(fd)
-
-
-def _is_vmm(folder: GuestFolder, pid: int) -> bool:
-    return folder.find_vmm() == pid

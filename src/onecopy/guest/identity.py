@@ -1,57 +1,134 @@
-"""What makes a clone a machine of its own: name and machine-id; nothing is handed out without.
+"""What makes a clone a machine of its own; nothing is handed out without.
 
-Not through the guest agent: its first answer alone makes a clone run some ten thousand blocks of
-code that it has not run yet, which under TCG takes longer than all the rest of a start. A shell of
-ours that already waits in the saved system (build/files/identity) needs a tenth of that.
+Name, machine-id, address of its network card and of IP, clock, random numbers; SSH host keys if the
+image has some; and what a hook of the user's does. Not through the guest agent: its first answer
+alone makes a clone run some ten thousand blocks of code that it has not run yet, which under TCG
+takes longer than all the rest of a start. A shell of ours that already waits in the saved system
+(build/files/identity) needs a fraction of that.
 
-The kernel's random numbers are re-seeded by the vmgenid device, before the guest runs on (Linux
-Documentation/devicetree/bindings/rng/microsoft,vmgenid.yaml; drivers/virt/vmgenid.c).
+The kernel's random numbers are re-seeded by the vmgenid device when the guest runs on (Linux
+drivers/virt/vmgenid.c); the guest waits until its kernel has said so (drivers/char/random.c).
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from onecopy.errors import AgentFailed
+from onecopy.guest.network import settings
+from onecopy.vmm.argv import Card
 from onecopy.vmm.pipe import Pipe
 
 #: Seconds a guest may take to answer.
 TIMEOUT = 30.0
+#: Seconds that new SSH host keys and the user's hook may take.
+HOOK_TIMEOUT = 300.0
+#: Seconds by which the clock that the guest reads back may differ: it is set in whole ones.
+_CLOCK = 5
+#: What the guest says could not be done.
+_FAILURES = {
+    "network": "set up its network card",
+    "clock": "set its clock",
+    "random": "re-seed its kernel's random numbers",
+    "keys": "make SSH host keys of its own",
+    "hook": "run what was given with --on-clone",
+}
 
 
-async def become(folder: Path, name: str, *, machine_id: bool) -> None:
-    """Give the clone its hostname and machine-id; raise AgentFailed unless it confirms them."""
-    wanted = f"{name} {secrets.token_hex(16) if machine_id else '-'}"
-    answer = await _ask(folder, f"be {wanted}")
-    if answer != wanted:
-        raise AgentFailed(f"the clone should be {wanted} but says it is {answer!r}")
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a guest is to be."""
+
+    name: str
+    machine_id: str | None
+    card: Card | None
 
 
-async def rehearse(folder: Path, name: str, machine_id: str | None) -> None:
+def new_identity(name: str, card: Card | None, *, machine_id: bool) -> Identity:
+    """Who a new clone is to be."""
+    return Identity(name, secrets.token_hex(16) if machine_id else None, card)
+
+
+async def become(folder: Path, wanted: Identity) -> str:
+    """Make the clone who it is to be; raise AgentFailed unless it confirms all of it.
+
+    Returns its IP address, "" without a network.
+    """
+    with Pipe(folder, "identity") as pipe:
+        said = await _ask(pipe, _line("be", wanted), TIMEOUT)
+        address = _confirmed(said, wanted)
+        said = await _answer(pipe, HOOK_TIMEOUT)
+        if said != "ready":
+            raise _failed(said)
+        return address
+
+
+async def rehearse(folder: Path, mine: Identity) -> None:
     """Let a guest that is about to be saved become what it is already, and get ready again.
 
     What this touches for the first time is then in the saved system, and not each clone's own.
     Raises AgentFailed.
     """
-    # A machine-id may have come into being since the guest last got ready.
-    prepare = ("prepare", "prepared")
-    whole = f"{name} {machine_id or '-'}"
-    for line, expected in (prepare, (f"be {whole}", whole), prepare):
-        answer = await _ask(folder, line)
-        if answer != expected:
-            raise AgentFailed(f"asked to {line!r} the guest says {answer!r}")
+    with Pipe(folder, "identity") as pipe:
+        # A machine-id may have come into being since the guest last got ready.
+        await _prepare(pipe)
+        _confirmed(await _ask(pipe, _line("rehearse", mine), TIMEOUT), mine)
+        await _prepare(pipe)
 
 
-async def _ask(folder: Path, line: str) -> str:
+async def _prepare(pipe: Pipe) -> None:
+    said = await _ask(pipe, "prepare", TIMEOUT)
+    if said != "prepared":
+        raise AgentFailed(f"asked to get ready the guest says {said!r}")
+
+
+def _line(verb: str, wanted: Identity) -> str:
+    mac = wanted.card.mac if wanted.card else "-"
+    # Rounded: the guest sets whole seconds.
+    now = round(time.time())
+    who = f"{wanted.name} {wanted.machine_id or '-'}"
+    return f"{verb} {who} {now} {mac} {settings(wanted.card)}"
+
+
+def _confirmed(said: str, wanted: Identity) -> str:
+    """The address of what the guest was to become; raise AgentFailed if it is not that."""
+    name, machine_id, mac, address, now = [*said.split(), *[""] * 5][:5]
+    if name == "failed":
+        raise _failed(said)
+    expected = (wanted.name, wanted.machine_id or "-", wanted.card.mac if wanted.card else "-")
+    if (name, machine_id, mac) != expected:
+        raise AgentFailed(f"the guest should be {' '.join(expected)} but says it is {said!r}")
+    if not now.isdigit() or abs(int(now) - time.time()) > _CLOCK:
+        raise AgentFailed(f"the clock of {wanted.name} is not right: it says {now!r}")
+    return "" if address == "-" else address
+
+
+def _failed(said: str) -> AgentFailed:
+    """The error for ``failed WHAT DETAILS``."""
+    _, what, details = [*said.split(" ", 2), "", ""][:3]
+    doing = _FAILURES.get(what, f"become what it should ({said!r})")
+    return AgentFailed(
+        f"the guest could not {doing}{': ' if details else ''}{details}",
+        hint="a clone is handed out, and a guest saved, only if it can: `onecopy run --cold` its "
+        "root segment to see what is wrong",
+    )
+
+
+async def _ask(pipe: Pipe, line: str, timeout: float) -> str:
+    await pipe.write(f"{line}\n".encode())
+    return await _answer(pipe, timeout)
+
+
+async def _answer(pipe: Pipe, timeout: float) -> str:
     try:
-        async with asyncio.timeout(TIMEOUT):
-            with Pipe(folder, "identity") as pipe:
-                await pipe.write(f"{line}\n".encode())
-                return (await pipe.until(b"\n")).decode(errors="replace")
+        async with asyncio.timeout(timeout):
+            return (await pipe.until(b"\n")).decode(errors="replace")
     except TimeoutError:
         raise AgentFailed(
-            f"the guest did not confirm its identity within {TIMEOUT:g} s",
+            f"the guest did not confirm its identity within {timeout:g} s",
             hint="`onecopy logs` shows its console; save the system again if this goes on",
         ) from None

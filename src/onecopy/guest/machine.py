@@ -7,25 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT, Mount
-from onecopy.errors import InvalidInput, StoreDamaged
+from onecopy.build.ranges import Range, SegmentConfig, layer_of
+from onecopy.errors import Incompatible, InvalidInput, NoSlot, StoreDamaged
+from onecopy.guest.backing import Needed
+from onecopy.model import PageClass
 from onecopy.store import Artifact, Layer
-from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware, Slot
+from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
+
+#: 3: the state has no section about the machine; the guest has a card with an address of its own.
+#: 4: the machine has room for more processors.
+_SCHEMA = 4
+_FILE = "system.json"
 
 
 class MappedSegment(msgspec.Struct, frozen=True):
-    """A segment in its place in a guest."""
+    """A range of a segment in its place in a guest."""
 
     name: str
+    """NAME, or NAME.1 and so on for further ranges."""
     digest: str
-    """Of the blob."""
+    """Of the blob; "" for a range without stored content."""
     size: int
-    """Bytes of the blob."""
+    """Bytes that are mapped."""
     fs: str
     mountpoint: str
+    """"" if it is not mounted."""
+    page_class: PageClass = PageClass.SR
+    ref: str = ""
+    """``NAME:VERSION`` of the segment at the time."""
+    segment: str = ""
+    """Digest of the segment's manifest."""
+    number: int = 0
+    """Its place in the segment."""
 
 
 class SystemConfig(msgspec.Struct, frozen=True):
@@ -48,56 +66,152 @@ class SystemConfig(msgspec.Struct, frozen=True):
     machine_id: bool
     """Whether the guest had a machine-id(5), so that each clone needs one of its own."""
     segments: tuple[MappedSegment, ...]
-    schema: int = 1
+    on_clone: str | None = None
+    """What each clone runs before it is handed out."""
+    agent: bool = True
+    """Whether our agent is in its guests: not in bare machines (cold.py)."""
+    cpu_room: int = 0
+    """Processors that its kernel can have: those that it has, and places for more. 0: unknown."""
+    schema: int = _SCHEMA
 
     @classmethod
     def of(cls, artifact: Artifact) -> SystemConfig:
-        """The config of a saved system; raise StoreDamaged."""
+        """The config of a saved system; raise StoreDamaged, or Incompatible if it is too old."""
         try:
-            return msgspec.json.decode(artifact.config, type=cls)
+            config = msgspec.json.decode(artifact.config, type=cls)
         except msgspec.MsgspecError as error:
             raise StoreDamaged(
                 f"the record of {artifact.ref} cannot be read: {error}", hint="save it again"
+            ) from error
+        if config.schema != _SCHEMA:
+            raise Incompatible(
+                f"{artifact.ref} was saved by another version of onecopy, whose machines differ",
+                hint="save it again",
+            )
+        return config
+
+    def write(self, folder: Path) -> None:
+        """Note in a run folder what its guest would be saved as."""
+        (folder / _FILE).write_bytes(msgspec.json.encode(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> SystemConfig:
+        """What the guest of a run folder would be saved as; raise Incompatible."""
+        try:
+            return msgspec.json.decode((folder / _FILE).read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise Incompatible(
+                f"another version of onecopy started {folder.name}",
+                hint="start it anew with this one",
             ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A stored blob and its place in a guest."""
+    """A range and its place in a guest; ``layer`` is its stored content, if it has any."""
 
-    layer: Layer
+    layer: Layer | None
     segment: MappedSegment
+
+    @property
+    def needed(self) -> Needed:
+        """What it has to be mapped from."""
+        item = self.segment
+        return Needed(item.page_class, item.size, self.layer, item.segment, item.number)
 
 
 def place(
     root: Artifact, tools: Artifact, kernel: Artifact, extra: Sequence[tuple[Artifact, str]]
 ) -> list[Placed]:
-    """All segments of a new guest, in slot order; raise InvalidInput."""
-    if len(extra) + 3 > MAX_SEGMENTS:
-        raise InvalidInput(f"a guest can map {MAX_SEGMENTS - 3} segments besides its root")
-    placed = [
-        _placed(root, "image", "/"),
-        _placed(tools, "image", TOOLS_MOUNTPOINT),
-        _placed(kernel, "modules", "/lib/modules"),
-    ]
-    taken = {item.segment.mountpoint for item in placed}
+    """All ranges of a new guest, in slot order; raise InvalidInput."""
+    _require_root(root)
+    placed = [*ranges_of(root, "/"), *ranges_of(tools, TOOLS_MOUNTPOINT), _modules(kernel)]
     for artifact, mountpoint in extra:
-        if mountpoint in taken:
-            raise InvalidInput(f"two segments cannot both be mounted on {mountpoint}")
-        if not mountpoint.startswith("/") or set(mountpoint) & set(" \n\t") or ".." in mountpoint:
-            raise InvalidInput(
-                f"{mountpoint!r} is not a mount point", hint="give an absolute path without blanks"
-            )
-        taken.add(mountpoint)
-        placed.append(_placed(artifact, "image", mountpoint))
+        placed += ranges_of(artifact, mountpoint and check_mountpoint(mountpoint))
+    _require_unique([item.segment.mountpoint for item in placed if item.segment.mountpoint])
+    _require_unique([item.segment.name for item in placed])
+    if len(placed) > MAX_SEGMENTS:
+        raise NoSlot(
+            f"a guest boots with {MAX_SEGMENTS - 3} ranges besides its root, and these are "
+            f"{len(placed) - 3}",
+            hint="`onecopy attach` the rest once it runs",
+        )
     return placed
 
 
-def _placed(artifact: Artifact, role: str, mountpoint: str) -> Placed:
-    layer = artifact.layer(role)
-    fs = layer.media_type.rpartition("+")[2]
-    name = artifact.name if role == "image" else f"{artifact.name}-{role}"
-    return Placed(layer, MappedSegment(name, layer.digest, layer.size, fs, mountpoint))
+def _require_root(root: Artifact) -> None:
+    ranges = SegmentConfig.of(root).ranges
+    if len(ranges) > 1 or ranges[0].page_class is not PageClass.SR or not ranges[0].fs:
+        raise InvalidInput(
+            f"{root.ref} is no root segment: that is one SR range with a file system",
+            hint="make one with `onecopy build`",
+        )
+
+
+def _require_unique(texts: Sequence[str]) -> None:
+    for text in texts:
+        if texts.count(text) > 1:
+            raise InvalidInput(
+                f"{text} is there twice", hint="a guest has each name and mount once"
+            )
+
+
+def check_mountpoint(mountpoint: str) -> str:
+    """Return what can be a mount point of a segment; raise InvalidInput."""
+    plain = mountpoint.isprintable() and " " not in mountpoint
+    whole = mountpoint.startswith("/") and mountpoint != "/" and ".." not in mountpoint.split("/")
+    if not plain or not whole:
+        raise InvalidInput(
+            f"{mountpoint!r} is not a mount point",
+            hint="give an absolute path without blanks and ..",
+        )
+    return mountpoint
+
+
+def ranges_of(artifact: Artifact, mountpoint: str, *, exclusive: bool = False) -> list[Placed]:
+    """The ranges of a segment, the first one mounted if ``mountpoint`` is not "".
+
+    With ``exclusive`` the guest has what others only read as a copy of its own, to write to (what
+    z/VM calls a non-shared load). Raises InvalidInput, StoreDamaged.
+    """
+    ranges = SegmentConfig.of(artifact).ranges
+    if mountpoint and not ranges[0].fs:
+        raise InvalidInput(
+            f"{artifact.ref} has no file system to mount on {mountpoint}",
+            hint=f"leave the mount point out: guests find it as /dev/onecopy/{artifact.name}",
+        )
+    return [
+        _placed(artifact, number, item, "" if number else mountpoint, exclusive=exclusive)
+        for number, item in enumerate(ranges)
+    ]
+
+
+def _placed(
+    artifact: Artifact, number: int, item: Range, mountpoint: str, *, exclusive: bool
+) -> Placed:
+    layer = layer_of(artifact, number, item)
+    own = exclusive and item.page_class in (PageClass.SR, PageClass.ER)
+    segment = MappedSegment(
+        name=f"{artifact.name}.{number}" if number else artifact.name,
+        digest=layer.digest if layer else "",
+        size=item.size,
+        fs=item.fs,
+        mountpoint=mountpoint,
+        page_class=PageClass.EW if own else item.page_class,
+        ref=artifact.ref,
+        segment=artifact.digest,
+        number=number,
+    )
+    return Placed(layer, segment)
+
+
+def _modules(kernel: Artifact) -> Placed:
+    layer = kernel.layer("modules")
+    name, fs = f"{kernel.name}-modules", layer.media_type.rpartition("+")[2]
+    segment = MappedSegment(
+        name, layer.digest, layer.size, fs, "/lib/modules", ref=kernel.ref, segment=kernel.digest
+    )
+    return Placed(layer, segment)
 
 
 def saved_places(artifact: Artifact, config: SystemConfig) -> list[Placed]:
@@ -112,30 +226,31 @@ def saved_places(artifact: Artifact, config: SystemConfig) -> list[Placed]:
 
 
 def mounts(placed: Sequence[Placed]) -> list[Mount]:
-    """What the guest's first stage mounts."""
+    """What the guest's first stage finds and mounts."""
     return [
-        Mount(FIRST_SEGMENT_SLOT + number, item.segment.fs, item.segment.mountpoint)
+        Mount(
+            slot=FIRST_SEGMENT_SLOT + number,
+            fstype=item.segment.fs,
+            mountpoint=item.segment.mountpoint,
+            segment=_segment_name(item.segment),
+            name=item.segment.name,
+            writable=item.segment.page_class.writable,
+        )
         for number, item in enumerate(placed)
     ]
 
 
-def slots(placed: Sequence[Placed]) -> tuple[Slot, ...]:
-    """What QEMU maps."""
-    return tuple(Slot(item.layer.path, item.layer.size) for item in placed)
+def _segment_name(item: MappedSegment) -> str:
+    return item.name.removesuffix(f".{item.number}") if item.number else item.name
 
 
-def blob_names(placed: Sequence[Placed]) -> dict[str, str]:
-    """Path of each mapped blob -> name, for GuestRecord."""
-    return {str(item.layer.path): item.segment.name for item in placed}
-
-
-def hardware_of(config: SystemConfig, placed: Sequence[Placed]) -> Hardware:
-    """The machine that a saved system must find again."""
+def hardware_of(config: SystemConfig) -> Hardware:
+    """The machine that a saved system must find again, but for its segments."""
     return Hardware(
         machine=config.machine,
         cpu=config.cpu,
         cpus=config.cpus,
         memory=config.memory,
         network=config.network,
-        segments=slots(placed),
+        segments=(),
     )

@@ -1,4 +1,4 @@
-"""Starting several guests at once, all or none."""
+"""Several guests at once: all start, or none does; they take turns."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from onecopy.errors import OnecopyError
+from onecopy.errors import InvalidInput, OnecopyError
+from onecopy.guest import admission
+from onecopy.guest.disks import remove_made
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.model import check_guest_name
@@ -25,6 +28,8 @@ class Started:
 
 def names_for(source: str, name: str | None, count: int) -> list[str]:
     """Names for ``count`` new guests: ``name`` or NAME-1..N, else ones made from ``source``."""
+    if count < 1:
+        raise InvalidInput(f"{count} guests cannot be started", hint="start at least one")
     if name is not None:
         check_guest_name(name)
         names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
@@ -35,26 +40,42 @@ def names_for(source: str, name: str | None, count: int) -> list[str]:
     return [check_guest_name(each) for each in names]
 
 
+def turns() -> asyncio.Semaphore:
+    """What each of many guests waits for before it has work for the host's processors.
+
+    More at once than there are processors only makes each of them ready later.
+    """
+    return asyncio.Semaphore(2 * (os.cpu_count() or 1))
+
+
 async def start_many(
     host: Host,
     names: Sequence[str],
     start: Callable[[str, Batch], Awaitable[GuestRecord]],
     *,
     keep_going: bool = False,
+    owner: Path | None = None,
+    each: int = 0,
 ) -> Started:
     """Start guests concurrently, and hand them out together.
 
     If one cannot start all others are ended again and its error is raised, unless ``keep_going``:
-    then they run on, and the failures are told beside them. Interrupted, it leaves none.
+    then they run on, and the failures are told beside them. Interrupted, it leaves none. Those of
+    an ``owner`` (Host.owner) end with it. Raises NotEnough if the host has no memory for guests of
+    ``each`` bytes (admission.py); with 0 it does not look.
     """
-    # More at once than there are processors only makes each of them ready later.
-    turn = asyncio.Semaphore(2 * (os.cpu_count() or 1))
+    if each and not keep_going:
+        admission.require(each, len(names))
+    turn = turns()
 
     async def one(name: str, batch: Batch) -> GuestRecord:
         async with turn:
+            if each:
+                # Others may have taken it meanwhile, or these guests more than was thought.
+                admission.require(each)
             return await start(name, batch)
 
-    with host.batch() as batch:
+    with host.batch(owner) as batch:
         tasks = {name: asyncio.ensure_future(one(name, batch)) for name in names}
         when = asyncio.ALL_COMPLETED if keep_going else asyncio.FIRST_EXCEPTION
         try:
@@ -82,9 +103,10 @@ async def _settle(
         task.cancel()
     results = await asyncio.gather(*tasks.values(), return_exceptions=True)
     if not keep and any(isinstance(result, BaseException) for result in results):
-        for result in results:
-            if isinstance(result, GuestRecord):
-                host.end(result)
+        undone = [result for result in results if isinstance(result, GuestRecord)]
+        host.end(*undone)
+        for record in undone:
+            remove_made(host, record)
     failures = []
     for name, result in zip(tasks, results, strict=True):
         if isinstance(result, OnecopyError):

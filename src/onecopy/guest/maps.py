@@ -16,7 +16,18 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
             pid=guest.pid,
             ram_path=guest.ram_path,
             ram_bytes=guest.memory,
-            segments=guest.segments,
+            ram_added=guest.added,
+            segments={
+                device.path: f"{item.name}.{number}" if number else item.name
+                for item in guest.attached
+                for number, device in enumerate(item.devices)
+            },
+            files={
+                device.path: device.file
+                for item in guest.attached
+                for device in item.devices
+                if device.file
+            },
         )
         for guest in guests
     ]

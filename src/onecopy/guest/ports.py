@@ -5,13 +5,21 @@ from __future__ import annotations
 import re
 import socket
 
-from onecopy.errors import InUse, NotPermitted
+from onecopy.errors import InUse, InvalidInput, NotPermitted
 from onecopy.vmm.monitor import Monitor
 
 Ports = tuple[tuple[int, int], ...]
 """(port on 127.0.0.1, port of the guest) pairs; 0 for any free port of the host."""
 
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
+
+
+def numbered(publish: Ports, number: int) -> Ports:
+    """The ports of guest ``number`` of several, from 0: the host's count up; raise InvalidInput."""
+    ports = tuple((host + number if host else 0, guest) for host, guest in publish)
+    if any(host > 65535 for host, _ in ports):
+        raise InvalidInput("there are not that many ports", hint="give a lower one, or 0 for any")
+    return ports
 
 
 def require_free(publish: Ports) -> None:

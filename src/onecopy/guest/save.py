@@ -1,107 +1,222 @@
-"""Saving a system: boot a guest, wait until it is ready, freeze it, keep its RAM and state.
+"""Saving a system: a guest's RAM, frozen at one moment, and the state of its devices.
 
-RAM is a file of the store's own from the start (mapped shared), so nothing is copied: QEMU writes
-only the devices' state, some hundred KiB (capability ``x-ignore-shared``, QEMU
-docs/system/vm-templating.rst).
+Either a guest is booted for it, and saved once it is ready and rests; or one that runs is saved as
+it is, and goes on. Both times the RAM becomes a file that clones map private (snapshot.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
-from onecopy.build.kernel import KernelConfig
-from onecopy.guest import identity
-from onecopy.guest.boot import ColdSpec, Prepared, booted, launch_spec, prepare_cold
+from onecopy.errors import GuestFailed, InvalidInput
+from onecopy.guest import admission, identity, snapshot
+from onecopy.guest.begin import described, with_segments
+from onecopy.guest.boot import booted, launch_spec
+from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold, system_config
 from onecopy.guest.exec import run_captured
+from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
-from onecopy.guest.machine import Placed, SystemConfig
+from onecopy.guest.identity import Identity
+from onecopy.guest.machine import MappedSegment, SystemConfig
+from onecopy.guest.network import new_card, shown_card
+from onecopy.guest.plugging import changing
+from onecopy.guest.snapshot import STATE_ROOM, Snapshot, Source
 from onecopy.host import process
-from onecopy.model import MIB, Reference
-from onecopy.run import run
-from onecopy.store import Artifact, NewLayer, require_disk
-from onecopy.store.disk import file_errors
-from onecopy.vmm.argv import Ram, command
+from onecopy.model import PageClass, Reference, format_size
+from onecopy.store import Access, Artifact, NewLayer, require_disk
+from onecopy.store.oci import ROLE
+from onecopy.vmm.argv import Card, Launch, command
 from onecopy.vmm.launch import Vmm
-from onecopy.vmm.monitor import connect
 
-_ROLE = "org.onecopy.role"
 #: A guest is quiet once its VMM uses no more than this share of a processor for as long (seconds):
 #: longer than the kernel puts off what is not urgent (one second: net/core/link_watch.c).
 _RESTING = 0.02
 _REST = 1.25
 #: Seconds after which a guest that does not come to rest is saved all the same.
 _PATIENCE = 10.0
-#: Bytes of device state and records that a saved system may need besides its RAM.
-_STATE_ROOM = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a save came to."""
+
+    artifact: Artifact
+    memory: int
+    """Bytes of RAM."""
+    stored: int
+    """Bytes of it that take disk: what is not zeroes."""
+    pause: float
+    """Seconds that the guest stood still."""
 
 
 async def save_system(
-    host: Host, ref: Reference, spec: ColdSpec, progress: Callable[[str], None] = lambda _: None
-) -> Artifact:
+    host: Host,
+    ref: Reference,
+    spec: ColdSpec,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    on_clone: str | None = None,
+) -> Saved:
     """Boot ``spec``, wait for its sign of readiness, and store it as saved system ``ref``.
 
+    Each clone runs ``on_clone``, a shell command, before it is handed out, and must succeed in it.
     Raises what prepare_cold raises, GuestFailed, NotReady, and NotEnough for disk. Nothing of the
     guest or of its files is left, whatever happens.
     """
     prepared = prepare_cold(host, spec, progress)
-    require_disk(host.store.root, prepared.hardware.memory + _STATE_ROOM)
+    if not prepared.agent:
+        raise InvalidInput(
+            f"{prepared.root.ref} is a kernel by itself, of which nobody can tell when it is ready",
+            hint=f"`onecopy run --cold {prepared.root.ref}`, and save --from that guest",
+        )
+    config = system_config(host, prepared)
+    _require_fixed(config.segments)
+    require_disk(host.store.root, prepared.hardware.memory + STATE_ROOM)
+    admission.require(admission.of_cold(prepared.accel.name, prepared.hardware.memory))
     name = f"saving-{secrets.token_hex(4)}"
-    with host.store.workspace() as work:
-        ram = work / "ram"
-        _reserve(ram, prepared.hardware.memory)
-        with (
-            host.batch() as batch,
-            host.claim(name, prepared.digests, batch) as (folder, lease),
-        ):
-            launched = replace(
-                launch_spec(host, prepared, folder.path, name), ram=Ram.SAVING, ram_path=ram
-            )
-            progress(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
-            async with booted(prepared, launched, [lease.fd]) as vmm:
-                await _read_folders(folder.path, prepared.placed)
-                machine_id = await _machine_id(folder.path)
-                await identity.rehearse(folder.path, name, machine_id)
-                progress("ready; waiting until it is quiet")
-                await _quiet(vmm)
-                progress("freezing it")
-                await _freeze(vmm, work / "state")
-            folder.remove()
+    with (
+        host.store.workspace() as work,
+        new_card(host, "", (), network=spec.network) as card,
+        host.batch() as batch,
+        host.claim(name, prepared.digests, batch) as (folder, lease),
+    ):
+        progress(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
+        launched = _launched(host, prepared, folder.path, name, card)
+        async with booted(host, prepared, launched, lease) as (vmm, _):
+            await _read_folders(folder.path, config.segments)
+            config = await _hooked(folder.path, on_clone, config)
+            config = await _rehearsed(folder.path, name, card, config)
+            progress("ready; waiting until it is quiet")
+            await _quiet(vmm)
+            progress("freezing it")
+            source = Source(vmm.pid, prepared.hardware.memory, None)
+            taken = await snapshot.take(folder, source, work, last=True)
+            # Not asked to end: it would write to its memory again.
+            await vmm.kill()
+        progress("storing its memory")
+        layers = _layers(host.store.held(name), config, taken)
+        saved = await _stored(host, ref, config, layers, taken, prepared.domain)
+        folder.remove()
+        return saved
+
+
+async def save_guest(
+    host: Host,
+    ref: Reference,
+    name: str,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    on_clone: str | None = None,
+) -> Saved:
+    """Store a running guest as saved system ``ref``, as it is now; it goes on.
+
+    ``on_clone`` is as for `save_system`; None leaves what the guest has from its own saved system.
+    Raises NotFound, InvalidInput (it has what a saved system cannot have), InUse (a program runs in
+    it by exec), GuestFailed, AgentFailed, NotEnough, NotPermitted, OtherDomain.
+    """
+    async with changing(host, name) as folder:
+        record = folder.record()
+        config = msgspec.structs.replace(SystemConfig.read(folder.path), qemu=host.qemu.version)
+        _require_fixed(config.segments)
+        _require_unfitted(record, config)
+        require_disk(host.store.root, record.memory + STATE_ROOM)
+        if on_clone is not None:
+            folder.require_agent()
+        if config.agent:
+            progress("letting it get ready")
+        config = await _hooked(folder.path, on_clone, config)
+        config = await _rehearsed(folder.path, name, _card(record), config)
+        with host.store.workspace() as work:
+            progress("freezing it")
+            taken = await snapshot.take(folder, _source(record), work)
             progress("storing its memory")
-            # It was the VMM's while that ran.
-            os.chown(ram, os.geteuid(), os.getegid())
-            # Pages of zeroes need no disk and no page cache.
-            run(["fallocate", "--dig-holes", ram])
-            # An interrupt comes as a cancellation: heeded up to here,
-            await asyncio.sleep(0)
-            artifact = _put(host, ref, prepared, work, machine_id is not None)
-            # and too late after it.
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.sleep(0)
-            return artifact
+            layers = _layers(host.store.held(name), config, taken)
+            return await _stored(host, ref, config, layers, taken, record.domain)
 
 
-def _reserve(path: Path, size: int) -> None:
-    """A file whose blocks exist: a full disk must be told now, not by QEMU, or SIGBUS, later."""
-    with file_errors(path.parent), path.open("xb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+def _launched(host: Host, prepared: Prepared, folder: Path, name: str, card: Card | None) -> Launch:
+    """How QEMU is told to boot a guest that is to be saved."""
+    spec = launch_spec(host, prepared, folder, name, card)
+    # Freed memory is zeroes, which need not be stored. Not for guests that stay: it makes a kernel
+    # touch all its RAM while it boots.
+    kernel = spec.kernel and replace(spec.kernel, append="init_on_free=1")
+    return replace(spec, kernel=kernel)
 
 
-async def _read_folders(folder: Path, placed: Sequence[Placed]) -> None:
+def _source(record: GuestRecord) -> Source:
+    return Source(record.pid, record.memory, Path(record.ram_path) if record.ram_path else None)
+
+
+async def _hooked(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
+    """Give the guest what its clones are to run."""
+    if on_clone is None:
+        return config
+    argv = ["sh", "-c", "cat >/run/onecopy/on-clone"]
+    done = await run_captured(folder, argv, stdin=on_clone.encode(), timeout=30)
+    if done.exit_code:
+        raise GuestFailed(f"the guest does not take what its clones are to run: {done.stderr!r}")
+    return msgspec.structs.replace(config, on_clone=on_clone or None)
+
+
+def _card(record: GuestRecord) -> Card | None:
+    """What it may set anew without a change: not an address that its network has given it."""
+    return Card(record.mac, record.address) if record.mac and not record.bridge else None
+
+
+async def _rehearsed(
+    folder: Path, name: str, card: Card | None, config: SystemConfig
+) -> SystemConfig:
+    """Let the guest get ready to become another one, which a bare machine cannot."""
+    if not config.agent:
+        return config
+    machine_id = await _machine_id(folder)
+    await identity.rehearse(folder, Identity(name, machine_id, card))
+    return msgspec.structs.replace(
+        config, machine_id=machine_id is not None, cpu_room=await _cpu_room(folder)
+    )
+
+
+def _require_fixed(segments: Sequence[MappedSegment]) -> None:
+    """Raise InvalidInput for a range that would not be the same when the system is started."""
+    for item in segments:
+        if item.page_class is not PageClass.SR:
+            raise InvalidInput(
+                f"{item.name} is {item.page_class} and cannot be part of a saved "
+                "system: its content belongs to running guests",
+                hint="leave it out, and `onecopy attach` it to the guests once they run",
+            )
+
+
+def _require_unfitted(record: GuestRecord, config: SystemConfig) -> None:
+    """Raise InvalidInput for what a guest was given at its start: it is in no saved state."""
+    given = [f"the disk {disk.path}" for disk in record.disks]
+    if record.added:
+        given.append(f"{format_size(record.added)} more memory")
+    if record.cpus > config.cpus:
+        given.append(f"{record.cpus - config.cpus} more processors")
+    if given:
+        raise InvalidInput(
+            f"{record.name} was given {', '.join(given)} at its start, which a saved system is "
+            "without",
+            hint="start a guest without and save that; clones of it are given the like again",
+        )
+
+
+async def _read_folders(folder: Path, segments: Sequence[MappedSegment]) -> None:
     """Let the guest read the folders and inodes of its segments.
 
     File systems read these, unlike files, by block and into memory of the guest's own: now they are
     in the saved system, and no clone reads or keeps any of them again.
     """
-    mountpoints = [item.segment.mountpoint for item in placed]
+    mountpoints = [item.mountpoint for item in segments if item.mountpoint]
     # No file has 0 links: all are looked at, none is printed. Clones also do without, at a cost.
     await run_captured(folder, ["find", *mountpoints, "-xdev", "-links", "0"], timeout=300)
 
@@ -109,6 +224,17 @@ async def _read_folders(folder: Path, placed: Sequence[Placed]) -> None:
 async def _machine_id(folder: Path) -> str | None:
     done = await run_captured(folder, ["cat", "/etc/machine-id"], timeout=30)
     return done.stdout.decode().strip() or None
+
+
+async def _cpu_room(folder: Path) -> int:
+    """How many processors the guest's kernel can have (Linux admin-guide/cputopology.rst).
+
+    Where it knows no hypervisor, as under TCG, Linux takes none while it runs (since 6.18, and in
+    stable versions: acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
+    """
+    done = await run_captured(folder, ["cat", "/sys/devices/system/cpu/possible"], timeout=30)
+    last = done.stdout.decode().strip().rpartition("-")[2]
+    return int(last) + 1 if last.isdecimal() else 0
 
 
 async def _quiet(vmm: Vmm) -> None:
@@ -126,50 +252,39 @@ async def _quiet(vmm: Vmm) -> None:
             return
 
 
-async def _freeze(vmm: Vmm, state: Path) -> None:
-    async with connect(vmm.folder / "monitor.sock") as monitor:
-        await monitor.execute("stop")
-        _reserve(state, _STATE_ROOM)
-        with state.open("r+b") as file:
-            await monitor.outgoing(file.fileno())
-            # The descriptor is QEMU's too, and so is its position.
-            os.ftruncate(file.fileno(), os.lseek(file.fileno(), 0, os.SEEK_CUR))
-        # Not "quit": closing its devices QEMU would still write to the guest's memory.
-        await vmm.kill()
-
-
-def _put(host: Host, ref: Reference, prepared: Prepared, work: Path, machine_id: bool) -> Artifact:
-    hardware = prepared.hardware
-    config = SystemConfig(
-        machine=hardware.machine,
-        cpu=hardware.cpu,
-        cpus=hardware.cpus,
-        memory=hardware.memory,
-        network=hardware.network,
-        accel=prepared.accel.name,
-        qemu=host.qemu.version,
-        kernel=KernelConfig.of(prepared.kernel).release,
-        root=prepared.root.ref,
-        command=prepared.command,
-        machine_id=machine_id,
-        segments=tuple(item.segment for item in prepared.placed),
-    )
-    kernel = prepared.kernel.layer("kernel")
-    held = [item.layer for item in prepared.placed]
-    layers = [
-        NewLayer(work / "ram", "application/vnd.onecopy.ram.v1", {_ROLE: "ram"}),
-        NewLayer(work / "state", "application/vnd.onecopy.state.v1", {_ROLE: "state"}),
-        NewLayer(None, kernel.media_type, {_ROLE: "kernel"}, kernel.digest, kernel.size),
-        *(
-            NewLayer(None, layer.media_type, {_ROLE: "segment"}, layer.digest, layer.size)
-            for layer in held
-        ),
+def _layers(held: Sequence[Artifact], config: SystemConfig, taken: Snapshot) -> list[NewLayer]:
+    """The layers of a saved system: its own, and those of what the guest runs from."""
+    blobs = {layer.digest: layer for artifact in held for layer in artifact.layers}
+    kernel = next(each.layer("kernel") for each in held if each.kind in ("kernel", "system"))
+    return [
+        NewLayer(taken.ram, "application/vnd.onecopy.ram.v1", {ROLE: "ram"}),
+        NewLayer(taken.state, "application/vnd.onecopy.state.v1", {ROLE: "state"}),
+        NewLayer.of(kernel, {ROLE: "kernel"}),
+        *(NewLayer.of(blobs[item.digest], {ROLE: "segment"}) for item in config.segments),
     ]
-    return host.store.put("system", ref, msgspec.json.encode(config), layers)
+
+
+async def _stored(
+    host: Host,
+    ref: Reference,
+    config: SystemConfig,
+    layers: Sequence[NewLayer],
+    taken: Snapshot,
+    domain: str,
+) -> Saved:
+    stored = taken.ram.stat().st_blocks * 512
+    # An interrupt comes as a cancellation: heeded up to here,
+    await asyncio.sleep(0)
+    access = Access(domain=domain)
+    artifact = host.store.put("system", ref, msgspec.json.encode(config), layers, access=access)
+    # and too late after it.
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.sleep(0)
+    return Saved(artifact, config.memory, stored, taken.pause)
 
 
 def dry_run(host: Host, prepared: Prepared) -> list[str]:
     """QEMU's command line, but for names made when it runs."""
-    spec = launch_spec(host, prepared, host.run / "saving", "saving")
-    ram = host.store.root / "tmp/ram"
-    return command(prepared.hardware, replace(spec, ram=Ram.SAVING, ram_path=ram))
+    folder, card = host.run / "saving", shown_card("", network=prepared.spec.network)
+    spec = _launched(host, prepared, folder, folder.name, card)
+    return command(with_segments(prepared.hardware, described(prepared.placed)), spec)

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from onecopy.errors import GuestFailed, Incompatible
-from onecopy.guest import identity, machine
-from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
+from onecopy.build.kernel import ensure_kernel
+from onecopy.errors import GuestFailed, Incompatible, StoreDamaged
+from onecopy.guest import identity, machine, warming
+from onecopy.guest.begin import (
+    described,
+    handed_out,
+    noted,
+    require_mergeable,
+    segment_names,
+    started,
+    unless_ended,
+    with_segments,
+)
+from onecopy.guest.fitting import NOTHING, Fitting, fit, require_possible
+from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
-from onecopy.guest.machine import SystemConfig
+from onecopy.guest.identity import new_identity
+from onecopy.guest.machine import Placed, SystemConfig
+from onecopy.guest.network import new_card, shown_card
 from onecopy.guest.ports import Ports, published, require_free
 from onecopy.store import Artifact
-from onecopy.vmm import readonly_ram
+from onecopy.store.digest import file_digest
+from onecopy.vmm import answering
 from onecopy.vmm.accel import Accelerator, Choice, choose
-from onecopy.vmm.argv import Hardware, Launch, Ram, command
-from onecopy.vmm.launch import Vmm, launch, prepare
+from onecopy.vmm.argv import Card, Hardware, Launch, Ram, command
+from onecopy.vmm.launch import Vmm, prepare
 from onecopy.vmm.monitor import connect
+
+
+@dataclass(frozen=True, slots=True)
+class CloneSpec:
+    """What a user asks for when starting a clone: what may differ from what was saved."""
+
+    publish: Ports = ()
+    bridge: str = ""
+    """Of the host, to be a port of; "" for a user-mode network."""
+    merge: bool = False
+    """KSM may merge the VMM's own memory, too."""
+    fitting: Fitting = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +57,10 @@ class Template:
     config: SystemConfig
     accel: Accelerator
     hardware: Hardware
-    segments: dict[str, str]
-    """Path of each mapped blob -> name."""
+    """Without its segments, whose memory belongs to one guest (backing.py)."""
+    placed: tuple[Placed, ...]
+    domain: str
+    """The saved system's trust domain, and so the guests'."""
 
     @property
     def ram(self) -> Path:
@@ -42,19 +69,24 @@ class Template:
 
 
 def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Template:
-    """Check that a saved system can be started here; raise Incompatible with the reason."""
+    """Check that a saved system can be started here.
+
+    Raises Incompatible with the reason, StoreDamaged.
+    """
     config = SystemConfig.of(artifact)
     host.qemu.require_machine(config.machine)
-    readonly_ram.require(host.qemu)
+    answering.require(host.qemu)
     if accel not in (Choice.AUTO, Choice(config.accel)):
         raise Incompatible(
             f"{artifact.ref} was saved under {config.accel} and cannot be started under {accel}",
             hint=f"leave --accel out, or save it again with --accel {accel}",
         )
+    # KVM is tried with a Linux: the kernel of a bare machine may be none.
+    kernel = artifact if config.agent else ensure_kernel(host.store)
     chosen = choose(
         Choice(config.accel),
         host.qemu.binary,
-        artifact.layer("kernel").path,
+        kernel.layer("kernel").path,
         host.store.cache,
     )
     placed = machine.saved_places(artifact, config)
@@ -62,13 +94,31 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
         artifact=artifact,
         config=config,
         accel=Accelerator(chosen.name, "the saved system's"),
-        hardware=machine.hardware_of(config, placed),
-        segments=machine.blob_names(placed),
+        hardware=machine.hardware_of(config),
+        placed=tuple(placed),
+        domain=host.store.access(artifact.name).domain,
     )
 
 
+def _require_state(artifact: Artifact) -> None:
+    """Raise StoreDamaged unless QEMU would read what it wrote: it trusts its input."""
+    layer = artifact.layer("state")
+    try:
+        found = file_digest(layer.path)
+    except OSError as error:
+        raise StoreDamaged(
+            f"the device state of {artifact.ref} cannot be read: {error.strerror}",
+            hint=f"`onecopy rm {artifact.ref}`, then save it again",
+        ) from error
+    if found != layer.digest:
+        raise StoreDamaged(
+            f"the device state of {artifact.ref} is not what was saved: {layer.path} was changed",
+            hint=f"`onecopy rm {artifact.ref}`, then save it again",
+        )
+
+
 def launch_spec(
-    host: Host, source: Template, folder: Path, publish: Ports, *, merge: bool = False
+    host: Host, source: Template, folder: Path, spec: CloneSpec, card: Card | None
 ) -> Launch:
     """How QEMU is told to start this clone."""
     return Launch(
@@ -80,66 +130,83 @@ def launch_spec(
         console_fd="FD",
         ram=Ram.COPY_ON_WRITE,
         ram_path=source.ram,
-        ram_readonly_file=host.qemu.rom,
-        publish=publish,
-        merge=merge,
+        rom=host.qemu.rom,
+        card=card,
+        publish=spec.publish,
+        merge=spec.merge,
     )
 
 
-def dry_run(host: Host, source: Template, name: str, publish: Ports) -> list[str]:
-    """The exact command line, but for the numbers of inherited sockets."""
-    return command(source.hardware, launch_spec(host, source, host.run / name, publish))
+def dry_run(host: Host, source: Template, name: str, spec: CloneSpec) -> list[str]:
+    """The exact command line, but for the numbers of inherited sockets, and addresses."""
+    _require_possible(host, source, spec)
+    card = shown_card(spec.bridge, network=source.config.network)
+    launched = launch_spec(host, source, host.run / name, spec, card)
+    return command(with_segments(source.hardware, described(source.placed)), launched)
 
 
 async def start_clone(
     host: Host,
     source: Template,
     name: str,
-    publish: Ports = (),
+    spec: CloneSpec = CloneSpec(),
     batch: Batch | None = None,
-    *,
-    merge: bool = False,
 ) -> GuestRecord:
-    """Start one clone, until it has a name and identity of its own.
+    """Start one clone, until it has a name and identity of its own, as far as it can have one.
 
-    It is handed out with its ``batch``; without one, at once. ``merge`` lets KSM merge the VMM's
-    own memory, too. Raises AlreadyExists if the name is taken, InUse if a port is, GuestFailed,
-    AgentFailed, Incompatible.
+    Nothing can be told to a bare machine: its clones are alike.
+    It is handed out with its ``batch``; without one, at once. Raises AlreadyExists if the name is
+    taken, InUse if a port is, StoreDamaged, GuestFailed, AgentFailed, Incompatible, and what it
+    cannot be fitted with (fitting.py).
     """
-    require_free(publish)
+    _require_possible(host, source, spec)
+    require_free(spec.publish)
     began = time.monotonic()
+    require_mergeable(source.domain, merge=spec.merge)
+    wanted = [source.artifact.name, *segment_names(source.placed)]
+    host.store.require_access(wanted, name, source.domain)
     with (
+        new_card(host, spec.bridge, spec.publish, network=source.config.network) as card,
         host.starting(batch) as mine,
         host.claim(name, [source.artifact.digest], mine) as (folder, lease),
     ):
+        # Not before it is leased: another command may remove it until then.
+        _require_state(source.artifact)
+        warming.begin_aside(host.store, source.artifact.layers)
         prepare(folder.path)
-        spec = launch_spec(host, source, folder.path, publish, merge=merge)
-        vmm = launch(source.hardware, spec, inherit=[lease.fd])
+        launched = launch_spec(host, source, folder.path, spec, card)
+        vmm, backed = await started(host, source.placed, source.hardware, launched, lease)
         async with _or_killed(vmm):
             async with connect(folder.path / "monitor.sock") as monitor:
                 with source.artifact.layer("state").path.open("rb") as state:
                     await monitor.incoming(state.fileno())
-                ports = await published(monitor, publish)
-            become = identity.become(folder.path, name, machine_id=source.config.machine_id)
-            await _unless_ended(vmm, become)
-            record = _record(source, folder, vmm, ports, time.monotonic() - began)
-            folder.write(record)
-            vmm.detach()
-            return record
+                ports = await published(monitor, spec.publish)
+            address = ""
+            if source.config.agent:
+                who = new_identity(name, card, machine_id=source.config.machine_id)
+                address = await unless_ended(vmm, identity.become(folder.path, who))
+            record = noted(
+                folder,
+                vmm,
+                kind="clone",
+                source=source.artifact,
+                accel=source.accel,
+                config=source.config,
+                placed=source.placed,
+                backed=backed,
+                domain=source.domain,
+                ram_path=str(source.ram),
+                publish=ports,
+                card=card,
+                address=address,
+                bridge=spec.bridge,
+            )
+            record = await unless_ended(vmm, fit(host, mine, folder, record, spec.fitting))
+            return handed_out(folder, vmm, record, began)
 
 
-async def _unless_ended(vmm: Vmm, work: Coroutine[Any, Any, None]) -> None:
-    """Do ``work``, which does not see the VMM end: raise GuestFailed then."""
-    done, ended = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
-    try:
-        await asyncio.wait({done, ended}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise GuestFailed(f"QEMU ended while starting (exit code {ended.result()})")
-        done.result()
-    finally:
-        done.cancel()
-        ended.cancel()
-        await asyncio.gather(done, ended, return_exceptions=True)
+def _require_possible(host: Host, source: Template, spec: CloneSpec) -> None:
+    require_possible(host, spec.fitting, source.config, f"{source.artifact.ref} was saved")
 
 
 @contextlib.asynccontextmanager
@@ -152,24 +219,3 @@ async def _or_killed(vmm: Vmm) -> AsyncIterator[None]:
     except BaseException:
         await vmm.kill()
         raise
-
-
-def _record(
-    source: Template, folder: GuestFolder, vmm: Vmm, ports: Ports, seconds: float
-) -> GuestRecord:
-    return GuestRecord(
-        name=folder.name,
-        kind="clone",
-        source=source.artifact.ref,
-        digest=source.artifact.digest,
-        accel=source.accel.name,
-        accel_reason=source.accel.reason,
-        pid=vmm.pid,
-        start_ticks=vmm.start_ticks,
-        started=time.time(),
-        start_seconds=seconds,
-        memory=source.config.memory,
-        ram_path=str(source.ram),
-        segments=source.segments,
-        publish=ports,
-    )

@@ -1,35 +1,84 @@
-"""Stopping a guest: ask, wait, kill, clean up."""
+"""Stopping guests: ask, wait, kill, clean up."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import time
+from collections.abc import Sequence
+from enum import Enum
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
-from onecopy.errors import AgentFailed
+from onecopy.errors import AgentFailed, OnecopyError
+from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
+from onecopy.guest.many import turns
+from onecopy.host.process import is_same
 from onecopy.vmm.agent import Agent
 
 #: Seconds that a guest gets to shut down by itself.
 PATIENCE = 10.0
 #: Seconds within which a live agent takes the request.
 _ASKING = 3.0
+#: Seconds that each of several guests adds for all: they share the host's processors.
+_SHARE = 0.05
+#: Seconds after which a guest that still shuts down lets the next one begin.
+_TURN = 2.0
+_SYNC = [f"{TOOLS_MOUNTPOINT}/bin/busybox", "sync"]
 
 
-async def stop_guest(host: Host, record: GuestRecord, patience: float = PATIENCE) -> bool:
-    """Stop one guest; return whether it ended by itself.
+class Ending(Enum):
+    """How a guest was stopped, as it is told."""
 
-    ``patience`` (seconds) is how long it may take to shut down; 0 ends it unasked.
+    SHUT_DOWN = "shut down"
+    """By itself."""
+    UNASKED = "was ended"
+    DEAF = "was ended: it did not answer"
+    LATE = "was ended: it did not shut down in time"
+    WAITING = "was ended: the time was over before its turn came"
+
+
+async def stop_guests(
+    host: Host, records: Sequence[GuestRecord], patience: float = PATIENCE
+) -> list[Ending]:
+    """Stop guests; return how each of them ended.
+
+    ``patience`` (seconds) is how long one may take to shut down; all together get 0.05 s more for
+    each, and those with disks their time whatever the others take. 0 ends them unasked, and so is a
+    bare machine, which hears nothing.
     """
-    folder = GuestFolder(host.run / record.name)
-    if patience > 0 and await _ask(folder):
-        ended = await _ended(record.pid, patience)
-    else:
-        ended = False
-    host.end(record)
-    return ended
+    turn, over = turns(), time.monotonic() + patience + _SHARE * (len(records) - 1)
+
+    async def one(record: GuestRecord) -> Ending:
+        if patience <= 0 or not record.agent:
+            return Ending.UNASKED
+        async with turn:
+            until = time.monotonic() + patience
+            if not record.disks:  # else there is something to lose
+                until = min(until, over)
+            if until <= time.monotonic():
+                return Ending.WAITING
+            if not await _ask(GuestFolder(host.run / record.name)):
+                return Ending.DEAF
+            await wait_for_end(record, min(_TURN, _left(until)))
+        return Ending.SHUT_DOWN if await wait_for_end(record, _left(until)) else Ending.LATE
+
+    endings = await asyncio.gather(*map(one, records))
+    host.end(*records)
+    return endings
+
+
+def _left(until: float) -> float:
+    return max(until - time.monotonic(), 0)
+
+
+async def sync_disks(host: Host, record: GuestRecord) -> None:
+    """Let a guest write what it has for its disks, before it is ended unasked."""
+    if record.disks:
+        with contextlib.suppress(OnecopyError):
+            await run_captured(host.run / record.name, _SYNC, timeout=PATIENCE)
 
 
 async def _ask(folder: GuestFolder) -> bool:
@@ -42,15 +91,18 @@ async def _ask(folder: GuestFolder) -> bool:
     return False
 
 
-async def _ended(pid: int, patience: float) -> bool:
+async def wait_for_end(record: GuestRecord, patience: float | None = None) -> bool:
+    """Wait up to ``patience`` seconds until a guest has ended; return whether it has."""
     try:
-        pidfd = os.pidfd_open(pid)
+        pidfd = os.pidfd_open(record.pid)
     except ProcessLookupError:
         return True
     loop = asyncio.get_running_loop()
     gone = asyncio.Event()
     loop.add_reader(pidfd, gone.set)
     try:
+        if not is_same(record.pid, record.start_ticks):
+            return True
         async with asyncio.timeout(patience):
             await gone.wait()
     except TimeoutError:

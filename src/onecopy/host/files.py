@@ -77,6 +77,14 @@ def _read_all(fd: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
+def write_at(fd: int, data: bytes, offset: int) -> int:
+    """Write all of ``data`` from ``offset`` on; how many bytes that are. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+    return done
+
+
 def no_process(pid: int) -> NotFound:
     """The error for a process that is gone."""
     return NotFound(f"no process {pid}", hint="it has ended; `onecopy ps` lists the guests")

@@ -6,6 +6,7 @@ knows them. Not here: which files a VMM needs (vmm/confine.py).
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -61,12 +62,19 @@ class Ruleset:
         self.fd = syscall(_CREATE_RULESET, buffer(data), len(data), 0)
 
     def allow(self, fd: int, rights: int) -> None:
-        """Allow ``rights`` on the file, or below the folder, that is open as ``fd``."""
+        """Allow ``rights`` on the file, or below the folder, that is open as ``fd``.
+
+        A file that lies in no file system (memfd_create(2)) needs no rule, and can have none.
+        """
         rights &= self._handled
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
             rights &= _FILE
         rule = buffer(struct.pack("=Qi", rights, fd))
-        syscall(_ADD_RULE, self.fd, _RULE_PATH_BENEATH, rule, 0)
+        try:
+            syscall(_ADD_RULE, self.fd, _RULE_PATH_BENEATH, rule, 0)
+        except OSError as error:
+            if error.errno != errno.EBADFD:
+                raise
 
     def allow_paths(self, paths: Iterable[Path | str], rights: int) -> None:
         """The same by name; links are followed, and what is not there is left out."""

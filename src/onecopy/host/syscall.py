@@ -25,6 +25,8 @@ PR_SET_MEMORY_MERGE = 67
 PR_GET_MEMORY_MERGE = 68
 
 _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET, _UNSHARE = 116, 117, 119, 126, 272
+_PIDFD_GETFD = 438
+_FALLOCATE, _KEEP_SIZE, _PUNCH_HOLE = 285, 1, 2
 _CLONE_FS = 0x200
 _PERSONALITY, _ADDR_NO_RANDOMIZE, _PERSONALITY_NOW = 135, 0x0040000, 0xFFFFFFFF
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -65,6 +67,19 @@ def randomize_no_addresses() -> None:
     """Programs that this thread executes lie at the same addresses each time (personality(2))."""
     now = syscall(_PERSONALITY, _PERSONALITY_NOW)
     syscall(_PERSONALITY, now | _ADDR_NO_RANDOMIZE)
+
+
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """A copy of another process's descriptor (pidfd_getfd(2), Linux 5.6); raise OSError.
+
+    It takes ptrace rights over that process.
+    """
+    return syscall(_PIDFD_GETFD, pidfd, number, 0)
+
+
+def punch_hole(fd: int, offset: int, size: int) -> None:
+    """Make a range of a file read as zeroes and take no room (fallocate(2)); raise OSError."""
+    syscall(_FALLOCATE, fd, _KEEP_SIZE | _PUNCH_HOLE, offset, size)
 
 
 def set_capabilities(mask: int) -> None:

@@ -31,6 +31,14 @@ class GuestMaps:
     ram_bytes: int
     #: Path of a segment's blob -> the segment's name.
     segments: MappingOf[str, str] = field(default_factory=dict)
+    #: Path that the VMM maps -> that of the same file in the store, where they differ.
+    files: MappingOf[str, str] = field(default_factory=dict)
+    #: How much of ``ram_bytes`` came while the guest ran: anonymous, whatever backs the rest.
+    ram_added: int = 0
+
+    def file(self, path: str) -> str:
+        """The name by which all guests' mappings of a segment's file are known."""
+        return self.files.get(path, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,10 @@ def account(
     told_apart = {id(m) for m in ram}
     rest = [m for m in mappings if id(m) not in told_apart and _file(m) not in maps.segments]
     merged = [m.ksm for m in mappings if m.ksm is not None]
-    segments = tuple(_segment(*item, mappings) for item in sorted(maps.segments.items()))
+    segments = tuple(
+        _segment(name, maps.file(path), [m for m in mappings if _file(m) == path])
+        for path, name in sorted(maps.segments.items())
+    )
     return GuestAccount(
         name=maps.name,
         pid=maps.pid,
@@ -143,16 +154,27 @@ def _unreadable(maps: GuestMaps, page_tables: int | None, note: str) -> GuestAcc
 def find_ram(maps: GuestMaps, mappings: Sequence[Mapping]) -> list[Mapping]:
     """The mappings that are the guest's RAM; none when they cannot be told.
 
-    With ``ram_path`` all mappings of that file, else adjacent anonymous (or memfd) mappings that
-    make up exactly ``ram_bytes``, or failing that the smallest such run that is larger.
+    With ``ram_path`` all mappings of that file, else anonymous ones of its size (_find_anonymous).
     """
-    if maps.ram_path is not None:
-        return [m for m in mappings if _file(m) == maps.ram_path.removesuffix(_DELETED)]
-    runs = _adjacent(m for m in mappings if _can_be_ram(m))
+    if maps.ram_path is None:
+        return _find_anonymous(maps, mappings, maps.ram_bytes)
+    ram = [m for m in mappings if _file(m) == maps.ram_path.removesuffix(_DELETED)]
+    if not maps.ram_added:
+        return ram
+    added = _find_anonymous(maps, mappings, maps.ram_added)
+    return [*ram, *added] if ram and added else []
+
+
+def _find_anonymous(maps: GuestMaps, mappings: Sequence[Mapping], size: int) -> list[Mapping]:
+    """Adjacent anonymous (or memfd) mappings that make up exactly ``size`` bytes.
+
+    Failing that the smallest such run that is larger.
+    """
+    runs = _adjacent(m for m in mappings if _can_be_ram(m) and _file(m) not in maps.segments)
     for run in runs:
-        if exact := _window(run, maps.ram_bytes):
+        if exact := _window(run, size):
             return exact
-    larger = [run for run in runs if sum(m.size for m in run) > maps.ram_bytes]
+    larger = [run for run in runs if sum(m.size for m in run) > size]
     return min(larger, key=lambda run: sum(m.size for m in run), default=[])
 
 
@@ -201,8 +223,7 @@ def _ram_shared(mapping: Mapping) -> int:
     return mapping.rss - mapping.anonymous
 
 
-def _segment(path: str, name: str, mappings: Sequence[Mapping]) -> SegmentUse:
-    mine = [m for m in mappings if _file(m) == path]
+def _segment(name: str, path: str, mine: Sequence[Mapping]) -> SegmentUse:
     return SegmentUse(name, path, sum(m.size for m in mine), sum(m.rss for m in mine))
 
 

@@ -186,7 +186,7 @@ def _blobs(known: Iterable[GuestMaps], accounts: list[GuestAccount], root: Path)
     for maps in known:
         if maps.pid not in alive:
             continue
-        segments.update(maps.segments)
+        segments.update((maps.file(path), name) for path, name in maps.segments.items())
         # A memfd is no file that others could map by its path; guests' memfds bear one name.
         if maps.ram_path is not None and not maps.ram_path.startswith("/memfd:"):
             ram.setdefault(maps.ram_path, []).append(maps.name)

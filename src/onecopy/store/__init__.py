@@ -4,6 +4,7 @@ Start at `onecopy.store.store.Store`. Not here: what the blobs mean (build/, gue
 their pages (sharing/).
 """
 
+from onecopy.store.access import Access
 from onecopy.store.artifact import Artifact, Layer, NewLayer
 from onecopy.store.disk import require_disk
 from onecopy.store.layout import default_root
@@ -11,6 +12,7 @@ from onecopy.store.lease import Lease, LeaseRecord
 from onecopy.store.store import Store
 
 __all__ = [
+    "Access",
     "Artifact",
     "Layer",
     "Lease",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onecopy.errors import StoreDamaged
+from onecopy.model import PAGE_SIZE
 from onecopy.store.oci import ROLE
 
 
@@ -25,16 +26,31 @@ class NewLayer:
     digest: str | None = None
     size: int | None = None
 
+    @classmethod
+    def of(cls, layer: Layer, annotations: Mapping[str, str] | None = None) -> NewLayer:
+        """A blob that the store has already, with its own annotations or others."""
+        kept = layer.annotations if annotations is None else annotations
+        return cls(None, layer.media_type, kept, layer.digest, layer.size)
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A stored blob of ``size`` bytes; ``path`` is absolute, and nobody may write to it."""
+    """A stored blob; ``path`` is absolute, and nobody may write to it.
+
+    ``size`` are the bytes of its content. In a trust domain the file is a page longer (domain.py).
+    """
 
     media_type: str
     digest: str
     size: int
     annotations: Mapping[str, str]
     path: Path
+    domain: str = ""
+
+    @property
+    def blob_size(self) -> int:
+        """Bytes of the file."""
+        return self.size + (PAGE_SIZE if self.domain else 0)
 
 
 @dataclass(frozen=True, slots=True)

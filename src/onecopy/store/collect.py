@@ -12,6 +12,7 @@ from __future__ import annotations
 from onecopy.errors import StoreDamaged
 from onecopy.store import lease, loading, oci, workspace
 from onecopy.store.layout import Layout
+from onecopy.store.live import sweep as sweep_live
 
 
 def reach(layout: Layout, entry: oci.Descriptor) -> set[str]:
@@ -27,7 +28,7 @@ def reach(layout: Layout, entry: oci.Descriptor) -> set[str]:
 
 
 def collect(layout: Layout) -> list[str]:
-    """Remove unwanted blobs, then stale leases; return the blobs' digests.
+    """Remove what is unwanted, stale leases last; return the digests of the blobs.
 
     Raises StoreDamaged, with nothing removed, if it cannot be known what is wanted. Killed half-way
     it leaves the stale leases, so the next sweep does the rest.
@@ -38,7 +39,11 @@ def collect(layout: Layout) -> list[str]:
         wanted |= reach(layout, entry)
     there = {f"sha256:{path.name}": path for path in layout.blobs.iterdir()}
     unwanted = sorted(there.keys() - wanted)
-    for path in (*(there[digest] for digest in unwanted), *stale):
+    for digest in unwanted:
+        there[digest].unlink(missing_ok=True)
+    sweep_live(layout, wanted)
+    lease.remove_folders(layout)
+    for path in stale:
         path.unlink(missing_ok=True)
     return unwanted
 

@@ -7,7 +7,9 @@
     ROOT/tmp/FOLDER        a workspace, flocked by its owner (workspace.py)
     ROOT/tmp/FILE          lives only while its writer has ``lock``: else it is a crash's remains
     ROOT/leases/NAME.json  flocked by the guest that holds it (lease.py)
-    ROOT/cache/            for build/; may be emptied at any time
+    ROOT/live/             what the host writes to and guests read (live.py)
+    ROOT/cache/            what can be made again; may be emptied at any time
+    ROOT/disks/            of guests (guest/disks.py); nothing else in the store knows of them
 
 Not here: how a store is first made (opening.py), what the files say (oci.py), which of them are
 wanted (collect.py).
@@ -48,6 +50,10 @@ class Layout:
     @property
     def leases(self) -> Path:
         return self.root / "leases"
+
+    @property
+    def live(self) -> Path:
+        return self.root / "live"
 
     @property
     def cache(self) -> Path:

@@ -2,13 +2,18 @@
 
 ``leases/HOLDER.json`` says what is held; it *is* held only while a process has the exclusive
 flock(2) on it. QEMU inherits the descriptor, so the kernel drops the lease when QEMU dies, however
-it dies. Not here: which blobs may go (store.py).
+it dies. A guest that loads more while it runs gets further leases, ``leases/HOLDER+TAG.json``.
+
+``leases/HOLDER.files/`` has hard links to the blobs that a running VMM is given: a confined VMM may
+open what lies there, and no other blob. Not here: which blobs may go (collect.py).
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +23,10 @@ import msgspec
 from onecopy.host.lock import is_held
 from onecopy.store import oci
 from onecopy.store.layout import Layout
+
+_FILES = ".files"
+#: How holders begin that are no guests but keep blobs in memory (guest/pinning.py).
+PIN = "pinned-"
 
 
 class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +39,8 @@ class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     holder: str
     digests: tuple[oci.Digest, ...]
     blobs: tuple[oci.Digest, ...]
+    names: dict[str, str] = {}
+    """Digest of a manifest -> ``NAME:VERSION`` that it had when it was leased."""
     info: dict[str, str] = {}
 
 
@@ -45,6 +56,11 @@ class Lease:
     path: Path
     fd: int
     _open: bool = field(default=True, repr=False)
+
+    @property
+    def files(self) -> Path:
+        """Its holder's folder for links to blobs."""
+        return self.path.with_name(f"{self.record.holder}{_FILES}")
 
     def close(self) -> None:
         """Close our copy, as often as you like; the VMM's stays."""
@@ -70,7 +86,18 @@ def path_of(layout: Layout, holder: str) -> Path:
     return layout.leases / f"{holder}.json"
 
 
-def create(layout: Layout, record: LeaseRecord) -> Lease:
+def further_path(layout: Layout, holder: str) -> Path:
+    """Where a new further lease of ``holder`` lies."""
+    return layout.leases / f"{holder}+{secrets.token_hex(6)}.json"
+
+
+def remains(layout: Layout, holder: str) -> bool:
+    """Whether anything is left of an earlier holder of that name."""
+    folder = layout.leases
+    return path_of(layout, holder).exists() or (folder / f"{holder}{_FILES}").exists()
+
+
+def create(layout: Layout, record: LeaseRecord, path: Path) -> Lease:
     """Write and hold a lease; the store's lock is held and no live lease has the name."""
     # Not synced: after a power cut no guest lives, and an unheld lease means nothing.
     temp = layout.scratch(record.holder, oci.encode(record), 0o444, sync=False)
@@ -79,13 +106,14 @@ def create(layout: Layout, record: LeaseRecord) -> Lease:
     try:
         # Locked before it has its name: nobody ever sees it free while we live.
         fcntl.flock(fd, fcntl.LOCK_EX)
-        path = path_of(layout, record.holder)
+        lease = Lease(record, path, fd)
+        lease.files.mkdir(mode=0o700, exist_ok=True)
         temp.replace(path)
     except BaseException:
         os.close(fd)
         temp.unlink(missing_ok=True)
         raise
-    return Lease(record, path, fd)
+    return lease
 
 
 def scan(layout: Layout) -> tuple[list[LeaseRecord], list[Path]]:
@@ -104,7 +132,21 @@ def scan(layout: Layout) -> tuple[list[LeaseRecord], list[Path]]:
 
 def any_stale(layout: Layout) -> bool:
     """Whether a lease file is left of a holder that ended."""
-    return any(not is_held(path) for path in _files(layout))
+    return any(not is_held(path) for path in _files(layout)) or any(_unused_folders(layout))
+
+
+def remove_folders(layout: Layout) -> None:
+    """Remove the folders of holders that ended; the store's lock is held."""
+    for folder in _unused_folders(layout):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unused_folders(layout: Layout) -> list[Path]:
+    return [
+        folder
+        for folder in layout.leases.glob(f"*{_FILES}")
+        if not is_held(path_of(layout, folder.name.removesuffix(_FILES)))
+    ]
 
 
 def _files(layout: Layout) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onecopy.errors import StoreDamaged
-from onecopy.store import oci
+from onecopy.store import domain, oci
 from onecopy.store.artifact import Artifact, Layer
 from onecopy.store.digest import file_digest
 from onecopy.store.layout import Layout
@@ -79,6 +79,10 @@ def verify(layout: Layout, digest: str, owner: str) -> None:
             raise StoreDamaged(f"{path} is missing", hint=repair(owner)) from error
         if found != blob.digest or path.stat().st_size != blob.size:
             raise StoreDamaged(f"{path} is not what its name says", hint=repair(owner))
+        if not domain.is_marked_right(blob, path):
+            raise StoreDamaged(
+                f"{path} is not of the trust domain that {owner} says", hint=repair(owner)
+            )
 
 
 def _manifest(layout: Layout, digest: str, owner: str) -> oci.Manifest:
@@ -88,4 +92,9 @@ def _manifest(layout: Layout, digest: str, owner: str) -> oci.Manifest:
 
 def _layer(layout: Layout, blob: oci.Descriptor) -> Layer:
     path = layout.blob(blob.digest)
-    return Layer(blob.media_type, blob.digest, blob.size, blob.annotations, path)
+    size, trust = domain.content_size(blob), domain.domain_of(blob)
+    if size < 0:
+        raise StoreDamaged(
+            f"{path} has no room for the mark of its trust domain", hint="`onecopy verify`"
+        )
+    return Layer(blob.media_type, blob.digest, size, blob.annotations, path, trust)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from onecopy.errors import AlreadyExists, InvalidInput, NotFound
+from onecopy.errors import AlreadyExists, InvalidInput, NameMoved, NotFound
 from onecopy.model import Reference
 from onecopy.store.oci import INDEX_TYPE, Descriptor, Index
 
@@ -46,6 +46,12 @@ def find(index: Index, ref: Reference, kind: str | None = None) -> list[Descript
     return right
 
 
+def require_kind(ref: str, found: str, kind: str | None) -> None:
+    """Raise NotFound unless what is ``found`` is a ``kind``; None wants no certain one."""
+    if kind not in (None, found):
+        raise NotFound(f"{ref} is a {found}, not a {kind}", hint="`onecopy ls` shows what there is")
+
+
 def _means(ref: Reference, entry: Descriptor) -> bool:
     if ref.digest:
         return entry.digest == ref.digest and entry.ref.partition(":")[0] == ref.name
@@ -60,6 +66,31 @@ def _near(entries: Sequence[Descriptor], ref: Reference, kind: str | None) -> st
     near = near or difflib.get_close_matches(f"{ref.name}:{ref.version}", known)
     question = f"did you mean {' or '.join(near[:3])}? " if near else ""
     return f"{question}`onecopy ls` shows what there is"
+
+
+def has_name(index: Index, name: str) -> bool:
+    """Whether ``name`` has a version."""
+    return any(entry.ref.partition(":")[0] == name for entry in ours(index))
+
+
+def require_name(index: Index, name: str) -> None:
+    """Raise NotFound unless ``name`` has a version."""
+    if not has_name(index, name):
+        hint = _near(ours(index), Reference(name), None)
+        raise NotFound(f"there is nothing of the name {name}", hint=hint)
+
+
+def require_digest(index: Index, ref: Reference, expected: str | None) -> None:
+    """Raise NameMoved unless ``ref`` means the digest ``expected``; None expects nothing."""
+    if expected is None:
+        return
+    found = next((entry.digest for entry in ours(index) if entry.ref == str(ref)), None)
+    if found != expected:
+        now = f"means {found} by now" if found else "is gone"
+        raise NameMoved(
+            f"{ref} {now}, not {expected}: somebody else has changed it meanwhile",
+            hint="nothing was lost: give the new version another name or version, with --as",
+        )
 
 
 def claim(index: Index, entry: Descriptor, *, replace: bool) -> Descriptor:

@@ -72,6 +72,7 @@ class Manifest(_Record, frozen=True, kw_only=True):
     artifact_type: str
     config: Descriptor
     layers: tuple[Descriptor, ...]
+    annotations: dict[str, str] = {}
 
 
 class Index(_Record, frozen=True, kw_only=True):
@@ -130,7 +131,12 @@ def artifact_type(kind: str) -> str:
     return f"application/vnd.onecopy.{kind}.v1+json"
 
 
-def manifest(kind: str, config: bytes, layers: Sequence[Descriptor]) -> Manifest:
+def manifest(
+    kind: str,
+    config: bytes,
+    layers: Sequence[Descriptor],
+    annotations: Mapping[str, str] | None = None,
+) -> Manifest:
     """The manifest of one artifact. It bears no name and no date: same source, same digest."""
     return Manifest(
         schema_version=2,
@@ -142,6 +148,7 @@ def manifest(kind: str, config: bytes, layers: Sequence[Descriptor]) -> Manifest
             size=len(config),
         ),
         layers=tuple(layers),
+        annotations=dict(annotations or {}),
     )
 
 

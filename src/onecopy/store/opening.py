@@ -10,22 +10,27 @@ import os
 from pathlib import Path
 
 from onecopy.errors import Incompatible, InvalidInput, StoreDamaged
+from onecopy.host.statfs import remote_kind
 from onecopy.store import oci
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
 
-_OURS = {"lock", "tmp", "leases", "cache", "blobs", "index.json", "oci-layout", "lost+found"}
+_OURS = {
+    *("lock", "tmp", "leases", "live", "cache"),
+    *("blobs", "index.json", "oci-layout", "lost+found"),
+}
 
 
 def open_layout(root: Path) -> Layout:
     """The store in ``root``, made if it is missing.
 
     Raises InvalidInput (the folder is something else's), NotPermitted, NotEnough, StoreDamaged, or
-    Incompatible (a version of the OCI layout that we do not know).
+    Incompatible (a network file system, or a version of the OCI layout that we do not know).
     """
     layout = Layout(Path(os.path.abspath(root)))  # noqa: PTH100 - Path.absolute() keeps ".."
     try:
         with file_errors(_existing(layout.root)):
+            _require_local(_existing(layout.root))
             _make_folders(layout)
             if not (layout.mark.exists() and layout.index.exists()):
                 _make_records(layout)
@@ -37,6 +42,17 @@ def open_layout(root: Path) -> Layout:
         ) from error
     _check_mark(layout, data)
     return layout
+
+
+def _require_local(path: Path) -> None:
+    # flock(2) and what guests map must mean the same to all who use the store.
+    kind = remote_kind(path)
+    if kind:
+        raise Incompatible(
+            f"{path} is on a network file system ({kind}): its locks and its mapped files are not "
+            "what guests need",
+            hint="set ONECOPY_HOME to a folder on a disk of this host",
+        )
 
 
 def _existing(path: Path) -> Path:
@@ -60,7 +76,7 @@ def _make_folders(layout: Layout) -> None:
                 f"{root} is not a store: it holds {strangers[0]!r} and no 'oci-layout'",
                 hint="set ONECOPY_HOME to an empty or a new folder",
             )
-    for folder in (layout.tmp, layout.leases, layout.cache, layout.blobs):
+    for folder in (layout.tmp, layout.leases, layout.live, layout.cache, layout.blobs):
         if not folder.exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 

@@ -7,21 +7,26 @@ lock. Not here: the form on disk (oci.py, layout.py), what is wanted (collect.py
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
-from onecopy.errors import AlreadyExists, InUse, InvalidInput, NotFound, StoreDamaged
+from msgspec import structs
+
+from onecopy.errors import InUse, NotFound, StoreDamaged
 from onecopy.host.lock import is_held
 from onecopy.model import Reference, check_name
-from onecopy.store import collect, ingest, lease, loading, names, oci, workspace
-from onecopy.store.artifact import Artifact, NewLayer
-from onecopy.store.disk import file_errors, sync_folder
+from onecopy.store import access as who
+from onecopy.store import collect, holding, lease, live, loading, names, oci, putting, workspace
+from onecopy.store.access import Access
+from onecopy.store.artifact import Artifact, Layer, NewLayer
+from onecopy.store.change import change, write_index
+from onecopy.store.disk import file_errors
 from onecopy.store.layout import default_root
 from onecopy.store.lease import Lease, LeaseRecord
 from onecopy.store.opening import open_layout
+from onecopy.store.putting import Wanted
 
 _T = TypeVar("_T")
 
@@ -59,40 +64,88 @@ class Store:
         layers: Sequence[NewLayer],
         *,
         replace: bool = True,
+        expected: str | None = None,
+        access: Access | None = None,
     ) -> Artifact:
         """Store and name an artifact, whole or not at all; files in ``layers`` are moved in.
 
-        ``config`` is JSON. The same kind, config and layers always give the same digest. What the
-        name meant before goes, or is pending purge while leased. Raises AlreadyExists (with
-        ``replace=False`` if the name means another digest; always if it means another kind),
-        InvalidInput, NotFound, NotEnough, NotPermitted, StoreDamaged.
+        ``config`` is JSON. The same kind, config, layers and trust domain always give the same
+        digest. What the name meant before goes, or is pending purge while leased. A new name gets
+        ``access``; one that there is keeps its own.
+
+        Raises AlreadyExists (with ``replace=False`` if the name means another digest; always if it
+        means another kind), NameMoved (it does not mean the digest ``expected``), OtherDomain (the
+        name is of another trust domain than ``access``), InvalidInput, NotFound, NotEnough,
+        NotPermitted, StoreDamaged.
         """
-        if ref.digest:
-            raise InvalidInput(f"{ref} cannot be a new name", hint="use NAME:VERSION")
-        oci.artifact_type(kind)
-        with file_errors(self.root):
-            blobs = [ingest.describe(self._layout, layer) for layer in layers]
-        manifest = oci.manifest(kind, config, blobs)
-        data = oci.encode(manifest)
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with self._change():
+        wanted = Wanted(kind, ref, replace, expected, access)
+        return putting.put(self._layout, wanted, config, layers)
+
+    def tag(self, source: Reference, target: Reference, *, domain: str | None = None) -> Artifact:
+        """Give what ``source`` means a further name; into another trust domain it is copied.
+
+        A new name gets the access of the old one, and in another domain none of its grants. Raises
+        as `resolve` and `put` do.
+        """
+        found = self.resolve(source)
+        access = self.access(found.name)
+        if domain is not None and domain != access.domain:
+            access = Access(domain=who.check_domain(domain), restricted=access.restricted)
+        layers = [NewLayer.of(layer) for layer in found.layers]
+        keeps = None if domain is None and self._knows(target.name) else access
+        return self.put(found.kind, target, found.config, layers, access=keeps)
+
+    def _knows(self, name: str) -> bool:
+        return names.has_name(loading.index(self._layout), name)
+
+    def access(self, name: str) -> Access:
+        """Who may load ``name``; raise StoreDamaged."""
+        return self._read(lambda index: who.of(index, name))
+
+    def restrict(self, name: str, alter: Callable[[Access], Access]) -> Access:
+        """Change who may load a name, but not its trust domain; return it.
+
+        Raises NotFound, NotPermitted, NotEnough, StoreDamaged.
+        """
+        with change(self._layout):
             index = loading.index(self._layout)
-            entry = names.claim(index, oci.index_entry(kind, ref, data, now), replace=replace)
-            # First what a full disk can refuse: the caller's files stay where they are.
-            self._write_blob(manifest.config.digest, config)
-            self._write_blob(entry.digest, data)
-            for layer, blob in zip(layers, blobs, strict=True):
-                ingest.move_in(self._layout, layer, blob.digest)
-            sync_folder(self._layout.blobs)
-            self._write_index(names.bind(index, entry))
-            return self._load(entry)
+            names.require_name(index, name)
+            now = who.of(index, name)
+            # Its blobs are of this trust domain.
+            access = structs.replace(alter(now), domain=now.domain)
+            write_index(self._layout, who.bind(index, name, access))
+            return access
+
+    def require_access(self, names_: Iterable[str], guest: str, domain: str) -> None:
+        """Raise Restricted or OtherDomain unless a guest of ``domain`` may load all of these."""
+        index = self._read(lambda index: index)
+        for name in names_:
+            who.require(name, who.of(index, name), guest, domain)
 
     def resolve(self, ref: Reference, kind: str | None = None) -> Artifact:
         """The artifact that ``ref`` means.
 
-        Raises NotFound (the hint says what is near; also if it is not a ``kind``), StoreDamaged.
+        By its digest also what is pending purge. Raises NotFound (the hint says what is near; also
+        if it is not a ``kind``), StoreDamaged.
         """
+        if ref.digest:
+            for artifact in self.pending():
+                if (artifact.name, artifact.digest) == (ref.name, ref.digest):
+                    names.require_kind(artifact.ref, artifact.kind, kind)
+                    return artifact
         return self._read(lambda index: self._load(names.find(index, ref, kind)[0]))
+
+    def pending(self) -> list[Artifact]:
+        """What was removed or replaced and is still leased (pending purge); raise StoreDamaged."""
+        return self._read(
+            lambda index: [self._load(entry) for entry in holding.pending(self._layout, index)]
+        )
+
+    def held(self, holder: str) -> list[Artifact]:
+        """What a guest has leased now, also if it has no name any more; raise StoreDamaged."""
+        return self._read(
+            lambda index: [self._load(e) for e in holding.held(self._layout, index, holder)]
+        )
 
     def find(self, ref: Reference, kind: str) -> Artifact | None:
         """The artifact that ``ref`` means, or None; raise StoreDamaged."""
@@ -105,29 +158,30 @@ class Store:
         """All artifacts (of ``kind``) by name and version; raise StoreDamaged."""
         return self._read(lambda index: [self._load(e) for e in names.ours(index, kind)])
 
-    def remove(self, ref: Reference) -> Artifact:
+    def remove(self, ref: Reference, *, in_use: bool = False) -> Artifact:
         """Take the name away and return what it meant; blobs go if nothing else wants them.
 
-        A damaged artifact can be removed: it is returned with no config and no layers. Raises
-        NotFound, InUse if it is leased and this is its last name, NotPermitted, NotEnough.
+        With ``in_use`` also if it is leased: it is pending purge then. A damaged artifact can be
+        removed: it is returned with no config and no layers. Raises NotFound, InUse if it is leased
+        and this is its last name, NotPermitted, NotEnough.
         """
-        with self._change():
+        with change(self._layout):
             index = loading.index(self._layout)
             entries = names.find(index, ref)
             rest = names.drop(index, entries)
             digest = entries[0].digest
             users = self.users(digest)
-            if users and all(entry.digest != digest for entry in rest.manifests):
+            if users and not in_use and all(entry.digest != digest for entry in rest.manifests):
                 raise InUse(
                     f"{ref} is in use by {', '.join(users)}",
                     users=users,
-                    hint="`onecopy stop` these guests first",
+                    hint=_release_hint(users),
                 )
             try:
                 artifact = self._load(entries[0])
             except StoreDamaged:
                 artifact = loading.bare_artifact(self._layout, entries[0])
-            self._write_index(rest)
+            write_index(self._layout, rest)
             return artifact
 
     def hold(
@@ -144,21 +198,12 @@ class Store:
         """
         check_name(holder)
         with file_errors(self.root), self._layout.locked():
-            path = lease.path_of(self._layout, holder)
-            if is_held(path):
-                raise AlreadyExists(
-                    f"{holder} runs already", hint="choose another name, or `onecopy stop` it"
-                )
-            if path.exists():
-                # Writing over it would hide that its blobs may go.
-                collect.sweep(self._layout)
-            record = LeaseRecord(
-                holder=holder,
-                digests=tuple(artifact_digests),
-                blobs=tuple(sorted(self._needs(artifact_digests))),
-                info=dict(info or {}),
-            )
-            return lease.create(self._layout, record)
+            return holding.hold(self._layout, artifact_digests, holder, info or {})
+
+    def extend(self, holder: str, artifact_digests: Sequence[str]) -> Lease:
+        """A further lease for a holder; raises as `hold`, and NotFound if it has no first one."""
+        with file_errors(self.root), self._layout.locked():
+            return holding.extend(self._layout, artifact_digests, holder)
 
     def leases(self) -> list[LeaseRecord]:
         """The leases that are held now, by holder; raise StoreDamaged."""
@@ -170,7 +215,7 @@ class Store:
 
     def users(self, digest: str) -> list[str]:
         """Who holds ``digest`` (of a manifest or any blob) now, sorted; raise StoreDamaged."""
-        return [record.holder for record in self.leases() if digest in record.blobs]
+        return sorted({each.holder for each in self.leases() if digest in each.blobs})
 
     def collect(self) -> list[str]:
         """Remove blobs that are neither named nor leased; return their digests.
@@ -188,19 +233,13 @@ class Store:
                 if mine:
                     collect.sweep(self._layout)
 
+    def live(self, layer: Layer, segment: str, number: int, size: int) -> Path:
+        """The live content of an SC range (live.py): made if need be. Raises NotEnough."""
+        return live.ensure(self._layout, segment, number, layer.path, size)
+
     def verify(self, artifact: Artifact) -> None:
         """Read and hash every blob of ``artifact``; StoreDamaged says which one is wrong."""
         loading.verify(self._layout, artifact.digest, artifact.ref)
-
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        with file_errors(self.root), self._layout.locked():
-            # A kill leaves this mark, and so the next one who opens the store sweeps.
-            (self._layout.tmp / "change").touch()
-            try:
-                yield
-            finally:
-                collect.sweep(self._layout)
 
     def _read(self, read: Callable[[oci.Index], _T]) -> _T:
         try:
@@ -210,29 +249,11 @@ class Store:
             with file_errors(self.root), self._layout.locked():
                 return read(loading.index(self._layout))
 
-    def _needs(self, digests: Sequence[str]) -> set[str]:
-        index = loading.index(self._layout)
-        entries = {entry.digest: entry for entry in names.ours(index)}
-        needed: set[str] = set()
-        for digest in digests:
-            if digest not in entries:
-                raise NotFound(
-                    f"{digest} has no name any more", hint="it was removed or replaced: try again"
-                )
-            needed |= collect.reach(self._layout, entries[digest])
-        for blob in map(self._layout.blob, sorted(needed)):
-            if not blob.exists():
-                raise StoreDamaged(f"{blob} is missing", hint="`onecopy verify` says of what")
-        return needed
-
     def _load(self, entry: oci.Descriptor) -> Artifact:
         return loading.artifact(self._layout, entry)
 
-    def _write_blob(self, digest: str, data: bytes) -> None:
-        blob = self._layout.blob(digest)
-        # No guest maps these small blobs, so a damaged one may be replaced.
-        if not blob.exists() or blob.read_bytes() != data:
-            self._layout.write(blob, data, 0o444)
 
-    def _write_index(self, index: oci.Index) -> None:
-        self._layout.write(self._layout.index, oci.encode(index))
+def _release_hint(users: Sequence[str]) -> str:
+    if all(user.startswith(lease.PIN) for user in users):
+        return "`onecopy warm --unpin` it first"
+    return "`onecopy stop` these guests first, or let it go with the last of them: rm --pending"

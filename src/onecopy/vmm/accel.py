@@ -6,9 +6,11 @@ kernel never gets far. So the probe boots the kernel that guests will have.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import tempfile
+import time
 from enum import StrEnum
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from onecopy.vmm.given import READ
 from onecopy.vmm.spawn import start
 from onecopy.vmm.user import new_user
 
-#: Seconds after which a probe guest that said nothing is given up.
-PROBE_TIMEOUT = 30.0
+#: Seconds after which a probe guest that said nothing new is given up, and after which any is: on a
+#: busy host it may be slow.
+PROBE_TIMEOUT, PROBE_PATIENCE = 30.0, 150.0
 #: What the kernel prints when it reached user space: there is none in the probe.
 _SIGN = b"VFS: Unable to mount root fs"
 
@@ -96,9 +99,7 @@ def _probe(binary: str, kernel: Path) -> str:
         confinement = Confinement(new_user("kvm"), 0, {fd: READ}, kvm=True, asks=False)
         process = start(argv, confinement, Path("/"), output.fileno(), [fd]).process
         try:
-            process.wait(PROBE_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            pass
+            _wait(process, output.fileno())
         finally:
             process.kill()
             process.wait()
@@ -109,3 +110,13 @@ def _probe(binary: str, kernel: Path) -> str:
     lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
     said = lines[-1].strip() if lines else f"it printed nothing in {PROBE_TIMEOUT:g} s"
     return f"a probe guest did not run under it ({said[:200]})"
+
+
+def _wait(process: subprocess.Popen[bytes], output: int) -> None:
+    """Wait for the probe guest's end, as long as it gets any further."""
+    deadline, said = time.monotonic() + PROBE_PATIENCE, -1
+    while time.monotonic() < deadline and os.fstat(output).st_size > said:
+        said = os.fstat(output).st_size
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PROBE_TIMEOUT)
+            return

@@ -7,20 +7,44 @@ machine again (QEMU docs/devel/migration/main.rst: source and destination must b
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from onecopy.model import HUGE_PAGE_SIZE, MIB
+from onecopy.model import HUGE_PAGE_SIZE, MIB, align_up
 
 #: PCI slots on the q35 root bus; segments follow from the first segment slot on.
 SERIAL_SLOT = 0x02
 NETWORK_SLOT = 0x03
+BRIDGE_SLOT = 0x04
 FIRST_SEGMENT_SLOT = 0x10
 MAX_SEGMENTS = 0x1F - FIRST_SEGMENT_SLOT
+#: Id of the virtio-serial device.
+SERIAL = "serial"
+#: The root bus takes no device while the guest runs; the bus behind this bridge does.
+HOT_BUS = "hot"
+#: Slots there. Slot 0 is the bridge's own hot-plug controller's.
+HOT_SLOTS = range(1, 32)
+#: Bytes of guest address space for segments that come while the guest runs. It costs nothing as
+#: long as it is empty; more would not fit the 39 bits of address that some processors have.
+HOT_ROOM = 64 << 30
+#: Processors, at least, that a machine has room for: clones can have more than were saved.
+_CPU_ROOM = 8
 #: (pipe in the run folder, port name in the guest); port 0 is kept for a console.
-PORTS = (("agent", "org.onecopy.agent.0"), ("identity", "org.onecopy.identity.0"))
+PORTS = (
+    ("agent", "org.onecopy.agent.0"),
+    ("identity", "org.onecopy.identity.0"),
+    ("segment", "org.onecopy.segment.0"),
+)
+
+#: Each guest's user-mode network: addresses that no real network has (RFC 2544). All are the same
+#: for all guests, but for their own address, from the first one on.
+NETWORK = ipaddress.IPv4Network("198.18.0.0/15")
+GATEWAY = NETWORK[2]
+NAME_SERVER = NETWORK[3]
+FIRST_ADDRESS = NETWORK[256]
 
 KERNEL_LINE = (
     "console=ttyS0 quiet loglevel=4 panic=-1 "
@@ -28,17 +52,33 @@ KERNEL_LINE = (
     "swiotlb=noforce "
     # QEMU's TSC does not drift between vCPUs of one VMM: no watchdog timer that wakes idle guests.
     "tsc=reliable nowatchdog "
+    # Nor do tidy-up timers: memory in no need of compacting, counters that nobody reads.
+    "sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=60 "
     "random.trust_cpu=on net.ifnames=0"
 )
+#: What a kernel by itself is told, which may not be Linux.
+BARE_KERNEL_LINE = "console=ttyS0,115200"
+
+
+class Mode(StrEnum):
+    """How the memory of a device is mapped."""
+
+    READ_ONLY = "read-only"
+    """All see the file, nobody writes to it."""
+    SHARED = "shared"
+    """What the guest writes is in the file."""
+    COPY_ON_WRITE = "copy-on-write"
+    """What the guest writes is its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One segment as the machine sees it: a virtio-pmem device over a read-only shared blob."""
+    """One range of a segment as the machine sees it: a virtio-pmem device over a file."""
 
     path: Path
     size: int
-    """Bytes; a multiple of 2 MiB."""
+    """Bytes; a multiple of 2 MiB. The file may be longer."""
+    mode: Mode = Mode.READ_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +100,6 @@ class Ram(StrEnum):
 
     ANONYMOUS = "anonymous"
     """The VMM's own memory: a cold guest."""
-    SAVING = "saving"
-    """A file mapped shared: what the guest writes is in the file (a guest about to be saved)."""
     COPY_ON_WRITE = "copy-on-write"
     """A saved system's file mapped private: unwritten pages are shared by all its guests."""
 
@@ -71,8 +109,21 @@ class Kernel:
     """A direct kernel boot."""
 
     image: Path
-    initrd: Path
+    initrd: Path | None
+    """None: it is booted by itself."""
     append: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A guest's network card, and where it leads."""
+
+    mac: str
+    """A clone has it once the guest has set it: QEMU takes the one of the saved state."""
+    address: str
+    """In QEMU's user-mode network; "" with a tap device, whose network gives one."""
+    tap: int | str | None = None
+    """Descriptor of a tap device that the VMM inherits; None for user-mode network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +141,18 @@ class Launch:
     """The same for the serial console."""
     ram: Ram
     ram_path: Path | None = None
-    ram_readonly_file: bool = False
-    """This QEMU can map a read-only RAM file copy-on-write (``rom=off``, QEMU >= 8.2)."""
+    rom: bool = False
+    """This QEMU can map a read-only file copy-on-write (``rom=off``, QEMU >= 8.2)."""
     kernel: Kernel | None = None
     """None: the machine waits for a saved state (``-incoming defer``)."""
+    card: Card | None = None
+    """None if the machine has no network."""
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
     merge: bool = False
     """KSM may merge the VMM's own memory (spawn.py); not on the command line."""
+    later: Path | None = None
+    """Folder of files that the VMM may be given while it runs (store/lease.py); not on it, too."""
     extra: tuple[str, ...] = field(default=())
 
 
@@ -110,7 +165,7 @@ def command(hardware: Hardware, launch: Launch) -> list[str]:
         *_ram(hardware, launch),
         *_channels(launch),
         *_network(hardware, launch),
-        *_segments(hardware.segments),
+        *_segments(hardware.segments, rom=launch.rom),
         *_start(launch),
         *launch.extra,
     ]
@@ -133,6 +188,8 @@ def _process(launch: Launch) -> list[str]:
 def _machine(hardware: Hardware, launch: Launch) -> list[str]:
     # What no guest here uses is left out: each device costs start time, memory and timer ticks.
     options = "hpet=off,vmport=off,smm=off,smbus=off,sata=off,usb=off,i8042=off,pit=on,graphics=off"
+    if launch.kernel is None:
+        options += ",suppress-vmdesc=on"
     return [
         "-machine",
         f"{hardware.machine},{options},memory-backend=ram",
@@ -141,7 +198,7 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
         "-cpu",
         hardware.cpu,
         "-smp",
-        str(hardware.cpus),
+        _processors(hardware.cpus),
         "-rtc",
         "base=utc",
         "-device",
@@ -149,20 +206,30 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
     ]
 
 
+def _processors(cpus: int) -> str:
+    # Further ones have sockets of their own: Linux from 6.9 on may not believe in room beside
+    # processors that are there (topo_register_apic() in arch/x86/kernel/cpu/topology.c).
+    room = cpu_room(cpus)
+    return f"cpus={cpus},maxcpus={room},sockets={room // cpus},cores={cpus},threads=1"
+
+
+def cpu_room(cpus: int) -> int:
+    """How many processors a machine that starts with ``cpus`` can have."""
+    return align_up(_CPU_ROOM, cpus)
+
+
 def _ram(hardware: Hardware, launch: Launch) -> list[str]:
     size = hardware.memory
     match launch.ram:
         case Ram.ANONYMOUS:
             backend = f"memory-backend-ram,id=ram,size={size}"
-        case Ram.SAVING:
-            backend = f"memory-backend-file,id=ram,size={size},mem-path={launch.ram_path},share=on"
         case Ram.COPY_ON_WRITE:
             backend = f"memory-backend-file,id=ram,size={size},mem-path={launch.ram_path},share=off"
-            if launch.ram_readonly_file:
+            if launch.rom:
                 backend += ",readonly=on,rom=off"
     # virtio-pmem devices live in the hot-plug region above RAM.
     room = sum(slot.size + HUGE_PAGE_SIZE for slot in hardware.segments)
-    ceiling = size + -(-room // (1024 * MIB)) * 1024 * MIB + 1024 * MIB
+    ceiling = size + -(-room // (1024 * MIB)) * 1024 * MIB + HOT_ROOM
     return ["-object", backend, "-m", f"size={size}B,slots=1,maxmem={ceiling}B"]
 
 
@@ -178,7 +245,7 @@ def _channels(launch: Launch) -> list[str]:
         "-serial",
         "chardev:console",
         "-device",
-        f"virtio-serial-pci,id=serial,addr={SERIAL_SLOT:#x}",
+        f"virtio-serial-pci,id={SERIAL},addr={SERIAL_SLOT:#x}",
         *_ports(folder),
     ]
 
@@ -189,45 +256,70 @@ def _ports(folder: Path) -> list[str]:
     argv = []
     for number, (pipe, name) in enumerate(PORTS, start=1):
         argv += ["-chardev", f"pipe,id={pipe},path={folder}/{pipe}"]
-        port = f"virtserialport,bus=serial.0,nr={number},chardev={pipe},name={name}"
+        port = f"virtserialport,bus={SERIAL}.0,nr={number},chardev={pipe},name={name}"
         argv += ["-device", port]
     return argv
 
 
 def _network(hardware: Hardware, launch: Launch) -> list[str]:
-    if not hardware.network:
+    card = launch.card
+    if not hardware.network or not card:
         return []
+    device = f"virtio-net-pci,netdev=net,mac={card.mac},addr={NETWORK_SLOT:#x},romfile="
+    # No gratuitous ARP after a start: it would be with the address of the saved guest.
+    return [*_netdevs(card, launch), "-device", f"{device},guest_announce=off"]
+
+
+def _netdevs(card: Card, launch: Launch) -> list[str]:
+    if card.tap is not None:
+        # Without offloads, which user-mode networks have not, and with one of these that leads
+        # nowhere: so a system whose saved state has one starts here, too.
+        unused = [] if launch.kernel else ["-netdev", "user,id=unused,restrict=on"]
+        return ["-netdev", f"tap,id=net,fd={card.tap},vhost=off", *unused]
     forwards = "".join(f",hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in launch.publish)
-    return [
-        "-netdev",
-        f"user,id=net,ipv6=off{forwards}",
-        "-device",
-        # No gratuitous ARP after a start: each guest is alone in its network.
-        f"virtio-net-pci,netdev=net,addr={NETWORK_SLOT:#x},romfile=,guest_announce=off",
-    ]
+    where = f"net={NETWORK},host={GATEWAY},dns={NAME_SERVER},dhcpstart={card.address}"
+    return ["-netdev", f"user,id=net,ipv6=off,{where}{forwards}"]
 
 
-def _segments(segments: Sequence[Slot]) -> list[str]:
-    argv = []
+def backend(name: str, slot: Slot, *, rom: bool) -> dict[str, str | int | bool]:
+    """The memory of a range, as properties of QEMU's object (qemu-qmp-ref, object-add)."""
+    properties: dict[str, str | int | bool] = {
+        "qom-type": "memory-backend-file",
+        "id": name,
+        "size": slot.size,
+        "mem-path": str(slot.path),
+        "share": slot.mode is not Mode.COPY_ON_WRITE,
+    }
+    if slot.mode is Mode.READ_ONLY:
+        properties["readonly"] = True
+    elif slot.mode is Mode.COPY_ON_WRITE and rom:
+        properties |= {"readonly": True, "rom": "off"}
+    return properties
+
+
+def _segments(segments: Sequence[Slot], *, rom: bool) -> list[str]:
+    argv = ["-device", f"pcie-pci-bridge,id={HOT_BUS},addr={BRIDGE_SLOT:#x}"]
     for number, slot in enumerate(segments):
+        memory, *properties = backend(f"segment{number}", slot, rom=rom).items()
         argv += [
             "-object",
-            f"memory-backend-file,id=segment{number},size={slot.size},mem-path={slot.path},"
-            "share=on,readonly=on",
+            ",".join([str(memory[1]), *(f"{key}={_text(value)}" for key, value in properties)]),
             "-device",
             f"virtio-pmem-pci,memdev=segment{number},addr={FIRST_SEGMENT_SLOT + number:#x}",
         ]
     return argv
 
 
+def _text(value: str | int | bool) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
 def _start(launch: Launch) -> list[str]:
     if launch.kernel is None:
-        return ["-incoming", "defer"]
-    return [
-        "-kernel",
-        str(launch.kernel.image),
-        "-initrd",
-        str(launch.kernel.initrd),
-        "-append",
-        f"{KERNEL_LINE} {launch.kernel.append}".rstrip(),
-    ]
+        # The state says nothing about the machine (monitor.py): the system's record does.
+        return ["-incoming", "defer", "-global", "migration.send-configuration=off"]
+    image, initrd = launch.kernel.image, launch.kernel.initrd
+    if initrd is None:
+        return ["-kernel", str(image), "-append", BARE_KERNEL_LINE]
+    line = f"{KERNEL_LINE} {launch.kernel.append}".rstrip()
+    return ["-kernel", str(image), "-initrd", str(initrd), "-append", line]

@@ -49,7 +49,7 @@ class Confinement:
     """Descriptor of ours -> what for the VMM may open its file (landlock.py)."""
     kvm: bool
     asks: bool
-    """Whether opening a file for reading and writing is answered by us (readonly_ram.py)."""
+    """Whether opening a file for reading and writing is answered by us (answering.py)."""
     merge: bool = False
     """Whether KSM may merge its own memory, for which it gives up address randomisation."""
 

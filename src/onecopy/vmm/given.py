@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from onecopy.host.landlock import READ_FILE, TRUNCATE, WRITE_FILE
-from onecopy.vmm.argv import PORTS, Hardware, Launch, Ram
+from onecopy.vmm.argv import PORTS, Hardware, Launch, Mode, Slot
 from onecopy.vmm.user import User
 
 READ = READ_FILE
@@ -31,6 +31,8 @@ class Given:
         here."""
         self.passed: list[int] = list(inherited)
         """Descriptors that the VMM inherits."""
+        self.asked: list[int] = []
+        """Those of files that some QEMUs open for writing (answering.py), in order."""
 
     def name(self, path: Path, *, write: bool = False, own: bool = False) -> Path:
         """The name of a file for the VMM, which inherits it; ``own`` makes it the VMM's file."""
@@ -39,6 +41,17 @@ class Given:
             self._user.own(fd)
         self.passed.append(fd)
         return Path(f"/proc/self/fd/{fd}")
+
+    def memory(self, slot: Slot) -> Slot:
+        """A slot with a name for the VMM."""
+        name = self.name(slot.path, write=slot.mode is Mode.SHARED)
+        if slot.mode is not Mode.READ_ONLY:
+            self.asked.append(self.passed[-1])
+        return replace(slot, path=name)
+
+    def let_read(self, folder: Path) -> None:
+        """Let the VMM read files below a folder, of which it is given some later."""
+        self._open(folder, os.O_PATH | os.O_DIRECTORY, READ)
 
     def let_open(self, path: Path) -> None:
         """Let the VMM open a file of its run folder by name, for writing, too."""
@@ -69,9 +82,11 @@ def given(
             files.let_open(spec.folder / f"{name}.in")
             files.let_open(spec.folder / f"{name}.out")
         files.let_open(spec.folder / "console.log")
-        segments = tuple(replace(slot, path=files.name(slot.path)) for slot in hardware.segments)
+        if spec.later:
+            files.let_read(spec.later)
         # QEMU runs in its run folder: it reaches no other one.
         named = replace(_with_names(spec, files), folder=Path())
+        segments = tuple(files.memory(slot) for slot in hardware.segments)
         yield replace(hardware, segments=segments), named, files
     finally:
         files.close()
@@ -79,9 +94,10 @@ def given(
 
 def _with_names(spec: Launch, files: Given) -> Launch:
     if spec.kernel:
-        image, initrd = files.name(spec.kernel.image), files.name(spec.kernel.initrd, own=True)
-        spec = replace(spec, kernel=replace(spec.kernel, image=image, initrd=initrd))
+        initrd = spec.kernel.initrd and files.name(spec.kernel.initrd, own=True)
+        kernel = replace(spec.kernel, image=files.name(spec.kernel.image), initrd=initrd)
+        spec = replace(spec, kernel=kernel)
     if spec.ram_path:
-        saving = spec.ram is Ram.SAVING
-        spec = replace(spec, ram_path=files.name(spec.ram_path, write=saving, own=saving))
+        spec = replace(spec, ram_path=files.name(spec.ram_path))
+        files.asked.append(files.passed[-1])
     return spec

@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from onecopy.errors import GuestFailed
+from onecopy.host import reap, seccomp
 from onecopy.host.process import stat
-from onecopy.vmm.argv import PORTS, Hardware, Launch, Ram, command
+from onecopy.vmm.answering import Answers
+from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.given import given
-from onecopy.vmm.readonly_ram import ReadOnlyRam
 from onecopy.vmm.spawn import start
 from onecopy.vmm.user import new_user, port_capabilities
 
@@ -35,7 +36,8 @@ class Vmm:
         process: subprocess.Popen[bytes],
         folder: Path,
         argv: Sequence[str],
-        ram: ReadOnlyRam | None = None,
+        answers: Answers | None = None,
+        listener: int | None = None,
     ) -> None:
         self.pid = process.pid
         # Also of a process that has ended: it is ours to wait for.
@@ -43,7 +45,9 @@ class Vmm:
         self.folder = folder
         self.argv = tuple(argv)
         self._process = process
-        self._ram = ram
+        #: Number of QEMU's descriptor where its questions come in (answering.py).
+        self.listener = listener
+        self._answers = answers
 
     async def wait(self, timeout: float | None = None) -> int | None:
         """Wait up to ``timeout`` seconds for the end; return the exit code or None."""
@@ -72,13 +76,14 @@ class Vmm:
 
     def detach(self) -> None:
         """Let the process live on without us."""
-        # Popen would warn that it is still running; init reaps it once we are gone.
+        # Popen would warn that it is still running.
         self._process.returncode = 0
+        reap.adopt(self.pid)
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._ram:
-            self._ram.close()
+        if self._answers:
+            self._answers.close()
 
     def explain(self, error: GuestFailed) -> GuestFailed:
         """``error`` with what QEMU and the guest's console printed."""
@@ -114,8 +119,8 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
 
     ``spec.monitor_fd`` and ``console_fd`` are filled in here: the sockets are listening before QEMU
     runs, so that a client can connect at once and need not poll. ``inherit`` are descriptors that
-    live as long as the VMM, which may open their files for reading. A saved system's RAM is served
-    from the running event loop (readonly_ram.py). Raises Incompatible.
+    live as long as the VMM, which may open their files for reading. Some QEMUs are answered from
+    the running event loop (answering.py). Raises Incompatible.
     """
     user = new_user(spec.accel)
     with contextlib.ExitStack() as stack:
@@ -123,8 +128,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         monitor = stack.enter_context(_listen(spec.folder / "monitor.sock"))
         console = stack.enter_context(_listen(spec.folder / "console.sock"))
         named = replace(named, monitor_fd=monitor, console_fd=console)
-        asks = spec.ram is Ram.COPY_ON_WRITE and not spec.ram_readonly_file
-        ram = ReadOnlyRam(spec.ram_path) if asks and spec.ram_path else None
+        asks = not spec.rom and seccomp.can_ask()
         confinement = Confinement(
             user=user,
             capabilities=port_capabilities(host for host, _ in spec.publish),
@@ -136,9 +140,11 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)
         started = start(command(machine, named), confinement, spec.folder, log, passed)
-        if ram and started.listener is not None:
-            ram.serve(started.listener)
-    return Vmm(started.process, spec.folder, command(hardware, spec), ram)
+        answers = None
+        if started.listener is not None:
+            answers = Answers(files.asked)
+            answers.serve(started.listener)
+    return Vmm(started.process, spec.folder, command(hardware, spec), answers, started.listener)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from onecopy.host.lock import locked
 # The library logs what it also raises.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 logging.getLogger("qemu.qmp").propagate = False
+
+_ADDRESS = re.compile(r" is (0x[0-9a-f]+)")
 
 
 class Monitor:
@@ -46,7 +50,7 @@ class Monitor:
     async def incoming(self, state_fd: int) -> None:
         """Load a saved state from a descriptor of ours, and run the guest."""
         with self.client.listener("MIGRATION") as progress:
-            await self._capabilities("x-ignore-shared", "events")
+            await self._capabilities("events")
             await self.give_fd(state_fd, "state")
             await self.execute("migrate-incoming", {"uri": "fd:state"})
             while await self._next(progress) != "completed":
@@ -69,28 +73,66 @@ class Monitor:
             event.cancel()
             ended.cancel()
 
-    async def outgoing(self, state_fd: int) -> None:
-        """Write the state of a stopped guest, without its RAM file, to a descriptor of ours."""
-        await self._capabilities("x-ignore-shared")
-        await self.give_fd(state_fd, "state")
-        await self.execute("migrate", {"uri": "fd:state"})
-        while True:
-            info = await self.execute("query-migrate")
-            if info.get("status") == "completed":
-                return
-            if info.get("status") in ("failed", "cancelled"):
-                raise GuestFailed(
-                    f"QEMU could not save: {info.get('error-desc', 'no reason given')}"
-                )
-            await asyncio.sleep(0.005)
+    async def save_devices(self, state_fd: int) -> int:
+        """Write the state of a stopped guest's devices, without its RAM, to a file of ours.
+
+        Returns how many bytes that are; the file may have been longer before.
+        QEMU's command for that is Xen's by name only; what it writes is a migration stream without
+        RAM and without the section about the machine (argv.py tells the reader).
+        """
+        writable = os.open(f"/proc/self/fd/{state_fd}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            async with self.lent_copy(writable) as path:
+                arguments = {"filename": path, "live": True}
+                await self.execute("xen-save-devices-state", arguments)
+            # The descriptor was QEMU's too, and so was its position.
+            return os.lseek(writable, 0, os.SEEK_CUR)
+        finally:
+            os.close(writable)
+
+    async def ram_address(self) -> int:
+        """Where the first byte of guest RAM lies in QEMU's memory."""
+        said = await self.human("gpa2hva 0")
+        found = _ADDRESS.search(said)
+        if not found:
+            raise GuestFailed(f"QEMU does not tell where guest RAM lies: {said.strip()}")
+        return int(found[1], 16)
 
     async def give_fd(self, fd: int, name: str) -> None:
         """Pass a descriptor to QEMU (SCM_RIGHTS), known there as ``name``; ours stays open."""
+        self._send(fd)
+        await self.execute("getfd", {"fdname": name})
+
+    @contextlib.asynccontextmanager
+    async def lent(self, fd: int) -> AsyncIterator[str]:
+        """The name under which QEMU can open a file of ours meanwhile (add-fd)."""
+        async with self._added(fd) as added:
+            yield f"/proc/self/fd/{added['fd']}"
+
+    @contextlib.asynccontextmanager
+    async def lent_copy(self, fd: int) -> AsyncIterator[str]:
+        """The same for what QEMU does not open, but copies: its block devices.
+
+        The copy is as our file is open, for reading or writing, and has its locks.
+        """
+        async with self._added(fd) as added:
+            yield f"/dev/fdset/{added['fdset-id']}"
+
+    @contextlib.asynccontextmanager
+    async def _added(self, fd: int) -> AsyncIterator[dict[str, int]]:
+        self._send(fd)
+        added = await self.execute("add-fd")
+        try:
+            yield added
+        finally:
+            with contextlib.suppress(GuestFailed):
+                await self.execute("remove-fd", {"fdset-id": added["fdset-id"]})
+
+    def _send(self, fd: int) -> None:
         try:
             self.client.send_fd_scm(fd)
         except OSError as error:
             raise GuestFailed("QEMU went away") from error
-        await self.execute("getfd", {"fdname": name})
 
     async def _capabilities(self, *names: str) -> None:
         capabilities = [{"capability": name, "state": True} for name in names]

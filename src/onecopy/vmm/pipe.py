@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 
@@ -30,6 +31,20 @@ class Pipe:
                 data = data[os.write(self._to, data) :]
             except BlockingIOError:
                 await _ready(self._to, write=True)
+
+    def drain(self) -> None:
+        """Drop what has come so far."""
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._from, 1 << 16):
+                pass
+
+    async def some(self, limit: int) -> bytes:
+        """What has come, at most ``limit`` bytes, once something has."""
+        while True:
+            try:
+                return os.read(self._from, limit)
+            except BlockingIOError:
+                await _ready(self._from)
 
     async def until(self, end: bytes) -> bytes:
         """What comes up to ``end``, without it."""

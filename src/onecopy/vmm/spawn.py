@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,10 @@ from onecopy.vmm.confine import Confinement, enter, ruleset
 #: as mappings of their own untouched pages take no memory. One arena holds the rest of all threads.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=16384"}
 
+#: What children inherit is set for the whole process: with two starts at once one VMM would get,
+#: and so keep, the lease of the other's.
+_alone = threading.Lock()
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -52,7 +57,7 @@ def start(
     made it. So a thread of ours confines itself, starts the program and ends: no code of ours runs
     in a copy of this process, which takes longer the larger it is and is unsafe with other threads.
     """
-    with ExitStack() as ends, ThreadPoolExecutor(1) as one:
+    with _alone, ExitStack() as ends, ThreadPoolExecutor(1) as one:
         rules = ruleset(argv[0], confinement)
         if rules:
             ends.callback(rules.close)
@@ -65,12 +70,18 @@ def start(
 
         def work() -> Started:
             listener = enter(confinement, rules, folder)
+            if listener is not None:
+                # It can be asked of the VMM as long as that lives.
+                os.set_inheritable(listener, True)
             try:
-                return Started(_spawn(argv, null, output), listener)
+                process = _spawn(argv, null, output)
             except BaseException:
                 if listener is not None:
                     os.close(listener)
                 raise
+            if listener is not None:
+                os.set_inheritable(listener, False)
+            return Started(process, listener)
 
         return one.submit(work).result()
 

@@ -55,7 +55,7 @@ def why_not(accel: str, root: Path = ROOT) -> str:
     """What keeps root from running guests as users of their own; "" if nothing does."""
     if not _usable_range(root):
         return "this container has no user numbers for guests"
-    if _capabilities(root) & _NEEDED != _NEEDED:
+    if capabilities(root) & _NEEDED != _NEEDED:
         return "this root may not become another user"
     if accel == "kvm" and not _may_use_kvm(KVM.stat()):
         return "/dev/kvm belongs to no group that may use it"
@@ -66,7 +66,7 @@ def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
     """What it takes to publish ``ports`` of the host, as far as we have it (ip(7))."""
     first = read_number(root / "proc/sys/net/ipv4/ip_unprivileged_port_start")
     low = any(0 < port < (1024 if first is None else first) for port in ports)
-    return _BIND_SERVICE & _capabilities(root) if low else 0
+    return _BIND_SERVICE & capabilities(root) if low else 0
 
 
 def _usable_range(root: Path = ROOT) -> range:
@@ -86,7 +86,8 @@ def _is_mapped(wanted: range, text: str) -> bool:
     return False
 
 
-def _capabilities(root: Path) -> int:
+def capabilities(root: Path = ROOT) -> int:
+    """What this process may (capabilities(7), effective)."""
     status = (root / "proc/self/status").read_text()
     found = re.search(r"^CapEff:\s+([0-9a-f]+)$", status, re.MULTILINE)
     return int(found[1], 16) if found else 0

@@ -1,0 +1,203 @@
+"""A host, for asyncio: its guests, and those that a program starts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Unpack
+
+from onecopy.aio.guest import Guest
+from onecopy.aio.options import BootOptions, choice, cold_spec
+from onecopy.guest import admission, boot, cold, many, save, start, stop
+from onecopy.guest.disks import DiskSpec, require_sensible
+from onecopy.guest.fitting import Fitting, added_memory
+from onecopy.guest.folder import Batch, GuestRecord
+from onecopy.guest.host import Host as GuestHost
+from onecopy.guest.place import StrPath
+from onecopy.guest.ports import Ports, numbered
+from onecopy.model import Reference, check_ports, parse_mount, parse_size
+from onecopy.store import Artifact
+
+
+class Host:
+    """A host: its store, and its guests. A context manager, at whose end its guests end.
+
+    Guests that a program starts belong to it: they end with their block, and if the program is
+    killed with the next onecopy command.
+    """
+
+    def __init__(self, home: StrPath | None = None) -> None:
+        """``home`` is the store's folder; default: that of the commands."""
+        self._home = None if home is None else Path(home)
+        self._stack = AsyncExitStack()
+        self._opened: tuple[GuestHost, Path] | None = None
+
+    async def __aenter__(self) -> Host:
+        host = await asyncio.to_thread(GuestHost.open, self._home)
+        self._opened = host, self._stack.enter_context(host.owner())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        host, owner = self._both()
+        self._opened = None
+        async with self._stack:
+            _end(host, host.owned(owner))
+
+    def guests(self) -> list[Guest]:
+        """All guests that run, also those that others have started."""
+        host = self._swept()
+        return [Guest(host, record) for record in host.guests()]
+
+    def guest(self, name: str) -> Guest:
+        """A running guest; raise NotFound."""
+        host = self._swept()
+        return Guest(host, host.guest(name).record())
+
+    def artifacts(self, kind: str | None = None) -> list[Artifact]:
+        """What is stored: every ``segment``, ``system`` and ``kernel``."""
+        return self._both()[0].store.artifacts(kind)
+
+    @asynccontextmanager
+    async def start(
+        self,
+        system: str,
+        count: int = 1,
+        *,
+        name: str | None = None,
+        publish: Iterable[tuple[int, int]] = (),
+        bridge: str = "",
+        accel: str = "auto",
+        merge_vmm: bool = False,
+        memory: int | str | None = None,
+        cpus: int | None = None,
+        segments: Sequence[str] = (),
+        disks: Sequence[str] = (),
+        overcommit: bool = False,
+    ) -> AsyncIterator[list[Guest]]:
+        """Guests from a saved system, all or none; at the end of the block they are ended.
+
+        ``publish`` are (port of 127.0.0.1, port of the guest) pairs. The host's ports count up from
+        guest to guest; 0 is any free one, which `Guest.port` tells. With ``bridge`` they are ports
+        of this bridge of the host's. ``memory`` and ``cpus`` are more than was saved, ``segments``
+        further ones, ``disks`` as `onecopy run --disk` has them; they are synced at the end of the
+        block, unless it ends by an exception. With ``overcommit`` the host need not have the memory
+        for all.
+        """
+        host, specs = self._swept(), _disks(disks, name, count)
+        fitting = Fitting(
+            memory=None if memory is None else parse_size(str(memory)),
+            cpus=cpus,
+            segments=tuple(parse_mount(each) for each in segments),
+            disks=specs,
+        )
+        found = host.store.resolve(Reference.parse(system), "system")
+        source = await asyncio.to_thread(start.template, host, found, choice(accel))
+
+        def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
+            spec = start.CloneSpec(ports, bridge, merge_vmm, fitting)
+            return start.start_clone(host, source, name, spec, batch)
+
+        names = many.names_for(found.name, name, count)
+        each = (
+            0
+            if overcommit
+            else admission.of_clone(source.accel.name, added_memory(fitting, source.config))
+        )
+        async with self._started(names, publish, each, one) as guests:
+            yield guests
+
+    @asynccontextmanager
+    async def boot(
+        self,
+        segment: str,
+        count: int = 1,
+        *,
+        name: str | None = None,
+        publish: Iterable[tuple[int, int]] = (),
+        bridge: str = "",
+        merge_vmm: bool = False,
+        disks: Sequence[str] = (),
+        overcommit: bool = False,
+        **options: Unpack[BootOptions],
+    ) -> AsyncIterator[list[Guest]]:
+        """Guests that boot a root segment; all else as `start`."""
+        host, spec = self._swept(), cold_spec(segment, options)
+        spec = replace(spec, bridge=bridge, merge=merge_vmm, disks=_disks(disks, name, count))
+        prepared = await asyncio.to_thread(cold.prepare_cold, host, spec)
+
+        def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
+            mine = replace(prepared, spec=replace(spec, publish=ports))
+            return boot.run_cold(host, mine, name, batch)
+
+        names = many.names_for(prepared.root.name, name, count)
+        needed = admission.of_cold(prepared.accel.name, prepared.hardware.memory)
+        async with self._started(names, publish, 0 if overcommit else needed, one) as guests:
+            yield guests
+
+    async def save(
+        self,
+        system: str,
+        root: str,
+        *,
+        on_clone: str | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+        **options: Unpack[BootOptions],
+    ) -> save.Saved:
+        """Boot a root segment, wait until it is ready, and save it as a system.
+
+        ``on_clone`` is a shell command that each clone runs before it is handed out.
+        """
+        spec, ref = cold_spec(root, options), Reference.parse(system)
+        return await save.save_system(self._swept(), ref, spec, progress, on_clone=on_clone)
+
+    @asynccontextmanager
+    async def _started(
+        self,
+        names: Sequence[str],
+        publish: Iterable[tuple[int, int]],
+        each: int,
+        one: Callable[[str, Ports, Batch], Awaitable[GuestRecord]],
+    ) -> AsyncIterator[list[Guest]]:
+        host, owner = self._both()
+        pairs = tuple(check_ports(*pair) for pair in publish)
+        ports = {guest: numbered(pairs, number) for number, guest in enumerate(names)}
+        started = await many.start_many(
+            host,
+            names,
+            lambda guest, batch: one(guest, ports[guest], batch),
+            owner=owner,
+            each=each,
+        )
+        pids = {record.pid for record in started.guests}
+        try:
+            yield [Guest(host, record) for record in started.guests]
+            await asyncio.gather(*(stop.sync_disks(host, record) for record in started.guests))
+        finally:
+            _end(host, [record for record in host.owned(owner) if record.pid in pids])
+
+    def _swept(self) -> GuestHost:
+        """The host without what ended since; as each command finds it."""
+        host, _ = self._both()
+        host.store.sweep()
+        host.sweep()
+        return host
+
+    def _both(self) -> tuple[GuestHost, Path]:
+        if self._opened is None:
+            raise RuntimeError("a Host is to be used in a with block")
+        return self._opened
+
+
+def _disks(texts: Sequence[str], name: str | None, count: int) -> tuple[DiskSpec, ...]:
+    specs = tuple(DiskSpec.parse(each) for each in texts)
+    require_sensible(specs, named=name is not None, count=count)
+    return specs
+
+
+def _end(host: GuestHost, records: Iterable[GuestRecord]) -> None:
+    # Nothing is awaited, so that nothing interrupts it.
+    host.end(*records)
+    host.store.sweep()

@@ -1,0 +1,60 @@
+"""How a guest boots, as a program says it: what the options of `onecopy run --cold` say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from onecopy.errors import InvalidInput
+from onecopy.guest.cold import ColdSpec
+from onecopy.guest.place import StrPath
+from onecopy.model import Reference, parse_mount, parse_size
+from onecopy.vmm.accel import Choice
+
+
+class BootOptions(TypedDict, total=False):
+    """How a guest boots: the options of `onecopy save` and `onecopy run --cold`."""
+
+    segments: Sequence[str]
+    """Further segments: ``SEGMENT``, or ``SEGMENT:/MOUNTPOINT``."""
+    memory: int | str
+    """Bytes, or for example "256M"."""
+    cpus: int
+    cpu: str
+    """CPU model."""
+    run: str
+    """A command to run with a minimal init in place of the image's own; the guest ends with it."""
+    ready: str
+    """A command that exits 0 in the guest once it is ready."""
+    timeout: float
+    """Seconds that booting and getting ready may take."""
+    network: bool
+    accel: str
+    """``auto``, ``kvm`` or ``tcg``."""
+    kernel: StrPath
+    modules: StrPath
+
+
+def choice(accel: str) -> Choice:
+    """The accelerator that was asked for; raise InvalidInput."""
+    if accel not in list(Choice):
+        raise InvalidInput(f"{accel!r} is no accelerator", hint="auto, kvm or tcg")
+    return Choice(accel)
+
+
+_FORMS: dict[str, Callable[[Any], Any]] = {
+    "segments": lambda segments: tuple(parse_mount(each) for each in segments),
+    "memory": lambda memory: parse_size(str(memory)),
+    "accel": choice,
+    "kernel": Path,
+    "modules": Path,
+}
+
+
+def cold_spec(root: str, options: Mapping[str, Any]) -> ColdSpec:
+    """What boots; raise InvalidInput."""
+    fields = {key: _FORMS.get(key, lambda same: same)(value) for key, value in options.items()}
+    if "run" in fields:
+        fields["command"] = fields.pop("run")
+    return ColdSpec(root=Reference.parse(root), **fields)

@@ -1,0 +1,36 @@
+"""onecopy cp"""
+
+import asyncio
+import re
+
+import click
+
+from onecopy.errors import InvalidInput
+
+_IN_GUEST = re.compile(r"([a-z0-9][a-z0-9-]*):(.*)", re.DOTALL)
+
+
+@click.command("cp")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+def command(source: str, target: str) -> None:
+    """Copy files and folders into a guest, or out of it; one of the two is GUEST:PATH.
+
+    As cp(1) does: into DST if that is a folder, else under that name. A file that is there is
+    replaced, a folder never. Modes and times are kept. Needs nothing in the image. A file of the
+    host whose name has a colon is ./NAME.
+    """
+    from onecopy.guest.copy import copy_in, copy_out
+    from onecopy.guest.host import Host
+
+    there, here = _IN_GUEST.fullmatch(source), _IN_GUEST.fullmatch(target)
+    if bool(there) == bool(here):
+        raise InvalidInput(
+            "one of the two has to be in a guest, and only one",
+            hint="write GUEST:PATH for it, for example onecopy cp web-1:/var/log logs",
+        )
+    host = Host.open()
+    if there:
+        asyncio.run(copy_out(host.guest_with_agent(there[1]).path, there[2], target))
+    elif here:
+        asyncio.run(copy_in(host.guest_with_agent(here[1]).path, source, here[2]))

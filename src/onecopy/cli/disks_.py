@@ -1,0 +1,38 @@
+"""onecopy disks"""
+
+import click
+
+from onecopy.cli.output import print_json, print_table
+from onecopy.cli.params import json_option
+from onecopy.model import format_size
+
+
+@click.command("disks")
+@click.option("--rm", "names", multiple=True, metavar="NAME", help="Remove it, with its content.")
+@json_option
+def command(names: tuple[str, ...], as_json: bool) -> None:
+    """List the disks of guests, or remove some.
+
+    These are the guests' own (`run --disk SIZE`), by the name of the guest. ALLOCATED is what they
+    take on the host. JSON: docs/json.md.
+    """
+    from dataclasses import asdict
+
+    from onecopy.guest.disks import own_disks, remove
+    from onecopy.guest.host import Host
+
+    host = Host.open()
+    if names:
+        for name in names:
+            remove(host, name)
+            print(f"the disk of {name} is removed")
+        return
+    found = own_disks(host)
+    if as_json:
+        print_json([asdict(item) for item in found])
+        return
+    rows = [
+        [item.name, format_size(item.size), format_size(item.allocated), item.guest or "-"]
+        for item in found
+    ]
+    print_table(["NAME", "SIZE", "ALLOCATED", "USED BY"], rows)

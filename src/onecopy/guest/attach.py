@@ -1,0 +1,63 @@
+"""Segments of a running guest: load them, and unload them.
+
+Loading plugs memory devices into the machine (plugging.py) and has the guest find, name and mount
+them (build/files/segment). Unloading unmounts; the devices, and the guest's lease, stay.
+"""
+
+from __future__ import annotations
+
+from onecopy.errors import GuestFailed, NotUnmounted
+from onecopy.guest import script
+from onecopy.guest.folder import Attached
+from onecopy.guest.host import Host
+from onecopy.guest.plugging import confirm, plug, release, require_detachable, words
+from onecopy.model import Reference
+
+#: Seconds that the guest may take to find, mount or unmount.
+_PATIENCE = 60.0
+#: Exit code of the script's `unplugged` when a process holds the segment.
+_BUSY = 16
+
+
+async def attach(
+    host: Host, name: str, ref: Reference, mountpoint: str = "", *, exclusive: bool = False
+) -> Attached:
+    """Load a segment into a running guest, mounted on ``mountpoint`` or as a device (``""``).
+
+    With ``exclusive`` the guest gets a private copy, to write to, of what others only read. Raises
+    NotFound, Restricted, OtherDomain, AlreadyExists, InvalidInput, NoSlot, TooLarge, NotEnough,
+    GuestFailed, AgentFailed. What fails leaves at most a device in the guest, marked as kept.
+    """
+    loading = await plug(host, name, ref, mountpoint, exclusive=exclusive)
+    folder = host.guest(name)
+    done = await script.segment(
+        folder.path, "plugged", *words(loading, mountpoint), timeout=_PATIENCE
+    )
+    if done.exit_code:
+        await script.segment(folder.path, "unplugged", loading.name, timeout=_PATIENCE)
+        await release(host, name, loading.name)
+        raise GuestFailed(
+            f"{name} could not load {ref}: {script.said(done)}",
+            hint=f"`onecopy exec {name} -- dmesg` may tell more",
+        )
+    return await confirm(host, name, loading.name, mountpoint)
+
+
+async def detach(host: Host, name: str, segment: str) -> Attached:
+    """Unload a segment: unmount it and take its name away. Its device, and the lease, stay.
+
+    Raises NotFound, InvalidInput, NotUnmounted (with the processes that hold it), AgentFailed.
+    """
+    folder = host.guest_with_agent(name)
+    require_detachable(folder.record(), segment)
+    done = await script.segment(folder.path, "unplugged", segment, timeout=_PATIENCE)
+    if done.exit_code == _BUSY:
+        holders = done.stdout.decode(errors="replace").splitlines()
+        raise NotUnmounted(
+            f"{segment} is in use in {name} by {', '.join(holders) or 'a process'}",
+            holders=holders,
+            hint=f"end these processes: `onecopy exec {name} -- kill PID`",
+        )
+    if done.exit_code:
+        raise GuestFailed(f"{name} could not unload {segment}: {script.said(done)}")
+    return await release(host, name, segment)

@@ -1,0 +1,179 @@
+"""What starting a guest has in common, cold or from a saved system: its VMM, and its record.
+
+Not here: what is said to the VMM then (boot.py, start.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from onecopy.errors import GuestFailed, InvalidInput
+from onecopy.guest.backing import Backed, backings, mode_of
+from onecopy.guest.folder import Attached, Device, GuestFolder, GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.machine import Placed, SystemConfig
+from onecopy.guest.network import inherited
+from onecopy.guest.ports import Ports
+from onecopy.store import Artifact, Lease
+from onecopy.vmm.accel import Accelerator
+from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, Card, Hardware, Launch, Slot
+from onecopy.vmm.launch import Vmm, launch
+
+T = TypeVar("T")
+
+
+def with_segments(hardware: Hardware, slots: Sequence[Slot]) -> Hardware:
+    """The machine with the memory of its segments."""
+    return replace(hardware, segments=tuple(slots))
+
+
+def described(placed: Sequence[Placed]) -> list[Slot]:
+    """The memory of segments as a command line shows it that is not run."""
+    return [
+        Slot(
+            item.layer.path if item.layer else Path(f"/proc/self/fd/{item.needed.memory_name}"),
+            item.segment.size,
+            mode_of(item.segment.page_class),
+        )
+        for item in placed
+    ]
+
+
+async def started(
+    host: Host, placed: Sequence[Placed], hardware: Hardware, spec: Launch, lease: Lease
+) -> tuple[Vmm, list[Backed]]:
+    """Start the VMM of a guest with the memory of its segments, under its lease.
+
+    Raises NotEnough, NotPermitted, StoreDamaged, Incompatible.
+    """
+    classes = [item.segment.page_class for item in placed]
+    async with backings(host, classes, lease) as found:
+        backed = [found.back(item.needed) for item in placed]
+        machine = with_segments(hardware, [each.slot for each in backed])
+        return launch(
+            machine, replace(spec, later=lease.files), inherit=[lease.fd, *inherited(spec.card)]
+        ), backed
+
+
+def noted(
+    folder: GuestFolder,
+    vmm: Vmm,
+    *,
+    kind: str,
+    source: Artifact,
+    accel: Accelerator,
+    config: SystemConfig,
+    placed: Sequence[Placed],
+    backed: Sequence[Backed],
+    domain: str,
+    ram_path: str | None,
+    publish: Ports,
+    card: Card | None,
+    address: str,
+    bridge: str,
+) -> GuestRecord:
+    """Write the record of a guest that is up; its VMM is still the caller's to end or detach."""
+    record = GuestRecord(
+        name=folder.name,
+        kind=kind,
+        source=source.ref,
+        digest=source.digest,
+        accel=accel.name,
+        accel_reason=accel.reason,
+        pid=vmm.pid,
+        start_ticks=vmm.start_ticks,
+        started=time.time(),
+        start_seconds=0,
+        memory=config.memory,
+        cpus=config.cpus,
+        ram_path=ram_path,
+        publish=publish,
+        mac=card.mac if card else "",
+        address=address,
+        bridge=bridge,
+        attached=tuple(_attached(placed, backed)),
+        domain=domain,
+        listener=vmm.listener,
+        agent=config.agent,
+    )
+    config.write(folder.path)
+    folder.write(record)
+    return record
+
+
+def handed_out(folder: GuestFolder, vmm: Vmm, record: GuestRecord, began: float) -> GuestRecord:
+    """Let the VMM of a guest that is as it was asked for live on; ``began`` is time.monotonic()."""
+    record = msgspec.structs.replace(
+        record, started=time.time(), start_seconds=time.monotonic() - began
+    )
+    folder.write(record)
+    vmm.detach()
+    return record
+
+
+async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T]) -> T:
+    """Do ``work``, which does not see the VMM end: raise GuestFailed then."""
+    done, ended = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
+    try:
+        await asyncio.wait({done, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise GuestFailed(f"QEMU ended while starting (exit code {ended.result()})")
+        return done.result()
+    finally:
+        done.cancel()
+        ended.cancel()
+        await asyncio.gather(done, ended, return_exceptions=True)
+
+
+def require_mergeable(domain: str, *, merge: bool) -> None:
+    """Raise InvalidInput if KSM were to merge memory across trust domains."""
+    if merge and domain:
+        raise InvalidInput(
+            f"KSM would merge memory of the trust domain {domain} with that of others",
+            hint="start the guests without --merge-vmm",
+        )
+
+
+def segment_names(placed: Sequence[Placed]) -> list[str]:
+    """The names of the segments that a guest has, as its access is checked by."""
+    return sorted({item.segment.ref.partition(":")[0] for item in placed})
+
+
+def _attached(placed: Sequence[Placed], backed: Sequence[Backed]) -> list[Attached]:
+    """The record of the segments that a guest starts with; ranges of one lie side by side."""
+    numbered = enumerate(zip(placed, backed, strict=True), start=FIRST_SEGMENT_SLOT)
+    return [
+        attached(
+            [(item, each, f"00:{number:02x}") for number, (item, each) in ranges], state="loaded"
+        )
+        for _, ranges in groupby(numbered, key=lambda each: each[1][0].segment.ref)
+    ]
+
+
+def attached(
+    ranges: Sequence[tuple[Placed, Backed, str]], *, state: str, exclusive: bool = False
+) -> Attached:
+    """The record of a segment in a guest: its ranges, their memory and their PCI addresses."""
+    first = ranges[0][0].segment
+    return Attached(
+        name=first.name,
+        ref=first.ref,
+        digest=first.segment,
+        devices=tuple(_device(*each) for each in ranges),
+        mountpoint=first.mountpoint,
+        state=state,
+        exclusive=exclusive,
+    )
+
+
+def _device(placed: Placed, backed: Backed, address: str) -> Device:
+    item = placed.segment
+    return Device(item.page_class, item.size, item.fs, address, backed.mapped, backed.file)

@@ -1,0 +1,28 @@
+"""The scripts by which a guest does its part with what it is given (build/files: segment, fit)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
+from onecopy.guest.exec import Completed, run_captured
+
+
+async def segment(folder: Path, *words: str, timeout: float) -> Completed:
+    """Run it in the guest of a run folder, for up to ``timeout`` seconds; raises as `exec` does."""
+    return await _run(folder, "segment", *words, timeout=timeout)
+
+
+async def fit(folder: Path, *words: str, timeout: float) -> Completed:
+    """The same for what a guest gets at its start."""
+    return await _run(folder, "fit", *words, timeout=timeout)
+
+
+async def _run(folder: Path, name: str, *words: str, timeout: float) -> Completed:
+    return await run_captured(folder, ["sh", f"{TOOLS_MOUNTPOINT}/{name}", *words], timeout=timeout)
+
+
+def said(done: Completed) -> str:
+    """What a script that failed says of it, without the id."""
+    text = (done.stderr or done.stdout).decode(errors="replace").strip()
+    return text.rpartition("\n")[2].partition(": ")[2] or text or f"exit code {done.exit_code}"

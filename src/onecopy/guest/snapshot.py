@@ -1,0 +1,111 @@
+"""A guest's RAM and the state of its devices at one moment, as files.
+
+Only pages of the VMM's own are copied while the guest stands still: all of a booted guest's RAM,
+and of a clone's what it has written, over a copy of the saved RAM that it started from. Not here:
+who is saved, and as what (save.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import InUse, InvalidInput
+from onecopy.guest.folder import GuestFolder
+from onecopy.guest.pause import copying, stopped
+from onecopy.host import private, sparse
+from onecopy.host.lock import locked
+from onecopy.model import MIB
+from onecopy.run import run
+from onecopy.store.disk import file_errors
+from onecopy.vmm.hotplug import EXEC_PORT, later_devices
+from onecopy.vmm.monitor import Monitor
+
+#: Bytes that the state of a machine's devices may take, by far.
+STATE_ROOM = 16 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The RAM that is to be copied."""
+
+    pid: int
+    """Of the VMM."""
+    memory: int
+    """Bytes."""
+    base: Path | None
+    """The file that it was mapped from; None for anonymous RAM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was written."""
+
+    ram: Path
+    state: Path
+    pause: float
+    """Seconds that it stood still."""
+
+
+async def take(folder: GuestFolder, source: Source, work: Path, *, last: bool = False) -> Snapshot:
+    """Write RAM and state to ``work``; the guest goes on, unless it is the ``last`` it does.
+
+    Raises InvalidInput (it has devices that came while it ran), InUse (a program runs in it that
+    the host started), GuestFailed, NotPermitted, NotEnough.
+    """
+    ram, state = work / "ram", work / "state"
+    with file_errors(work):
+        await asyncio.to_thread(_copy_base, source, ram)
+        async with locked(folder.path / "agent.lock"):
+            async with stopped(folder, go_on=not last) as monitor:
+                began = time.monotonic()
+                await _require_as_started(monitor, folder.name)
+                await _save_devices(monitor, state)
+                address = await monitor.ram_address()
+                await asyncio.to_thread(_copy_own, folder.name, source, address, ram)
+            pause = time.monotonic() - began
+    # Pages of zeroes need no disk and no page cache.
+    await asyncio.to_thread(run, ["fallocate", "--dig-holes", ram])
+    return Snapshot(ram, state, pause)
+
+
+def _copy_base(source: Source, ram: Path) -> None:
+    if source.base is None:
+        with ram.open("xb") as file:
+            file.truncate(source.memory)
+        return
+    with source.base.open("rb") as base:
+        sparse.copy_file(base.fileno(), source.memory, ram)
+
+
+async def _require_as_started(monitor: Monitor, name: str) -> None:
+    """Raise unless the machine has the devices that a start from the saved state gives it."""
+    later = await later_devices(monitor)
+    if any(not device.startswith(EXEC_PORT) for device in later):
+        raise InvalidInput(
+            f"{name} has been given devices since its start (segments, disks, memory), which a "
+            "saved system is without",
+            hint="start a guest without them and save that; give them to those that start from it",
+        )
+    if later:
+        raise InUse(
+            f"a program runs in {name} by `onecopy exec`",
+            users=(name,),
+            hint="save it when the program has ended",
+        )
+
+
+async def _save_devices(monitor: Monitor, state: Path) -> None:
+    with state.open("xb") as file:
+        # A full disk must be told now, and not by QEMU.
+        os.posix_fallocate(file.fileno(), 0, STATE_ROOM)
+        file.truncate(await monitor.save_devices(file.fileno()))
+
+
+def _copy_own(name: str, source: Source, address: int, ram: Path) -> None:
+    with copying(name), ram.open("r+b", buffering=0) as out:
+        runs = list(private.own_runs_at(source.pid, address, source.memory))
+        private.copy_out(source.pid, runs, out.fileno())

@@ -1,0 +1,69 @@
+"""Bringing parts of a file into the host's page cache, and dropping it from there.
+
+Not here: what is in it (residency.py), which parts are worth it (guest/warming.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+#: (first byte, bytes) in a file.
+Extent = tuple[int, int]
+#: Of one request the kernel reads no more than the device's own limit, or its read-ahead
+#: (mm/readahead.c, force_page_cache_ra), and says nothing of the rest: both are this or more
+#: unless someone set them lower.
+_PIECE = 128 << 10
+_BUFFER = 1 << 20
+
+
+def begin(path: Path, extents: Iterable[Extent]) -> None:
+    """Have the kernel read parts of a file, without waiting for what it reads; raise OSError.
+
+    What is in the page cache already costs a look at each page.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for extent in extents:
+            for offset, size in _pieces(extent, _PIECE):
+                os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(fd)
+
+
+def load(path: Path, extents: Iterable[Extent]) -> None:
+    """Read parts of a file and wait until they are there; raise OSError.
+
+    They stay as long as the kernel has no better use for the memory.
+    """
+    extents = list(extents)
+    begin(path, extents)
+    buffer = [bytearray(_BUFFER)]
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for extent in extents:
+            for offset, size in _pieces(extent, _BUFFER):
+                part = buffer if size == _BUFFER else [memoryview(buffer[0])[:size]]
+                os.preadv(fd, part, offset)
+    finally:
+        os.close(fd)
+
+
+def drop(path: Path) -> None:
+    """Drop what is clean and mapped by nobody from the page cache, as far as the kernel will.
+
+    Raises OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _pieces(extent: Extent, size: int) -> Iterable[Extent]:
+    start, length = extent
+    for offset in range(start, start + length, size):
+        yield offset, min(size, start + length - offset)

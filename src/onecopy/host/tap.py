@@ -1,0 +1,66 @@
+"""Tap devices: a guest's card as an interface of the host, in a bridge.
+
+Linux Documentation/networking/tuntap.rst, netdevice(7). The interface goes with the last copy of
+its descriptor, so it ends with the VMM that has it, however that ends. Not here: bridges
+themselves, which are the administrator's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from pathlib import Path
+
+from onecopy.errors import NotFound, NotPermitted
+
+_TUN = "/dev/net/tun"
+_TUNSETIFF = 0x400454CA
+_TAP, _NO_PACKET_INFO = 0x0002, 0x1000
+_SIOCBRADDIF, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x89A2, 0x8913, 0x8914
+_UP = 1
+
+
+def open_tap(bridge: str) -> int:
+    """A descriptor of a new tap device that is up, and a port of ``bridge``.
+
+    Raises NotFound (no such bridge, or no tap devices), NotPermitted.
+    """
+    _require_bridge(bridge)
+    try:
+        fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _join(fd, bridge)
+        except BaseException:
+            os.close(fd)
+            raise
+    except PermissionError as error:
+        raise NotPermitted(
+            "only root can connect a guest to a bridge",
+            hint="leave --bridge out: the guest then has a user-mode network (-p forwards ports)",
+        ) from error
+    except FileNotFoundError as error:
+        raise NotFound(f"this host has no {_TUN}", hint="`modprobe tun` makes it") from error
+    return fd
+
+
+def _require_bridge(bridge: str) -> None:
+    if "/" in bridge or not Path(f"/sys/class/net/{bridge}/bridge").is_dir():
+        raise NotFound(
+            f"there is no bridge {bridge!r} on this host",
+            hint="`ip link show type bridge` lists them; `ip link add br0 type bridge` makes one",
+        )
+
+
+def _join(fd: int, bridge: str) -> None:
+    """Make ``fd`` a tap device, put it into the bridge, and set it up."""
+    # The kernel puts a number in place of %d.
+    asked = struct.pack("16sH22x", b"onecopy%d", _TAP | _NO_PACKET_INFO)
+    name = fcntl.ioctl(fd, _TUNSETIFF, asked)[:16]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        number = socket.if_nametoindex(name.rstrip(b"\0").decode())
+        fcntl.ioctl(control, _SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), number))
+        flags = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sH22x", name, 0))
+        up = struct.unpack("16sH22x", flags)[1] | _UP
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name, up))

@@ -1,0 +1,50 @@
+"""Memory and processors that a machine gets after its saved state was loaded.
+
+What is saved stays as it is: a DIMM lies behind all that the machine had, and processors take
+places that it was made with (argv.cpu_room). Not here: what the guest does with them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onecopy.errors import Incompatible
+from onecopy.model import MIB, align_up
+from onecopy.vmm.monitor import Monitor
+
+#: Linux takes memory in blocks of this size, at addresses that are multiples of it (x86_64:
+#: MIN_MEMORY_BLOCK_SIZE in arch/x86/include/asm/sparsemem.h).
+MEMORY_BLOCK = 128 * MIB
+
+_PLACE = ("socket-id", "die-id", "core-id", "thread-id")
+
+
+async def add_memory(monitor: Monitor, size: int) -> int:
+    """Plug in ``size`` bytes, a multiple of MEMORY_BLOCK; return their address in the guest."""
+    devices = await monitor.execute("query-memory-devices")
+    ends = [int(each["data"]["memaddr"]) + int(each["data"]["size"]) for each in devices]
+    # Left to QEMU it would come right behind a segment, wherever that ends.
+    address = align_up(max(ends), MEMORY_BLOCK)
+    memory = {"qom-type": "memory-backend-ram", "id": "added-memory", "size": size}
+    await monitor.execute("object-add", memory)
+    dimm = {"driver": "pc-dimm", "id": "added", "memdev": "added-memory", "addr": address}
+    await monitor.execute("device_add", dimm)
+    return address
+
+
+async def add_cpus(monitor: Monitor, count: int) -> None:
+    """Plug in ``count`` processors; raise Incompatible if there is no place for them."""
+    places = await monitor.execute("query-hotpluggable-cpus")
+    free = sorted((each for each in places if "qom-path" not in each), key=_place)
+    if len(free) < count:
+        raise Incompatible(
+            f"the machine has room for {len(free)} more processors, and {count} are needed",
+            hint="save the system again with more --cpus",
+        )
+    for number, place in enumerate(free[:count]):
+        cpu = {"driver": place["type"], "id": f"added-cpu{number}", **place["props"]}
+        await monitor.execute("device_add", cpu)
+
+
+def _place(cpu: Any) -> tuple[int, ...]:
+    return tuple(cpu["props"].get(name, 0) for name in _PLACE)

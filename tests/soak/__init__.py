@@ -1,0 +1,1 @@
+"""The soak: thousands of clones start, stop and are killed, and nothing is left."""

@@ -1,0 +1,45 @@
+"""A host of the soak's own: a copy of the kept store, and a saved system that answers HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from onecopy.build.segment import build_segment
+from onecopy.guest.cold import ColdSpec
+from onecopy.guest.host import Host
+from onecopy.guest.save import save_system
+from onecopy.model import MIB, Reference
+from tests.soak.campaign import BASE
+from tests.vm.conftest import APP, PYTHON_ROOT
+from tests.vm.kept import kept_store
+
+
+@contextmanager
+def soaked(folder: Path) -> Iterator[Host]:
+    """The host, in ``folder``, which ONECOPY_HOME names for the commands; it goes at the end."""
+    with kept_store() as kept:
+        subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, folder], check=True)
+    host = Host.open(folder)
+    try:
+        with host.store.workspace() as work:
+            (work / "app.py").write_text(APP)
+            build_segment(host.store, Reference("app"), f"dir:{work}")
+        spec = ColdSpec(
+            root=PYTHON_ROOT,
+            segments=((Reference("app"), "/srv/app"),),
+            memory=128 * MIB,
+            command="exec python3 /srv/app/app.py",
+            ready="wget -q -O /dev/null http://127.0.0.1/",
+        )
+        asyncio.run(save_system(host, Reference(BASE), spec))
+        yield host
+    finally:
+        host.sweep()
+        host.end(*host.guests())
+        shutil.rmtree(host.run)
+        shutil.rmtree(folder)

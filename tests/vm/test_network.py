@@ -1,0 +1,113 @@
+"""Guests in a bridge of the host's, each with an address of its network; and guests without one.
+
+Not here: user-mode networks and forwarded ports (test_lifecycle.py, test_identity.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onecopy.errors import InvalidInput, NotFound, NotPermitted
+from onecopy.guest.host import Host
+from onecopy.guest.many import start_many
+from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.host.tap import open_tap
+from onecopy.store import Artifact
+from tests.conftest import cannot_run
+from tests.unit.other_user import as_nobody
+from tests.vm.conftest import Cold, RunIn
+
+#: A network that nobody else has here (RFC 5737).
+NET = "203.0.113"
+
+
+@pytest.fixture
+def bridge(tmp_path: Path) -> Iterator[str]:
+    """A bridge with a DHCP server behind it."""
+    name = f"octest{secrets.token_hex(3)}"
+    made = subprocess.run(["ip", "link", "add", name, "type", "bridge"], capture_output=True)
+    if made.returncode:
+        cannot_run(f"no bridge can be made here: {made.stderr.decode()}")
+    config = tmp_path / "udhcpd.conf"
+    leases = tmp_path / "leases"
+    leases.touch()
+    config.write_text(
+        f"start {NET}.10\nend {NET}.99\ninterface {name}\nlease_file {leases}\n"
+        f"pidfile {tmp_path}/pid\noption subnet 255.255.255.0\noption router {NET}.1\n"
+        f"option dns {NET}.1\n"
+    )
+    try:
+        for argv in (["addr", "add", f"{NET}.1/24", "dev", name], ["link", "set", name, "up"]):
+            subprocess.run(["ip", *argv], check=True)
+        server = subprocess.Popen(["busybox", "udhcpd", "-f", config], stderr=subprocess.DEVNULL)
+        try:
+            yield name
+        finally:
+            server.terminate()
+            server.wait()
+    finally:
+        subprocess.run(["ip", "link", "del", name], check=True)
+
+
+def ports(bridge: str) -> list[str]:
+    return [path.name for path in Path(f"/sys/class/net/{bridge}/brif").iterdir()]
+
+
+def test_clones_in_a_bridge(host: Host, saved: Artifact, bridge: str, run_in: RunIn) -> None:
+    source, spec = template(host, saved), CloneSpec(bridge=bridge)
+    begun = start_many(
+        host, ["left", "right"], lambda name, batch: start_clone(host, source, name, spec, batch)
+    )
+    guests = asyncio.run(begun).guests
+    try:
+        assert len(ports(bridge)) == 2
+        assert len({guest.mac for guest in guests}) == 2
+        left, right = guests
+        for guest, other in ((left, right), (right, left)):
+            assert guest.address.startswith(f"{NET}.")
+            # From the host, and from each other.
+            with urllib.request.urlopen(f"http://{guest.address}/", timeout=60) as answer:
+                assert answer.read().decode().strip() == guest.name
+            done = run_in(guest, "wget", "-qO-", f"http://{other.address}/")
+            assert done.stdout.decode().strip() == other.name
+    finally:
+        for guest in guests:
+            host.end(guest)
+    assert not ports(bridge)
+
+
+def test_an_ordinary_user_and_a_bridge(bridge: str) -> None:
+    def told() -> str:
+        try:
+            open_tap(bridge)
+        except NotPermitted as error:
+            return error.message
+        return "nothing"
+
+    assert "only root" in as_nobody(told)
+    assert not ports(bridge)
+
+
+def test_what_is_no_network(
+    host: Host, saved: Artifact, cold: Cold, busybox_root: Artifact
+) -> None:
+    source = template(host, saved)
+    with pytest.raises(NotFound, match="no bridge"):
+        asyncio.run(start_clone(host, source, "lost", CloneSpec(bridge="nowhere0")))
+    with pytest.raises(InvalidInput, match="no network card"):
+        cold(busybox_root, network=False, publish=((0, 80),))
+    with pytest.raises(InvalidInput, match="forwarded"):
+        asyncio.run(start_clone(host, source, "lost", CloneSpec(((0, 80),), bridge="nowhere0")))
+
+
+def test_a_guest_without_a_network(cold: Cold, busybox_root: Artifact, run_in: RunIn) -> None:
+    guest = cold(busybox_root, network=False)
+    assert (guest.mac, guest.address) == ("", "")
+    assert run_in(guest, "ls", "/sys/class/net").stdout.decode().split() == ["lo"]
