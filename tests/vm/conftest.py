@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-http.server.ThreadingHTTPServer(("", 80), Handler).serve_forever()
+http.server.ThreadingHTTPServer(("", 80), Handler).serve_forever(poll_interval=None)
 """
 PROBE = """\
 #include <stdio.h>

@@ -134,10 +134,8 @@ def test_files_as_disks(fit: Fit, host: Host, say: Say, tmp_path: Path) -> None:
     raw.write_bytes(bytes(8 * MIB))
     subprocess.run(["/sbin/mke2fs", "-q", "-F", "-t", "ext4", raw], check=True)
     guest = fit("web", disks=file(qcow2) + file(raw, "/raw"))
-    say(
-        guest,
-        "tr '\\0' x </dev/zero | dd of=/dev/onecopy/disk0 bs=1M count=40 iflag=fullblock conv=fsync",
-    )
+    fill = "tr '\\0' x </dev/zero | dd of=/dev/onecopy/disk0 bs=1M count=40"
+    say(guest, f"{fill} iflag=fullblock conv=fsync")
     say(guest, "echo kept >/raw/file")
     with pytest.raises(InUse, match="in use by web") as caught:
         fit("other", disks=file(raw))

@@ -24,7 +24,7 @@ from onecopy.vmm.argv import Card
 from onecopy.vmm.pipe import Pipe
 
 #: Seconds a guest may take to answer.
-TIMEOUT = 30.0
+TIMEOUT = 60.0
 #: Seconds that new SSH host keys and the user's hook may take.
 HOOK_TIMEOUT = 300.0
 #: Seconds by which the clock that the guest reads back may differ: it is set in whole ones.

@@ -79,8 +79,8 @@ async def save_system(
         )
     config = system_config(host, prepared)
     _require_fixed(config.segments)
-    require_disk(host.store.root, prepared.hardware.memory + STATE_ROOM)
     admission.require(admission.of_cold(prepared.accel.name, prepared.hardware.memory))
+    require_disk(host.store.root, prepared.hardware.memory + STATE_ROOM)
     name = f"saving-{secrets.token_hex(4)}"
     with (
         host.store.workspace() as work,
