@@ -35,4 +35,4 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.bind(self.server_address)
 
 
-Server(("", 80), Handler).serve_forever(poll_interval=None)
+Server(("", 80), Handler).serve_forever(poll_interval=86400)

@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-http.server.ThreadingHTTPServer(("", 80), Handler).serve_forever(poll_interval=None)
+http.server.ThreadingHTTPServer(("", 80), Handler).serve_forever(poll_interval=86400)
 """
 PROBE = """\
 #include <stdio.h>

@@ -44,7 +44,7 @@ class Host:
         host, owner = self._both()
         self._opened = None
         async with self._stack:
-            _end(host, host.owned(owner))
+            host.end(*host.owned(owner))
 
     def guests(self) -> list[Guest]:
         """All guests that run, also those that others have started."""
@@ -176,7 +176,8 @@ class Host:
             yield [Guest(host, record) for record in started.guests]
             await asyncio.gather(*(stop.sync_disks(host, record) for record in started.guests))
         finally:
-            _end(host, [record for record in host.owned(owner) if record.pid in pids])
+            # Nothing is awaited, so that nothing interrupts it.
+            host.end(*(record for record in host.owned(owner) if record.pid in pids))
 
     def _swept(self) -> GuestHost:
         """The host without what ended since; as each command finds it."""
@@ -195,9 +196,3 @@ def _disks(texts: Sequence[str], name: str | None, count: int) -> tuple[DiskSpec
     specs = tuple(DiskSpec.parse(each) for each in texts)
     require_sensible(specs, named=name is not None, count=count)
     return specs
-
-
-def _end(host: GuestHost, records: Iterable[GuestRecord]) -> None:
-    # Nothing is awaited, so that nothing interrupts it.
-    host.end(*records)
-    host.store.sweep()

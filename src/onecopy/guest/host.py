@@ -147,11 +147,12 @@ class Host:
                 raise
 
     def end(self, *records: GuestRecord) -> None:
-        """End the VMMs of guests, unasked, and remove their folders."""
+        """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds."""
         # Not by their command lines: these are their own memory, which they may change.
         kill((each.pid, partial(is_same, each.pid, each.start_ticks)) for each in records)
         for each in records:
             GuestFolder(self.run / each.name).remove()
+        self.store.sweep()
 
     def sweep(self) -> None:
         """Remove what no living command or VMM owns: folders, and guests never handed out."""

@@ -102,8 +102,8 @@ async def _settle(
     for task in tasks.values():
         task.cancel()
     results = await asyncio.gather(*tasks.values(), return_exceptions=True)
-    if not keep and any(isinstance(result, BaseException) for result in results):
-        undone = [result for result in results if isinstance(result, GuestRecord)]
+    if any(isinstance(result, BaseException) for result in results):
+        undone = [result for result in results if isinstance(result, GuestRecord) and not keep]
         host.end(*undone)
         for record in undone:
             remove_made(host, record)
