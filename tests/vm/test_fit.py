@@ -89,10 +89,10 @@ def notes(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_memory_segment_and_disk(
     host: Host, source: Template, fit: Fit, say: Say, notes: Artifact
 ) -> None:
-    memory = source.config.memory + 128 * MIB
+    memory = source.config.memory + 256 * MIB
     ref = Reference.parse(notes.ref)
     guest = fit("web", memory=memory, segments=((ref, "/notes"),), disks=own(24))
-    assert (guest.memory, guest.added, guest.cpus) == (memory, 128 * MIB, 1)
+    assert (guest.memory, guest.added, guest.cpus) == (memory, 256 * MIB, 1)
     # More than was saved, of it in use by one program at once.
     total = say(guest, "awk '/MemTotal/ {print $2}' /proc/meminfo")
     assert int(total) * 1024 > source.config.memory
@@ -104,7 +104,7 @@ def test_memory_segment_and_disk(
     assert say(guest, "cat /notes/text; grep -c '/notes erofs ro.*dax' /proc/mounts") == "noted\n1"
     assert say(guest, "grep -c '^/dev/vda /data ext4 rw' /proc/mounts") == "1"
     assert say(guest, "readlink /dev/onecopy/disk0") == "/dev/vda"
-    with pytest.raises(InvalidInput, match=r"web\.img, 128.0 MiB more memory"):
+    with pytest.raises(InvalidInput, match=r"web\.img, 256.0 MiB more memory"):
         asyncio.run(save_guest(host, Reference("again"), "web"))
     assert host.guest("web").record() == guest
 
