@@ -18,6 +18,7 @@ from benches.firststart import measure_first_starts
 from benches.idle import measure_idle
 from benches.kinds import measure_kinds
 from benches.layout import measure_layouts
+from benches.many import measure_many
 from benches.report import Report, machine_facts
 from benches.setup import ALONE, SYSTEM, Setup, set_up
 from benches.starts import measure_starts
@@ -27,8 +28,8 @@ from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
 PARTS = ("starts", "programs", "first", "kinds", "idle")
-#: Only when asked for: it needs a large root.
-FURTHER = ("layout",)
+#: Only when asked for: they need a large root, and nearly all of the host.
+FURTHER = ("layout", "many")
 
 
 def _arguments() -> argparse.Namespace:
@@ -56,6 +57,7 @@ def _arguments() -> argparse.Namespace:
         help="before each of them drop the whole host's page cache, and not only the blobs",
     )
     parser.add_argument("--layouts", type=int, default=3, help="guests of each layout (default: 3)")
+    parser.add_argument("--many", type=int, default=400, help="clones at once (default: 400)")
     parser.add_argument("--quick", action="store_true", help="2 guests, 3 starts, 1 program")
     parser.add_argument("--no-ksm", action="store_true", help="leave the host's KSM alone")
     parser.add_argument("--accel", choices=list(Choice), default=Choice.AUTO, type=Choice)
@@ -65,8 +67,9 @@ def _arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.guests, arguments.starts, arguments.programs, arguments.idle = 2, 3, 1, 2
         arguments.first = arguments.layouts = 1
-    counts = (arguments.starts, arguments.programs, arguments.first, arguments.layouts)
-    if min(arguments.guests - 1, *counts) < 1:
+        arguments.many = 8
+    once = ("starts", "programs", "first", "layouts", "many")
+    if min(arguments.guests - 1, *(getattr(arguments, each) for each in once)) < 1:
         parser.error("at least 2 guests, and 1 of everything else")
     return arguments
 
@@ -108,6 +111,8 @@ async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:
         report.idle = await measure_idle(setup, arguments.idle, not arguments.no_ksm, _tell)
     if "layout" in wanted:
         report.layouts = await measure_layouts(setup, arguments.layouts, _tell)
+    if "many" in wanted:
+        report.many = await measure_many(setup, arguments.many, _tell)
     return report
 
 

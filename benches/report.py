@@ -18,6 +18,7 @@ from benches.firststart import FirstStart
 from benches.idle import Idle
 from benches.kinds import Results
 from benches.layout import PROGRAMS, Layout
+from benches.many import Many
 from benches.merging import Merged
 from benches.places import Place
 from benches.setup import Setup
@@ -44,6 +45,7 @@ class Report:
     kinds: Results | None = None
     idle: list[Idle] | None = None
     layouts: list[Layout] | None = None
+    many: Many | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and bytes; each spread with all its values."""
@@ -74,6 +76,8 @@ class Report:
             parts.append("### An idle clone, beyond the shared copy\n\n" + _idle(self.idle))
         if self.layouts:
             parts.append("### Large files, as they are and aligned\n\n" + _layouts(self.layouts))
+        if self.many:
+            parts.append("### Many clones at once\n\n" + _many(self.many))
         return "\n\n".join(parts) + "\n"
 
 
@@ -219,6 +223,22 @@ def _layouts(layouts: Sequence[Layout]) -> str:
         ]
     number = len(layouts[0].resident.values)
     return _table(head, rows) + f"\n\nMedians of {number} guests each (min-max)."
+
+
+def _many(many: Many) -> str:
+    times = many.beside.median / many.alone.median
+    rows = [
+        ["`run -n`, until all are handed out", _s(many.started)],
+        ["then until each has answered over HTTP", _s(many.answered)],
+        ["one clone, while no other runs", _spread(many.alone)],
+        [f"one clone, while all run ({times:.2f} times that)", _spread(many.beside)],
+        ["`ps`", _spread(many.ps)],
+        ["`report`", _spread(many.report)],
+        ["`stop --all`", _s(many.stopped)],
+        ["clones that shut down by themselves in that time", str(many.shut_down)],
+        ["MemAvailable taken by each", _mib(many.available_taken)],
+    ]
+    return _table([f"{many.guests} clones", ""], rows)
 
 
 def _places(places: Sequence[Place]) -> str:

@@ -32,6 +32,7 @@ class _Host:
     """Which guests run: those that were started and not ended."""
 
     def __init__(self, failing: dict[str, Exception] | None = None, slow: float = 0) -> None:
+        self.dead: set[str] = set()
         self.running: set[str] = set()
         self.begun: set[str] = set()
         self.handed_out: set[str] = set()
@@ -47,7 +48,7 @@ class _Host:
         await asyncio.sleep(self._slow)
         self.running.add(name)
         self.ready.put_nowait(name)
-        return record(name, pid=0)
+        return record(name, pid=0 if name in self.dead else os.getpid())
 
     def end(self, *records: GuestRecord) -> None:
         self.running -= {each.name for each in records}
@@ -101,6 +102,19 @@ def test_keep_going_keeps_the_others_and_tells_the_failures() -> None:
     host = _Host({"g-2": GuestFailed("it broke"), "g-4": GuestFailed("this, too")})
     assert _run(host, keep_going=True) == (["g-1", "g-3"], ["g-2", "g-4"])
     assert host.running == host.handed_out == {"g-1", "g-3"}
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_one_that_ended_meanwhile(keep_going: bool) -> None:
+    host = _Host()
+    host.dead = {"g-2"}
+    if keep_going:
+        assert _run(host, keep_going=True) == (["g-1", "g-3", "g-4"], ["g-2"])
+        assert host.running == {"g-1", "g-3", "g-4"}
+    else:
+        with pytest.raises(GuestFailed, match="g-2 ended again"):
+            _run(host)
+        assert host.running == set()
 
 
 def test_a_bug_is_raised_as_it_is() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 
+import msgspec
 import pytest
 
 from onecopy.errors import GuestFailed, Incompatible
@@ -15,9 +16,11 @@ from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig
+from onecopy.guest.start import template
 from onecopy.host import smaps
 from onecopy.model import Reference
 from onecopy.store import Artifact
+from onecopy.vmm.accel import Choice
 from onecopy.vmm.cpu import DEFAULT, LEVELS
 from tests.vm.conftest import Clones, Cold, RunIn
 
@@ -62,6 +65,20 @@ def test_the_hosts_own_cpu_needs_kvm(
 def test_an_unknown_cpu(busybox_root: Artifact, cold: Cold) -> None:
     with pytest.raises(GuestFailed, match="unable to find CPU model 'quantum'"):
         cold(busybox_root, cpu="quantum")
+
+
+def test_a_saved_system_of_another_host(
+    host: Host, saved: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SystemConfig.of(saved)
+    other = Choice.TCG if config.accel == "kvm" else Choice.KVM
+    with pytest.raises(Incompatible, match=f"was saved under {config.accel} and cannot be started"):
+        template(host, saved, other)
+    machines = tuple(each for each in host.qemu.machines if each != config.machine)
+    without = msgspec.structs.replace(host.qemu, machines=machines)
+    monkeypatch.setattr(Host, "qemu", without)
+    with pytest.raises(Incompatible, match=f"not have the machine type {config.machine}"):
+        template(host, saved)
 
 
 def test_a_clones_clock_goes_on(clones: Clones, run_in: RunIn) -> None:

@@ -17,7 +17,7 @@ from onecopy.errors import InvalidInput
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="How long a guest may take to shut down before it is ended; several get 0.05 s more for "
+    help="How long a guest may take to shut down before it is ended; several get 0.04 s more for "
     "each.",
 )
 @click.option(

@@ -6,8 +6,9 @@ Not here: what is said to the VMM then (boot.py, start.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -131,6 +132,18 @@ async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T]) -> T:
         done.cancel()
         ended.cancel()
         await asyncio.gather(done, ended, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def or_killed(vmm: Vmm) -> AsyncIterator[None]:
+    """On any error end the VMM; a GuestFailed then says what QEMU and the guest printed."""
+    try:
+        yield
+    except GuestFailed as error:
+        raise await vmm.failed(error) from error
+    except BaseException:
+        await vmm.kill()
+        raise
 
 
 def require_mergeable(domain: str, *, merge: bool) -> None:

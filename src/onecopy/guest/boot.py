@@ -20,6 +20,7 @@ from onecopy.guest.begin import (
     described,
     handed_out,
     noted,
+    or_killed,
     require_mergeable,
     segment_names,
     started,
@@ -85,17 +86,11 @@ async def booted(
         _write_initrd(prepared, prepared.tools, spec)
     prepare(spec.folder)
     vmm, backed = await started(host, prepared.placed, prepared.hardware, spec, lease)
-    try:
+    async with or_killed(vmm):
         if prepared.agent:
             await _until_ready(vmm, prepared.spec)
             (spec.folder / "initrd").unlink()
         yield vmm, backed
-    except GuestFailed as error:
-        await vmm.kill()
-        raise vmm.explain(error) from error
-    except BaseException:
-        await vmm.kill()
-        raise
 
 
 def _write_initrd(prepared: Prepared, tools: Artifact, spec: Launch) -> None:

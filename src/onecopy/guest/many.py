@@ -9,11 +9,12 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onecopy.errors import InvalidInput, OnecopyError
+from onecopy.errors import GuestFailed, InvalidInput, OnecopyError
 from onecopy.guest import admission
 from onecopy.guest.disks import remove_made
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
+from onecopy.host.process import exists
 from onecopy.model import check_guest_name
 
 
@@ -83,34 +84,45 @@ async def start_many(
         except asyncio.CancelledError:
             await _settle(host, tasks, keep=False)
             raise
-        failures = await _settle(host, tasks, keep=keep_going)
-        if failures and not keep_going:
-            raise failures[0][1]
+        started = await _settle(host, tasks, keep=keep_going)
+        if started.failures and not keep_going:
+            raise started.failures[0][1]
         batch.hand_out()
-    guests = (task.result() for task in tasks.values() if not _failed(task))
-    return Started(tuple(guests), tuple(failures))
-
-
-def _failed(task: asyncio.Future[GuestRecord]) -> bool:
-    return task.cancelled() or task.exception() is not None
+    return started
 
 
 async def _settle(
     host: Host, tasks: Mapping[str, asyncio.Future[GuestRecord]], *, keep: bool
-) -> list[tuple[str, OnecopyError]]:
-    """End what still starts and, unless ``keep``, what runs if not all do; return the failures."""
+) -> Started:
+    """End what still starts and, unless ``keep``, what runs if not all do; return what is left.
+
+    Raises what is no OnecopyError.
+    """
     for task in tasks.values():
         task.cancel()
     results = await asyncio.gather(*tasks.values(), return_exceptions=True)
-    if any(isinstance(result, BaseException) for result in results):
-        undone = [result for result in results if isinstance(result, GuestRecord) and not keep]
+    outcome = {name: _seen(result) for name, result in zip(tasks, results, strict=True)}
+    whole = all(isinstance(each, GuestRecord) for each in outcome.values())
+    kept = [each for each in outcome.values() if isinstance(each, GuestRecord) and (whole or keep)]
+    undone = [each for each in results if isinstance(each, GuestRecord) and each not in kept]
+    if not whole:
         host.end(*undone)
         for record in undone:
             remove_made(host, record)
     failures = []
-    for name, result in zip(tasks, results, strict=True):
-        if isinstance(result, OnecopyError):
-            failures.append((name, result))
-        elif isinstance(result, Exception):
-            raise result
-    return failures
+    for name, each in outcome.items():
+        if isinstance(each, OnecopyError):
+            failures.append((name, each))
+        elif isinstance(each, Exception):
+            raise each
+    return Started(tuple(kept), tuple(failures))
+
+
+def _seen(result: GuestRecord | BaseException) -> GuestRecord | BaseException:
+    """What came of one: it may have ended, unseen, while others were still being started."""
+    if isinstance(result, GuestRecord) and not exists(result.pid):
+        return GuestFailed(
+            f"{result.name} ended again while others were being started",
+            hint="if the kernel was out of memory, which `dmesg` tells: start fewer",
+        )
+    return result

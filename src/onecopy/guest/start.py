@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from onecopy.build.kernel import ensure_kernel
-from onecopy.errors import GuestFailed, Incompatible, StoreDamaged
+from onecopy.errors import Incompatible, StoreDamaged
 from onecopy.guest import identity, machine, warming
 from onecopy.guest.begin import (
     described,
     handed_out,
     noted,
+    or_killed,
     require_mergeable,
     segment_names,
     started,
@@ -33,7 +32,7 @@ from onecopy.store.digest import file_digest
 from onecopy.vmm import answering
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import Card, Hardware, Launch, Ram, command
-from onecopy.vmm.launch import Vmm, prepare
+from onecopy.vmm.launch import prepare
 from onecopy.vmm.monitor import connect
 
 
@@ -176,7 +175,7 @@ async def start_clone(
         prepare(folder.path)
         launched = launch_spec(host, source, folder.path, spec, card)
         vmm, backed = await started(host, source.placed, source.hardware, launched, lease)
-        async with _or_killed(vmm):
+        async with or_killed(vmm):
             async with connect(folder.path / "monitor.sock") as monitor:
                 with source.artifact.layer("state").path.open("rb") as state:
                     await monitor.incoming(state.fileno())
@@ -207,15 +206,3 @@ async def start_clone(
 
 def _require_possible(host: Host, source: Template, spec: CloneSpec) -> None:
     require_possible(host, spec.fitting, source.config, f"{source.artifact.ref} was saved")
-
-
-@contextlib.asynccontextmanager
-async def _or_killed(vmm: Vmm) -> AsyncIterator[None]:
-    try:
-        yield
-    except GuestFailed as error:
-        await vmm.kill()
-        raise vmm.explain(error) from error
-    except BaseException:
-        await vmm.kill()
-        raise

@@ -23,7 +23,7 @@ PATIENCE = 10.0
 #: Seconds within which a live agent takes the request.
 _ASKING = 3.0
 #: Seconds that each of several guests adds for all: they share the host's processors.
-_SHARE = 0.05
+_SHARE = 0.04
 #: Seconds after which a guest that still shuts down lets the next one begin.
 _TURN = 2.0
 _SYNC = [f"{TOOLS_MOUNTPOINT}/bin/busybox", "sync"]
@@ -45,7 +45,7 @@ async def stop_guests(
 ) -> list[Ending]:
     """Stop guests; return how each of them ended.
 
-    ``patience`` (seconds) is how long one may take to shut down; all together get 0.05 s more for
+    ``patience`` (seconds) is how long one may take to shut down; all together get 0.04 s more for
     each, and those with disks their time whatever the others take. 0 ends them unasked, and so is a
     bare machine, which hears nothing.
     """

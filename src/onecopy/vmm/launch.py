@@ -27,6 +27,14 @@ from onecopy.vmm.given import given
 from onecopy.vmm.spawn import start
 from onecopy.vmm.user import new_user, port_capabilities
 
+#: Seconds from losing QEMU's connections to its end.
+_ENDING = 0.2
+_PRINTED = "the lines above are QEMU's and the guest's own; `onecopy doctor` checks this host"
+_KILLED = (
+    "QEMU was killed: if by the kernel, out of memory, `dmesg` tells; then start fewer guests, "
+    "or give them less memory"
+)
+
 
 class Vmm:
     """A QEMU process that we started; ``pid`` stays ours until wait() or detach()."""
@@ -85,15 +93,18 @@ class Vmm:
         if self._answers:
             self._answers.close()
 
-    def explain(self, error: GuestFailed) -> GuestFailed:
-        """``error`` with what QEMU and the guest's console printed."""
+    async def failed(self, error: GuestFailed) -> GuestFailed:
+        """End the process; return ``error`` with what QEMU and the guest's console printed."""
+        # What broke may be that it is just ending.
+        returncode = await self.wait(_ENDING)
+        await self.kill()
+        hint = _KILLED if returncode == -signal.SIGKILL else error.hint or _PRINTED
         return GuestFailed(
             error.message,
             command=shlex.join(self.argv),
-            returncode=self._process.poll(),
+            returncode=returncode,
             output=printed(self.folder),
-            hint=error.hint
-            or "the lines above are QEMU's and the guest's own; `onecopy doctor` checks this host",
+            hint=hint,
         )
 
 

@@ -1,0 +1,126 @@
+"""Hundreds of clones at once, by the commands that a user gives; and one more beside them.
+
+Not here: what a clone costs (idle.py), the phases of one start (starts.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benches.answers import answered
+from benches.figures import SETTLE, Spread
+from benches.setup import SYSTEM, Setup
+from onecopy.errors import GuestFailed
+from onecopy.host import meminfo
+
+#: Single starts, each time it is measured.
+_ONES = 7
+_NAME = "many"
+
+
+@dataclass(frozen=True, slots=True)
+class Many:
+    """Seconds of whole commands, if nothing else is said."""
+
+    guests: int
+    alone: Spread
+    """From asking for one clone until it is handed out, while no other runs."""
+    started: float
+    """`run -n N`."""
+    answered: float
+    """From its end until each has answered over HTTP with its own name."""
+    beside: Spread
+    """As ``alone``, while all run."""
+    ps: Spread
+    report: Spread
+    stopped: float
+    """`stop --all`."""
+    shut_down: int
+    """Clones that shut down by themselves meanwhile; the others were ended."""
+    available_taken: float
+    """Bytes for each: how much less MemAvailable the host had when all had come to rest."""
+
+
+async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) -> Many:
+    """``count`` clones, which must all answer; nothing is left of them, whatever happens."""
+    before = meminfo.read()
+    try:
+        tell("one clone alone")
+        alone = [await _one() for _ in range(_ONES + 1)]
+        tell(f"{count} clones")
+        began = time.monotonic()
+        guests = json.loads(await _onecopy("run", *_options(count)))["guests"]
+        started = time.monotonic()
+        await _all_answer(guests)
+        all_answered = time.monotonic()
+        await asyncio.sleep(SETTLE)
+        now = meminfo.read()
+        tell("one more beside them")
+        beside = [await _one() for _ in range(_ONES + 1)]
+        tell("ps and report")
+        ps = [await _timed("ps") for _ in range(3)]
+        report = [await _timed("report") for _ in range(3)]
+        tell("stopping all")
+        stopping = time.monotonic()
+        said = await _onecopy("stop", "--all")
+        stopped = time.monotonic() - stopping
+    finally:
+        setup.host.end(*(each for each in setup.host.guests() if each.name.startswith(_NAME)))
+    return Many(
+        guests=len(guests),
+        alone=Spread.of(alone[1:]),
+        started=started - began,
+        answered=all_answered - started,
+        beside=Spread.of(beside[1:]),
+        ps=Spread.of(ps),
+        report=Spread.of(report),
+        stopped=stopped,
+        shut_down=said.count("shut down"),
+        available_taken=((before.available or 0) - (now.available or 0)) / count,
+    )
+
+
+def _options(count: int, name: str = _NAME) -> list[str]:
+    return [SYSTEM.name, "-n", str(count), "--name", name, "-p", "0:80", "--json"]
+
+
+async def _one() -> float:
+    (guest,) = json.loads(await _onecopy("run", *_options(1, f"{_NAME}-more")))["guests"]
+    await _all_answer([guest])
+    await _onecopy("stop", "--now", guest["name"])
+    return float(guest["start_seconds"])
+
+
+async def _all_answer(guests: Sequence[dict[str, Any]]) -> None:
+    turn = asyncio.Semaphore(4 * (os.cpu_count() or 1))
+
+    async def one(guest: dict[str, Any]) -> None:
+        ((port, _),) = guest["publish"]
+        async with turn:
+            await answered(port, guest["name"])
+
+    await asyncio.gather(*map(one, guests))
+
+
+async def _timed(command: str) -> float:
+    began = time.monotonic()
+    await _onecopy(command)
+    return time.monotonic() - began
+
+
+async def _onecopy(*args: str) -> str:
+    """What a command prints; raise GuestFailed if it fails."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "onecopy", *args, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await process.communicate()
+    if process.returncode:
+        raise GuestFailed(f"onecopy {' '.join(args)} failed ({process.returncode})")
+    return said.decode()

@@ -1,0 +1,83 @@
+"""The kernel runs out of memory while many guests start: it is a control group's memory here.
+
+(Documentation/admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst.) What a host that has not enough
+refuses beforehand is in test_lifecycle.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onecopy.guest.host import Host
+from onecopy.model import MIB
+from onecopy.store import Artifact
+from tests.conftest import cannot_run
+from tests.vm.conftest import Clones, RunIn, vmms
+
+ONECOPY = Path(sys.executable).with_name("onecopy")
+#: Bytes for a command and what it starts: for some clones, but for 40 by far not.
+LIMIT = 256 * MIB
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a control group that has LIMIT bytes; it goes at the end."""
+    version1 = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+    if version1.exists():
+        yield from _group(version1.parent, "memory.limit_in_bytes")
+        return
+    # Wherever the host has it, and also where it has it nowhere.
+    root = tmp_path / "cgroup"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "cgroup2", "none", root], check=True)
+    try:
+        if "memory" not in (root / "cgroup.controllers").read_text():
+            cannot_run("this kernel cannot limit the memory of a control group")
+        (root / "cgroup.subtree_control").write_text("+memory")
+        yield from _group(root, "memory.max")
+    finally:
+        subprocess.run(["umount", root], check=True)
+
+
+def _group(root: Path, limit: str) -> Iterator[Path]:
+    made = root / f"onecopy-test-{os.getpid()}"
+    made.mkdir()
+    try:
+        (made / limit).write_text(str(LIMIT))
+        yield made
+    finally:
+        made.rmdir()
+
+
+def _killed(group: Path) -> int:
+    """How many processes of the group the kernel has killed for its memory."""
+    events = group / "memory.events"
+    text = (events if events.exists() else group / "memory.oom_control").read_text()
+    found = re.search(r"^oom_kill (\d+)$", text, re.M)
+    assert found, text
+    return int(found[1])
+
+
+def test_in_the_middle_of_many(
+    host: Host, saved: Artifact, clones: Clones, run_in: RunIn, group: Path
+) -> None:
+    (other,) = clones(1)
+    before = vmms(host)
+    script = f"echo $$ >{group}/cgroup.procs; exec {ONECOPY} run {saved.name} -n 40 --overcommit"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=300)
+    assert _killed(group)
+    # It may have been a VMM or the command itself that the kernel chose.
+    said = (done.returncode, "out of memory" in done.stderr)
+    assert said in ((10, True), (-9, False), (137, False)), done
+    subprocess.run([ONECOPY, "ps"], check=True, capture_output=True)
+    assert vmms(host) == before
+    assert [guest.name for guest in host.guests()] == [other.name]
+    assert run_in(other, "hostname").stdout.decode().strip() == other.name
+    assert not any((host.store.root / "tmp").iterdir())
