@@ -99,7 +99,7 @@ async def _one() -> float:
 
 
 async def _all_answer(guests: Sequence[dict[str, Any]]) -> None:
-    turn = asyncio.Semaphore(4 * (os.cpu_count() or 1))
+    turn = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def one(guest: dict[str, Any]) -> None:
         ((port, _),) = guest["publish"]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +55,7 @@ def test_recorded_guest_with_anonymous_ram() -> None:
 
 
 def test_memory_that_came_later_is_ram() -> None:
-    nothing = dict.fromkeys((each.name for each in dataclasses.fields(Mapping)), 0)
+    nothing = dict.fromkeys((each.name for each in msgspec.structs.fields(Mapping)), 0)
 
     def mapping(start: int, end: int, path: str = "") -> Mapping:
         own = {"rss": end - start, "anonymous": end - start, "private_dirty": end - start}
@@ -92,7 +93,7 @@ def test_ram_split_in_several_mappings(cuts: set[int], maps: GuestMaps) -> None:
     (ram,) = find_ram(maps, mappings)
     at = mappings.index(ram)
     edges = [ram.start, *(ram.start + page * PAGE for page in sorted(cuts)), ram.end]
-    pieces = [dataclasses.replace(ram, start=start, end=end) for start, end in pairwise(edges)]
+    pieces = [msgspec.structs.replace(ram, start=start, end=end) for start, end in pairwise(edges)]
     split = [*mappings[:at], *pieces, *mappings[at + 1 :]]
     assert find_ram(maps, split) == pieces
 
@@ -110,7 +111,7 @@ def test_ram_that_is_not_there_is_unknown_not_zero() -> None:
 
 
 def test_without_per_mapping_ksm_the_processs_own_figure_serves() -> None:
-    mappings = [dataclasses.replace(m, ksm=None) for m in smaps.read(1002, RECORDED)]
+    mappings = [msgspec.structs.replace(m, ksm=None) for m in smaps.read(1002, RECORDED)]
     assert account(FROM_FILE, mappings).ksm is None
     assert account(FROM_FILE, mappings, ksm_bytes=8192).ksm == 8192
 

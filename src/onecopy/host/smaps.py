@@ -7,8 +7,11 @@ which mapping is the guest's RAM (``onecopy.sharing.account``).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from onecopy.errors import Incompatible
 from onecopy.host.files import ROOT, no_process, read_of_process
@@ -17,11 +20,20 @@ _BLOCK = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) ([0-9]+) *(.*)\n((?:[A-Z].*\n)*)",
     re.MULTILINE,
 )
-_FIELD = re.compile(rb"^(\w+): +([0-9]+) kB", re.MULTILINE)
+#: What each kernel has, in the order of Mapping's fields.
+_FIGURES = (
+    b"Rss:",
+    b"Pss:",
+    b"Shared_Clean:",
+    b"Shared_Dirty:",
+    b"Private_Clean:",
+    b"Private_Dirty:",
+    b"Anonymous:",
+    b"Swap:",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(msgspec.Struct, frozen=True, gc=False):
     """One mapping (VMA). All sizes are bytes; ``rss`` and its parts leave out hugetlbfs pages."""
 
     start: int
@@ -71,34 +83,37 @@ def parse(text: bytes) -> list[Mapping]:
         return [_mapping(match) for match in _BLOCK.finditer(text)]
     except KeyError as error:
         raise Incompatible(
-            f"this kernel's smaps has no {error.args[0].decode()} field",
+            f"this kernel's smaps has no {error.args[0].decode()[:-1]} field",
             hint="onecopy needs a kernel with CONFIG_PROC_PAGE_MONITOR",
         ) from error
 
 
 def _mapping(match: re.Match[bytes]) -> Mapping:
     start, end, perms, offset, device, inode, path, body = match.groups()
-    kib = dict(_FIELD.findall(body))
-    ksm = kib.get(b"KSM")
     return Mapping(
-        start=int(start, 16),
-        end=int(end, 16),
-        perms=perms.decode(),
-        offset=int(offset, 16),
-        device=device.decode(),
-        inode=int(inode),
+        int(start, 16),
+        int(end, 16),
+        perms.decode(),
+        int(offset, 16),
+        device.decode(),
+        int(inode),
         # seq_path() escapes the newline, and only that.
-        path=path.replace(rb"\012", b"\n").decode(errors="surrogateescape"),
-        rss=int(kib[b"Rss"]) << 10,
-        pss=int(kib[b"Pss"]) << 10,
-        shared_clean=int(kib[b"Shared_Clean"]) << 10,
-        shared_dirty=int(kib[b"Shared_Dirty"]) << 10,
-        private_clean=int(kib[b"Private_Clean"]) << 10,
-        private_dirty=int(kib[b"Private_Dirty"]) << 10,
-        anonymous=int(kib[b"Anonymous"]) << 10,
-        swap=int(kib[b"Swap"]) << 10,
-        ksm=None if ksm is None else int(ksm) << 10,
-        anon_huge=int(kib.get(b"AnonHugePages", 0)) << 10,
+        path.replace(rb"\012", b"\n").decode(errors="surrogateescape"),
+        *_figures(body[body.find(b"\nRss:") :]),
+    )
+
+
+@lru_cache(maxsize=4096)  # guests are alike, and so most texts are those of another
+def _figures(text: bytes) -> tuple[Any, ...]:
+    """The fields of a Mapping from ``rss`` on."""
+    # "Rss:", "4", "kB" and so on: what has no unit comes last, and is none of ours.
+    words = text.split()
+    kib = dict(zip(words[::3], words[1::3], strict=False))
+    ksm = kib.get(b"KSM:")
+    return (
+        *(int(kib[name]) << 10 for name in _FIGURES),
+        None if ksm is None else int(ksm) << 10,
+        int(kib.get(b"AnonHugePages:", 0)) << 10,
     )
 
 
