@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ def soaked(folder: Path) -> Iterator[Host]:
             ready="wget -q -O /dev/null http://127.0.0.1/",
         )
         asyncio.run(save_system(host, Reference(BASE), spec))
+        # ext4 takes blocks for its own records only when it writes a file back.
+        os.sync()
         yield host
     finally:
         host.sweep()
