@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onecopy.cli import signals
 from onecopy.cli.cold import cold_spec
 from onecopy.cli.output import duration, print_json, progress
 from onecopy.cli.params import (
@@ -135,7 +136,7 @@ def command(
                 keep_going=keep_going,
                 each=0 if overcommit else each,
             )
-            return _started(asyncio.run(_then(host, start, cmd, keep)), as_json, bool(cmd))
+            return _started(_finished(host, start, cmd, keep), as_json, bool(cmd))
     for line in argv:
         print(shlex.join(line))
     return 0
@@ -219,15 +220,39 @@ def _tell_of_ksm(tell: Callable[[str], None]) -> None:
         tell("KSM does not run, so nothing is merged yet (root: echo 1 >/sys/kernel/mm/ksm/run)")
 
 
-async def _then(
+def _finished(
     host: Host, start: Awaitable[Started], cmd: Sequence[str], keep: bool
 ) -> tuple[Started, int]:
-    """Start, then run ``cmd`` in each guest; returns the first exit code that is not 0."""
+    """As _then(); interrupted, even if all run by then, it leaves no guest that nobody knows of."""
+    from onecopy.guest.many import undo
+
+    untold: list[GuestRecord] = []
+    try:
+        result = asyncio.run(_then(host, start, cmd, keep, untold))
+        signals.ignore()
+    except BaseException:
+        undo(host, untold)
+        raise
+    return result
+
+
+async def _then(
+    host: Host,
+    start: Awaitable[Started],
+    cmd: Sequence[str],
+    keep: bool,
+    untold: list[GuestRecord],
+) -> tuple[Started, int]:
+    """Start, then run ``cmd`` in each guest; returns the first exit code that is not 0.
+
+    Without a command ``untold`` gets the guests, in the same step in which they are handed out.
+    """
     from onecopy.guest.exec import Streams, run_streaming
     from onecopy.guest.stop import sync_disks
 
     started = await start
     if not cmd:
+        untold += started.guests
         return started, 0
     streams = Streams(_writer(sys.stdout.buffer), _writer(sys.stderr.buffer))
     try:

@@ -106,9 +106,7 @@ async def _settle(
     kept = [each for each in outcome.values() if isinstance(each, GuestRecord) and (whole or keep)]
     undone = [each for each in results if isinstance(each, GuestRecord) and each not in kept]
     if not whole:
-        host.end(*undone)
-        for record in undone:
-            remove_made(host, record)
+        undo(host, undone)
     failures = []
     for name, each in outcome.items():
         if isinstance(each, OnecopyError):
@@ -116,6 +114,13 @@ async def _settle(
         elif isinstance(each, Exception):
             raise each
     return Started(tuple(kept), tuple(failures))
+
+
+def undo(host: Host, records: Sequence[GuestRecord]) -> None:
+    """End guests as if they had never been: with the disks that were made for them."""
+    host.end(*records)
+    for record in records:
+        remove_made(host, record)
 
 
 def _seen(result: GuestRecord | BaseException) -> GuestRecord | BaseException:
