@@ -6,14 +6,13 @@ All from /proc, through onecopy's own readers. Not here: how the guests were sta
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onecopy.host import meminfo, process
+from onecopy.host import meminfo, prefetch, process
 from onecopy.sharing.account import GuestAccount, GuestMaps, measure
 
 #: Seconds from the last answer until the memory is read; idle CPU time is what is used meanwhile.
@@ -125,9 +124,4 @@ def _taken(before: int | None, now: int | None) -> int:
 def evict(paths: Iterable[Path]) -> None:
     """Drop files from the page cache, so that all kinds of guests begin alike (best effort)."""
     for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
+        prefetch.drop(path)

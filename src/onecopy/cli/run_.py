@@ -127,7 +127,7 @@ def command(
             starter, each = _clone(host, source, options, needs_agent=bool(cmd))
         ports = {one: numbered(publish, number) for number, one in enumerate(names)}
         if dry_run:
-            argv = [starter(one, ports[one]).argv for one in names]
+            argv = [starter(one, ports[one]).argv() for one in names]
         else:
             start = many.start_many(
                 host,
@@ -145,7 +145,11 @@ def command(
 class _Start:
     """One guest to be: its command line, or itself."""
 
-    def __init__(self, argv: list[str], start: Callable[[Batch], Awaitable[GuestRecord]]) -> None:
+    def __init__(
+        self,
+        argv: Callable[[], list[str]],
+        start: Callable[[Batch], Awaitable[GuestRecord]],
+    ) -> None:
         self.argv = argv
         self.start = start
 
@@ -178,7 +182,7 @@ def _clone(
     def starter(name: str, ports: Ports) -> _Start:
         spec = start.CloneSpec(ports, options["bridge"], options["merge"], fitting)
         return _Start(
-            start.dry_run(host, template, name, spec),
+            lambda: start.dry_run(host, template, name, spec),
             lambda batch: start.start_clone(host, template, name, spec, batch),
         )
 
@@ -206,7 +210,8 @@ def _cold(
     def starter(name: str, ports: Ports) -> _Start:
         mine = replace(prepared, spec=replace(prepared.spec, publish=ports))
         return _Start(
-            boot.dry_run(host, mine, name), lambda batch: boot.run_cold(host, mine, name, batch)
+            lambda: boot.dry_run(host, mine, name),
+            lambda batch: boot.run_cold(host, mine, name, batch),
         )
 
     return starter, admission.of_cold(prepared.accel.name, prepared.hardware.memory)

@@ -29,6 +29,7 @@ from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, Card, Hardware, Launch, Slot
 from onecopy.vmm.launch import Vmm, launch
 
 T = TypeVar("T")
+_ENDED = "QEMU ended while starting (exit code {})"
 
 
 def with_segments(hardware: Hardware, slots: Sequence[Slot]) -> Hardware:
@@ -120,18 +121,18 @@ def handed_out(folder: GuestFolder, vmm: Vmm, record: GuestRecord, began: float)
     return record
 
 
-async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T]) -> T:
-    """Do ``work``, which does not see the VMM end: raise GuestFailed then."""
-    done, ended = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
+async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _ENDED) -> T:
+    """Do ``work``, which does not see the VMM end: raise GuestFailed, saying ``ended``, then."""
+    done, end = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
     try:
-        await asyncio.wait({done, ended}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({done, end}, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
-            raise GuestFailed(f"QEMU ended while starting (exit code {ended.result()})")
+            raise GuestFailed(ended.format(end.result()))
         return done.result()
     finally:
         done.cancel()
-        ended.cancel()
-        await asyncio.gather(done, ended, return_exceptions=True)
+        end.cancel()
+        await asyncio.gather(done, end, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

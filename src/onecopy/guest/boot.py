@@ -5,7 +5,6 @@ A bare machine (cold.py) is up once QEMU is. Not here: what a guest is made of.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
@@ -39,6 +38,8 @@ from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Card, Kernel, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, prepare
 from onecopy.vmm.monitor import connect
+
+_ENDED = "the guest ended while starting (QEMU's exit code {})"
 
 
 def launch_spec(
@@ -88,7 +89,7 @@ async def booted(
     vmm, backed = await started(host, prepared.placed, prepared.hardware, spec, lease)
     async with or_killed(vmm):
         if prepared.agent:
-            await _until_ready(vmm, prepared.spec)
+            await unless_ended(vmm, _ready(vmm.folder, prepared.spec), _ENDED)
             (spec.folder / "initrd").unlink()
         yield vmm, backed
 
@@ -108,23 +109,8 @@ def _write_initrd(prepared: Prepared, tools: Artifact, spec: Launch) -> None:
     )
 
 
-async def _until_ready(vmm: Vmm, spec: ColdSpec) -> None:
-    """Wait for the agent, then for the sign of readiness; raise GuestFailed or NotReady."""
-    ended = asyncio.ensure_future(vmm.wait())
-    ready = asyncio.ensure_future(_ready(vmm.folder, spec))
-    try:
-        await asyncio.wait({ended, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if ready.done():
-            ready.result()
-        else:
-            raise GuestFailed(f"the guest ended while starting (QEMU's exit code {ended.result()})")
-    finally:
-        for task in (ended, ready):
-            task.cancel()
-        await asyncio.gather(ended, ready, return_exceptions=True)
-
-
 async def _ready(folder: Path, spec: ColdSpec) -> None:
+    """Wait for the agent, then for the sign of readiness; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
     try:
         await Agent(folder).call("guest-ping", timeout=spec.timeout)

@@ -102,11 +102,12 @@ async def _settle(
         task.cancel()
     results = await asyncio.gather(*tasks.values(), return_exceptions=True)
     outcome = {name: _seen(result) for name, result in zip(tasks, results, strict=True)}
-    whole = all(isinstance(each, GuestRecord) for each in outcome.values())
-    kept = [each for each in outcome.values() if isinstance(each, GuestRecord) and (whole or keep)]
-    undone = [each for each in results if isinstance(each, GuestRecord) and each not in kept]
-    if not whole:
-        undo(host, undone)
+    kept = [each for each in outcome.values() if isinstance(each, GuestRecord)]
+    if len(kept) < len(tasks):
+        kept = kept if keep else []
+        names = {each.name for each in kept}
+        started = [each for each in results if isinstance(each, GuestRecord)]
+        undo(host, [each for each in started if each.name not in names])
     failures = []
     for name, each in outcome.items():
         if isinstance(each, OnecopyError):

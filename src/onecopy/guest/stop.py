@@ -15,7 +15,7 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import turns
-from onecopy.host.process import is_same
+from onecopy.host import process
 from onecopy.vmm.agent import Agent
 
 #: Seconds that a guest gets to shut down by itself.
@@ -97,17 +97,8 @@ async def wait_for_end(record: GuestRecord, patience: float | None = None) -> bo
         pidfd = os.pidfd_open(record.pid)
     except ProcessLookupError:
         return True
-    loop = asyncio.get_running_loop()
-    gone = asyncio.Event()
-    loop.add_reader(pidfd, gone.set)
     try:
-        if not is_same(record.pid, record.start_ticks):
-            return True
-        async with asyncio.timeout(patience):
-            await gone.wait()
-    except TimeoutError:
-        return False
+        same = process.is_same(record.pid, record.start_ticks)
+        return not same or await process.wait_for_end(pidfd, patience)
     finally:
-        loop.remove_reader(pidfd)
         os.close(pidfd)
-    return True

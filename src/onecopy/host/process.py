@@ -5,6 +5,7 @@ Not here: its memory map (``smaps``), and what makes a process a guest.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from dataclasses import dataclass
@@ -87,3 +88,17 @@ def page_table_bytes(pid: int, root: Path = ROOT) -> int | None:
     """Bytes of the process's page tables (VmPTE); None when not told. Raises NotFound."""
     found = _PAGE_TABLES.search(read_of_process(pid, "status", root) or b"")
     return int(found[1]) << 10 if found else None
+
+
+async def wait_for_end(pidfd: int, timeout: float | None) -> bool:
+    """Wait up to ``timeout`` seconds until the process behind a pidfd has ended; whether it has."""
+    loop, gone = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(pidfd, gone.set)
+    try:
+        async with asyncio.timeout(timeout):
+            await gone.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+    return True

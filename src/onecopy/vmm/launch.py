@@ -6,7 +6,6 @@ afterwards (monitor.py).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shlex
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from onecopy.errors import GuestFailed
 from onecopy.host import reap, seccomp
-from onecopy.host.process import stat
+from onecopy.host.process import stat, wait_for_end
 from onecopy.vmm.answering import Answers
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
@@ -62,16 +61,10 @@ class Vmm:
         if self._process.poll() is not None:
             return self._process.returncode
         pidfd = os.pidfd_open(self.pid)
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(pidfd, ended.set)
         try:
-            async with asyncio.timeout(timeout):
-                await ended.wait()
-        except TimeoutError:
-            return None
+            if not await wait_for_end(pidfd, timeout):
+                return None
         finally:
-            loop.remove_reader(pidfd)
             os.close(pidfd)
         return self._process.wait()
 
