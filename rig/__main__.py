@@ -16,6 +16,7 @@ JOBS: dict[str, jobs.Job] = {
     "all": jobs.tests,
     "smoke": jobs.smoke,
     "support": jobs.make_support,
+    "moved": jobs.moved,
     "bench": jobs.bench,
 }
 
@@ -32,14 +33,14 @@ def _arguments() -> argparse.Namespace:
         choices=list(JOBS),
         default="all",
         help="all VM tests (default); the few that script/test runs, too; make docs/support.md "
-        "anew; or measure",
+        "anew; its rows of systems that move between QEMUs; or measure",
     )
     parser.add_argument(
         "--debian",
         type=int,
         choices=sorted(RELEASES),
         action="append",
-        help="the release of the host; may be repeated (default: all; for smoke: 13)",
+        help="the release of the host; may be repeated (default: all; for smoke and moved: 13)",
     )
     parser.add_argument(
         "--out", type=Path, default=PROJECT / "out/kvm", help="folder for results and logs"
@@ -49,7 +50,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args(ours)
     arguments.pytest = pytest
     if not arguments.debian:
-        arguments.debian = [13] if arguments.what == "smoke" else sorted(RELEASES, reverse=True)
+        one = arguments.what in ("smoke", "moved")
+        arguments.debian = [13] if one else sorted(RELEASES, reverse=True)
     return arguments
 
 

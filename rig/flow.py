@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Failed(Exception):
     """It went wrong."""
 
 
-def _onecopy(*argv: str) -> str:
+def onecopy(*argv: str) -> str:
     """What a command prints; raise Refused or Failed with what it said."""
     program = Path(sys.executable).with_name("onecopy")
     try:
@@ -66,36 +67,45 @@ def _answer(port: int) -> str:
             time.sleep(1)
 
 
-def flow(suite: str, accel: str, work: Path) -> None:
-    """Build, save, run, ask, exec, report, stop, remove; raise Refused or Failed."""
+def save_web(suite: str, accel: str, work: Path) -> None:
+    """Build a segment and save the system ``web`` with it; raise Refused or Failed."""
     site = work / "site"
     site.mkdir()
     (site / "app.py").write_text(APP)
-    _onecopy("build", "site", "--from", f"dir:{site}")
+    onecopy("build", "site", "--from", f"dir:{site}")
     ready = ["--ready", "wget -q -O /dev/null http://127.0.0.1/", "--timeout", str(PATIENCE)]
     save = ["save", "web", "--root", f"python:{suite}", "--segment", "site:/srv"]
-    _onecopy(*save, "--run", "exec python3 /srv/app.py", *ready, "--accel", accel)
+    onecopy(*save, "--run", "exec python3 /srv/app.py", *ready, "--accel", accel)
+
+
+def use_web(suite: str, accel: str) -> None:
+    """Run two clones of ``web``, ask, exec, report, stop; raise Refused or Failed."""
     try:
-        started = json.loads(_onecopy("run", "web", "-n", "2", "-p", "0:80", "--json"))["guests"]
+        started = json.loads(onecopy("run", "web", "-n", "2", "-p", "0:80", "--json"))["guests"]
         for guest in started:
             _expect("accelerator", guest["accel"], accel)
             _expect("answer", _answer(guest["publish"][0][0]), guest["name"])
-        release = _onecopy("exec", started[0]["name"], "--", "cat", "/etc/os-release")
+        release = onecopy("exec", started[0]["name"], "--", "cat", "/etc/os-release")
         _expect("the guest's release", f"VERSION_CODENAME={suite}" in release, True)
-        report = json.loads(_onecopy("report", "--json"))
+        report = json.loads(onecopy("report", "--json"))
         _expect("guests in the report", len(report["guests"]), 2)
     finally:
-        _onecopy("stop", "--all")
-    _onecopy("rm", "web")
+        onecopy("stop", "--all")
 
 
-def main() -> None:
-    """flow SUITE ACCEL FOLDER."""
-    suite, accel, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+def flow(suite: str, accel: str, work: Path) -> None:
+    """Build, save, run, ask, exec, report, stop, remove; raise Refused or Failed."""
+    save_web(suite, accel, work)
+    use_web(suite, accel)
+    onecopy("rm", "web")
+
+
+def tell_row(work: Callable[[], None], guest: str, accel: str, saved_by: str = "") -> None:
+    """Do ``work`` and print what came of it, as JSON."""
     result, reason = "works", ""
     began = time.monotonic()
     try:
-        flow(suite, accel, work)
+        work()
     except Refused as error:
         result, reason = "refused", str(error)
     except Failed as error:
@@ -103,15 +113,22 @@ def main() -> None:
     version = subprocess.run([BINARY, "--version"], capture_output=True, text=True, check=True)
     row = Row(
         host=f"Debian {platform.freedesktop_os_release()['VERSION_ID']}",
-        guest=suite,
+        guest=guest,
         qemu=version.stdout.split()[3].partition("(")[0],
         accel=accel,
         user="root" if os.geteuid() == 0 else "user",
         result=result,
         reason=reason,
         seconds=round(time.monotonic() - began),
+        saved_by=saved_by,
     )
     print(json.dumps(asdict(row)))
+
+
+def main() -> None:
+    """flow SUITE ACCEL FOLDER."""
+    suite, accel, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    tell_row(lambda: flow(suite, accel, work), suite, accel)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from tests.vm.kept import builders_digest, kept_store
 PROJECT = Path(__file__).parents[1]
 #: Where an emulated host has the other segments.
 PYTHON, TREE, STORE = "/opt/onecopy/python", "/opt/onecopy/tree", "/opt/onecopy/store"
+#: Where it has another release's root and Python.
+OTHER_ROOT, OTHER_PYTHON = "/opt/onecopy/other/root", "/opt/onecopy/other/python"
 #: Besides those of script/bootstrap: the interpreter, and a user and their rights.
 _PACKAGES = ("python3", "passwd", "procps", "mount")
 #: What the tests need of the extra "dev" (pyproject.toml): the linters have run already.
@@ -65,9 +67,34 @@ def store_root() -> Path:
     return Path(os.environ.get("ONECOPY_RIG_CACHE", PROJECT / ".cache/onecopy-rig"))
 
 
-def ensure_images(host: Host, debian: Debian, suites: tuple[str, ...], tell: Tell) -> Images:
-    """All segments for ``debian``, whose tests can use guests of ``suites``; raises as building."""
+def ensure_images(
+    host: Host,
+    debian: Debian,
+    suites: tuple[str, ...],
+    tell: Tell,
+    other: Debian | None = None,
+) -> Images:
+    """All segments for ``debian``, whose tests can use guests of ``suites``; raises as building.
+
+    Those of ``other`` are mounted besides.
+    """
     builder = _Builder(host, tell)
+    root, python = _system(builder, debian)
+    with tempfile.TemporaryDirectory(prefix="onecopy-rig-") as work:
+        tree = builder.ensure_made("tree", _tree_digest(), lambda: _tree(Path(work) / "tree"))
+    with kept_store(suites, debian.suite) as kept:
+        path = kept.store.root
+        store = builder.ensure(
+            f"store-{debian.suite}", (path / "index.json").read_text(), f"dir:{path}"
+        )
+    mounted = [(python, PYTHON), (tree, TREE), (store, STORE)]
+    if other:
+        mounted += zip(_system(builder, other), (OTHER_ROOT, OTHER_PYTHON), strict=True)
+    return Images(root, tuple(mounted))
+
+
+def _system(builder: _Builder, debian: Debian) -> tuple[Reference, Reference]:
+    """Root and Python environment of a release."""
     packages = _packages()
     root = builder.ensure(
         f"root-{debian.suite}", "\n".join(packages), f"debian:{debian.suite}", packages
@@ -78,13 +105,7 @@ def ensure_images(host: Host, debian: Debian, suites: tuple[str, ...], tell: Tel
             debian.python + _pyproject(),
             lambda: _python(Path(work) / "python", debian),
         )
-        tree = builder.ensure_made("tree", _tree_digest(), lambda: _tree(Path(work) / "tree"))
-    with kept_store(suites, debian.suite) as kept:
-        path = kept.store.root
-        store = builder.ensure(
-            f"store-{debian.suite}", (path / "index.json").read_text(), f"dir:{path}"
-        )
-    return Images(root, ((python, PYTHON), (tree, TREE), (store, STORE)))
+    return root, python
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,13 +71,28 @@ async def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]
     return [*found, *_write_support(folder)]
 
 
-def _in_root(debian: Debian, folder: Path, argv: list[str]) -> list[str]:
+async def moved(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+    """Systems saved under one release's QEMU and started under the other's: rows of support.md."""
+    folder = out / f"moved-debian-{debian.number}"
+    (other,) = (release for release in RELEASES.values() if release is not debian)
+    found = await _in_host(
+        debian, _SUITES, folder, [INSIDE, "env", "ACCELS=kvm", "rig/moved"], other=other
+    )
+    found += verdict.console(folder)
+    found += _in_root(debian, folder, ["env", "ACCELS=tcg", "rig/moved"], other)
+    return [*found, *_write_support(folder)]
+
+
+def _in_root(
+    debian: Debian, folder: Path, argv: list[str], other: Debian | None = None
+) -> list[str]:
     """Run ``argv`` in a release's root on this host's kernel (rig/chroot); what went wrong."""
     host = Host.open(store_root())
-    images = ensure_images(host, debian, _SUITES, tell)
+    images = ensure_images(host, debian, _SUITES, tell, other)
     refs = (images.root, *(ref for ref, _ in images.mounted))
     paths = [str(host.store.resolve(ref).layer("image").path) for ref in refs]
-    env = dict(zip(("ROOT", "PYTHON", "TREE", "STORE"), paths, strict=True))
+    names = ("ROOT", "PYTHON", "TREE", "STORE", "OTHER_ROOT", "OTHER_PYTHON")
+    env = dict(zip(names, paths, strict=False))
     env |= {"RESULTS": str(folder.resolve()), "PATH": os.environ["PATH"]}
     code = subprocess.run([PROJECT / "rig/chroot", *argv], env=env).returncode
     return [f"{argv} ended with exit code {code}"] if code else []
@@ -103,11 +118,16 @@ async def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
 
 
 async def _in_host(
-    debian: Debian, suites: tuple[str, ...], folder: Path, argv: list[str], memory: int = MEMORY
+    debian: Debian,
+    suites: tuple[str, ...],
+    folder: Path,
+    argv: list[str],
+    memory: int = MEMORY,
+    other: Debian | None = None,
 ) -> list[str]:
     """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong."""
     host = Host.open(store_root())
-    images = ensure_images(host, debian, suites, tell)
+    images = ensure_images(host, debian, suites, tell, other)
     tell(f"booting Debian {debian.number}")
     began = time.monotonic()
     try:

@@ -28,6 +28,14 @@ run" says nothing about whether it works.
 | host | QEMU | guest | under | as | result |
 |---|---|---|---|---|---|
 """
+_MOVED = """
+## Saved under one QEMU, started under another
+
+By `script/test-kvm moved`: the same system, saved and started on one kernel by the QEMUs of Debian
+12 and Debian 13.
+
+| saved by QEMU | started by QEMU | under | result |
+|---|---|---|---|"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +55,14 @@ class Row:
     """What onecopy said, unless it works."""
     seconds: int = 0
     """That the whole took; not shown: hosts are emulated."""
+    saved_by: str = ""
+    """Full version of the QEMU that saved it, where it is another one."""
 
     @property
-    def key(self) -> tuple[str, str, str, str, str]:
+    def key(self) -> tuple[str, ...]:
         """What makes a combination; QEMU by its feature release."""
-        return self.host, ".".join(self.qemu.split(".")[:2]), self.guest, self.accel, self.user
+        qemu, saved_by = (".".join(v.split(".")[:2]) for v in (self.qemu, self.saved_by))
+        return self.host, qemu, self.guest, self.accel, self.user, saved_by
 
 
 def merge(known: Path, new: Iterable[Row]) -> list[Row]:
@@ -72,11 +83,17 @@ def to_markdown(rows: Iterable[Row]) -> str:
     for host, qemu, guest, accel, user in itertools.product(
         HOSTS, HOSTS.values(), GUESTS, ACCELS, USERS
     ):
-        row = by_key.get((host, qemu, guest, accel, user))
+        row = by_key.get((host, qemu, guest, accel, user, ""))
         version = row.qemu if row else qemu
         cells = (host, version, GUESTS[guest], accel.upper(), USERS[user], _result(row, host, qemu))
         lines.append(f"| {' | '.join(cells)} |")
-    return _HEAD + "\n".join(lines) + "\n"
+    moved = [_moved(row) for row in by_key.values() if row.saved_by]
+    return _HEAD + "\n".join([*lines, _MOVED, *moved]) + "\n"
+
+
+def _moved(row: Row) -> str:
+    result = _result(row, row.host, row.qemu)
+    return f"| {row.saved_by} | {row.qemu} | {row.accel.upper()} | {result} |"
 
 
 def _result(row: Row | None, host: str, qemu: str) -> str:

@@ -1,9 +1,16 @@
 """Shared by all tests: how a test says that it cannot run here."""
 
 import os
+import signal
 from typing import NoReturn
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach what the tests start: a shell without job control has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def cannot_run(reason: str) -> NoReturn:

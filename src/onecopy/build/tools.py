@@ -1,4 +1,4 @@
-"""The tools segment: QEMU's guest agent with its libraries, busybox, and our scripts.
+"""The tools segment: QEMU's guest agent with its libraries, busybox, and our programs.
 
 It is mapped into every guest, so images need none of our software and it costs one copy.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from onecopy.run import run
 from onecopy.store import Artifact, NewLayer, Store
 
 TOOLS_NAME = "onecopy-tools"
-_PACKAGES = ("qemu-guest-agent", "busybox-static")
-_SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "identity", "segment", "fit")
+#: The compiler is for a program of ours, and no part of the segment.
+_PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
+_SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "renew", "segment", "fit")
 #: Those that are called by their own names.
 _COMMANDS = ("onecopy-segment", "dhcp")
 
@@ -72,27 +73,37 @@ def _scripts_digest() -> str:
 
 
 def _assemble(debian: Path, tree: Path) -> None:
-    """bin/busybox, applets/, bin/qemu-ga, lib/ld.so and the libraries beside it, the scripts."""
+    """bin/ (busybox, qemu-ga, identity), applets/, lib/ (ld.so and the libraries), the scripts."""
     for folder in ("bin", "lib", "applets"):
         (tree / folder).mkdir(parents=True)
     busybox = next(p for p in (debian / "usr/bin/busybox", debian / "bin/busybox") if p.is_file())
     agent = debian / "usr/sbin/qemu-ga"
     shutil.copy(busybox, tree / "bin/busybox")
     shutil.copy(agent, tree / "bin/qemu-ga")
-    loader = next(debian.glob("**/ld-linux-x86-64.so.2")).resolve()
+    loader = next(debian.glob("**/x86_64-linux-gnu/ld-linux-x86-64.so.2"))
     shutil.copy(loader, tree / "lib/ld.so")
     folders = ":".join(
         str(debian / f) for f in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
     )
-    # The unpacked loader lists what the unpacked agent needs: nothing of this host gets in.
-    for line in run([loader, "--library-path", folders, "--list", agent]).splitlines():
+    # By the unpacked loader nothing of this host gets into what is run.
+    unpacked: list[str | Path] = [loader, "--library-path", folders]
+    for line in run([*unpacked, "--list", agent]).splitlines():
         name, arrow, rest = line.partition(" => ")
         # The loader itself is listed by its absolute path: only plain names are libraries.
         if arrow and "/" not in name and str(debian) in rest:
             shutil.copy(rest.split(" (")[0], tree / "lib" / name.strip())
+    _compile([*unpacked, debian / "usr/bin/tcc"], "identity", tree / "bin")
     for applet in run([busybox, "--list"]).split():
         (tree / "applets" / applet).symlink_to("../bin/busybox")
     for name in (*_SCRIPTS, *_COMMANDS):
         (tree / name).write_bytes(resource(name))
     for name in _COMMANDS:
         (tree / name).chmod(0o755)
+
+
+def _compile(compiler: Sequence[str | Path], name: str, into: Path) -> None:
+    """Compile a program that needs no library and no header."""
+    source = into / f"{name}.c"
+    source.write_bytes(resource(source.name))
+    run([*compiler, "-static", "-nostdlib", "-nostdinc", "-o", into / name, source])
+    source.unlink()

@@ -7,7 +7,7 @@
         owner           link to the mark of the process that it ends with; only if it does
         monitor.sock    QMP; monitor.lock is held by the command that speaks it
         agent.in .out   pipes to the guest agent, agent.lock beside them
-        identity.in .out  pipes to the guest's identity script
+        identity.in .out  pipes to the guest's identity program
         segment.in .out   pipes to the guest's onecopy-segment
         attach.lock     held by the command that changes which segments the guest has
         paused          locked by the command that lets the guest stand still

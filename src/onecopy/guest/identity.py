@@ -3,8 +3,8 @@
 Name, machine-id, address of its network card and of IP, clock, random numbers; SSH host keys if the
 image has some; and what a hook of the user's does. Not through the guest agent: its first answer
 alone makes a clone run some ten thousand blocks of code that it has not run yet, which under TCG
-takes longer than all the rest of a start. A shell of ours that already waits in the saved system
-(build/files/identity) needs a fraction of that.
+takes longer than all the rest of a start. A small program of ours that already waits in the saved
+system (build/files/identity.c) needs a fraction of that.
 
 The kernel's random numbers are re-seeded by the vmgenid device when the guest runs on (Linux
 drivers/virt/vmgenid.c); the guest waits until its kernel has said so (drivers/char/random.c).
@@ -27,7 +27,7 @@ from onecopy.vmm.pipe import Pipe
 TIMEOUT = 60.0
 #: Seconds that new SSH host keys and the user's hook may take.
 HOOK_TIMEOUT = 300.0
-#: Seconds by which the clock that the guest reads back may differ: it is set in whole ones.
+#: Seconds by which the clock that the guest reads back may differ.
 _CLOCK = 5
 #: What the guest says could not be done.
 _FAILURES = {
@@ -88,8 +88,7 @@ async def _prepare(pipe: Pipe) -> None:
 
 def _line(verb: str, wanted: Identity) -> str:
     mac = wanted.card.mac if wanted.card else "-"
-    # Rounded: the guest sets whole seconds.
-    now = round(time.time())
+    now = time.time_ns() // 1_000_000
     who = f"{wanted.name} {wanted.machine_id or '-'}"
     return f"{verb} {who} {now} {mac} {settings(wanted.card)}"
 
@@ -102,7 +101,7 @@ def _confirmed(said: str, wanted: Identity) -> str:
     expected = (wanted.name, wanted.machine_id or "-", wanted.card.mac if wanted.card else "-")
     if (name, machine_id, mac) != expected:
         raise AgentFailed(f"the guest should be {' '.join(expected)} but says it is {said!r}")
-    if not now.isdigit() or abs(int(now) - time.time()) > _CLOCK:
+    if not now.isdigit() or abs(int(now) / 1000 - time.time()) > _CLOCK:
         raise AgentFailed(f"the clock of {wanted.name} is not right: it says {now!r}")
     return "" if address == "-" else address
 

@@ -76,10 +76,11 @@ class Vmm:
         self._let_go()
 
     def detach(self) -> None:
-        """Let the process live on without us."""
-        # Popen would warn that it is still running.
-        self._process.returncode = 0
-        reap.adopt(self.pid)
+        """Let the process live on without us; or let go of one that has just ended."""
+        if self._process.poll() is None:
+            # Popen would warn that it is still running.
+            self._process.returncode = 0
+            reap.adopt(self.pid)
         self._let_go()
 
     def _let_go(self) -> None:

@@ -1,0 +1,322 @@
+/*
+ * identity PORT: waits on the port until the host tells this machine who it is.
+ *
+ * be NAME MACHINE-ID MILLISECONDS MAC NETWORK   become that, and answer "NAME MACHINE-ID MAC ADDRESS
+ *     MILLISECONDS", all read back; then see to what takes longer (renew), and answer "ready".
+ *     MILLISECONDS is the time since 1970; NETWORK is "ADDRESS MASK GATEWAY NAME-SERVER" or "dhcp";
+ *     "-" stands for what there is not. What cannot be done is answered by "failed WHAT DETAILS", and
+ *     nothing more.
+ * rehearse ...                                  the same, but the kernel is not waited for, no renew
+ * prepare                                       get ready for the next of these; answer "prepared"
+ *
+ * Each page that a clone touches for the first time costs it time and memory of its own, and under
+ * TCG each piece of code that it runs for the first time. So this is one process, which starts no
+ * other where it need not, opens its files ahead, and has no C library: it is built with tcc alone.
+ * Structures and numbers are those of Linux on x86-64 (netdevice(7), syscalls(2)).
+ */
+
+#define TOOLS "/run/onecopy/tools"
+
+enum { O_RDONLY, O_RDWR = 2, O_NONBLOCK = 04000, O_CLOEXEC = 02000000 };
+enum { SEEK_END = 2, POLLIN = 1, CLOCK_REALTIME = 0 };
+enum { AF_INET = 2, SOCK_DGRAM = 2, ARPHRD_ETHER = 1, RTF_UP = 1, RTF_GATEWAY = 2 };
+enum { EEXIST = 17, EPIPE = 32, SIGCHLD = 17 };
+enum { SIOCADDRT = 0x890b, SIOCGIFADDR = 0x8915, SIOCSIFADDR, SIOCSIFNETMASK = 0x891c };
+enum { SIOCSIFHWADDR = 0x8924, SIOCGIFHWADDR = 0x8927 };
+enum {
+    SYS_read, SYS_write, SYS_open, SYS_close, SYS_poll = 7, SYS_lseek, SYS_ioctl = 16, SYS_pread,
+    SYS_pwrite, SYS_dup2 = 33, SYS_socket = 41, SYS_fork = 57, SYS_execve = 59, SYS_exit, SYS_wait4,
+    SYS_uname = 63, SYS_sethostname = 170, SYS_clock_settime = 227, SYS_clock_gettime
+};
+
+struct timespec { long seconds, nanoseconds; };
+struct sockaddr { unsigned short family; unsigned char data[14]; };
+struct ifreq { char name[16]; struct sockaddr addr; char rest[8]; };
+struct rtentry {
+    unsigned long pad1;
+    struct sockaddr dst, gateway, genmask;
+    unsigned short flags;
+    short pad2;
+    unsigned long pad3[5];
+    char *dev;
+    unsigned long pad4[3];
+};
+struct pollfd { int fd; short events, revents; };
+struct utsname { char sysname[65], nodename[65], rest[4][65]; };
+
+long call(long number, ...);
+asm(".globl _start\n"
+    "_start: mov %rsp, %rdi\n and $-16, %rsp\n call serve\n"
+    ".globl call\n"
+    "call: mov %rdi, %rax\n mov %rsi, %rdi\n mov %rdx, %rsi\n mov %rcx, %rdx\n mov %r8, %r10\n"
+    "syscall\n ret\n");
+
+static char reseeded[] = "crng reseeded due to virtual machine fork";
+static int port, sock, messages = -1, machine_id = -1;
+/* Whether renew has something to do. */
+static int more;
+
+/* The compiler calls it where a structure is filled. */
+void *memset(void *at, int value, unsigned long size)
+{
+    for (char *byte = at; size; size--)
+        *byte++ = value;
+    return at;
+}
+
+static long length(char *text)
+{
+    long count = 0;
+    while (text[count])
+        count++;
+    return count;
+}
+
+static int starts(char *text, char *with)
+{
+    while (*with)
+        if (*text++ != *with++)
+            return 0;
+    return 1;
+}
+
+/* Append text to what ends at end; return the new end. */
+static char *put(char *end, char *text)
+{
+    while (*text)
+        *end++ = *text++;
+    *end = 0;
+    return end;
+}
+
+static char *put_number(char *end, unsigned long value, int base, int digits)
+{
+    char text[24], *first = text + sizeof text - 1;
+    *first = 0;
+    while (value || digits > 0) {
+        *--first = "0123456789abcdef"[value % base];
+        value /= base;
+        digits--;
+    }
+    return put(end, first);
+}
+
+/* Cut the first word off; return it. */
+static char *word(char **rest)
+{
+    char *first = *rest, *end = first;
+    while (*end && *end != ' ')
+        end++;
+    *rest = *end ? end + 1 : end;
+    *end = 0;
+    return first;
+}
+
+static int digit(char c)
+{
+    if (c >= '0' && c <= '9')
+        return c - '0';
+    return c >= 'a' && c <= 'f' ? c - 'a' + 10 : 16;
+}
+
+/* Read a number; it ends where no digit of its base is. */
+static unsigned long number(char **text, int base)
+{
+    unsigned long value = 0;
+    for (; digit(**text) < base; (*text)++)
+        value = value * base + digit(**text);
+    return value;
+}
+
+static void say(char *text)
+{
+    call(SYS_write, port, text, length(text));
+}
+
+static int fail(char *what, char *details)
+{
+    char text[256], *end = put(text, "failed ");
+    end = put(end, what);
+    end = put(end, " ");
+    put(put(end, details), "\n");
+    say(text);
+    return 0;
+}
+
+/* Run renew, which says itself what it could not do; return whether it ended well. */
+static int renew(char *verb, char *one, char *two)
+{
+    char *argv[] = {"sh", TOOLS "/renew", verb, one, two, 0};
+    char *env[] = {"PATH=" TOOLS "/applets", "HOME=/root", 0};
+    int status = 0;
+    long child = call(SYS_fork);
+    if (!child) {
+        call(SYS_dup2, port, 1);
+        call(SYS_execve, TOOLS "/bin/busybox", argv, env);
+        call(SYS_exit, 127);
+    }
+    call(SYS_wait4, child, &status, 0, 0);
+    return child > 0 && !status;
+}
+
+static void reopen(int *fd, char *path, int flags)
+{
+    if (*fd >= 0)
+        call(SYS_close, *fd);
+    *fd = call(SYS_open, path, flags | O_CLOEXEC, 0);
+}
+
+static void prepare(void)
+{
+    char first;
+    /* Opened for writing an overlay's file becomes one of this guest's own. */
+    reopen(&machine_id, "/etc/machine-id", O_RDWR);
+    if (machine_id >= 0 && call(SYS_pread, machine_id, &first, 1, 0) != 1) {
+        call(SYS_close, machine_id);
+        machine_id = -1;
+    }
+    reopen(&messages, "/dev/kmsg", O_RDONLY | O_NONBLOCK);
+    call(SYS_lseek, messages, 0, SEEK_END);
+    more = renew("prepare", "", "");
+    say("prepared\n");
+}
+
+static void set_address(struct sockaddr *addr, char *text)
+{
+    addr->family = AF_INET;
+    for (int i = 0; i < 14; i++)
+        addr->data[i] = 0;
+    /* A port of two bytes comes first (struct sockaddr_in). */
+    for (int i = 2; i < 6; i++, text++)
+        addr->data[i] = number(&text, 10);
+}
+
+static int configure(struct ifreq *eth0, long what, char *address)
+{
+    set_address(&eth0->addr, address);
+    return call(SYS_ioctl, sock, what, eth0) == 0;
+}
+
+static int route(char *gateway)
+{
+    struct rtentry entry = {0};
+    set_address(&entry.dst, "0.0.0.0");
+    set_address(&entry.genmask, "0.0.0.0");
+    set_address(&entry.gateway, gateway);
+    entry.flags = RTF_UP | RTF_GATEWAY;
+    long error = call(SYS_ioctl, sock, SIOCADDRT, &entry);
+    return error == 0 || error == -EEXIST;
+}
+
+/* Give eth0 its address of hardware and of IP, and read both back into the ends of two texts. */
+static int network(char *name, char *mac, char *settings, char *mac_end, char *address_end)
+{
+    struct ifreq eth0 = {"eth0"};
+    char *byte = mac;
+    eth0.addr.family = ARPHRD_ETHER;
+    for (int i = 0; i < 6; i++, byte++)
+        eth0.addr.data[i] = number(&byte, 16);
+    if (call(SYS_ioctl, sock, SIOCSIFHWADDR, &eth0))
+        return fail("network", "eth0 does not take its hardware address");
+    if (starts(settings, "dhcp")) {
+        if (!renew("dhcp", name, ""))
+            return 0;
+    } else {
+        char *address = word(&settings), *mask = word(&settings), *gateway = word(&settings);
+        if (!configure(&eth0, SIOCSIFADDR, address) || !configure(&eth0, SIOCSIFNETMASK, mask))
+            return fail("network", "eth0 does not take its IP address");
+        if (!route(gateway))
+            return fail("network", "it takes no route to its gateway");
+        if (more && !renew("address", word(&settings), ""))
+            return 0;
+    }
+    if (call(SYS_ioctl, sock, SIOCGIFADDR, &eth0))
+        return fail("network", "eth0 has no IP address");
+    for (int i = 2; i < 6; i++)
+        address_end = put_number(i > 2 ? put(address_end, ".") : address_end, eth0.addr.data[i], 10, 1);
+    if (call(SYS_ioctl, sock, SIOCGIFHWADDR, &eth0))
+        return fail("network", "eth0 has no hardware address");
+    for (int i = 0; i < 6; i++)
+        mac_end = put_number(i ? put(mac_end, ":") : mac_end, eth0.addr.data[i], 16, 2);
+    return 1;
+}
+
+/* Wait until the kernel says that vmgenid had it re-seed its random numbers. */
+static int random(void)
+{
+    char record[2048];
+    struct pollfd ready = {messages, POLLIN};
+    for (;;) {
+        /* One record each; EPIPE: some were lost. */
+        long count = call(SYS_read, messages, record, sizeof record - 1);
+        if (count > 0) {
+            record[count] = 0;
+            for (char *at = record; *at; at++)
+                if (starts(at, reseeded))
+                    return 1;
+        } else if (count != -EPIPE && call(SYS_poll, &ready, 1, 10000) <= 0) {
+            return fail("random", "");
+        }
+    }
+}
+
+static int become(char *rest, int wait)
+{
+    char *name = word(&rest), *id = word(&rest), *now = word(&rest), *mac = word(&rest);
+    char id_line[80], id_now[80] = "-", mac_now[24] = "-", address[24] = "-", answer[400], *end;
+    unsigned long milliseconds = number(&now, 10);
+    struct timespec time = {milliseconds / 1000, milliseconds % 1000 * 1000000};
+    struct utsname names;
+
+    call(SYS_sethostname, name, length(name));
+    if (*id != '-') {
+        end = put(put(id_line, id), "\n");
+        call(SYS_pwrite, machine_id, id_line, end - id_line, 0);
+        long count = call(SYS_pread, machine_id, id_now, sizeof id_now - 1, 0);
+        id_now[count > 0 ? count - 1 : 0] = 0;
+    }
+    if (call(SYS_clock_settime, CLOCK_REALTIME, &time))
+        return fail("clock", "");
+    if (*mac != '-' && !network(name, mac, rest, mac_now, address))
+        return 0;
+    if (wait && !random())
+        return 0;
+    call(SYS_uname, &names);
+    call(SYS_clock_gettime, CLOCK_REALTIME, &time);
+    end = put(put(answer, names.nodename), " ");
+    end = put(put(end, id_now), " ");
+    end = put(put(end, mac_now), " ");
+    end = put(put(end, address), " ");
+    put(put_number(end, time.seconds * 1000 + time.nanoseconds / 1000000, 10, 1), "\n");
+    say(answer);
+    return 1;
+}
+
+static void obey(char *rest)
+{
+    char *verb = word(&rest);
+    if (starts(verb, "prepare"))
+        prepare();
+    else if (starts(verb, "rehearse"))
+        become(rest, 0);
+    else if (starts(verb, "be") && become(rest, 1) && (!more || renew("all", "", "")))
+        say("ready\n");
+}
+
+/* What _start calls, with what the kernel left on the stack: argc, argv. */
+void serve(long *stack)
+{
+    static char line[1024];
+    char *end = line;
+    port = call(SYS_open, (char *)stack[2], O_RDWR | O_CLOEXEC, 0);
+    sock = call(SYS_socket, AF_INET, SOCK_DGRAM | O_CLOEXEC, 0);
+    while (end < line + sizeof line && call(SYS_read, port, end, 1) == 1)
+        if (*end == '\n') {
+            *end = 0;
+            obey(line);
+            end = line;
+        } else {
+            end++;
+        }
+    call(SYS_exit, 1);
+}
