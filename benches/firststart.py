@@ -10,8 +10,10 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from benches.answers import TIMEOUT, before, free_port
 from benches.figures import Spread

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from benches.answers import answered, before, free_port
 from benches.figures import Kind, Running, Spread, evict, memory, settled
@@ -110,7 +113,7 @@ async def _saved(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
 async def _after(group: Group, merging: Merged) -> Kind:
     """The group's figures now that KSM has merged its pages."""
     idle = await settled(group.guests)
-    return replace(
+    return dataclasses.replace(
         group.kind,
         name="ksm",
         memory=memory(group.guests, group.before),

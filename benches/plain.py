@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from benches.setup import Setup, resource
 from onecopy.build.bootfiles import cpio

@@ -8,9 +8,11 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from onecopy.build.segment import build_segment
 from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold

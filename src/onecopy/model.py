@@ -6,8 +6,9 @@ Not here: what lies on disk (store/oci.py) or how QEMU is told (vmm/argv.py).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from onecopy.errors import InvalidInput
 
@@ -83,8 +84,7 @@ class PageClass(StrEnum):
         return self.value[1] in "WN"
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(msgspec.Struct, frozen=True):
     """What a user types to mean one artifact: ``NAME[:VERSION]`` or ``NAME@sha256:HEX``."""
 
     name: str

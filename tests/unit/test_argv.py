@@ -6,10 +6,10 @@ ONECOPY_REGENERATE=1 writes the golden files (data/argv) anew: look at the diffe
 import asyncio
 import os
 import socket
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import fields, replace
 
 from onecopy.errors import GuestFailed, MissingProgram
 from onecopy.model import HUGE_PAGE_SIZE, MIB

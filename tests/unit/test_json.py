@@ -6,13 +6,13 @@ The page has one table for each object, under a heading `### command: object`.
 import json
 import re
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 import pytest
+from msgspec.structs import fields
 
 from onecopy.build.kernel import KernelConfig
 from onecopy.cli import onecopy

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from onecopy import cli
 from onecopy.errors import AlreadyExists, InUse, NotEnough, NotFound, StoreDamaged

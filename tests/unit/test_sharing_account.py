@@ -1,6 +1,5 @@
 """account: recorded and live QEMUs, and two processes that share a file until one writes."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from onecopy.host import ksm, pagemap, smaps
 from onecopy.host.smaps import Mapping
@@ -64,11 +64,11 @@ def test_memory_that_came_later_is_ram() -> None:
 
     saved = mapping(0x1000, 0x5000, FROM_FILE.ram_path or "")
     mappings = [saved, mapping(0x8000, 0xA000), mapping(0xB000, 0xC000)]
-    maps = dataclasses.replace(FROM_FILE, ram_bytes=0x6000, ram_added=0x2000)
+    maps = replace(FROM_FILE, ram_bytes=0x6000, ram_added=0x2000)
     assert find_ram(maps, mappings) == mappings[:2]
     assert account(maps, mappings).ram_private == 0x6000
-    assert find_ram(dataclasses.replace(maps, ram_added=0), mappings) == mappings[:1]
-    lost = dataclasses.replace(maps, ram_added=0x9000)
+    assert find_ram(replace(maps, ram_added=0), mappings) == mappings[:1]
+    lost = replace(maps, ram_added=0x9000)
     assert "RAM was not found" in account(lost, mappings).note
 
 
@@ -101,8 +101,8 @@ def test_ram_split_in_several_mappings(cuts: set[int], maps: GuestMaps) -> None:
 def test_ram_that_is_not_there_is_unknown_not_zero() -> None:
     mappings = smaps.read(1002, RECORDED)
     for maps in (
-        dataclasses.replace(FROM_FILE, ram_path="/tmp/onecopy-rec/other"),
-        dataclasses.replace(FROM_FILE, ram_path=None),
+        replace(FROM_FILE, ram_path="/tmp/onecopy-rec/other"),
+        replace(FROM_FILE, ram_path=None),
     ):
         found = account(maps, mappings)
         assert (found.ram_private, found.ram_shared, found.vmm_private) == (None, None, None)
@@ -174,7 +174,7 @@ def qemu(maps: GuestMaps, ram: list[str]) -> Iterator[tuple[GuestMaps, list[Mapp
     """A real QEMU, stopped by signal when its RAM is there, and its mappings."""
     with start_qemu(ram) as process:
         try:
-            maps = dataclasses.replace(maps, pid=process.pid)
+            maps = replace(maps, pid=process.pid)
             until = time.monotonic() + 60
             while not find_ram(maps, smaps.read(process.pid)):
                 assert time.monotonic() < until, "QEMU never mapped its RAM"

@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
+
+from msgspec.structs import fields, replace
 
 from onecopy.sharing import report
 from onecopy.sharing.account import GuestAccount, GuestMaps

@@ -8,8 +8,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from onecopy.vmm.argv import Hardware, Launch
 from onecopy.vmm.launch import launch

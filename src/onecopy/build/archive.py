@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.build.opening import opening
 from onecopy.build.space import disk_is_full, disk_space
@@ -31,8 +32,7 @@ _LINE = re.compile(
 _HINT = "make it again with GNU tar from inside the folder: tar -C FOLDER -cf FILE ."
 
 
-@dataclass(frozen=True, slots=True)
-class ArchiveSource:
+class ArchiveSource(msgspec.Struct, frozen=True):
     """The members of the archive ``path``."""
 
     path: Path

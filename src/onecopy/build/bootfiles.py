@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+
+import msgspec
 
 from onecopy.run import run
 from onecopy.store.artifact import Layer
@@ -20,8 +21,7 @@ from onecopy.store.artifact import Layer
 TOOLS_MOUNTPOINT = "/run/onecopy/tools"
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(msgspec.Struct, frozen=True):
     """A range of a segment as the guest finds it."""
 
     slot: int
@@ -37,8 +37,7 @@ class Mount:
     writable: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Boot:
+class Boot(msgspec.Struct, frozen=True):
     """What a cold guest is to do."""
 
     hostname: str

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.build.ranges import MEDIA_TYPE, Range, SegmentConfig, check, role
 from onecopy.errors import BadSource, InvalidInput
@@ -19,8 +20,7 @@ _EROFS, _EXT = 0xE0F5E1E2, 0xEF53
 _HAS_JOURNAL, _EXTENTS = 0x4, 0x40
 
 
-@dataclass(frozen=True, slots=True)
-class NewRange:
+class NewRange(msgspec.Struct, frozen=True):
     """A range to be: its class, size (bytes) and what it holds at first; zeroes without a file."""
 
     page_class: PageClass

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.tree import clamp_times, clock
@@ -55,8 +56,7 @@ _NO_NETWORK = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class DebianSource:
+class DebianSource(msgspec.Struct, frozen=True):
     """``packages`` (sorted) of ``suite`` and what they depend on."""
 
     suite: str

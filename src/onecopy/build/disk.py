@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.build.archive import TAR_OPTIONS, require_kept
 from onecopy.build.diskformat import DAMAGED, OPEN_HINT, as_raw, said
@@ -82,8 +83,7 @@ wait $!
 _TAR_OPTIONS = (*TAR_OPTIONS, "--xattrs-exclude=btrfs.*")
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
+class _Seen(msgspec.Struct, frozen=True):
     """A mountable partition, looked into."""
 
     partition: Partition
@@ -105,8 +105,7 @@ class _Seen:
         return f"{self.partition}{', a root' if self.is_root else ', not a root'}"
 
 
-@dataclass(frozen=True, slots=True)
-class DiskSource:
+class DiskSource(msgspec.Struct, frozen=True):
     """The files of one partition of the disk image ``path``."""
 
     path: Path

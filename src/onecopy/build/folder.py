@@ -6,8 +6,9 @@ Not here: reading it (tree.py, image.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.build.opening import opening
 from onecopy.errors import BadSource
@@ -17,8 +18,7 @@ _PSEUDO = (Path("/proc"), Path("/sys"))
 _REFUSED = (Path("/"), Path("/dev"), Path("/run"))
 
 
-@dataclass(frozen=True, slots=True)
-class FolderSource:
+class FolderSource(msgspec.Struct, frozen=True):
     """The tree below ``path``, exactly as it is."""
 
     path: Path

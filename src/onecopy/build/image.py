@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from onecopy.build.ext2 import image_size, make_ext2
 from onecopy.build.space import disk_is_full, disk_space

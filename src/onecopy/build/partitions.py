@@ -7,8 +7,9 @@ formats than raw (diskformat.py), and which partition is the root (disk.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import BadSource, CommandFailed
 from onecopy.model import format_size
@@ -32,8 +33,7 @@ _SECTOR = 512
 _PROTECTIVE = "PMBR"
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
+class Partition(msgspec.Struct, frozen=True):
     """One partition, or the whole disk if it has none (number 0)."""
 
     number: int

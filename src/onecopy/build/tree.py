@@ -9,8 +9,9 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import BadSource
 from onecopy.model import PAGE_SIZE
@@ -19,8 +20,7 @@ from onecopy.model import PAGE_SIZE
 _MAX_LINKS = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True):
     """What `scan` found.
 
     ``newest`` is the newest modification time in whole seconds since 1970; ``inodes`` and

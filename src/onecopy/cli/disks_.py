@@ -16,7 +16,8 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
     These are the guests' own (`run --disk SIZE`), by the name of the guest. ALLOCATED is what they
     take on the host. JSON: docs/json.md.
     """
-    from dataclasses import asdict
+
+    import msgspec
 
     from onecopy.guest.disks import own_disks, remove
     from onecopy.guest.host import Host
@@ -29,7 +30,7 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
         return
     found = own_disks(host)
     if as_json:
-        print_json([asdict(item) for item in found])
+        print_json([msgspec.to_builtins(item) for item in found])
         return
     rows = [
         [item.name, format_size(item.size), format_size(item.allocated), item.guest or "-"]

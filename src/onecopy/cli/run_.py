@@ -197,7 +197,7 @@ def _cold(
     *,
     needs_agent: bool,
 ) -> tuple[Callable[[str, Ports], _Start], int]:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from onecopy.guest import admission, boot, cold
     from onecopy.guest.folder import no_agent

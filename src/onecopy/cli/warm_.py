@@ -51,13 +51,14 @@ def command(names: tuple[Reference, ...], as_json: bool, **modes: bool) -> None:
 
 
 def _pin(store: Store, artifacts: list[Artifact], as_json: bool) -> None:
-    from dataclasses import asdict
+
+    import msgspec
 
     from onecopy.guest.pinning import pin
 
     pinned = [pin(store, artifact) for artifact in artifacts]
     if as_json:
-        print_json([asdict(each) for each in pinned])
+        print_json([msgspec.to_builtins(each) for each in pinned])
         return
     for each in pinned:
         huge = f"{format_size(each.huge)} of it in huge pages"
@@ -74,7 +75,8 @@ def _unpin(store: Store, artifacts: list[Artifact]) -> None:
 
 
 def _warm(store: Store, artifacts: list[Artifact], mode: str, as_json: bool) -> None:
-    from dataclasses import asdict
+
+    import msgspec
 
     from onecopy.guest import warming
     from onecopy.guest.host import Host
@@ -90,7 +92,7 @@ def _warm(store: Store, artifacts: list[Artifact], mode: str, as_json: bool) -> 
         else:
             found += warming.warm(store, artifact, whole=mode == "whole")
     if as_json:
-        print_json([asdict(each) for each in found])
+        print_json([msgspec.to_builtins(each) for each in found])
         return
     rows = [
         [

@@ -7,7 +7,8 @@ import contextlib
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
@@ -21,8 +22,7 @@ _REQUEST = b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
 PATIENCE = 180.0
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True):
     """Guests that were started together, and what they took; times in seconds, memory in bytes."""
 
     kind: str

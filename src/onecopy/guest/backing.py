@@ -10,8 +10,9 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.guest.host import Host
 from onecopy.host import memory
@@ -32,8 +33,7 @@ _MODES = {
 _COMMON = (PageClass.SW, PageClass.SN)
 
 
-@dataclass(frozen=True, slots=True)
-class Needed:
+class Needed(msgspec.Struct, frozen=True):
     """One range that is about to be mapped."""
 
     page_class: PageClass
@@ -62,8 +62,7 @@ def mode_of(page_class: PageClass) -> Mode:
     return _MODES[page_class]
 
 
-@dataclass(frozen=True, slots=True)
-class Backed:
+class Backed(msgspec.Struct, frozen=True):
     """What one range is mapped from."""
 
     slot: Slot

@@ -9,12 +9,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed, InvalidInput
 from onecopy.guest.backing import Backed, backings, mode_of

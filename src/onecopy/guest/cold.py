@@ -7,8 +7,10 @@ ours in it; what needs an agent is refused of it. Not here: how it boots (boot.p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.build.ranges import SegmentConfig
@@ -28,8 +30,7 @@ MINIMUM_MEMORY = 96 * MIB
 DEFAULT_MEMORY = 256 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class ColdSpec:
+class ColdSpec(msgspec.Struct, frozen=True):
     """What a user asks for when booting a guest."""
 
     root: Reference
@@ -60,8 +61,7 @@ class ColdSpec:
     modules: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     """Everything a cold guest needs, in the store; nothing runs yet."""
 
     spec: ColdSpec
@@ -77,7 +77,7 @@ class Prepared:
     """Without its segments, whose memory belongs to one guest (backing.py)."""
     domain: str
     """The trust domain of its root, and so of the guest."""
-    command: str | None = field(default=None)
+    command: str | None = msgspec.field(default=None)
 
     @property
     def agent(self) -> bool:

@@ -11,7 +11,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -31,8 +30,7 @@ from onecopy.store.disk import file_errors
 from onecopy.store.oci import ROLE
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(msgspec.Struct, frozen=True):
     """What a commit came to."""
 
     artifact: Artifact

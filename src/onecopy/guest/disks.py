@@ -12,8 +12,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.build.space import disk_space
 from onecopy.errors import InUse, InvalidInput, NotFound, NotPermitted
@@ -30,8 +31,7 @@ _SUFFIX = ".img"
 _MINIMUM = 16 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class DiskSpec:
+class DiskSpec(msgspec.Struct, frozen=True):
     """A disk that a user asks for: the guest's own, of ``size`` bytes, or ``file``."""
 
     size: int = 0
@@ -51,8 +51,7 @@ class DiskSpec:
             return cls(file=Path(what), mountpoint=where)
 
 
-@dataclass(frozen=True, slots=True)
-class OpenDisk:
+class OpenDisk(msgspec.Struct, frozen=True):
     """A disk, open and locked."""
 
     spec: DiskSpec
@@ -64,8 +63,7 @@ class OpenDisk:
     """Whether it was made just now."""
 
 
-@dataclass(frozen=True, slots=True)
-class OwnDisk:
+class OwnDisk(msgspec.Struct, frozen=True):
     """A guest's own disk, as it lies in the store's folder."""
 
     name: str

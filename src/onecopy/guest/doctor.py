@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
@@ -18,8 +19,7 @@ from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One check; ``state`` is ok, limited (something works less well) or missing."""
 
     check: str

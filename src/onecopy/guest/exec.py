@@ -12,9 +12,10 @@ import contextlib
 import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.errors import AgentFailed, GuestFailed, OnecopyError
@@ -29,8 +30,7 @@ TIMED_OUT = 124
 Sink = Callable[[bytes], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Streams:
+class Streams(msgspec.Struct, frozen=True):
     """Where a program's streams go; ``stdin`` None means an empty one.
 
     What reading one or writing the others raises ends the program.
@@ -41,8 +41,7 @@ class Streams:
     stdin: asyncio.StreamReader | bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Completed:
+class Completed(msgspec.Struct, frozen=True):
     """A program that ended in a guest."""
 
     exit_code: int

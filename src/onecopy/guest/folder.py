@@ -36,7 +36,6 @@ import select
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -276,8 +275,7 @@ def _guest_of(process: Path, wanted: Mapping[Path, bytes]) -> Path | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """Guests that one command starts: they become the user's all at once, or none of them does.
 
     Made while no sweeper runs.

@@ -7,9 +7,11 @@ import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+
+import msgspec
+from msgspec.structs import replace
 
 from onecopy.errors import NotFound
 from onecopy.guest.folder import (
@@ -30,8 +32,7 @@ from onecopy.store import Lease, Store
 from onecopy.vmm.qemu import Qemu, probe
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(msgspec.Struct, frozen=True, dict=True):
     """One store and the guests that run from it."""
 
     store: Store

@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import AgentFailed
 from onecopy.guest.network import settings
@@ -39,8 +40,7 @@ _FAILURES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(msgspec.Struct, frozen=True):
     """Who a guest is to be."""
 
     name: str

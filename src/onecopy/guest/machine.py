@@ -6,7 +6,6 @@ The record of a saved system (SystemConfig) is here, too, since it is the same l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -106,8 +105,7 @@ class SystemConfig(msgspec.Struct, frozen=True):
             ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(msgspec.Struct, frozen=True):
     """A range and its place in a guest; ``layer`` is its stored content, if it has any."""
 
     layer: Layer | None

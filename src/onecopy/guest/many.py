@@ -6,8 +6,9 @@ import asyncio
 import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import GuestFailed, InvalidInput, OnecopyError
 from onecopy.guest import admission
@@ -18,8 +19,7 @@ from onecopy.host.process import exists
 from onecopy.model import check_guest_name
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True):
     """What came of starting several guests."""
 
     guests: tuple[GuestRecord, ...]

@@ -13,7 +13,6 @@ import resource
 import select
 import signal
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -43,8 +42,7 @@ _RECORD = "pin.json"
 _PATIENCE = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Pinned:
+class Pinned(msgspec.Struct, frozen=True):
     """What is pinned now."""
 
     name: str

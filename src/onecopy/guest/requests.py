@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from onecopy.errors import InvalidInput, OnecopyError
 
@@ -20,8 +21,7 @@ _ID = re.compile(r"[0-9a-f]{1,32}")
 VERBS = {"load": 3, "loaded": 2, "failed": 2, "unload": 1, "find": 1, "list": 0}
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """One request; its arguments are as many as the verb takes, and printable ASCII."""
 
     id: str
@@ -33,8 +33,7 @@ class Request:
         return (" ".join((self.id, self.verb, *self.arguments)) + "\n").encode()
 
 
-@dataclass(frozen=True, slots=True)
-class Nonsense:
+class Nonsense(msgspec.Struct, frozen=True):
     """Something that is no request; ``id`` is - if it had none."""
 
     why: str

@@ -11,10 +11,10 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed, InvalidInput
 from onecopy.guest import admission, identity, snapshot
@@ -44,8 +44,7 @@ _REST = 1.25
 _PATIENCE = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(msgspec.Struct, frozen=True):
     """What a save came to."""
 
     artifact: Artifact

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import InUse, InvalidInput
 from onecopy.guest.folder import GuestFolder
@@ -28,8 +29,7 @@ from onecopy.vmm.monitor import Monitor
 STATE_ROOM = 16 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """The RAM that is to be copied."""
 
     pid: int
@@ -40,8 +40,7 @@ class Source:
     """The file that it was mapped from; None for anonymous RAM."""
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True):
     """What was written."""
 
     ram: Path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.build.kernel import ensure_kernel
 from onecopy.errors import Incompatible, StoreDamaged
@@ -36,8 +37,7 @@ from onecopy.vmm.launch import prepare
 from onecopy.vmm.monitor import connect
 
 
-@dataclass(frozen=True, slots=True)
-class CloneSpec:
+class CloneSpec(msgspec.Struct, frozen=True):
     """What a user asks for when starting a clone: what may differ from what was saved."""
 
     publish: Ports = ()
@@ -48,8 +48,10 @@ class CloneSpec:
     fitting: Fitting = NOTHING
 
 
-@dataclass(frozen=True, slots=True)
-class Template:
+_PLAIN = CloneSpec()
+
+
+class Template(msgspec.Struct, frozen=True):
     """A saved system that this host can start, looked up once for any number of clones."""
 
     artifact: Artifact
@@ -148,7 +150,7 @@ async def start_clone(
     host: Host,
     source: Template,
     name: str,
-    spec: CloneSpec = CloneSpec(),
+    spec: CloneSpec = _PLAIN,
     batch: Batch | None = None,
 ) -> GuestRecord:
     """Start one clone, until it has a name and identity of its own, as far as it can have one.

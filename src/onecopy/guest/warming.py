@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import NotFound, NotPermitted, StoreDamaged
 from onecopy.guest import touched
@@ -25,8 +26,7 @@ from onecopy.store.disk import file_errors
 from onecopy.store.oci import ROLE
 
 
-@dataclass(frozen=True, slots=True)
-class Warmed:
+class Warmed(msgspec.Struct, frozen=True):
     """What was done with one blob; all sizes are bytes, None is unknown."""
 
     name: str

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import Incompatible, InvalidInput
 from onecopy.host.files import ROOT, not_permitted, read_number, read_of_process
@@ -20,8 +21,7 @@ _FOLDER = "sys/kernel/mm/ksm"
 _CHOSEN = re.compile(r"\[(\S+)\]")
 
 
-@dataclass(frozen=True, slots=True)
-class Ksm:
+class Ksm(msgspec.Struct, frozen=True):
     """The host's KSM, counters in pages; None is what this kernel does not tell."""
 
     #: 0 stopped, merged pages stay; 1 running; 2 stopped, and all merged pages torn apart.
@@ -45,8 +45,7 @@ class Ksm:
     general_profit: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessKsm:
+class ProcessKsm(msgspec.Struct, frozen=True):
     """KSM's work on one process; None is what this kernel does not tell."""
 
     #: Pages of the process that are merged.
@@ -64,9 +63,7 @@ def read(root: Path = ROOT) -> Ksm | None:
     if not folder.is_dir():
         return None
     numbers = {
-        name: read_number(folder / name)
-        for name in Ksm.__dataclass_fields__
-        if name != "advisor_mode"
+        name: read_number(folder / name) for name in Ksm.__struct_fields__ if name != "advisor_mode"
     }
     return Ksm(advisor_mode=_setting(folder / "advisor_mode"), **numbers)
 

@@ -6,8 +6,9 @@ Not here: who uses it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import Incompatible
 from onecopy.host.files import ROOT
@@ -16,8 +17,7 @@ from onecopy.host.files import read as read_file
 _LINE = re.compile(rb"^(\w+): +([0-9]+) kB$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class MemInfo:
+class MemInfo(msgspec.Struct, frozen=True):
     """The host's memory, all in bytes; None is what this kernel does not tell."""
 
     total: int | None

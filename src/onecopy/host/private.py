@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import NotFound, NotPermitted
 from onecopy.host import pagemap, smaps
@@ -21,8 +22,7 @@ from onecopy.model import PAGE_SIZE
 _CHUNK = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """Pages side by side that are the process's own; all in bytes."""
 
     address: int

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import NotFound
 from onecopy.host.files import ROOT, no_process, read_of_process
@@ -17,8 +18,7 @@ from onecopy.host.files import ROOT, no_process, read_of_process
 _PAGE_TABLES = re.compile(rb"^VmPTE:\s+([0-9]+) kB$", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Stat:
+class Stat(msgspec.Struct, frozen=True):
     """What onecopy uses of /proc/PID/stat (proc_pid_stat(5))."""
 
     #: One letter; ``Z`` is a zombie: ended, but not yet waited for.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingOf
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import NotPermitted
 from onecopy.host import files, ksm, process, smaps
@@ -19,8 +20,7 @@ from onecopy.model import PAGE_SIZE
 _DELETED = " (deleted)"
 
 
-@dataclass(frozen=True, slots=True)
-class GuestMaps:
+class GuestMaps(msgspec.Struct, frozen=True):
     """What must be known of a guest to read its account; paths are real paths."""
 
     name: str
@@ -30,9 +30,9 @@ class GuestMaps:
     ram_path: str | None
     ram_bytes: int
     #: Path of a segment's blob -> the segment's name.
-    segments: MappingOf[str, str] = field(default_factory=dict)
+    segments: MappingOf[str, str] = msgspec.field(default_factory=dict)
     #: Path that the VMM maps -> that of the same file in the store, where they differ.
-    files: MappingOf[str, str] = field(default_factory=dict)
+    files: MappingOf[str, str] = msgspec.field(default_factory=dict)
     #: How much of ``ram_bytes`` came while the guest ran: anonymous, whatever backs the rest.
     ram_added: int = 0
 
@@ -41,8 +41,7 @@ class GuestMaps:
         return self.files.get(path, path)
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentUse:
+class SegmentUse(msgspec.Struct, frozen=True):
     """One segment in one guest; both figures in bytes."""
 
     name: str
@@ -53,8 +52,7 @@ class SegmentUse:
     resident: int
 
 
-@dataclass(frozen=True, slots=True)
-class GuestAccount:
+class GuestAccount(msgspec.Struct, frozen=True):
     """One guest's memory in bytes; None is unknown. ``report.COLUMNS`` says what each counts."""
 
     name: str

@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import NotFound, NotPermitted
 from onecopy.host import files, residency
@@ -22,8 +23,7 @@ from onecopy.sharing.account import GuestAccount, GuestMaps, measure
 JSON_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(msgspec.Struct, frozen=True):
     """One figure of a report: where it is, how it is headed, and what it counts."""
 
     #: The attribute, and the field in JSON.
@@ -109,8 +109,7 @@ BLOB_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Blob:
+class Blob(msgspec.Struct, frozen=True):
     """One file that guests map; ``BLOB_COLUMNS`` says what each field counts; None is unknown."""
 
     name: str
@@ -121,8 +120,7 @@ class Blob:
     guests: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """Accounts of all guests, and the files they share."""
 
     guests: tuple[GuestAccount, ...]
@@ -152,8 +150,8 @@ class Report:
         """
         return {
             "version": JSON_VERSION,
-            "guests": [asdict(guest) for guest in self.guests],
-            "blobs": [asdict(blob) for blob in self.blobs],
+            "guests": [msgspec.to_builtins(guest) for guest in self.guests],
+            "blobs": [msgspec.to_builtins(blob) for blob in self.blobs],
             "totals": self.totals,
             "blobs_resident": self.resident,
         }

@@ -6,23 +6,23 @@ Not here: their form on disk (oci.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import StoreDamaged
 from onecopy.model import PAGE_SIZE
 from onecopy.store.oci import ROLE
 
 
-@dataclass(frozen=True, slots=True)
-class NewLayer:
+class NewLayer(msgspec.Struct, frozen=True):
     """A layer to be stored: either the file ``path``, which is moved into the store, or the
     ``digest`` of a blob that is in the store already. ``size`` (bytes), if given, must hold.
     """
 
     path: Path | None
     media_type: str
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
     digest: str | None = None
     size: int | None = None
 
@@ -33,8 +33,7 @@ class NewLayer:
         return cls(None, layer.media_type, kept, layer.digest, layer.size)
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(msgspec.Struct, frozen=True):
     """A stored blob; ``path`` is absolute, and nobody may write to it.
 
     ``size`` are the bytes of its content. In a trust domain the file is a page longer (domain.py).
@@ -53,8 +52,7 @@ class Layer:
         return self.size + (PAGE_SIZE if self.domain else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Artifact:
+class Artifact(msgspec.Struct, frozen=True):
     """A named segment, kernel or saved system.
 
     ``digest`` is its manifest's; ``created`` (RFC 3339, UTC) is when it got its name; ``config``

@@ -21,8 +21,9 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.store.disk import sync_folder
 
@@ -37,8 +38,7 @@ def default_root() -> Path:
     return (Path(data) if data else Path.home() / ".local" / "share") / "onecopy"
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """The paths of the store ``root`` (absolute), its lock, and safe writes."""
 
     root: Path

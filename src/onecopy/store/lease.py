@@ -14,7 +14,6 @@ import fcntl
 import os
 import secrets
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -44,8 +43,7 @@ class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     info: dict[str, str] = {}
 
 
-@dataclass(slots=True)
-class Lease:
+class Lease(msgspec.Struct):
     """Our copy of a held lease.
 
     Give ``fd`` to the VMM (``pass_fds=[lease.fd]``, which makes it inheritable there, or over a
@@ -55,7 +53,7 @@ class Lease:
     record: LeaseRecord
     path: Path
     fd: int
-    _open: bool = field(default=True, repr=False)
+    _open: bool = True
 
     @property
     def files(self) -> Path:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+
+import msgspec
 
 from onecopy.errors import InvalidInput, NameMoved, OtherDomain
 from onecopy.model import Reference
@@ -24,8 +25,7 @@ from onecopy.store.layout import Layout
 from onecopy.store.workspace import workspace
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """What is to be named, and on which conditions; see `Store.put`."""
 
     kind: str

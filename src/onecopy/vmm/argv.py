@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+
+import msgspec
 
 from onecopy.model import HUGE_PAGE_SIZE, MIB, align_up
 
@@ -71,8 +72,7 @@ class Mode(StrEnum):
     """What the guest writes is its own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
+class Slot(msgspec.Struct, frozen=True):
     """One range of a segment as the machine sees it: a virtio-pmem device over a file."""
 
     path: Path
@@ -81,8 +81,7 @@ class Slot:
     mode: Mode = Mode.READ_ONLY
 
 
-@dataclass(frozen=True, slots=True)
-class Hardware:
+class Hardware(msgspec.Struct, frozen=True):
     """What must be the same when a saved system is started as when it was saved."""
 
     machine: str
@@ -104,8 +103,7 @@ class Ram(StrEnum):
     """A saved system's file mapped private: unwritten pages are shared by all its guests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """A direct kernel boot."""
 
     image: Path
@@ -114,8 +112,7 @@ class Kernel:
     append: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(msgspec.Struct, frozen=True):
     """A guest's network card, and where it leads."""
 
     mac: str
@@ -126,8 +123,7 @@ class Card:
     """Descriptor of a tap device that the VMM inherits; None for user-mode network."""
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(msgspec.Struct, frozen=True):
     """What belongs to one QEMU process and may differ between starts."""
 
     binary: str
@@ -153,7 +149,7 @@ class Launch:
     """KSM may merge the VMM's own memory (spawn.py); not on the command line."""
     later: Path | None = None
     """Folder of files that the VMM may be given while it runs (store/lease.py); not on it, too."""
-    extra: tuple[str, ...] = field(default=())
+    extra: tuple[str, ...] = msgspec.field(default=())
 
 
 def command(hardware: Hardware, launch: Launch) -> list[str]:

@@ -12,8 +12,9 @@ import mmap
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import Incompatible
 from onecopy.host import landlock, seccomp
@@ -38,8 +39,7 @@ _HOST = (
 _NAME_SERVERS = Path("/etc/resolv.conf")
 
 
-@dataclass(frozen=True, slots=True)
-class Confinement:
+class Confinement(msgspec.Struct, frozen=True):
     """How one VMM is confined."""
 
     user: User | None

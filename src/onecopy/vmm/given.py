@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from onecopy.host.landlock import READ_FILE, TRUNCATE, WRITE_FILE
 from onecopy.vmm.argv import PORTS, Hardware, Launch, Mode, Slot

@@ -13,8 +13,9 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed
 from onecopy.host import reap, seccomp

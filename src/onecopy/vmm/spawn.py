@@ -12,8 +12,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import Incompatible
 from onecopy.host.syscall import (
@@ -37,8 +38,7 @@ _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_th
 _alone = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True):
     """A confined process, and where its questions come in if it asks."""
 
     process: subprocess.Popen[bytes]

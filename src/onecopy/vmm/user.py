@@ -11,8 +11,9 @@ import re
 import secrets
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from onecopy.host.files import ROOT, read_number
 from onecopy.host.syscall import become, set_capabilities
@@ -27,8 +28,7 @@ _BIND_SERVICE = 1 << 10  # CAP_NET_BIND_SERVICE
 _NEEDED = 1 << 0 | 1 << 6 | 1 << 7
 
 
-@dataclass(frozen=True, slots=True)
-class User:
+class User(msgspec.Struct, frozen=True):
     """A user (and group) number, and the groups it needs besides."""
 
     id: int
