@@ -17,8 +17,9 @@ from pathlib import Path
 
 from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
+from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold
 from onecopy.guest.exec import Streams, run_captured, run_streaming
+from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.model import MIB
 from onecopy.run import run
@@ -30,6 +31,8 @@ MEMORY = 10240 * MIB
 #: What runs all else inside, and where that puts its results.
 INSIDE = "/opt/onecopy/tree/rig/inside"
 RESULTS = "/run/results"
+#: How often a host is booted until it comes up.
+_TRIES = 3
 #: Seconds without a word after which an emulated host has hung: the longest silent test takes two
 #: minutes, and three times that when the machine is busy.
 SILENCE = 480.0
@@ -109,7 +112,7 @@ async def emulated_host(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with host.batch() as batch:
-        record = await run_cold(host, prepared, f"rig-{secrets.token_hex(3)}", batch)
+        record = await _booted(host, prepared, batch)
         mine = host.run / record.name
         # By descriptor: the run folder may be swept before we have read them.
         with (mine / "console.log").open("rb") as console, (mine / "qemu.log").open("rb") as qemu:
@@ -119,3 +122,22 @@ async def emulated_host(
                 host.end(record)
                 (folder / "console.log").write_bytes(console.read())
                 (folder / "qemu.log").write_bytes(qemu.read())
+
+
+async def _booted(host: Host, prepared: Prepared, batch: Batch) -> GuestRecord:
+    """Boot; again if the kernel panicked.
+
+    Linux patches its code while it boots, and under TCG the other processor can run into the
+    breakpoint of that.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return await run_cold(host, prepared, _new_name(), batch)
+        except GuestFailed as error:
+            if "Kernel panic" not in error.output:
+                raise
+    return await run_cold(host, prepared, _new_name(), batch)
+
+
+def _new_name() -> str:
+    return f"rig-{secrets.token_hex(3)}"

@@ -82,6 +82,10 @@ def ensure_images(
     root, python = _system(builder, debian)
     with tempfile.TemporaryDirectory(prefix="onecopy-rig-") as work:
         tree = builder.ensure_made("tree", _tree_digest(), lambda: _tree(Path(work) / "tree"))
+    # The store is the same one each time.
+    if other:
+        with kept_store(suites, other.suite):
+            pass
     with kept_store(suites, debian.suite) as kept:
         path = kept.store.root
         store = builder.ensure(

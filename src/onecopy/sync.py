@@ -137,4 +137,5 @@ class Host:
 
     start = _guests(aio.Host.start)
     boot = _guests(aio.Host.boot)
+    pool = _blocking(aio.Host.pool)
     save = _blocking(aio.Host.save)

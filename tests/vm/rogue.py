@@ -61,7 +61,7 @@ async def run_rogue(
     spec = replace(spec, binary=str(program), extra=("--", *words))
     vmm = launch(hardware, spec, inherit=inherit)
     try:
-        assert await vmm.wait(60) == 0, (spec.folder / "qemu.log").read_text()
+        assert await vmm.wait(60) and vmm.returncode == 0, (spec.folder / "qemu.log").read_text()
     finally:
         await vmm.kill()
     *lines, last = (spec.folder / "qemu.log").read_text().splitlines()

@@ -21,6 +21,7 @@ _COMMANDS = {
     "create": "Make a segment range by range.",
     "save": "Save a guest as a system: one that is booted for it and is ready, or one that runs.",
     "run": "Start guests from a saved system, or boot them cold.",
+    "pool": "Keep SIZE guests of SYSTEM prepared, so that `run` starts them faster; 0 for none.",
     "ps": "List the running guests.",
     "exec": "Run a program in a guest.",
     "cp": "Copy files and folders into a guest, or out of it; one of the two is GUEST:PATH.",

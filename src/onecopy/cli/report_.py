@@ -13,13 +13,15 @@ from onecopy.cli.params import json_option
 def command(as_json: bool) -> None:
     """Show what the memory of all guests costs, by the kernel's counters.
 
-    Figures are MiB; ? is what the kernel does not tell.
+    Figures are MiB; ? is what the kernel does not tell. What `onecopy pool` has prepared is in it,
+    too, under names that begin with "pool.".
     """
     from onecopy.guest.host import Host
     from onecopy.guest.maps import guest_maps
     from onecopy.sharing import report
 
-    result = report.collect(guest_maps(Host.open().guests()))
+    host = Host.open()
+    result = report.collect(guest_maps([*host.guests(), *host.prepared()]))
     if as_json:
         print_json(result.to_json())
         return

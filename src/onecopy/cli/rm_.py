@@ -18,11 +18,15 @@ def command(names: tuple[Reference, ...], pending: bool) -> None:
 
     What a guest uses is not removed: the error says who uses it.
     """
-    from onecopy.store import Store
+    from onecopy.guest import pool
+    from onecopy.guest.host import Host
 
-    store = Store()
+    host = Host.open()
+    store = host.store
     for name in names:
+        pool.remove(host, name)
         artifact = store.remove(name, in_use=pending)
+        pool.trim(host)
         users = store.users(artifact.digest)
         kept = f"; its bytes stay until {', '.join(users)} ends" if users else ""
         print(f"{artifact.ref} removed{kept}")

@@ -109,7 +109,7 @@ def command(
     With CMD (after --), run it in each guest, stop the guests when it has ended, and exit with its
     exit code.
     """
-    from onecopy.guest import many
+    from onecopy.guest import many, pool
     from onecopy.guest.disks import require_sensible
     from onecopy.guest.host import Host
     from onecopy.guest.ports import numbered
@@ -136,7 +136,9 @@ def command(
                 keep_going=keep_going,
                 each=0 if overcommit else each,
             )
-            return _started(_finished(host, start, cmd, keep), as_json, bool(cmd))
+            code = _started(_finished(host, start, cmd, keep), as_json, bool(cmd))
+            pool.refill(host)
+            return code
     for line in argv:
         print(shlex.join(line))
     return 0

@@ -29,7 +29,7 @@ from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, Card, Hardware, Launch, Slot
 from onecopy.vmm.launch import Vmm, launch
 
 T = TypeVar("T")
-_ENDED = "QEMU ended while starting (exit code {})"
+_ENDED = "QEMU ended while starting"
 
 
 def with_segments(hardware: Hardware, slots: Sequence[Slot]) -> Hardware:
@@ -82,8 +82,9 @@ def noted(
     address: str,
     bridge: str,
 ) -> GuestRecord:
-    """Write the record of a guest that is up; its VMM is still the caller's to end or detach."""
-    record = GuestRecord(
+    """What is known of a guest whose VMM is up; what can be saved of it is noted in its folder."""
+    config.write(folder.path)
+    return GuestRecord(
         name=folder.name,
         kind=kind,
         source=source.ref,
@@ -106,9 +107,6 @@ def noted(
         listener=vmm.listener,
         agent=config.agent,
     )
-    config.write(folder.path)
-    folder.write(record)
-    return record
 
 
 def handed_out(folder: GuestFolder, vmm: Vmm, record: GuestRecord, began: float) -> GuestRecord:
@@ -127,7 +125,8 @@ async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _END
     try:
         await asyncio.wait({done, end}, return_when=asyncio.FIRST_COMPLETED)
         if not done.done():
-            raise GuestFailed(ended.format(end.result()))
+            code = vmm.returncode
+            raise GuestFailed(ended if code is None else f"{ended} (QEMU's exit code {code})")
         return done.result()
     finally:
         done.cancel()

@@ -39,7 +39,7 @@ from onecopy.vmm.argv import Card, Kernel, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, prepare
 from onecopy.vmm.monitor import connect
 
-_ENDED = "the guest ended while starting (QEMU's exit code {})"
+_ENDED = "the guest ended while starting"
 
 
 def launch_spec(
@@ -183,6 +183,7 @@ async def run_cold(
                 address=address,
                 bridge=wanted.bridge,
             )
+            folder.write(record)
             fitting = Fitting(disks=wanted.disks)
             record = await unless_ended(vmm, fit(host, mine, folder, record, fitting))
             return handed_out(folder, vmm, record, began)

@@ -2,6 +2,7 @@
 
     RUN/NAME/
         guest.json      what it is; written once the guest is up
+        prepared.json   the same, of a VMM that waits to become a guest (pool.py)
         system.json     what a saved system's record says of it (machine.py)
         starting        link to the mark of the command that starts it; leads nowhere afterwards
         owner           link to the mark of the process that it ends with; only if it does
@@ -35,7 +36,7 @@ import secrets
 import select
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -47,6 +48,8 @@ from onecopy.model import PageClass
 from onecopy.store import Store
 
 _MARKS = ("starting", "owner")
+#: How the run folders of VMMs begin that wait to become guests: no guest's name has a dot.
+POOL = "pool."
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -207,9 +210,23 @@ class GuestFolder:
 
     def write(self, record: GuestRecord) -> None:
         """Note what the guest is, now that it is up."""
-        temporary = self.path / "guest.json.tmp"
+        self._write("guest.json", record)
+
+    def set_aside(self, record: GuestRecord) -> None:
+        """Note what it will be, when somebody wants a guest."""
+        self._write("prepared.json", record)
+
+    def prepared(self) -> GuestRecord | None:
+        """What was set aside; None if nothing was, or by another version of onecopy."""
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            text = (self.path / "prepared.json").read_bytes()
+            return msgspec.json.decode(text, type=GuestRecord)
+        return None
+
+    def _write(self, name: str, record: GuestRecord) -> None:
+        temporary = self.path / f"{name}.tmp"
         temporary.write_bytes(msgspec.json.encode(record))
-        temporary.rename(self.path / "guest.json")
+        temporary.rename(self.path / name)
 
     @property
     def abandoned(self) -> bool:
@@ -254,23 +271,19 @@ class GuestFolder:
 def find_vmms(folders: Iterable[Path]) -> Iterator[tuple[str, int]]:
     """(guest, process id) of the VMMs of these run folders.
 
-    A VMM is the process that was started as that guest and works in its folder, which nobody else
-    can enter.
+    A VMM is the process that was started as a guest and works in its folder, which nobody else can
+    enter. It may have been started under another name (pool.py).
     """
-    wanted = {folder: _named(folder) for folder in folders}
+    wanted = set(folders)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (folder := _guest_of(entry, wanted)):
             yield folder.name, int(entry.name)
 
 
-def _named(folder: Path) -> bytes:
-    return f"\0-name\0guest={folder.name}\0".encode()
-
-
-def _guest_of(process: Path, wanted: Mapping[Path, bytes]) -> Path | None:
+def _guest_of(process: Path, wanted: Container[Path]) -> Path | None:
     with contextlib.suppress(OSError):
         folder = (process / "cwd").readlink()
-        if folder in wanted and wanted[folder] in (process / "cmdline").read_bytes():
+        if folder in wanted and b"\0-name\0guest=" in (process / "cmdline").read_bytes():
             return folder
     return None
 
@@ -292,9 +305,14 @@ class Batch(msgspec.Struct, frozen=True):
         path.mkdir()
         # Its VMM may be another user, who has no more than the way to what is made for it there.
         path.chmod(0o711)
-        (path / "starting").symlink_to(self.mark)
-        if self.owner:
-            (path / "owner").symlink_to(self.owner)
+        return self.join(path)
+
+    def join(self, path: Path) -> GuestFolder:
+        """A run folder as one of them."""
+        for kind, mark in (("owner", self.owner), ("starting", self.mark)):
+            (path / kind).unlink(missing_ok=True)
+            if mark:
+                (path / kind).symlink_to(mark)
         return GuestFolder(path, self)
 
     def hand_out(self) -> None:
@@ -317,7 +335,7 @@ def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
 
 def is_vmm(folder: Path, pid: int) -> bool:
     """Whether the process is the VMM of this run folder."""
-    return _guest_of(Path(f"/proc/{pid}"), {folder: _named(folder)}) is not None
+    return _guest_of(Path(f"/proc/{pid}"), {folder}) is not None
 
 
 def kill(vmms: Iterable[tuple[int, Callable[[], bool]]]) -> None:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from onecopy.errors import NotFound
 from onecopy.guest.folder import (
+    POOL,
     Batch,
     GuestFolder,
     GuestRecord,
@@ -110,7 +111,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
     @contextlib.contextmanager
     def _marked(self, kind: str) -> Iterator[Path]:
-        with self._locked():
+        with self.locked():
             mark, fd = lock_mark(self.run, kind)
         try:
             yield mark
@@ -138,7 +139,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         for the VMM, which is the caller's to end.
         """
         with contextlib.ExitStack() as stack:
-            with self._locked():
+            with self.locked():
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
                 folder = batch.add(self.run / name)
             try:
@@ -146,6 +147,44 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             except BaseException:
                 folder.remove()
                 raise
+
+    def prepared(self) -> list[GuestRecord]:
+        """What waits to become guests (pool.py), by name."""
+        found = (
+            GuestFolder(path).prepared()
+            for path in self._folders()
+            if path.name.startswith(POOL) and self.store.is_held(path.name)
+        )
+        return sorted(filter(None, found), key=lambda record: record.name)
+
+    @contextlib.contextmanager
+    def taking(
+        self, digest: str, name: str, batch: Batch
+    ) -> Iterator[tuple[GuestFolder, GuestRecord] | None]:
+        """What was prepared from ``digest``, in the run folder of a new guest; None if nothing is.
+
+        If that ends in an error nothing is left behind, but for the VMM, which the caller ends.
+        """
+        with self.locked():
+            taken = self._take(digest, name, batch)
+        try:
+            yield taken
+        except BaseException:
+            if taken:
+                taken[0].remove()
+            raise
+
+    def _take(self, digest: str, name: str, batch: Batch) -> tuple[GuestFolder, GuestRecord] | None:
+        found = (record for record in self.prepared() if record.digest == digest)
+        record = next(found, None)
+        if not record or self.store.is_held(name):
+            return None
+        # Killed after this, we leave it to the next command, by whatever name it goes then.
+        batch.join(self.run / record.name)
+        self.store.rename_holder(record.name, name)
+        GuestFolder(self.run / name).remove()
+        (self.run / record.name).rename(self.run / name)
+        return GuestFolder(self.run / name, batch), record
 
     def end(self, *records: GuestRecord) -> None:
         """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds."""
@@ -157,14 +196,15 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
     def sweep(self) -> None:
         """Remove what no living command or VMM owns: folders, and guests never handed out."""
-        with self._locked():
+        with self.locked():
             abandoned, left = [], []
             for path in self._folders():
                 folder = GuestFolder(path)
-                if not self.store.is_held(path.name):
-                    left.append(folder)
-                elif folder.abandoned:
+                if folder.abandoned:
+                    # Its lease may have another name already (_take).
                     abandoned.append(folder)
+                elif not self.store.is_held(path.name):
+                    left.append(folder)
                 elif folder.left_paused:
                     resume(path)
             if abandoned:
@@ -181,7 +221,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
     def next_number(self) -> int:
         """A number that no guest has had since the host was booted."""
-        with self._locked() as lock:
+        with self.locked() as lock:
             number = int(os.pread(lock, 20, 0) or b"0")
             os.pwrite(lock, str(number + 1).encode(), 0)
         return number
@@ -197,7 +237,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         return [path for path in self.run.iterdir() if path.is_dir()]
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
+    def locked(self) -> Iterator[int]:
         """Between claiming a name and having its folder nobody may sweep.
 
         The lock's file, whose descriptor this yields, has the number of the next guest.

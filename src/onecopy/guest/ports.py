@@ -7,6 +7,7 @@ import socket
 
 from onecopy.errors import InUse, InvalidInput, NotPermitted
 from onecopy.vmm.monitor import Monitor
+from onecopy.vmm.user import port_capabilities
 
 Ports = tuple[tuple[int, int], ...]
 """(port on 127.0.0.1, port of the guest) pairs; 0 for any free port of the host."""
@@ -20,6 +21,11 @@ def numbered(publish: Ports, number: int) -> Ports:
     if any(host > 65535 for host, _ in ports):
         raise InvalidInput("there are not that many ports", hint="give a lower one, or 0 for any")
     return ports
+
+
+def need_rights(publish: Ports) -> bool:
+    """Whether only root may publish one of them (ip(7): ip_unprivileged_port_start)."""
+    return bool(port_capabilities(host for host, _ in publish))
 
 
 def require_free(publish: Ports) -> None:
@@ -40,6 +46,19 @@ def require_free(publish: Ports) -> None:
                     users=(),
                     hint="give another port, or 0 for any free one",
                 ) from None
+
+
+async def forward(monitor: Monitor, publish: Ports) -> None:
+    """Publish ports of a guest that has been started without; raise InUse."""
+    for host, guest in publish:
+        # QMP has no command for this; it says nothing if all is well.
+        said = await monitor.human(f"hostfwd_add net tcp:127.0.0.1:{host}-:{guest}")
+        if said.strip():
+            raise InUse(
+                f"port {host} on 127.0.0.1 cannot be published: {said.strip()}",
+                users=(),
+                hint="give another port, or 0 for any free one",
+            )
 
 
 async def published(monitor: Monitor, publish: Ports) -> Ports:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from onecopy.build.kernel import ensure_kernel
-from onecopy.errors import Incompatible, StoreDamaged
+from onecopy.errors import GuestFailed, Incompatible, NotFound, StoreDamaged
 from onecopy.guest import identity, machine, warming
 from onecopy.guest.begin import (
     described,
@@ -22,18 +25,19 @@ from onecopy.guest.begin import (
     with_segments,
 )
 from onecopy.guest.fitting import NOTHING, Fitting, fit, require_possible
-from onecopy.guest.folder import Batch, GuestRecord
+from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.identity import new_identity
 from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import new_card, shown_card
-from onecopy.guest.ports import Ports, published, require_free
+from onecopy.guest.ports import Ports, forward, need_rights, published, require_free
+from onecopy.host import process
 from onecopy.store import Artifact
 from onecopy.store.digest import file_digest
 from onecopy.vmm import answering
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import Card, Hardware, Launch, Ram, command
-from onecopy.vmm.launch import prepare
+from onecopy.vmm.launch import Vmm, prepare
 from onecopy.vmm.monitor import connect
 
 
@@ -46,6 +50,11 @@ class CloneSpec(msgspec.Struct, frozen=True):
     merge: bool = False
     """KSM may merge the VMM's own memory, too."""
     fitting: Fitting = NOTHING
+
+    @property
+    def can_be_prepared(self) -> bool:
+        """Whether all of it can be had of a VMM that was started before it was known."""
+        return not (self.bridge or self.merge or need_rights(self.publish))
 
 
 _PLAIN = CloneSpec()
@@ -155,10 +164,10 @@ async def start_clone(
 ) -> GuestRecord:
     """Start one clone, until it has a name and identity of its own, as far as it can have one.
 
-    Nothing can be told to a bare machine: its clones are alike.
-    It is handed out with its ``batch``; without one, at once. Raises AlreadyExists if the name is
-    taken, InUse if a port is, StoreDamaged, GuestFailed, AgentFailed, Incompatible, and what it
-    cannot be fitted with (fitting.py).
+    Its VMM is one that was prepared (pool.py), if there is one. Nothing can be told to a bare
+    machine: its clones are alike. It is handed out with its ``batch``; without one, at once. Raises
+    AlreadyExists if the name is taken, InUse if a port is, StoreDamaged, GuestFailed, AgentFailed,
+    Incompatible, and what it cannot be fitted with (fitting.py).
     """
     _require_possible(host, source, spec)
     require_free(spec.publish)
@@ -166,10 +175,71 @@ async def start_clone(
     require_mergeable(source.domain, merge=spec.merge)
     wanted = [source.artifact.name, *segment_names(source.placed)]
     host.store.require_access(wanted, name, source.domain)
+    with host.starting(batch) as mine:
+        async with _running(host, source, name, spec, mine) as (folder, vmm, record):
+            if source.config.agent:
+                card = Card(record.mac, record.address) if record.mac else None
+                who = new_identity(name, card, machine_id=source.config.machine_id)
+                address = await unless_ended(vmm, identity.become(folder.path, who))
+                record = replace(record, address=address)
+            folder.write(record)
+            record = await unless_ended(vmm, fit(host, mine, folder, record, spec.fitting))
+            return handed_out(folder, vmm, record, began)
+
+
+async def prepare_clone(host: Host, source: Template, name: str, batch: Batch) -> GuestRecord:
+    """A VMM that is to become a clone some time (pool.py): the saved state is loaded, and it waits.
+
+    Raises as `start_clone`.
+    """
+    async with _launched(host, source, name, _PLAIN, batch, runs=False) as (folder, vmm, record):
+        folder.set_aside(record)
+        vmm.detach()
+        return record
+
+
+_Up = tuple[GuestFolder, Vmm, GuestRecord]
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    host: Host, source: Template, name: str, spec: CloneSpec, batch: Batch
+) -> AsyncIterator[_Up]:
+    """A clone that runs on as what was saved; on any error its VMM is ended."""
+    if spec.can_be_prepared:
+        with host.taking(source.artifact.digest, name, batch) as prepared:
+            if prepared:
+                async with _woken(*prepared, spec) as up:
+                    yield up
+                return
+    async with _launched(host, source, name, spec, batch, runs=True) as up:
+        yield up
+
+
+@contextlib.asynccontextmanager
+async def _woken(folder: GuestFolder, record: GuestRecord, spec: CloneSpec) -> AsyncIterator[_Up]:
+    """Let a prepared VMM run."""
+    try:
+        argv = process.cmdline(record.pid)
+        vmm = Vmm(record.pid, folder.path, argv, listener=record.listener)
+    except (NotFound, ProcessLookupError) as error:
+        raise GuestFailed("QEMU ended while it waited", hint="try again") from error
+    async with or_killed(vmm):
+        async with connect(folder.path / "monitor.sock") as monitor:
+            await forward(monitor, spec.publish)
+            await monitor.execute("cont")
+            ports = await published(monitor, spec.publish)
+        yield folder, vmm, replace(record, name=folder.name, publish=ports)
+
+
+@contextlib.asynccontextmanager
+async def _launched(
+    host: Host, source: Template, name: str, spec: CloneSpec, batch: Batch, *, runs: bool
+) -> AsyncIterator[_Up]:
+    """A new VMM with the saved state."""
     with (
         new_card(host, spec.bridge, spec.publish, network=source.config.network) as card,
-        host.starting(batch) as mine,
-        host.claim(name, [source.artifact.digest], mine) as (folder, lease),
+        host.claim(name, [source.artifact.digest], batch) as (folder, lease),
     ):
         # Not before it is leased: another command may remove it until then.
         _require_state(source.artifact)
@@ -181,11 +251,9 @@ async def start_clone(
             async with connect(folder.path / "monitor.sock") as monitor:
                 with source.artifact.layer("state").path.open("rb") as state:
                     await monitor.incoming(state.fileno())
+                if runs:
+                    await monitor.execute("cont")
                 ports = await published(monitor, spec.publish)
-            address = ""
-            if source.config.agent:
-                who = new_identity(name, card, machine_id=source.config.machine_id)
-                address = await unless_ended(vmm, identity.become(folder.path, who))
             record = noted(
                 folder,
                 vmm,
@@ -199,11 +267,10 @@ async def start_clone(
                 ram_path=str(source.ram),
                 publish=ports,
                 card=card,
-                address=address,
+                address=card.address if card else "",
                 bridge=spec.bridge,
             )
-            record = await unless_ended(vmm, fit(host, mine, folder, record, spec.fitting))
-            return handed_out(folder, vmm, record, began)
+            yield folder, vmm, record
 
 
 def _require_possible(host: Host, source: Template, spec: CloneSpec) -> None:

@@ -18,15 +18,26 @@ from onecopy.store.lease import Lease, LeaseRecord
 
 def hold(layout: Layout, digests: Sequence[str], holder: str, info: Mapping[str, str]) -> Lease:
     """A holder's first lease; the store's lock is held."""
-    path = lease.path_of(layout, holder)
-    if is_held(path):
+    _free(layout, holder)
+    record = _record(layout, digests, holder, info)
+    return lease.create(layout, record, lease.path_of(layout, holder))
+
+
+def rename(layout: Layout, holder: str, name: str) -> None:
+    """Let a holder have another name; the store's lock is held."""
+    _free(layout, name)
+    lease.rename(layout, holder, name)
+
+
+def _free(layout: Layout, holder: str) -> None:
+    """Make room for a new holder; raise AlreadyExists."""
+    if is_held(lease.path_of(layout, holder)):
         raise AlreadyExists(
             f"{holder} runs already", hint="choose another name, or `onecopy stop` it"
         )
     if lease.remains(layout, holder):
         # Writing over it would hide that its blobs may go.
         collect.sweep(layout)
-    return lease.create(layout, _record(layout, digests, holder, info), path)
 
 
 def extend(layout: Layout, digests: Sequence[str], holder: str) -> Lease:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 import msgspec
+from msgspec.structs import replace
 
 from onecopy.host.lock import is_held
 from onecopy.store import oci
@@ -31,8 +32,9 @@ PIN = "pinned-"
 class LeaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a lease file says.
 
-    ``digests`` are manifests, ``blobs`` all that these need (themselves included), ``info`` is
-    whatever the holder wants to be known by.
+    ``holder`` is the file's name, whoever the lease was made for (`rename`). ``digests`` are
+    manifests, ``blobs`` all that these need (themselves included), ``info`` is whatever the holder
+    wants to be known by.
     """
 
     holder: str
@@ -114,6 +116,13 @@ def create(layout: Layout, record: LeaseRecord, path: Path) -> Lease:
     return lease
 
 
+def rename(layout: Layout, holder: str, name: str) -> None:
+    """Let a holder without further leases have another name; the store's lock is held."""
+    folder = layout.leases
+    (folder / f"{holder}{_FILES}").rename(folder / f"{name}{_FILES}")
+    path_of(layout, holder).rename(path_of(layout, name))
+
+
 def scan(layout: Layout) -> tuple[list[LeaseRecord], list[Path]]:
     """The leases that are held now, by holder, and the files of those that are not.
 
@@ -157,4 +166,6 @@ def _read(path: Path) -> LeaseRecord | None:
     except FileNotFoundError:
         # Its holder ended and it was swept since we looked.
         return None
-    return oci.decode(data, LeaseRecord, path, "stop the guest of that name, then delete the file")
+    hint = "stop the guest of that name, then delete the file"
+    record = oci.decode(data, LeaseRecord, path, hint)
+    return replace(record, holder=path.stem.partition("+")[0])

@@ -200,6 +200,12 @@ class Store:
         with file_errors(self.root), self._layout.locked():
             return holding.hold(self._layout, artifact_digests, holder, info or {})
 
+    def rename_holder(self, holder: str, name: str) -> None:
+        """Let a holder that has extended nothing have another name; raise AlreadyExists."""
+        check_name(name)
+        with file_errors(self.root), self._layout.locked():
+            holding.rename(self._layout, holder, name)
+
     def extend(self, holder: str, artifact_digests: Sequence[str]) -> Lease:
         """A further lease for a holder; raises as `hold`, and NotFound if it has no first one."""
         with file_errors(self.root), self._layout.locked():

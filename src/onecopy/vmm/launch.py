@@ -37,19 +37,21 @@ _KILLED = (
 
 
 class Vmm:
-    """A QEMU process that we started; ``pid`` stays ours until wait() or detach()."""
+    """A QEMU process while we have to do with it, until kill() or detach()."""
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        pid: int,
         folder: Path,
         argv: Sequence[str],
+        process: subprocess.Popen[bytes] | None = None,
         answers: Answers | None = None,
         listener: int | None = None,
     ) -> None:
-        self.pid = process.pid
-        # Also of a process that has ended: it is ours to wait for.
-        self.start_ticks = stat(process.pid).start_ticks
+        """One that we started (``process``), or any other; raise ProcessLookupError."""
+        self.pid = pid
+        self._pidfd: int | None = os.pidfd_open(pid)
+        self.start_ticks = stat(pid).start_ticks
         self.folder = folder
         self.argv = tuple(argv)
         self._process = process
@@ -57,41 +59,53 @@ class Vmm:
         self.listener = listener
         self._answers = answers
 
-    async def wait(self, timeout: float | None = None) -> int | None:
-        """Wait up to ``timeout`` seconds for the end; return the exit code or None."""
-        if self._process.poll() is not None:
-            return self._process.returncode
-        pidfd = os.pidfd_open(self.pid)
+    async def wait(self, timeout: float | None = None) -> bool:
+        """Wait up to ``timeout`` seconds for the end; whether it has ended."""
+        if self._pidfd is None:
+            return True
+        # Another task may be waiting, too.
+        pidfd = os.dup(self._pidfd)
         try:
-            if not await wait_for_end(pidfd, timeout):
-                return None
+            ended = await wait_for_end(pidfd, timeout)
         finally:
             os.close(pidfd)
-        return self._process.wait()
+        if ended and self._process:
+            self._process.wait()
+        return ended
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code once it has ended; None before, and of one that we did not start."""
+        return self._process.poll() if self._process else None
 
     async def kill(self) -> None:
         """End the process, unasked."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGKILL)
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         await self.wait()
         self._let_go()
 
     def detach(self) -> None:
         """Let the process live on without us; or let go of one that has just ended."""
-        if self._process.poll() is None:
+        if self._process and self._process.poll() is None:
             # Popen would warn that it is still running.
             self._process.returncode = 0
             reap.adopt(self.pid)
         self._let_go()
 
     def _let_go(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
         if self._answers:
             self._answers.close()
 
     async def failed(self, error: GuestFailed) -> GuestFailed:
         """End the process; return ``error`` with what QEMU and the guest's console printed."""
         # What broke may be that it is just ending.
-        returncode = await self.wait(_ENDING)
+        await self.wait(_ENDING)
+        returncode = self.returncode
         await self.kill()
         hint = _KILLED if returncode == -signal.SIGKILL else error.hint or _PRINTED
         return GuestFailed(
@@ -150,7 +164,8 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         if started.listener is not None:
             answers = Answers(files.asked)
             answers.serve(started.listener)
-    return Vmm(started.process, spec.folder, command(hardware, spec), answers, started.listener)
+    process, argv = started.process, command(hardware, spec)
+    return Vmm(process.pid, spec.folder, argv, process, answers, started.listener)
 
 
 @contextlib.contextmanager

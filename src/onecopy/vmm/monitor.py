@@ -48,15 +48,13 @@ class Monitor:
         return str(await self.execute("human-monitor-command", {"command-line": line}))
 
     async def incoming(self, state_fd: int) -> None:
-        """Load a saved state from a descriptor of ours, and run the guest."""
+        """Load a saved state from a descriptor of ours; the guest does not run yet."""
         with self.client.listener("MIGRATION") as progress:
             await self._capabilities("events")
             await self.give_fd(state_fd, "state")
             await self.execute("migrate-incoming", {"uri": "fd:state"})
             while await self._next(progress) != "completed":
                 pass
-        # It was saved stopped, and so it is loaded.
-        await self.execute("cont")
 
     async def _next(self, progress: EventListener) -> str:
         """The next state of a migration; raise GuestFailed if it fails (then QEMU just ends)."""

@@ -1,0 +1,185 @@
+"""Prepared guests: what becomes of them, whoever takes them, replaces them, or is killed meanwhile.
+
+Proof that a guest was prepared is its VMM, which was there before; that it is one, its own answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onecopy.build.segment import build_segment
+from onecopy.errors import AlreadyExists
+from onecopy.guest import pool
+from onecopy.guest.fitting import Fitting
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.model import Reference, parse_mount
+from onecopy.store import Artifact
+from tests.vm.conftest import RunIn, vmms
+from tests.vm.test_leases import ONECOPY, left, run_command
+
+
+@pytest.fixture
+def empty(host: Host) -> Iterator[dict[str, list[str]]]:
+    """What there is before the test; afterwards there is no more."""
+    before = left(host)
+    yield before
+    host.end(*host.guests(), *host.prepared())
+    for each in pool.pools(host):
+        pool.remove(host, Reference.parse(each.system))
+    assert left(host) == before
+
+
+def prepared(host: Host, saved: Artifact, size: int) -> set[int]:
+    """Prepare so many; the process ids of their VMMs."""
+    ready = asyncio.run(pool.resize(host, saved, size)).ready
+    assert len(ready) == size
+    return {record.pid for record in ready}
+
+
+def clone(host: Host, saved: Artifact, name: str, spec: CloneSpec) -> GuestRecord:
+    return asyncio.run(start_clone(host, template(host, saved), name, spec))
+
+
+def answer(guest: GuestRecord) -> str:
+    url = f"http://127.0.0.1:{guest.publish[0][0]}/"
+    with urllib.request.urlopen(url, timeout=60) as reply:
+        return str(reply.read().decode().strip())
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("empty")
+def test_a_prepared_guest_is_like_any_other(
+    host: Host, saved: Artifact, run_in: RunIn, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("of a further segment")
+    build_segment(host.store, Reference("further"), f"dir:{tmp_path}")
+    pids = prepared(host, saved, 2)
+    assert not host.guests()
+    spec = CloneSpec(
+        publish=((0, 80),),
+        fitting=Fitting(segments=(parse_mount("further:/mnt"),)),
+    )
+    guests = [clone(host, saved, f"quick-{number}", spec) for number in range(3)]
+    assert {guest.pid for guest in guests[:2]} == pids
+    assert guests[2].pid not in pids
+    assert [answer(guest) for guest in guests] == [guest.name for guest in guests]
+    assert host.store.users(saved.digest) == [guest.name for guest in guests]
+    own = [
+        run_in(guest, "sh", "-c", "cat /sys/class/net/eth0/address /proc/sys/kernel/hostname").text
+        for guest in guests
+    ]
+    assert own == [f"{guest.mac}\n{guest.name}\n" for guest in guests]
+    assert len({guest.mac for guest in guests}) == len({guest.address for guest in guests}) == 3
+    # The first two were given it as files of theirs, in folders that have other names now.
+    for guest in guests:
+        assert run_in(guest, "cat", "/mnt/file").text == "of a further segment"
+    assert run_command("stop", *[guest.name for guest in guests]).returncode == 0
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_pool_fills_again_when_half_is_taken(host: Host, saved: Artifact) -> None:
+    pids = prepared(host, saved, 2)
+    assert run_command("run", saved.name, "--name", "first").returncode == 0
+    deadline = time.monotonic() + 120
+    while (ready := len(host.prepared())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ready == 2
+    (taken,) = (guest for guest in host.guests())
+    assert taken.pid in pids
+    assert run_command("pool").stdout.split()[-3:] == [saved.ref, "2", "2"]
+    report = run_command("report").stdout
+    assert all(record.name in report for record in host.prepared())
+    assert run_command("pool", saved.name, "0").returncode == 0
+    assert vmms(host) == [taken.pid]
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_killed_one_is_replaced(host: Host, saved: Artifact) -> None:
+    (pid,) = prepared(host, saved, 1)
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    while host.prepared():
+        time.sleep(0.01)
+    os.close(pidfd)
+    host.sweep()
+    guest = clone(host, saved, "after", CloneSpec(publish=((0, 80),)))
+    assert guest.pid != pid
+    assert answer(guest) == "after"
+    asyncio.run(pool.fill(host))
+    assert len(host.prepared()) == 1
+
+
+@pytest.mark.usefixtures("empty")
+def test_what_was_replaced_or_removed_is_not_kept(host: Host, saved: Artifact) -> None:
+    name = Reference("pooled")
+    host.store.tag(Reference.parse(saved.ref), name)
+    prepared(host, host.store.resolve(name), 1)
+    done = run_command("rm", str(name))
+    assert done.returncode == 0, done.stderr
+    assert not host.prepared()
+    assert not pool.pools(host)
+    assert run_command("pool", "pooled", "1").returncode == 3
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_name_that_is_taken_costs_nothing(host: Host, saved: Artifact) -> None:
+    prepared(host, saved, 1)
+    guest = clone(host, saved, "one", CloneSpec())
+    prepared(host, saved, 1)
+    with pytest.raises(AlreadyExists):
+        clone(host, saved, guest.name, CloneSpec())
+    assert len(host.prepared()) == 1
+
+
+# Dies by itself where it would rename for the NUMBERth time, or after all that.
+_KILLED = """
+import os, sys
+from pathlib import Path
+from onecopy.guest.host import Host
+
+host, digest, left = Host.open(), sys.argv[1], int(sys.argv[2])
+rename = Path.rename
+def dying(self, target):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), 9)
+    return rename(self, target)
+with host.batch() as batch:
+    Path.rename = dying
+    with host.taking(digest, "half", batch) as taken:
+        assert taken
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 9])
+def test_killed_while_it_takes_one(
+    host: Host, saved: Artifact, empty: dict[str, list[str]], number: int
+) -> None:
+    prepared(host, saved, 1)
+    done = subprocess.run([sys.executable, "-c", _KILLED, saved.digest, str(number)])
+    assert done.returncode == -signal.SIGKILL
+    assert run_command("ps").returncode == 0
+    assert left(host) == empty
+
+
+def test_killed_while_it_fills(host: Host, saved: Artifact, empty: dict[str, list[str]]) -> None:
+    with subprocess.Popen([*ONECOPY, "pool", saved.name, "8"], stderr=subprocess.PIPE) as command:
+        while len(vmms(host)) < len(empty["vmms"]) + 2:
+            assert command.poll() is None
+        command.kill()
+    assert run_command("ps").returncode == 0
+    assert left(host) == empty
