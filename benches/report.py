@@ -135,13 +135,18 @@ def _starts(starts: Starts) -> str:
         [f"saved system: until {MOMENTS[key]}", starts.moments[key]]
         for key in ("running", "handed out", "answered")
     ]
-    rows.append(["the command `onecopy run SYSTEM`: until it exits", starts.command])
+    rows += [
+        ["the command `onecopy run SYSTEM`: until it exits", starts.command],
+        ["prepared (`onecopy pool`): until the guest is the user's", starts.prepared["handed out"]],
+        [f"prepared: until {MOMENTS['answered']}", starts.prepared["answered"]],
+        ["prepared: the command, until it exits", starts.prepared_command],
+    ]
     cells = [
         [str(name), *_quartiles(spread), f"{spread.median / starts.bare.median:.2f}"]
         for name, spread in rows
         if isinstance(spread, Spread)
     ]
-    head = ["from spawning QEMU", "median ms", "min-max ms", "times bare QEMU"]
+    head = ["from spawning QEMU, or asking", "median ms", "min-max ms", "times bare QEMU"]
     return _table(head, cells) + f"\n\n{len(starts.bare.values)} of each, in turn."
 
 

@@ -1,11 +1,12 @@
 """How long one start takes: a bare `qemu -S`, a guest from the saved system, and the command.
 
-All three in turn, so that a busy moment of the host hits all. The clone is the real start_clone(),
+All in turn, so that a busy moment of the host hits all. The clone is the real start_clone(),
 its phases seen from outside. Not here: booted guests (kinds.py).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -23,6 +24,7 @@ from benches.figures import Spread
 from benches.kinds import new_name
 from benches.setup import Setup, without_network
 from onecopy.guest import begin, identity, start
+from onecopy.guest.folder import POOL
 from onecopy.guest.ports import Ports
 from onecopy.run import environment
 from onecopy.vmm.launch import launch
@@ -58,12 +60,17 @@ class Starts:
     """The same, each from the one before."""
     command: Spread
     """`onecopy run SYSTEM` until it exits, the start of Python included."""
+    prepared: dict[str, Spread]
+    """As ``moments``, of a clone that was prepared (`onecopy pool`), from when it is asked for."""
+    prepared_command: Spread
+    """As ``command``, of a clone that was prepared."""
 
 
 async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) -> Starts:
     """``count`` of each, in turn; the first of each, which warms the host, is left out."""
     lonely = await without_network(setup, tell)
-    empty, bare, alone, command, clones = [], [], [], [], []
+    empty, bare, alone, clones, command = [], [], [], [], []
+    prepared, prepared_command = [], []
     for number in range(count + 1):
         tell(f"one start, {number} of {count}")
         empty.append(_bare(setup, ["-machine", "none"]))
@@ -71,6 +78,10 @@ async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) 
         alone.append(await _clone(setup, lonely))
         clones.append(await _clone(setup, setup.saved, ((0, 80),)))
         command.append(_command(setup))
+        await _prepare_one(setup)
+        prepared.append(await _clone(setup, setup.saved, ((0, 80),)))
+        await _prepare_one(setup)
+        prepared_command.append(_command(setup))
     steps = [dict(_steps(clone)) for clone in clones[1:]]
     return Starts(
         empty=Spread.of(empty[1:]),
@@ -79,7 +90,18 @@ async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) 
         moments=_spreads(clones[1:]),
         phases=_spreads(steps),
         command=Spread.of(command[1:]),
+        prepared=_spreads(prepared[1:]),
+        prepared_command=Spread.of(prepared_command[1:]),
     )
+
+
+async def _prepare_one(setup: Setup) -> None:
+    """One prepared clone, and no pool that is filled again."""
+    with setup.host.batch() as batch:
+        await start.prepare_clone(setup.host, setup.saved, f"{POOL}bench", batch)
+        batch.hand_out()
+    # QEMU frees what it needed to load the state a little later.
+    await asyncio.sleep(1)
 
 
 def _spreads(clones: list[dict[str, float]]) -> dict[str, Spread]:
@@ -136,6 +158,7 @@ async def _clone(setup: Setup, system: start.Template, publish: Ports = ()) -> d
     """The moments of one clone; the last only if it publishes a port."""
     name = new_name()
     with _watched() as marks:
+        asked = time.monotonic()
         record = await start.start_clone(setup.host, system, name, start.CloneSpec(publish=publish))
         marks["handed out"] = time.monotonic()
     try:
@@ -144,7 +167,8 @@ async def _clone(setup: Setup, system: start.Template, publish: Ports = ()) -> d
             marks["answered"] = time.monotonic()
     finally:
         setup.host.end(record)
-    return {key: marks[key] - marks["spawn"] for key in MOMENTS if key in marks}
+    began = marks.get("spawn", asked)
+    return {key: marks[key] - began for key in MOMENTS if key in marks}
 
 
 @contextlib.contextmanager

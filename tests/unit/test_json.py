@@ -26,6 +26,7 @@ from onecopy.guest.folder import Attached, Device, GuestDisk, run_root
 from onecopy.guest.machine import MappedSegment, SystemConfig
 from onecopy.guest.many import Started
 from onecopy.guest.pinning import Pinned
+from onecopy.guest.pool import Pool
 from onecopy.guest.warming import Warmed
 from onecopy.sharing import report
 from onecopy.sharing.account import GuestAccount, SegmentUse
@@ -64,6 +65,7 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "ps: disk of a guest": _struct(GuestDisk),
         "disks: disk": [field.name for field in fields(OwnDisk)],
         "ls: artifact": list(describe(store, artifact)),
+        "pool: pool": [field.name for field in fields(Pool)],
         "warm: blob": [field.name for field in fields(Warmed)],
         "warm: pinned": [field.name for field in fields(Pinned)],
         "inspect: artifact": [key for key in full if key not in describe(store, artifact)],

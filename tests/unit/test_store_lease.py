@@ -53,6 +53,26 @@ def test_a_guest_holds_its_lease_until_it_is_killed(tmp_path: Path) -> None:
     assert check_whole(tmp_path) == {}
 
 
+def test_a_holder_gets_another_name(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    artifact = put(store)
+    lease = store.hold([artifact.digest], "pool.1")
+    (lease.files / "mark").touch()
+    with guest(lease), guest(store.hold([artifact.digest], "web-1")):
+        with pytest.raises(AlreadyExists):
+            store.rename_holder("pool.1", "web-1")
+        store.rename_holder("pool.1", "web-2")
+        Store(tmp_path)
+        assert store.users(artifact.digest) == ["web-1", "web-2"]
+        assert store.is_held("web-2")
+        assert not store.is_held("pool.1")
+        assert (tmp_path / "leases/web-2.files/mark").exists()
+        with store.extend("web-2", [artifact.digest]):
+            assert store.held("web-2") == [artifact, artifact]
+    Store(tmp_path)
+    assert list((tmp_path / "leases").iterdir()) == []
+
+
 def test_a_lease_without_a_guest_ends_with_its_process(tmp_path: Path) -> None:
     store = Store(tmp_path)
     artifact = put(store)

@@ -17,9 +17,12 @@ import pytest
 from onecopy.errors import InvalidInput, NotFound, NotPermitted
 from onecopy.guest.host import Host
 from onecopy.guest.many import start_many
+from onecopy.guest.save import save_guest
 from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.host.tap import open_tap
+from onecopy.model import Reference
 from onecopy.store import Artifact
+from onecopy.vmm.argv import NAME_SERVER
 from tests.conftest import cannot_run
 from tests.unit.other_user import as_nobody
 from tests.vm.conftest import Cold, RunIn
@@ -81,6 +84,34 @@ def test_clones_in_a_bridge(host: Host, saved: Artifact, bridge: str, run_in: Ru
         for guest in guests:
             host.end(guest)
     assert not ports(bridge)
+
+
+def test_cold_guests_in_a_bridge(
+    cold: Cold, busybox_root: Artifact, bridge: str, run_in: RunIn
+) -> None:
+    guest = cold(busybox_root, bridge=bridge, command="")
+    assert guest.address.startswith(f"{NET}.")
+    shown = run_in(guest, "busybox", "ifconfig", "eth0").text
+    assert f"inet addr:{guest.address} " in shown
+    done = run_in(guest, "busybox", "ping", "-c", "1", f"{NET}.1")
+    assert done.exit_code == 0, done
+
+
+def test_a_system_that_was_saved_in_a_bridge(
+    host: Host, cold: Cold, busybox_root: Artifact, bridge: str, run_in: RunIn
+) -> None:
+    """Its clones in a network of their own keep nothing of what DHCP gave."""
+    guest = cold(busybox_root, bridge=bridge, command="")
+    saved = asyncio.run(save_guest(host, Reference("bridged"), guest.name)).artifact
+    clone = asyncio.run(start_clone(host, template(host, saved), "homely"))
+    try:
+        assert not clone.address.startswith(f"{NET}.")
+        assert f"inet addr:{clone.address} " in run_in(clone, "busybox", "ifconfig", "eth0").text
+        servers = run_in(clone, "busybox", "cat", "/etc/resolv.conf").text
+        assert servers.split() == ["nameserver", str(NAME_SERVER)]
+        assert "udhcpc" not in run_in(clone, "busybox", "ps").text
+    finally:
+        host.end(clone)
 
 
 def test_an_ordinary_user_and_a_bridge(bridge: str) -> None:

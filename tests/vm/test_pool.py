@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import onecopy
 from onecopy.build.segment import build_segment
 from onecopy.errors import AlreadyExists
 from onecopy.guest import pool
@@ -183,3 +184,17 @@ def test_killed_while_it_fills(host: Host, saved: Artifact, empty: dict[str, lis
         command.kill()
     assert run_command("ps").returncode == 0
     assert left(host) == empty
+
+
+@pytest.mark.usefixtures("empty")
+def test_from_python(host: Host, saved: Artifact) -> None:
+    with onecopy.Host(host.store.root) as mine:
+        assert mine.pool(saved.ref, 2) == 2
+        pids = {record.pid for record in host.prepared()}
+        with mine.start(saved.ref, 2) as guests:
+            assert {guest.record.pid for guest in guests} == pids
+            assert [guest.exec(["hostname"]).text.strip() for guest in guests] == [
+                guest.name for guest in guests
+            ]
+        assert mine.pool(saved.ref, 0) == 0
+    assert not host.prepared()

@@ -37,6 +37,7 @@ _FAILURES = {
     "random": "re-seed its kernel's random numbers",
     "keys": "make SSH host keys of its own",
     "hook": "run what was given with --on-clone",
+    "renew": "run what makes it another machine",
 }
 
 

@@ -143,10 +143,10 @@ static int fail(char *what, char *details)
     return 0;
 }
 
-/* Run renew, which says itself what it could not do; return whether it ended well. */
-static int renew(char *verb, char *one, char *two)
+/* Run renew; return its exit code. */
+static int run(char *verb, char *argument)
 {
-    char *argv[] = {"sh", TOOLS "/renew", verb, one, two, 0};
+    char *argv[] = {"sh", TOOLS "/renew", verb, argument, 0};
     char *env[] = {"PATH=" TOOLS "/applets", "HOME=/root", 0};
     int status = 0;
     long child = call(SYS_fork);
@@ -156,7 +156,14 @@ static int renew(char *verb, char *one, char *two)
         call(SYS_exit, 127);
     }
     call(SYS_wait4, child, &status, 0, 0);
-    return child > 0 && !status;
+    return child > 0 ? status >> 8 | status & 127 : 127;
+}
+
+/* The same, for what is to be done; if it was not, that has been said. */
+static int renew(char *verb, char *argument)
+{
+    int code = run(verb, argument);
+    return code > 1 ? fail("renew", verb) : !code;
 }
 
 static void reopen(int *fd, char *path, int flags)
@@ -177,7 +184,7 @@ static void prepare(void)
     }
     reopen(&messages, "/dev/kmsg", O_RDONLY | O_NONBLOCK);
     call(SYS_lseek, messages, 0, SEEK_END);
-    more = renew("prepare", "", "");
+    more = !run("prepare", "");
     say("prepared\n");
 }
 
@@ -219,7 +226,7 @@ static int network(char *name, char *mac, char *settings, char *mac_end, char *a
     if (call(SYS_ioctl, sock, SIOCSIFHWADDR, &eth0))
         return fail("network", "eth0 does not take its hardware address");
     if (starts(settings, "dhcp")) {
-        if (!renew("dhcp", name, ""))
+        if (!renew("dhcp", name))
             return 0;
     } else {
         char *address = word(&settings), *mask = word(&settings), *gateway = word(&settings);
@@ -227,7 +234,7 @@ static int network(char *name, char *mac, char *settings, char *mac_end, char *a
             return fail("network", "eth0 does not take its IP address");
         if (!route(gateway))
             return fail("network", "it takes no route to its gateway");
-        if (more && !renew("address", word(&settings), ""))
+        if (more && !renew("address", word(&settings)))
             return 0;
     }
     if (call(SYS_ioctl, sock, SIOCGIFADDR, &eth0))
@@ -299,7 +306,7 @@ static void obey(char *rest)
         prepare();
     else if (starts(verb, "rehearse"))
         become(rest, 0);
-    else if (starts(verb, "be") && become(rest, 1) && (!more || renew("all", "", "")))
+    else if (starts(verb, "be") && become(rest, 1) && (!more || renew("all", "")))
         say("ready\n");
 }
 
