@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benches.batches import measure_batches
 from benches.firstguest import measure_first_guests
 from benches.firststart import measure_first_starts
 from benches.idle import measure_idle
@@ -27,7 +28,7 @@ from onecopy.guest.host import Host
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
-PARTS = ("starts", "programs", "first", "kinds", "idle")
+PARTS = ("starts", "batches", "programs", "first", "kinds", "idle")
 #: Only when asked for: they need a large root, and nearly all of the host.
 FURTHER = ("layout", "many")
 
@@ -47,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--guests", type=int, default=4, help="guests of each kind (default: 4)")
     parser.add_argument("--starts", type=int, default=21, help="single starts (default: 21)")
+    parser.add_argument("--batch", type=int, default=32, help="clones at once (default: 32)")
     parser.add_argument("--idle", type=int, default=16, help="idle clones (default: 16)")
     parser.add_argument("--root", type=Reference.parse, help="a Debian root with python3 to use")
     parser.add_argument("--programs", type=int, default=3, help="first starts of a program")
@@ -57,7 +59,7 @@ def _arguments() -> argparse.Namespace:
         help="before each of them drop the whole host's page cache, and not only the blobs",
     )
     parser.add_argument("--layouts", type=int, default=3, help="guests of each layout (default: 3)")
-    parser.add_argument("--many", type=int, default=400, help="clones at once (default: 400)")
+    parser.add_argument("--many", type=int, default=400, help="clones of `many` (default: 400)")
     parser.add_argument("--quick", action="store_true", help="2 guests, 3 starts, 1 program")
     parser.add_argument("--no-ksm", action="store_true", help="leave the host's KSM alone")
     parser.add_argument("--accel", choices=list(Choice), default=Choice.AUTO, type=Choice)
@@ -67,8 +69,8 @@ def _arguments() -> argparse.Namespace:
     if arguments.quick:
         arguments.guests, arguments.starts, arguments.programs, arguments.idle = 2, 3, 1, 2
         arguments.first = arguments.layouts = 1
-        arguments.many = 8
-    once = ("starts", "programs", "first", "layouts", "many")
+        arguments.many = arguments.batch = 8
+    once = ("starts", "batch", "programs", "first", "layouts", "many")
     if min(arguments.guests - 1, *(getattr(arguments, each) for each in once)) < 1:
         parser.error("at least 2 guests, and 1 of everything else")
     return arguments
@@ -99,6 +101,8 @@ async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:
     report = Report(machine_facts(setup))
     if "starts" in wanted:
         report.starts = await measure_starts(setup, arguments.starts, _tell)
+    if "batches" in wanted:
+        report.batches = await measure_batches(setup, arguments.batch, _tell)
     if "programs" in wanted:
         report.programs = await measure_first_starts(setup, arguments.programs, _tell)
     if "first" in wanted:

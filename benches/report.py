@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benches.batches import Batches
 from benches.figures import Kind, Spread
 from benches.firstguest import WAYS, FirstGuests
 from benches.firststart import FirstStart
@@ -40,6 +41,7 @@ class Report:
 
     machine: dict[str, str]
     starts: Starts | None = None
+    batches: Batches | None = None
     programs: dict[str, FirstStart] | None = None
     first: FirstGuests | None = None
     kinds: Results | None = None
@@ -66,6 +68,8 @@ class Report:
         if self.starts:
             parts.append("### One start\n\n" + _starts(self.starts))
             parts.append("### The phases of one start\n\n" + _phases(self.starts))
+        if self.batches:
+            parts.append("### Many at once\n\n" + _batches(self.batches))
         if self.programs:
             parts.append(
                 "### First start of a program in a guest\n\n" + _first_starts(self.programs)
@@ -153,6 +157,17 @@ def _starts(starts: Starts) -> str:
 def _phases(starts: Starts) -> str:
     rows = [[f"until {text}", *_quartiles(starts.phases[key])] for key, text in MOMENTS.items()]
     return _table(["from the line before", "median ms", "min-max ms"], rows)
+
+
+def _batches(batches: Batches) -> str:
+    cold, number = batches.extrapolated, batches.guests
+    rows = [
+        [f"booted, {batches.cold_guests} guests", _s(batches.cold), ""],
+        [f"booted, {number} guests (extrapolated)", _s(cold), "1.0"],
+        [f"{number} clones", _s(batches.saved), f"{cold / batches.saved:.1f}"],
+        [f"{number} prepared clones", _s(batches.prepared), f"{cold / batches.prepared:.1f}"],
+    ]
+    return _table(["at once", "until all have answered over HTTP", "times faster"], rows)
 
 
 def _first_starts(kinds: dict[str, FirstStart]) -> str:
