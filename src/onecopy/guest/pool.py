@@ -149,12 +149,15 @@ def _sizes(host: Host) -> dict[str, int]:
 
 
 def _note(host: Host, ref: str, size: int) -> None:
+    path = host.run / _SIZES
     with host.locked():
         sizes = _sizes(host)
         sizes.pop(ref, None)
         if size:
             sizes[ref] = size
-        path = host.run / _SIZES
+        if not sizes:
+            path.unlink(missing_ok=True)
+            return
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(msgspec.json.encode(sizes))
         temporary.rename(path)

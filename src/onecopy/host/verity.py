@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 from pathlib import Path
-
-from onecopy.model import PAGE_SIZE
 
 _ENABLE = 0x40806685  # FS_IOC_ENABLE_VERITY: _IOW('f', 133, struct fsverity_enable_arg)
 _MEASURE = 0xC0046686  # FS_IOC_MEASURE_VERITY: _IOWR('f', 134, struct fsverity_digest)
@@ -43,7 +42,7 @@ def enable(path: Path) -> bool:
 
 
 def _enable(fd: int) -> None:
-    argument = struct.pack("=IIII24xQ", 1, _SHA256, PAGE_SIZE, 0, 0).ljust(128, b"\0")
+    argument = struct.pack("=IIII24xQ", 1, _SHA256, mmap.PAGESIZE, 0, 0).ljust(128, b"\0")
     mode = os.fstat(fd).st_mode
     # Whoever may not write the file may not do this either, not even its owner.
     os.fchmod(fd, mode | 0o200)
