@@ -85,7 +85,6 @@ def notes(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return build_segment(host.store, Reference("notes"), f"dir:{folder}")
 
 
-@pytest.mark.smoke
 def test_memory_segment_and_disk(
     host: Host, source: Template, fit: Fit, say: Say, notes: Artifact
 ) -> None:

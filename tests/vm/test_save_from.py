@@ -68,7 +68,6 @@ def test_a_clone_with_writes_of_its_own(
     assert done.stored < used * 1024 + 48 * MIB
 
 
-@pytest.mark.smoke
 def test_a_booted_guest(
     host: Host, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
 ) -> None:

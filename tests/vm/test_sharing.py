@@ -197,7 +197,6 @@ def test_a_first_start_reads_and_caches_no_program(two: list[GuestRecord], run_i
     assert (after - before) * PAGE_SIZE > 6 * MIB
 
 
-@pytest.mark.smoke
 def test_a_first_start_in_a_clone_reads_nothing_at_all(
     host: Host, python_root: Artifact, run_in: RunIn
 ) -> None:

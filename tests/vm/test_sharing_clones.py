@@ -68,7 +68,6 @@ def holds(guest: GuestRecord, token: bytes) -> bool:
     return token in physical.ram_bytes(guest, 0, guest.memory)
 
 
-@pytest.mark.smoke
 def test_what_one_clone_writes_no_other_sees(
     host: Host, clones: Clones, run_in: RunIn, saved: Artifact, python_root: Artifact
 ) -> None:
