@@ -6,7 +6,6 @@ kernel never gets far. So the probe boots the kernel that guests will have.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import tempfile
@@ -27,6 +26,10 @@ from onecopy.vmm.user import new_user
 PROBE_TIMEOUT, PROBE_PATIENCE = 30.0, 150.0
 #: What the kernel prints when it reached user space: there is none in the probe.
 _SIGN = b"VFS: Unable to mount root fs"
+#: What QEMU says, and then stays, when KVM gives a guest up (accel/kvm/kvm-all.c).
+_GIVEN_UP = b"KVM internal error"
+#: Seconds between two looks at what was said.
+_LOOKS = 0.1
 
 
 class Choice(StrEnum):
@@ -107,16 +110,26 @@ def _probe(binary: str, kernel: Path) -> str:
         text = output.read()
     if _SIGN in text:
         return ""
-    lines = [line for line in text.decode(errors="replace").splitlines() if line.strip()]
-    said = lines[-1].strip() if lines else f"it printed nothing in {PROBE_TIMEOUT:g} s"
-    return f"a probe guest did not run under it ({said[:200]})"
+    return f"a probe guest did not run under it ({_why(text)[:200]})"
+
+
+def _why(text: bytes) -> str:
+    """The line of a probe guest's output that tells best why it came no further."""
+    lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
+    if not lines:
+        return f"it printed nothing in {PROBE_TIMEOUT:g} s"
+    # Registers follow, and the code at which it stood.
+    return next((line for line in lines if _GIVEN_UP.decode() in line), lines[-1])
 
 
 def _wait(process: subprocess.Popen[bytes], output: int) -> None:
     """Wait for the probe guest's end, as long as it gets any further."""
-    deadline, said = time.monotonic() + PROBE_PATIENCE, -1
-    while time.monotonic() < deadline and os.fstat(output).st_size > said:
-        said = os.fstat(output).st_size
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(PROBE_TIMEOUT)
+    begin = news = time.monotonic()
+    said = b""
+    while process.poll() is None and _GIVEN_UP not in said:
+        now, before = time.monotonic(), len(said)
+        said = os.pread(output, os.fstat(output).st_size, 0)
+        news = now if len(said) > before else news
+        if now - news > PROBE_TIMEOUT or now - begin > PROBE_PATIENCE:
             return
+        time.sleep(_LOOKS)
