@@ -27,18 +27,20 @@ def free_port() -> int:
         return port
 
 
-async def answered(port: int, name: str) -> None:
-    """Wait until the guest behind ``port`` answers that it is ``name``; raise NotReady."""
+async def answered(port: int, name: str, patience: float = 0.2) -> None:
+    """Wait until the guest behind ``port`` answers that it is ``name``; raise NotReady.
+
+    ``patience`` is how many seconds it is first given for an answer before it is asked anew.
+    """
     deadline = time.monotonic() + TIMEOUT
     # QEMU takes the connection at once and holds it until the guest is up: ask anew, often at
     # first, seldom once it is clear that the guest is slow.
-    patience = 0.2
     while time.monotonic() < deadline:
         try:
             async with asyncio.timeout(patience):
                 said = await _ask(port)
         except (TimeoutError, OSError, ValueError):
-            patience = min(patience * 1.03, 2.0)
+            patience = max(patience, min(patience * 1.03, 2.0))
             await asyncio.sleep(0.01)
         else:
             if said != name:

@@ -23,6 +23,9 @@ from onecopy.guest.many import start_many
 from onecopy.guest.ports import Ports
 
 _COLD = 8
+#: Seconds for an answer before a guest is asked anew. A clone's application listens when it is
+#: handed out, and each further question keeps all of them busier; a booting one may miss the first.
+_PATIENCE, _COLD_PATIENCE = 30.0, 1.0
 
 _Start = Callable[[str, Ports, Batch], Awaitable[GuestRecord]]
 
@@ -58,6 +61,7 @@ async def measure_batches(setup: Setup, count: int, tell: Callable[[str], None])
             name,
             batch,
         ),
+        _COLD_PATIENCE,
     )
 
     def clone(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
@@ -75,14 +79,14 @@ async def measure_batches(setup: Setup, count: int, tell: Callable[[str], None])
     return Batches(count, _COLD, cold, saved, ready)
 
 
-async def _batch(setup: Setup, count: int, starter: _Start) -> float:
+async def _batch(setup: Setup, count: int, starter: _Start, patience: float = _PATIENCE) -> float:
     ports = {new_name(): port for port in free_ports(count)}
     answers: list[asyncio.Task[None]] = []
 
     async def start_and_ask(name: str, batch: Batch) -> GuestRecord:
         record = await starter(name, ((ports[name], 80),), batch)
         # The next guest starts while this one answers.
-        answers.append(asyncio.create_task(answered(ports[name], name)))
+        answers.append(asyncio.create_task(answered(ports[name], name, patience)))
         return record
 
     began = time.monotonic()
