@@ -125,10 +125,10 @@ def undo(host: Host, records: Sequence[GuestRecord]) -> None:
 
 
 def _seen(result: GuestRecord | BaseException) -> GuestRecord | BaseException:
-    """What came of one: it may have ended, unseen, while others were still being started."""
+    """What came of one: it may have ended, unseen, before all had been started."""
     if isinstance(result, GuestRecord) and not exists(result.pid):
         return GuestFailed(
-            f"{result.name} ended again while others were being started",
+            f"the QEMU of {result.name} ended again before all had been started",
             hint="if the kernel was out of memory, which `dmesg` tells: start fewer",
         )
     return result
