@@ -256,7 +256,7 @@ class ProgramFailed(OnecopyError):
 
 
 class Interrupted(OnecopyError):
-    """Ctrl-C or SIGTERM; everything begun was undone."""
+    """Ctrl-C or SIGTERM: what was begun is undone; a name given just before stays, whole."""
 
     id = "interrupted"
     exit_code = 130

@@ -6,6 +6,7 @@ own crash tests, line by line (tests/unit/test_store_crash.py).
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -25,10 +26,13 @@ import pytest
 from onecopy import errors
 from onecopy.build.kernel import ensure_kernel
 from onecopy.build.tools import ensure_tools
-from onecopy.errors import OnecopyError
+from onecopy.errors import AgentFailed, OnecopyError
+from onecopy.guest.boot import run_cold
+from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.host import Host
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact, NewLayer, Store
+from onecopy.vmm.agent import Agent
 from tests.unit.store_kit import check_whole
 from tests.vm.conftest import ACCEL, vmms
 
@@ -81,7 +85,7 @@ def _nothing_left(host: Host, saved: Artifact, busybox_root: Artifact) -> Iterat
 
 
 def save(name: str, root: Artifact, *options: str) -> list[str]:
-    return ["save", name, "--root", root.ref, "--memory", "96M", *options]
+    return ["save", name, "--root", root.ref, "--memory", "128M", *options]
 
 
 def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
@@ -91,10 +95,25 @@ def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
     assert "correct --ready" in said
 
 
+def test_an_agent_that_stops_answering(
+    host: Host, busybox_root: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It would be 30 s.
+    monkeypatch.setattr(Agent.call, "__kwdefaults__", {"timeout": 5.0})
+    stop = "grep -q 'qemu-g[a]' $p/cmdline && kill -STOP ${p##*/}"
+    ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; false"
+    prepared = prepare_cold(
+        host, ColdSpec(Reference("busybox"), memory=128 * MIB, ready=ready, timeout=60)
+    )
+    with pytest.raises(AgentFailed, match="did not answer guest-") as caught:
+        asyncio.run(run_cold(host, prepared, "mute"))
+    assert "last words" in caught.value.message
+
+
 def test_a_guest_that_cannot_boot_in_time(busybox_root: Artifact) -> None:
     said = refused(11, *save("late", busybox_root, "--timeout", "1"))
     assert "did not come up within 1 s" in said and "--timeout" in said
-    cold = ["run", "--cold", busybox_root.ref, "--name", "late", "--memory", "96M"]
+    cold = ["run", "--cold", busybox_root.ref, "--name", "late", "--memory", "128M"]
     refused(11, *cold, "--timeout", "1")
 
 
@@ -174,7 +193,7 @@ def test_an_interrupted_command(
         "debian": ["build", "cut", "--from", "debian:bookworm"],
         "save": save("cut", busybox_root),
         "run": ["run", saved.ref, "-n", "4", "--name", "cut"],
-        "cold": ["run", "--cold", busybox_root.ref, "--memory", "96M", "--name", "cut"],
+        "cold": ["run", "--cold", busybox_root.ref, "--memory", "128M", "--name", "cut"],
     }[what]
     (tmp_path / "data").write_bytes(secrets.token_bytes(64 * MIB))
     # Storing takes longer than this, so that all of it lies before the end.
@@ -377,8 +396,8 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (3, ["save", "x", "--root", "no-such"], "there is no segment no-such:latest"),
         (3, ["save", "x", "--root", saved.ref], "not a segment"),
         (2, ["save", "x@sha256:12", *root], "is not a valid digest"),
-        (9, ["save", "x", *root, "--memory", "8M"], "at least --memory 96M"),
-        (9, [*cold, "--memory", "0"], "at least --memory 96M"),
+        (9, ["save", "x", *root, "--memory", "8M"], "at least --memory 128M"),
+        (9, [*cold, "--memory", "0"], "at least --memory 128M"),
         (2, ["save", "x", *root, "--memory", "lots"], "256M or 1G"),
         (2, ["save", "x", *root, "--memory", "-5M"], "is not a size"),
         (9, ["save", "x", *root, "--memory", "9999G"], "not enough memory"),

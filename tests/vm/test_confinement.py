@@ -82,7 +82,7 @@ def groups(guest: GuestRecord) -> list[str]:
 
 
 def test_each_vmm_is_a_user_of_its_own(clones: Clones, cold: Cold, busybox_root: Artifact) -> None:
-    guests = [*clones(2), cold(busybox_root, memory=96 * MIB)]
+    guests = [*clones(2), cold(busybox_root, memory=128 * MIB)]
     users = set()
     for guest in guests:
         told = status(guest)
@@ -101,7 +101,7 @@ def test_each_vmm_is_a_user_of_its_own(clones: Clones, cold: Cold, busybox_root:
 
 def test_a_low_port_takes_one_capability(cold: Cold, busybox_root: Artifact) -> None:
     low = next(port for port in range(1023, 600, -1) if _is_free(port))
-    guest = cold(busybox_root, memory=96 * MIB, publish=((low, 80),))
+    guest = cold(busybox_root, memory=128 * MIB, publish=((low, 80),))
     told = status(guest)
     assert {int(told[kind], 16) for kind in ("CapPrm", "CapEff", "CapAmb")} == {1 << 10}
     assert told["Uid"].split()[0] != "0"
@@ -121,7 +121,7 @@ def _is_free(port: int) -> bool:
 def test_a_vmm_has_only_what_it_needs(
     host: Host, clones: Clones, cold: Cold, busybox_root: Artifact
 ) -> None:
-    for guest in (*clones(1), cold(busybox_root, memory=96 * MIB)):
+    for guest in (*clones(1), cold(busybox_root, memory=128 * MIB)):
         blobs = 0
         for target, access in open_files(guest.pid):
             if Path(target).is_relative_to(host.store.root):
@@ -316,7 +316,7 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
     os.environ["HOME"] = str(home)
     host = Host.open()
     build_segment(host.store, Reference("root"), f"dir:{home / 'root'}")
-    spec = ColdSpec(root=Reference("root"), memory=96 * MIB)
+    spec = ColdSpec(root=Reference("root"), memory=128 * MIB)
     system = (await save_system(host, Reference("user"), spec)).artifact
     source = template(host, system)
     started = await start_many(

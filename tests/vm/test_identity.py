@@ -134,7 +134,7 @@ def test_clock_keys_and_hook(host: Host, saved: Artifact, run_in: RunIn) -> None
 def test_who_does_not_confirm_is_not_handed_out(
     host: Host, cold: Cold, busybox_root: Artifact, run_in: RunIn
 ) -> None:
-    guest = cold(busybox_root, memory=96 * MIB)
+    guest = cold(busybox_root, memory=128 * MIB)
     ref = Reference("fails")
 
     def why(on_clone: str) -> str:

@@ -41,9 +41,9 @@ def build_segment(
 
     The same source gives the same digest. ``include`` are Debian packages, ``fs`` is ``erofs`` or
     ``ext2``, ``room`` bytes that ext2 has free for later changes; guests map it as ``page_class``.
-    A new name gets ``access``. ``progress`` is told each step. What fails or is interrupted leaves
-    nothing behind. Raises InvalidInput, BadSource, NotEnough, NotPermitted, MissingProgram, and
-    what `Store.put` raises.
+    A new name gets ``access``. ``progress`` is told each step. What fails, or is interrupted before
+    ``ref`` is named, leaves nothing behind. Raises InvalidInput, BadSource, NotEnough,
+    NotPermitted, MissingProgram, and what `Store.put` raises.
     """
     if ref.digest:
         raise InvalidInput(f"{ref} cannot be a new name", hint="use NAME:VERSION")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.errors import GuestFailed, InvalidInput
+from onecopy.errors import AgentFailed, GuestFailed, InvalidInput
 from onecopy.guest.backing import Backed, backings, mode_of
 from onecopy.guest.folder import Attached, Device, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
@@ -136,11 +136,14 @@ async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _END
 
 @contextlib.asynccontextmanager
 async def or_killed(vmm: Vmm) -> AsyncIterator[None]:
-    """On any error end the VMM; a GuestFailed then says what QEMU and the guest printed."""
+    """On any error end the VMM; that QEMU or the agent failed then says what the guest printed."""
     try:
         yield
     except GuestFailed as error:
         raise await vmm.failed(error) from error
+    except AgentFailed as error:
+        ended = await vmm.failed(GuestFailed(error.message))
+        raise AgentFailed(ended.message, hint=error.hint) from error
     except BaseException:
         await vmm.kill()
         raise

@@ -130,5 +130,5 @@ async def _answer(pipe: Pipe, timeout: float) -> str:
     except TimeoutError:
         raise AgentFailed(
             f"the guest did not confirm its identity within {timeout:g} s",
-            hint="`onecopy logs` shows its console; save the system again if this goes on",
+            hint="its console is above, if it said anything; save the system again if this goes on",
         ) from None

@@ -41,7 +41,7 @@ class Agent:
         except TimeoutError:
             raise AgentFailed(
                 f"the guest agent did not answer {command} within {timeout:g} s",
-                hint="`onecopy logs GUEST` shows the guest's console",
+                hint="the guest's console tells more: see above, or `onecopy logs GUEST`",
             ) from None
         except OSError as error:
             raise AgentFailed(f"the guest agent cannot be reached: {error.strerror}") from error
