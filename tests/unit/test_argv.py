@@ -68,6 +68,7 @@ def _cases(root: Path) -> dict[str, Case]:
         "many-segments": (replace(hardware, segments=many), clone),
         "classes": (replace(hardware, segments=modes), clone),
         "classes-rom": (replace(hardware, segments=modes), replace(clone, rom=True)),
+        "unmergeable": (hardware, replace(clone, mergeable=False)),
         "extra": (hardware, replace(clone, extra=("-S",))),
     }
 

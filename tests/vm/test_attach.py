@@ -176,7 +176,7 @@ def test_two_commands_load_the_same_at_once(
 def test_a_guest_of_a_domain(
     host: Host, cold: Cold, run_in: RunIn, busybox_root: Artifact, site: Artifact
 ) -> None:
-    """Nothing that it maps is a file that a guest of another domain maps."""
+    """Nothing that it maps, nor its own memory, is shared with a guest of another domain."""
     store = host.store
     store.tag(Reference("busybox"), Reference("blue-root"), domain="blue")
     blue_site = store.tag(Reference("site"), Reference("blue-site"), domain="blue")
@@ -187,11 +187,19 @@ def test_a_guest_of_a_domain(
     with pytest.raises(OtherDomain):
         load(host, guest, "site")
     assert not mapped(host, guest) & mapped(host, other)
+    # Nor does KSM make one page of theirs.
+    assert mergeable(other) and not mergeable(guest)
     store.verify(blue_site)
     host.end(guest)
     for artifact in store.artifacts():
         if store.access(artifact.name).domain == "blue":
             store.remove(Reference.parse(artifact.ref))
+
+
+def mergeable(guest: GuestRecord) -> bool:
+    """Whether KSM may merge any of its VMM's memory (proc_pid_smaps(5), VmFlags)."""
+    lines = Path(f"/proc/{guest.pid}/smaps").read_text().splitlines()
+    return any(line.startswith("VmFlags:") and "mg" in line.split() for line in lines)
 
 
 def mapped(host: Host, guest: GuestRecord) -> set[str]:

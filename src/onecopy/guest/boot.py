@@ -59,6 +59,7 @@ def launch_spec(
         card=card,
         publish=prepared.spec.publish,
         merge=prepared.spec.merge,
+        mergeable=not prepared.domain,
     )
 
 

@@ -144,6 +144,7 @@ def launch_spec(
         card=card,
         publish=spec.publish,
         merge=spec.merge,
+        mergeable=not source.domain,
     )
 
 

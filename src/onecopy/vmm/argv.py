@@ -147,6 +147,8 @@ class Launch(msgspec.Struct, frozen=True):
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
     merge: bool = False
     """KSM may merge the VMM's own memory (spawn.py); not on the command line."""
+    mergeable: bool = True
+    """KSM may merge the guest's memory, which QEMU offers to it. KSM knows no trust domains."""
     later: Path | None = None
     """Folder of files that the VMM may be given while it runs (store/lease.py); not on it, too."""
     extra: tuple[str, ...] = msgspec.field(default=())
@@ -186,6 +188,8 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
     options = "hpet=off,vmport=off,smm=off,smbus=off,sata=off,usb=off,i8042=off,pit=on,graphics=off"
     if launch.kernel is None:
         options += ",suppress-vmdesc=on"
+    if not launch.mergeable:
+        options += ",mem-merge=off"
     return [
         "-machine",
         f"{hardware.machine},{options},memory-backend=ram",
