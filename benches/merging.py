@@ -10,7 +10,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from onecopy.errors import Incompatible, NotReady
 from onecopy.host import ksm, process
@@ -35,7 +34,9 @@ class Merged:
 @contextlib.asynccontextmanager
 async def merged() -> AsyncIterator[Merged]:
     """Run KSM until it has converged; its settings are restored at the end."""
-    thread = _ksmd()
+    thread = ksm.thread()
+    if thread is None:
+        raise Incompatible("there is no ksmd", hint="measure without it: --no-ksm")
     began, cpu, scans = time.monotonic(), process.cpu_seconds(thread), _read().full_scans or 0
     with ksm.settings({**ksm.thorough(), **SETTINGS}):
         await _converged()
@@ -67,12 +68,3 @@ def _read() -> ksm.Ksm:
     if state is None:
         raise Incompatible("this kernel has no KSM", hint="measure without it: --no-ksm")
     return state
-
-
-def _ksmd() -> int:
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if (entry / "comm").read_text() == "ksmd\n":
-                    return int(entry.name)
-    raise Incompatible("there is no ksmd", hint="measure without it: --no-ksm")

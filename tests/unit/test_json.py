@@ -28,7 +28,7 @@ from onecopy.guest.many import Started
 from onecopy.guest.pinning import Pinned
 from onecopy.guest.pool import Pool
 from onecopy.guest.warming import Warmed
-from onecopy.sharing import report
+from onecopy.sharing import merging, report
 from onecopy.sharing.account import GuestAccount, SegmentUse
 from onecopy.store import Store
 from tests.unit.guest_kit import record
@@ -66,6 +66,9 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "disks: disk": [field.name for field in fields(OwnDisk)],
         "ls: artifact": list(describe(store, artifact)),
         "pool: pool": [field.name for field in fields(Pool)],
+        "ksm: status": [field.name for field in fields(merging.Status)],
+        "ksm: changed setting": [field.name for field in fields(merging.Changed)],
+        "ksm: guest": [field.name for field in fields(merging.GuestMerging)],
         "warm: blob": [field.name for field in fields(Warmed)],
         "warm: pinned": [field.name for field in fields(Pinned)],
         "inspect: artifact": [key for key in full if key not in describe(store, artifact)],

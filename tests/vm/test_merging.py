@@ -6,7 +6,10 @@ The machine's settings of KSM are put back. Not here: bench figures (benches/mer
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +22,7 @@ from onecopy.guest.host import Host
 from onecopy.guest.many import names_for
 from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.host import ksm, smaps
-from onecopy.model import MIB
+from onecopy.model import MIB, PAGE_SIZE
 from onecopy.store import Artifact
 from tests.conftest import cannot_run
 from tests.vm.conftest import Clones, RunIn
@@ -31,13 +34,30 @@ WRITE += f"    for n in range({PAGES}): file.write(hashlib.sha256(b'%d' % n).dig
 CHECK = "cksum < /dev/shm/same"
 
 
+def onecopy(*args: str) -> str:
+    argv = [str(Path(sys.executable).with_name("onecopy")), *args]
+    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+def settings() -> dict[str, str | None]:
+    names = ("run", "pages_to_scan", "sleep_millisecs", "smart_scan", "advisor_mode")
+    return {name: ksm.setting(name) for name in names}
+
+
 @pytest.fixture
 def scanning() -> Iterator[None]:
-    """KSM runs, fast; afterwards it is as it was."""
-    if ksm.read() is None:
-        cannot_run("this kernel has no KSM")
-    with ksm.settings({**ksm.thorough(), "pages_to_scan": 20000, "sleep_millisecs": 10, "run": 1}):
+    """KSM runs, fast, by our command; afterwards it is as it was, and nothing is merged."""
+    before = settings()
+    if before["run"] != "0" or os.geteuid():
+        cannot_run("it needs root, and a kernel with KSM that is off")
+    try:
+        fast = ["--pages", "20000", "--sleep", "10"]
+        onecopy("ksm", "on", *fast, *(["--no-smart"] if ksm.thorough() else []))
         yield
+    finally:
+        onecopy("ksm", "off", "--unmerge")
+    assert settings() == before
+    assert json.loads(onecopy("ksm", "status", "--json"))["saved"] == 0
 
 
 def merging(pid: int) -> int:
@@ -54,6 +74,11 @@ def test_equal_writes_of_clones_become_one(scanning: None, clones: Clones, run_i
     while min(merging(guest.pid) for guest in guests) < PAGES:
         assert time.monotonic() < deadline, [merging(guest.pid) for guest in guests]
         time.sleep(0.5)
+    told = json.loads(onecopy("ksm", "status", "--json"))
+    merged = {each["name"]: each["merged"] for each in told["guests"]}
+    assert min(merged[guest.name] for guest in guests) >= PAGES * PAGE_SIZE
+    assert told["run"] == 1 and told["saved"] >= PAGES * PAGE_SIZE and told["cpu_seconds"] > 0
+    assert told["changed"]["run"] == {"found": "0", "set": "1"}
     first, second = guests
     sums = [run_in(guest, "sh", "-c", CHECK).stdout for guest in guests]
     assert sums[0] == sums[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -65,7 +65,7 @@ def read(root: Path = ROOT) -> Ksm | None:
     numbers = {
         name: read_number(folder / name) for name in Ksm.__struct_fields__ if name != "advisor_mode"
     }
-    return Ksm(advisor_mode=_setting(folder / "advisor_mode"), **numbers)
+    return Ksm(advisor_mode=setting("advisor_mode", root), **numbers)
 
 
 def thorough(root: Path = ROOT) -> dict[str, int | str]:
@@ -77,9 +77,10 @@ def thorough(root: Path = ROOT) -> dict[str, int | str]:
     return {"smart_scan": 0} if (root / _FOLDER / "smart_scan").exists() else {}
 
 
-def _setting(path: Path) -> str | None:
-    """A setting as it is written back: of ``none [scan-time]`` only the chosen word."""
-    data = read_file(path)
+def setting(name: str, root: Path = ROOT) -> str | None:
+    """A setting as it is written back; None when this kernel has none of that name."""
+    # Of ``none [scan-time]`` only the chosen word.
+    data = read_file(root / _FOLDER / name)
     if data is None:
         return None
     text = data.decode().strip()
@@ -95,26 +96,47 @@ def settings(values: Mapping[str, int | str], root: Path = ROOT) -> Iterator[Non
     NotPermitted, and InvalidInput when it refuses a value; what was set is then restored.
     """
     with ExitStack() as restore:
-        for name, value in values.items():
-            path = root / _FOLDER / name
-            old = _setting(path)
-            if old is None:
-                raise Incompatible(f"this kernel has no {path}", hint="leave that setting out")
-            _write(path, str(value))
-            restore.callback(_write, path, old)
+        _set(values, root, restore)
         yield
 
 
-def _write(path: Path, value: str) -> None:
+def change(values: Mapping[str, int | str], root: Path = ROOT) -> None:
+    """Set all ``values``, in order, or none. Raises as `settings` does."""
+    with ExitStack() as restore:
+        _set(values, root, restore)
+        restore.pop_all()
+
+
+def _set(values: Mapping[str, int | str], root: Path, restore: ExitStack) -> None:
+    for name, value in values.items():
+        old = setting(name, root)
+        write(name, value, root)
+        restore.callback(write, name, old or "", root)
+
+
+def write(name: str, value: int | str, root: Path = ROOT) -> None:
+    """Change a setting of the host's. Raises as `settings` does."""
+    path = root / _FOLDER / name
+    if not path.exists():
+        raise Incompatible(f"this kernel has no {path}", hint="leave that setting out")
     try:
-        path.write_text(value)
+        path.write_text(str(value))
     except PermissionError as error:
         raise not_permitted(path) from error
     except OSError as error:
         raise InvalidInput(
-            f"the kernel refused {value!r} in {path}: {error.strerror}",
+            f"the kernel refused {value} in {path}: {error.strerror}",
             hint="see Documentation/admin-guide/mm/ksm.rst; pages_to_scan needs advisor_mode none",
         ) from error
+
+
+def thread(root: Path = ROOT) -> int | None:
+    """The process id of ksmd, the kernel thread that merges; None when it is not to be seen."""
+    for path in (root / "proc").glob("[0-9]*/comm"):
+        with suppress(OSError):
+            if path.read_text() == "ksmd\n":
+                return int(path.parent.name)
+    return None
 
 
 def parse_process(text: bytes) -> dict[str, str]:

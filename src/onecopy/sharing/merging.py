@@ -1,0 +1,248 @@
+"""KSM for this host: turned on, tuned, and put back as it was found.
+
+Its settings are the machine's, and nobody else remembers what they were. So each is noted in
+/run/onecopy/ksm.json before it is changed first: whatever becomes of the command, `turn_off` and
+`status` know it. The note ends with a reboot, as the settings do. Not here: the kernel's files
+(host/ksm.py), and what merging would gain.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from onecopy.errors import Incompatible, InvalidInput, NotEnough, NotFound, NotPermitted
+from onecopy.host import ksm, meminfo, process
+from onecopy.host.files import ROOT, not_permitted
+from onecopy.host.ksm import Ksm, ProcessKsm
+from onecopy.model import PAGE_SIZE
+
+_FOLDER = "run/onecopy"
+_RECORD = "ksm.json"
+#: Settings in the order in which they are put back: first nothing is merged any more, then nobody
+#: but us chooses pages_to_scan.
+_ORDER = ("run", "advisor_mode")
+
+
+class Changed(msgspec.Struct, frozen=True):
+    """A setting of the host that onecopy has changed."""
+
+    found: str
+    set: str | None
+    """None: the kernel's advisor chooses it."""
+
+
+class GuestMerging(msgspec.Struct, frozen=True):
+    """KSM's work on one guest's QEMU; bytes, None is unknown."""
+
+    name: str
+    pid: int
+    merged: int | None
+    """Pages of it that are merged, or the zero page in place of an empty one."""
+    profit: int | None
+    """What that saves, less KSM's own records for the process; may be negative."""
+    merge_any: bool | None
+    """All of QEMU's memory is open to KSM (`run --merge-vmm`), and not guest RAM alone."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """KSM on this host now; bytes, None is unknown."""
+
+    run: int | None
+    """0 stopped, merged pages stay; 1 running; 2 stopped, and all pages torn apart."""
+    pages_to_scan: int | None
+    sleep_millisecs: int | None
+    smart_scan: int | None
+    advisor_mode: str | None
+    shared: int | None
+    """Merged pages that are kept, each once."""
+    saved: int | None
+    """Further places that use them, and empty pages replaced by the zero page."""
+    profit: int | None
+    """What is saved less KSM's own records; may be negative."""
+    unshared: int | None
+    """Pages looked at that were like no other."""
+    volatile: int | None
+    """Pages that change too fast to be merged."""
+    full_scans: int | None
+    cpu_seconds: float | None
+    """CPU time of ksmd since the host's boot."""
+    unmerge: int | None
+    """Memory that tearing all merged pages apart would take: what is saved."""
+    changed: dict[str, Changed]
+    """What onecopy has changed and not put back."""
+    guests: tuple[GuestMerging, ...]
+
+
+def status(guests: Iterable[tuple[str, int]], root: Path = ROOT) -> Status:
+    """KSM now, and what it does for ``guests``, (name, pid) pairs; ended ones are left out.
+
+    Raises Incompatible on a kernel without KSM.
+    """
+    now = _required(root)
+    saved = _bytes(now.pages_sharing)
+    if saved is not None:
+        saved += (now.ksm_zero_pages or 0) * PAGE_SIZE
+    thread = ksm.thread(root)
+    return Status(
+        run=now.run,
+        pages_to_scan=now.pages_to_scan,
+        sleep_millisecs=now.sleep_millisecs,
+        smart_scan=now.smart_scan,
+        advisor_mode=now.advisor_mode,
+        shared=_bytes(now.pages_shared),
+        saved=saved,
+        profit=now.general_profit,
+        unshared=_bytes(now.pages_unshared),
+        volatile=_bytes(now.pages_volatile),
+        full_scans=now.full_scans,
+        cpu_seconds=None if thread is None else process.cpu_seconds(thread, root),
+        unmerge=saved,
+        changed=_read(root),
+        guests=tuple(each for name, pid in guests if (each := _guest(name, pid, root))),
+    )
+
+
+def turn_on(values: Mapping[str, str], root: Path = ROOT) -> None:
+    """Let KSM run, with these settings, by name, and all others as they are.
+
+    Raises Incompatible on a kernel without KSM or without one of the settings, NotPermitted, and
+    InvalidInput if the kernel refuses a value; nothing is left half done then.
+    """
+    tune({**values, "run": "1"}, root)
+
+
+def tune(values: Mapping[str, str], root: Path = ROOT) -> None:
+    """Change settings; raises as `turn_on`."""
+    _required(root)
+    with _locked(root):
+        before = _read(root)
+        wanted = _noted(before, values, root)
+        _write(wanted, root)
+        try:
+            ksm.change(values, root)
+        except BaseException:
+            _write(before, root)
+            raise
+
+
+def turn_off(root: Path = ROOT, *, unmerge: bool = False) -> list[str]:
+    """Put all settings back as they were found; return those that somebody else has set meanwhile.
+
+    These are left. With ``unmerge`` merged pages are torn apart, too; else they stay merged until
+    they are written to. Raises Incompatible, NotPermitted, NotEnough when there is no memory for
+    that, InvalidInput if KSM ran before.
+    """
+    now = _required(root)
+    with _locked(root):
+        changed = _read(root)
+        if unmerge:
+            _tear_apart(now, changed, root)
+        others = []
+        for name in sorted(changed, key=_rank):
+            each, current = changed[name], ksm.setting(name, root)
+            torn = unmerge and name == "run"
+            if current not in (each.set, each.found) and each.set is not None and not torn:
+                others.append(name)
+            elif current != each.found:
+                ksm.write(name, each.found, root)
+        _write({}, root)
+        return others
+
+
+def _rank(name: str) -> int:
+    return _ORDER.index(name) if name in _ORDER else len(_ORDER)
+
+
+def _tear_apart(now: Ksm, changed: Mapping[str, Changed], root: Path) -> None:
+    if "run" in changed and changed["run"].found == "1":
+        raise InvalidInput(
+            "KSM ran before onecopy changed it, and would merge all pages again",
+            hint="leave --unmerge out",
+        )
+    needed = ((now.pages_sharing or 0) + (now.ksm_zero_pages or 0)) * PAGE_SIZE
+    available = meminfo.read(root).available
+    if available is not None and needed > available:
+        raise NotEnough("memory", needed=needed, available=available, hint="stop some guests first")
+    ksm.write("run", "2", root)
+
+
+def _noted(
+    before: Mapping[str, Changed], values: Mapping[str, str], root: Path
+) -> dict[str, Changed]:
+    """The note once ``values`` are set. Raises Incompatible."""
+    noted = dict(before)
+    wanted: dict[str, str | None] = dict(values)
+    if "advisor_mode" in values:
+        wanted.setdefault("pages_to_scan", None)
+    for name, value in wanted.items():
+        current = ksm.setting(name, root)
+        if current is None:
+            raise Incompatible(f"this kernel's KSM has no {name}", hint="leave that setting out")
+        found = noted[name].found if name in noted else current
+        noted[name] = Changed(found, value)
+    return noted
+
+
+def _required(root: Path) -> Ksm:
+    now = ksm.read(root)
+    if now is None:
+        raise Incompatible("this kernel has no KSM", hint="it was built without CONFIG_KSM")
+    return now
+
+
+def _guest(name: str, pid: int, root: Path) -> GuestMerging | None:
+    try:
+        told = ksm.read_process(pid, root)
+    except NotFound:
+        return None
+    except NotPermitted:
+        told = ProcessKsm(None, None, None, None)
+    merged = _bytes(told.merging_pages)
+    if merged is not None:
+        merged += (told.zero_pages or 0) * PAGE_SIZE
+    return GuestMerging(name, pid, merged, told.profit, told.merge_any)
+
+
+def _bytes(pages: int | None) -> int | None:
+    return None if pages is None else pages * PAGE_SIZE
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One command at a time changes the settings and their note. Raises NotPermitted."""
+    folder = root / _FOLDER
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        fd = os.open(folder / "ksm.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except PermissionError as error:
+        raise not_permitted(folder) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _read(root: Path) -> dict[str, Changed]:
+    try:
+        data = (root / _FOLDER / _RECORD).read_bytes()
+    except FileNotFoundError:
+        return {}
+    return msgspec.json.decode(data, type=dict[str, Changed])
+
+
+def _write(changed: Mapping[str, Changed], root: Path) -> None:
+    path = root / _FOLDER / _RECORD
+    if not changed:
+        with suppress(FileNotFoundError):
+            path.unlink()
+        return
+    new = path.with_suffix(".new")
+    new.write_bytes(msgspec.json.encode(changed))
+    new.replace(path)
