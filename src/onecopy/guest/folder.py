@@ -43,6 +43,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import AgentFailed, Incompatible, NotFound
+from onecopy.host import files
 from onecopy.host.lock import is_held
 from onecopy.model import PageClass
 from onecopy.store import Store
@@ -224,9 +225,7 @@ class GuestFolder:
         return None
 
     def _write(self, name: str, record: GuestRecord) -> None:
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_bytes(msgspec.json.encode(record))
-        temporary.rename(self.path / name)
+        files.replace(self.path / name, msgspec.json.encode(record))
 
     @property
     def abandoned(self) -> bool:

@@ -22,7 +22,7 @@ from onecopy.errors import NotFound, StoreDamaged
 from onecopy.guest import admission, many, start
 from onecopy.guest.folder import POOL, GuestRecord
 from onecopy.guest.host import Host
-from onecopy.host import reap
+from onecopy.host import files, reap
 from onecopy.host.lock import locked
 from onecopy.model import Reference
 from onecopy.store import Artifact
@@ -158,9 +158,7 @@ def _note(host: Host, ref: str, size: int) -> None:
         if not sizes:
             path.unlink(missing_ok=True)
             return
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(sizes))
-        temporary.rename(path)
+        files.replace(path, msgspec.json.encode(sizes))
 
 
 def _of(host: Host, artifact: Artifact) -> list[GuestRecord]:

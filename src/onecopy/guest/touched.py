@@ -6,11 +6,11 @@ the folder may be emptied at any time. Not here: how they come into memory (warm
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import msgspec
 
+from onecopy.host import files
 from onecopy.host.prefetch import Extent
 from onecopy.model import PAGE_SIZE
 from onecopy.store import Layer, Store
@@ -57,10 +57,7 @@ def _runs(pages: bytes) -> Iterator[tuple[int, int]]:
 def write(store: Store, layer: Layer, extents: list[Extent]) -> None:
     """Remember these parts of a blob, in place of what was remembered; raise OSError."""
     record = Touched(_VERSION, layer.digest, layer.blob_size, tuple(extents))
-    path = store.cache / _name(layer.digest)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(msgspec.json.encode(record))
-    temporary.rename(path)
+    files.replace(store.cache / _name(layer.digest), msgspec.json.encode(record))
 
 
 def read(store: Store, layer: Layer) -> list[Extent] | None:

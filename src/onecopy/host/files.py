@@ -1,4 +1,4 @@
-"""How the files of /proc and /sys are read: one way for all, and one meaning for each failure.
+"""How the files of /proc and /sys are read, and small records written: one way for all.
 
 Not here: what stands in them.
 """
@@ -6,6 +6,7 @@ Not here: what stands in them.
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from onecopy.errors import NotFound, NotPermitted
@@ -75,6 +76,16 @@ def _read_all(fd: int, offset: int, size: int) -> bytes:
         offset += len(part)
         size -= len(part)
     return b"".join(parts)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a whole file: who reads it sees the old content or the new. Raises OSError.
+
+    For what may be lost with the host: nothing is forced to the disk.
+    """
+    temporary = path.with_name(f"{path.name}.{threading.get_native_id()}")
+    temporary.write_bytes(data)
+    temporary.rename(path)
 
 
 def write_at(fd: int, data: bytes, offset: int) -> int:

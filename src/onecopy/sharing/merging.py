@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible, InvalidInput, NotEnough, NotFound, NotPermitted
-from onecopy.host import ksm, meminfo, process
+from onecopy.host import files, ksm, meminfo, process
 from onecopy.host.files import ROOT, not_permitted
 from onecopy.host.ksm import Ksm, ProcessKsm
 from onecopy.model import PAGE_SIZE
@@ -243,6 +243,4 @@ def _write(changed: Mapping[str, Changed], root: Path) -> None:
         with suppress(FileNotFoundError):
             path.unlink()
         return
-    new = path.with_suffix(".new")
-    new.write_bytes(msgspec.json.encode(changed))
-    new.replace(path)
+    files.replace(path, msgspec.json.encode(changed))

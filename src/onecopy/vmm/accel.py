@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible
+from onecopy.host import files
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.given import READ
 from onecopy.vmm.spawn import start
@@ -76,9 +77,7 @@ def _kept_probe(binary: str, kernel: Path, cache: Path) -> str:
         return kept.read_text()
     except OSError:
         why_not = _probe(binary, kernel)
-    temporary = kept.with_suffix(f".{os.getpid()}")
-    temporary.write_text(why_not)
-    temporary.rename(kept)
+    files.replace(kept, why_not.encode())
     return why_not
 
 

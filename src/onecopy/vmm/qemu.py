@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible
+from onecopy.host import files
 from onecopy.run import find_program, run
 
 BINARY = "qemu-system-x86_64"
@@ -47,9 +48,7 @@ def probe(cache: Path) -> Qemu:
         return msgspec.json.decode(kept.read_bytes(), type=Qemu)
     except (OSError, msgspec.MsgspecError):
         qemu = _ask(binary)
-    temporary = kept.with_suffix(".tmp")
-    temporary.write_bytes(msgspec.json.encode(qemu))
-    temporary.rename(kept)
+    files.replace(kept, msgspec.json.encode(qemu))
     return qemu
 
 
