@@ -15,24 +15,23 @@ if TYPE_CHECKING:
 
     from onecopy.sharing.merging import Status
 
-_OPTIONS = (
-    click.option("--pages", type=click.IntRange(1), help="Pages to look at before each sleep."),
-    click.option("--sleep", type=click.IntRange(0), help="Milliseconds of each sleep."),
-    click.option(
-        "--advisor/--no-advisor",
-        default=None,
-        help="Let the kernel choose --pages, within a share of a processor (Linux 6.8).",
-    ),
-    click.option(
-        "--smart/--no-smart",
-        default=None,
-        help="Look less often at pages that were never merged (Linux 6.7).",
-    ),
-)
-
 
 def _settings(function: Callable[..., None]) -> Callable[..., None]:
-    for option in reversed(_OPTIONS):
+    options = (
+        click.option("--pages", type=click.IntRange(1), help="Pages to look at before each sleep."),
+        click.option("--sleep", type=click.IntRange(0), help="Milliseconds of each sleep."),
+        click.option(
+            "--advisor/--no-advisor",
+            default=None,
+            help="Let the kernel choose --pages, within a share of a processor (Linux 6.8).",
+        ),
+        click.option(
+            "--smart/--no-smart",
+            default=None,
+            help="Look less often at pages that were never merged (Linux 6.7).",
+        ),
+    )
+    for option in reversed(options):
         function = option(function)
     return function
 
@@ -75,10 +74,9 @@ def _on(pages: int | None, sleep: int | None, advisor: bool | None, smart: bool 
     from onecopy.host import ksm
     from onecopy.sharing import merging
 
-    values = _values(pages, sleep, advisor, smart)
     if pages is None and advisor is None and ksm.setting("advisor_mode"):
-        values["advisor_mode"] = "scan-time"
-    merging.turn_on(values)
+        advisor = True
+    merging.turn_on(_values(pages, sleep, advisor, smart))
     print("KSM runs; `onecopy ksm off` puts the host's settings back")
 
 
@@ -107,7 +105,7 @@ def _off(unmerge: bool) -> None:
     others = merging.turn_off(unmerge=unmerge)
     for name in others:
         print(f"{name} was changed by somebody else meanwhile, and is left")
-    print("KSM's settings are as they were found")
+    print(f"KSM's {'other ' if others else ''}settings are as they were found")
 
 
 def _values(
@@ -139,7 +137,7 @@ _RUNS = {0: "stopped; merged pages stay", 1: "running", 2: "stopped; all pages t
 def _print(found: Status) -> None:
     advisor = found.advisor_mode == "scan-time"
     rows = [
-        ["state", _RUNS.get(found.run or 0, "?") if found.run is not None else "?"],
+        ["state", "?" if found.run is None else _RUNS[found.run]],
         ["pages to scan", f"{_text(found.pages_to_scan)}{' (its advisor)' if advisor else ''}"],
         ["sleep", f"{_text(found.sleep_millisecs)} ms"],
         ["merged pages", f"{_mib(found.shared)} kept, which save {_mib(found.saved)}"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +26,7 @@ from onecopy.guest.folder import (
     run_root,
 )
 from onecopy.guest.pause import resume
-from onecopy.host.lock import is_held
+from onecopy.host.lock import alone, is_held
 from onecopy.host.process import is_same
 from onecopy.store import Lease, Store
 from onecopy.vmm.qemu import Qemu, probe
@@ -242,9 +241,5 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
         The lock's file, whose descriptor this yields, has the number of the next guest.
         """
-        fd = os.open(self.run / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with alone(self.run / ".lock") as fd:
             yield fd
-        finally:
-            os.close(fd)

@@ -130,5 +130,6 @@ async def _answer(pipe: Pipe, timeout: float) -> str:
     except TimeoutError:
         raise AgentFailed(
             f"the guest did not confirm its identity within {timeout:g} s",
-            hint="its console is above, if it said anything; save the system again if this goes on",
+            hint="its console tells more: see above, or `onecopy logs GUEST`; "
+            "save the system again if this goes on",
         ) from None

@@ -88,6 +88,14 @@ def setting(name: str, root: Path = ROOT) -> str | None:
     return chosen[1] if chosen else text
 
 
+def required(name: str, root: Path = ROOT) -> str:
+    """A setting as it is written back. Raises Incompatible when this kernel has none."""
+    found = setting(name, root)
+    if found is None:
+        raise Incompatible(f"this kernel's KSM has no {name}", hint="leave that setting out")
+    return found
+
+
 @contextmanager
 def settings(values: Mapping[str, int | str], root: Path = ROOT) -> Iterator[None]:
     """Hold files of /sys/kernel/mm/ksm at ``values``, set in order; restore the old ones after.
@@ -109,16 +117,14 @@ def change(values: Mapping[str, int | str], root: Path = ROOT) -> None:
 
 def _set(values: Mapping[str, int | str], root: Path, restore: ExitStack) -> None:
     for name, value in values.items():
-        old = setting(name, root)
+        old = required(name, root)
         write(name, value, root)
-        restore.callback(write, name, old or "", root)
+        restore.callback(write, name, old, root)
 
 
 def write(name: str, value: int | str, root: Path = ROOT) -> None:
-    """Change a setting of the host's. Raises as `settings` does."""
+    """Change a setting that there is. Raises NotPermitted, InvalidInput."""
     path = root / _FOLDER / name
-    if not path.exists():
-        raise Incompatible(f"this kernel has no {path}", hint="leave that setting out")
     try:
         path.write_text(str(value))
     except PermissionError as error:

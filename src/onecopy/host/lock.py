@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 
@@ -29,6 +29,17 @@ def is_held(path: Path) -> bool:
         return True
     else:
         return False
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[int]:
+    """The same as `locked` for what is no task, and need not be: it waits for the lock."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
     finally:
         os.close(fd)
 

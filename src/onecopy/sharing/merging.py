@@ -8,8 +8,6 @@ Its settings are the machine's, and nobody else remembers what they were. So eac
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ from onecopy.errors import Incompatible, InvalidInput, NotEnough, NotFound, NotP
 from onecopy.host import files, ksm, meminfo, process
 from onecopy.host.files import ROOT, not_permitted
 from onecopy.host.ksm import Ksm, ProcessKsm
+from onecopy.host.lock import alone
 from onecopy.model import PAGE_SIZE
 
 _FOLDER = "run/onecopy"
@@ -85,9 +84,7 @@ def status(guests: Iterable[tuple[str, int]], root: Path = ROOT) -> Status:
     Raises Incompatible on a kernel without KSM.
     """
     now = _required(root)
-    saved = _bytes(now.pages_sharing)
-    if saved is not None:
-        saved += (now.ksm_zero_pages or 0) * PAGE_SIZE
+    saved = _saved(now)
     thread = ksm.thread(root)
     return Status(
         run=now.run,
@@ -165,7 +162,7 @@ def _tear_apart(now: Ksm, changed: Mapping[str, Changed], root: Path) -> None:
             "KSM ran before onecopy changed it, and would merge all pages again",
             hint="leave --unmerge out",
         )
-    needed = ((now.pages_sharing or 0) + (now.ksm_zero_pages or 0)) * PAGE_SIZE
+    needed = _saved(now) or 0
     available = meminfo.read(root).available
     if available is not None and needed > available:
         raise NotEnough("memory", needed=needed, available=available, hint="stop some guests first")
@@ -181,9 +178,7 @@ def _noted(
     if "advisor_mode" in values:
         wanted.setdefault("pages_to_scan", None)
     for name, value in wanted.items():
-        current = ksm.setting(name, root)
-        if current is None:
-            raise Incompatible(f"this kernel's KSM has no {name}", hint="leave that setting out")
+        current = ksm.required(name, root)
         found = noted[name].found if name in noted else current
         noted[name] = Changed(found, value)
     return noted
@@ -203,14 +198,17 @@ def _guest(name: str, pid: int, root: Path) -> GuestMerging | None:
         return None
     except NotPermitted:
         told = ProcessKsm(None, None, None, None)
-    merged = _bytes(told.merging_pages)
-    if merged is not None:
-        merged += (told.zero_pages or 0) * PAGE_SIZE
+    merged = _bytes(told.merging_pages, told.zero_pages)
     return GuestMerging(name, pid, merged, told.profit, told.merge_any)
 
 
-def _bytes(pages: int | None) -> int | None:
-    return None if pages is None else pages * PAGE_SIZE
+def _saved(now: Ksm) -> int | None:
+    return _bytes(now.pages_sharing, now.ksm_zero_pages)
+
+
+def _bytes(pages: int | None, zero_pages: int | None = None) -> int | None:
+    """Bytes of pages and, where the kernel tells them, of those that became the zero page."""
+    return None if pages is None else (pages + (zero_pages or 0)) * PAGE_SIZE
 
 
 @contextmanager
@@ -219,14 +217,10 @@ def _locked(root: Path) -> Iterator[None]:
     folder = root / _FOLDER
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fd = os.open(folder / "ksm.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with alone(folder / "ksm.lock"):
+            yield
     except PermissionError as error:
         raise not_permitted(folder) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _read(root: Path) -> dict[str, Changed]:
