@@ -89,9 +89,9 @@ def save(name: str, root: Artifact, *options: str) -> list[str]:
 
 
 def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
-    options = ["--ready", "echo not yet; exit 3", "--timeout", "12"]
+    options = ["--ready", "echo not yet; exit 3", "--timeout", "20"]
     said = refused(11, *save("never", busybox_root, *options))
-    assert "not ready after 12 s" in said and "exit code 3: not yet" in said
+    assert "not ready after 20 s" in said and "exit code 3: not yet" in said
     assert "correct --ready" in said
 
 

@@ -306,8 +306,10 @@ def test_logs_and_console(web: str) -> None:
         assert console.wait(60) == 0
     assert "heard something" in command("logs", "talker").stdout
     lines = command("logs", "--qemu", "talker").stdout.splitlines()
-    # Since QEMU 9.1; older ones know no other way.
-    assert [line for line in lines if "fd: migration to a file is deprecated" not in line] == []
+    # The first since QEMU 9.1, older ones know no other way; the second where KVM's host has fewer
+    # processors than a guest can be given.
+    known = ("fd: migration to a file is deprecated", "exceeds the recommended cpus supported")
+    assert [line for line in lines if not any(words in line for words in known)] == []
     assert "no guest 'nobody'" in command("logs", "nobody", code=3).stderr
 
 

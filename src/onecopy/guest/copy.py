@@ -150,8 +150,10 @@ def _absolute(path: str) -> str:
 
 def _found(source: StrPath) -> tuple[Path, str]:
     """Where a source really lies, and its name; raise OSError or InvalidInput."""
-    real = Path(os.path.realpath(source, strict=True))
-    if os.fspath(source).endswith("/") and not real.is_dir():
+    path = os.fspath(source)
+    # Without a last /, about which Pythons differ.
+    real = Path(os.path.realpath(path.rstrip("/") or "/", strict=True))
+    if path.endswith("/") and not real.is_dir():
         raise InvalidInput(f"{source} is no folder", hint="leave the last / out")
     name = Path(source).absolute().name
     if not name:
