@@ -44,7 +44,7 @@ import msgspec
 
 from onecopy.errors import AgentFailed, Incompatible, NotFound
 from onecopy.host import files
-from onecopy.host.lock import is_held
+from onecopy.host.lock import is_held, is_left
 from onecopy.model import PageClass
 from onecopy.store import Store
 
@@ -230,7 +230,7 @@ class GuestFolder:
     @property
     def abandoned(self) -> bool:
         """Whether the command that was starting it, or the process that it ends with, is gone."""
-        if self._mark.exists() and not is_held(self._mark.resolve()):
+        if self._mark.is_symlink() and is_left(self._mark.readlink()):
             return True
         return self.owner is not None and not is_held(self.owner)
 
@@ -247,8 +247,7 @@ class GuestFolder:
     @property
     def left_paused(self) -> bool:
         """Whether the command that let it stand still (pause.py) is gone."""
-        mark = self.path / "paused"
-        return mark.exists() and not is_held(mark)
+        return is_left(self.path / "paused")
 
     @property
     def _ours(self) -> bool:

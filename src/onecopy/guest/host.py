@@ -26,7 +26,7 @@ from onecopy.guest.folder import (
     run_root,
 )
 from onecopy.guest.pause import resume
-from onecopy.host.lock import alone, is_held
+from onecopy.host.lock import alone, is_left
 from onecopy.host.process import is_same
 from onecopy.store import Lease, Store
 from onecopy.vmm.qemu import Qemu, probe
@@ -212,7 +212,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             for folder in (*left, *abandoned):
                 folder.remove()
             for path in filter(is_mark, self.run.iterdir()):
-                if not is_held(path):
+                if is_left(path):
                     path.unlink()
         if abandoned:
             # Their leases are stale only now.

@@ -33,6 +33,25 @@ def is_held(path: Path) -> bool:
         os.close(fd)
 
 
+def is_left(path: Path) -> bool:
+    """Whether ``path`` is there though its holder is gone, that is, was killed.
+
+    Any other holder removes it before letting go. So what is removed while we look is not left,
+    which "it exists, and `is_held` says no" would make of it.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return os.fstat(fd).st_nlink > 0
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[int]:
     """The same as `locked` for what is no task, and need not be: it waits for the lock."""
