@@ -24,6 +24,7 @@ from onecopy.guest.host import Host
 from onecopy.model import MIB
 from onecopy.run import run
 from onecopy.vmm.accel import Choice
+from onecopy.vmm.monitor import connect
 from rig.images import Images
 
 CPUS = 2
@@ -78,6 +79,23 @@ class EmulatedHost:
                         await work
                     raise GuestFailed(f"the emulated host said nothing for {silence:g} s")
             return work.result()
+
+    async def processors(self) -> str:
+        """Where its processors are, three times: whether they stand still."""
+        said = []
+        for _ in range(3):
+            try:
+                async with (
+                    asyncio.timeout(30),
+                    connect(self.run_folder / "monitor.sock") as monitor,
+                ):
+                    registers = await monitor.human("info registers -a")
+            except (TimeoutError, OnecopyError) as error:
+                said.append(f"unknown: {error}")
+            else:
+                said += [line for line in registers.splitlines() if line.startswith("RIP=")]
+            await asyncio.sleep(1)
+        return "\n".join(said)
 
     async def fetch(self) -> None:
         """Bring back the results; a host that has none leaves none."""

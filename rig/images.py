@@ -28,7 +28,7 @@ PROJECT = Path(__file__).parents[1]
 PYTHON, TREE, STORE = "/opt/onecopy/python", "/opt/onecopy/tree", "/opt/onecopy/store"
 #: Where it has another release's root and Python.
 OTHER_ROOT, OTHER_PYTHON = "/opt/onecopy/other/root", "/opt/onecopy/other/python"
-#: Besides those of script/bootstrap: what a Debian host has, but not the least one: the interpreter,
+#: Besides those of script/bootstrap: the interpreter, and what the least Debian lacks, but no host:
 #: a user and their rights, bridges.
 _PACKAGES = ("python3", "passwd", "procps", "mount", "iproute2")
 #: What the tests need of the extra "dev" (pyproject.toml): the linters have run already.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from onecopy.errors import OnecopyError
@@ -143,9 +144,15 @@ async def _in_host(
 
 async def _call(emulated: EmulatedHost, argv: list[str]) -> int:
     try:
-        return await emulated.call(argv, LIMIT, _show)
-    finally:
-        await emulated.fetch()
+        code = await emulated.call(argv, LIMIT, _show)
+    except OnecopyError as error:
+        tell(f"{error.message}; its processors are at:\n{await emulated.processors()}")
+        # What went wrong first is the one to tell.
+        with suppress(OnecopyError):
+            await emulated.fetch()
+        raise
+    await emulated.fetch()
+    return code
 
 
 def _show(data: bytes) -> None:

@@ -98,7 +98,7 @@ def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
 def test_an_agent_that_stops_answering(
     host: Host, busybox_root: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It would be 30 s.
+    # It would be a minute.
     monkeypatch.setattr(Agent.call, "__kwdefaults__", {"timeout": 5.0})
     stop = "grep -q 'qemu-g[a]' $p/cmdline && kill -STOP ${p##*/}"
     ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; false"

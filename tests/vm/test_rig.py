@@ -14,6 +14,7 @@ from onecopy.errors import GuestFailed
 from onecopy.guest.host import Host
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
+from onecopy.vmm.agent import Agent
 from onecopy.vmm.monitor import connect
 from rig import verdict
 from rig.host import EmulatedHost, emulated_host
@@ -43,6 +44,9 @@ async def call(
         try:
             argv = ["sh", "-c", script]
             return await emulated.call(argv, 120, said.extend, silence=15), bytes(said)
+        except GuestFailed:
+            assert ("RIP=" if stop else "unknown") in await emulated.processors()
+            raise
         finally:
             if frozen:
                 frozen.cancel()
@@ -63,7 +67,10 @@ def test_one_that_ends_or_hangs(
     script: str,
     stop: bool,
     message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The agent that hangs is asked to end the script, and would have a minute.
+    monkeypatch.setattr(Agent.call, "__kwdefaults__", {"timeout": 5.0})
     with pytest.raises(GuestFailed, match=message):
         asyncio.run(call(host, busybox_root, tmp_path, script, stop=stop))
     # What it said is kept, and nothing of it lives on.

@@ -24,6 +24,9 @@ from onecopy.vmm.agent import Agent
 from onecopy.vmm.hotplug import EXEC_PORT
 from onecopy.vmm.monitor import Monitor, connect
 
+#: Seconds an agent may say nothing while a program runs: other guests or the program itself may let
+#: it wait, and only that the program has ended without a word is asked.
+_PATIENCE = 300.0
 #: Exit code that a program gets whose time was up, as timeout(1) has it.
 TIMED_OUT = 124
 
@@ -154,7 +157,9 @@ async def _watch(agent: Agent, pid: int) -> None:
         await asyncio.sleep(1)
         # The status of an ended program can be asked for once only: look for the process instead.
         try:
-            handle = await agent.call("guest-file-open", path=f"/proc/{pid}/stat", mode="r")
+            handle = await agent.call(
+                "guest-file-open", timeout=_PATIENCE, path=f"/proc/{pid}/stat", mode="r"
+            )
         except AgentFailed as error:
             if "No such file" in error.message:
                 return

@@ -19,8 +19,8 @@ from onecopy.errors import AgentFailed
 from onecopy.host.lock import locked
 from onecopy.vmm.pipe import Pipe
 
-#: Seconds an agent may take to answer one call.
-TIMEOUT = 30.0
+#: Seconds an agent may take to answer one call, on a host that has much else to do.
+TIMEOUT = 60.0
 
 
 class Agent:
