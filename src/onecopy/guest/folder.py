@@ -230,15 +230,16 @@ class GuestFolder:
     @property
     def abandoned(self) -> bool:
         """Whether the command that was starting it, or the process that it ends with, is gone."""
-        if self._mark.is_symlink() and is_left(self._mark.readlink()):
+        mark = _target(self._mark)
+        if mark and is_left(mark):
             return True
-        return self.owner is not None and not is_held(self.owner)
+        owner = self.owner
+        return owner is not None and not is_held(owner)
 
     @property
     def owner(self) -> Path | None:
         """The mark of the process that it ends with, if it does."""
-        link = self.path / "owner"
-        return link.readlink() if link.is_symlink() else None
+        return _target(self.path / "owner")
 
     def keep(self) -> None:
         """From now on it does not end with the process that started it."""
@@ -251,7 +252,7 @@ class GuestFolder:
 
     @property
     def _ours(self) -> bool:
-        return self._batch is not None and self._mark.readlink() == self._batch.mark
+        return self._batch is not None and _target(self._mark) == self._batch.mark
 
     @property
     def _mark(self) -> Path:
@@ -264,6 +265,13 @@ class GuestFolder:
     def find_vmm(self) -> int | None:
         """Process id of the VMM; None if there is none."""
         return next(find_vmms([self.path]), (None, None))[1]
+
+
+def _target(link: Path) -> Path | None:
+    """Where a link leads; None if there is none, or none any more: folders go at any time."""
+    with contextlib.suppress(FileNotFoundError):
+        return link.readlink()
+    return None
 
 
 def find_vmms(folders: Iterable[Path]) -> Iterator[tuple[str, int]]:
