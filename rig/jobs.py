@@ -145,8 +145,8 @@ async def _in_host(
 async def _call(emulated: EmulatedHost, argv: list[str]) -> int:
     try:
         code = await emulated.call(argv, LIMIT, _show)
-    except OnecopyError as error:
-        tell(f"{error.message}; its processors are at:\n{await emulated.processors()}")
+    except OnecopyError:
+        tell(f"its processors are at:\n{await emulated.processors()}")
         # What went wrong first is the one to tell.
         with suppress(OnecopyError):
             await emulated.fetch()

@@ -234,7 +234,8 @@ class GuestFolder:
         if mark and is_left(mark):
             return True
         owner = self.owner
-        return owner is not None and not is_held(owner)
+        # Looked at once more: it may have been kept (`keep`) before its owner let go.
+        return owner is not None and not is_held(owner) and self.owner is not None
 
     @property
     def owner(self) -> Path | None:

@@ -14,23 +14,8 @@ from pathlib import Path
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the exclusive lock on ``path``; gone counts as not held.
-
-    The test takes a shared lock. Shared locks do not exclude one another, so one tester never looks
-    like a holder to the next.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(fd)
+    """Whether a process holds the exclusive lock on ``path``; gone counts as not held."""
+    return _free_links(path) is None
 
 
 def is_left(path: Path) -> bool:
@@ -39,15 +24,24 @@ def is_left(path: Path) -> bool:
     Any other holder removes it before letting go. So what is removed while we look is not left,
     which "it exists, and `is_held` says no" would make of it.
     """
+    return bool(_free_links(path))
+
+
+def _free_links(path: Path) -> int | None:
+    """How many names a file has that nobody holds, 0 once it is removed; None while it is held.
+
+    The test takes a shared lock. Shared locks do not exclude one another, so one tester never looks
+    like a holder to the next.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
-        return False
+        return 0
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return os.fstat(fd).st_nlink > 0
+        return os.fstat(fd).st_nlink
     except BlockingIOError:
-        return False
+        return None
     finally:
         os.close(fd)
 
