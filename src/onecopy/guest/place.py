@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onecopy.errors import AlreadyExists, InvalidInput, NotEnough, NotFound, NotPermitted
@@ -60,8 +60,10 @@ def hidden(parent: Path) -> Iterator[Path]:
     """A folder of ours in ``parent``, gone at the end; those of killed processes go first."""
     with _locked(parent):
         for path in parent.glob(f"{_HIDDEN}*"):
-            if path.stat().st_uid == os.geteuid() and not is_held(path):
-                shutil.rmtree(path, ignore_errors=True)
+            # A copy that ends meanwhile removes its own.
+            with suppress(FileNotFoundError):
+                if path.stat().st_uid == os.geteuid() and not is_held(path):
+                    shutil.rmtree(path, ignore_errors=True)
         work = parent / f"{_HIDDEN}{secrets.token_hex(8)}"
         work.mkdir(0o700)
         held = _locked(work)
