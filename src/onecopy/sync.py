@@ -138,4 +138,5 @@ class Host:
     start = _guests(aio.Host.start)
     boot = _guests(aio.Host.boot)
     pool = _blocking(aio.Host.pool)
+    report = _blocking(aio.Host.report)
     save = _blocking(aio.Host.save)

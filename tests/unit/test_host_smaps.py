@@ -95,6 +95,9 @@ def test_one_mapping_in_full() -> None:
         swap=0,
         ksm=0,
         anon_huge=0,
+        file_huge=0,
+        hugetlb_private=0,
+        hugetlb_shared=0,
     )
 
 

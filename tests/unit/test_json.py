@@ -30,6 +30,7 @@ from onecopy.guest.pool import Pool
 from onecopy.guest.warming import Warmed
 from onecopy.sharing import merging, report
 from onecopy.sharing.account import GuestAccount, SegmentUse
+from onecopy.sharing.check import LINES, Check
 from onecopy.store import Store
 from tests.unit.guest_kit import record
 from tests.unit.store_kit import put
@@ -76,7 +77,9 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "inspect: config of a system": _struct(SystemConfig),
         "inspect: segment of a system": _struct(MappedSegment),
         "inspect: config of a kernel": _struct(KernelConfig),
-        "report: document": list(sheet),
+        "inspect: guest": ["account"],
+        "report: document": [*sheet, "check"],
+        "report: check": [field.name for field in fields(Check)],
         "report: guest": [field.name for field in fields(GuestAccount)],
         "report: segment": [field.name for field in fields(SegmentUse)],
         "report: blob": [field.name for field in fields(report.Blob)],
@@ -114,6 +117,8 @@ def test_report_s_meanings_are_the_columns_own() -> None:
     text = " ".join(PAGE.read_text().split())
     for column in (*report.COLUMNS, *report.BLOB_COLUMNS):
         assert f"| `{column.key}` | {column.counts}" in text, column.key
+    for key, _, counts in LINES[:-3]:
+        assert f"| `{key}` | {counts}" in text, key
     assert f"`version` | {report.JSON_VERSION}" in text
 
 

@@ -259,3 +259,34 @@ def test_merged_pages_are_not_this_guests_alone() -> None:
             assert told.merging_pages is None or told.merging_pages >= 64
         finally:
             process.kill()
+
+
+@pytest.fixture
+def huge_pages() -> Iterator[None]:
+    """16 huge pages more than the host had."""
+    path = Path("/proc/sys/vm/nr_hugepages")
+    if os.geteuid() or not path.exists():
+        cannot_run("reserving huge pages needs root and a kernel with hugetlb")
+    before = int(path.read_text())
+    path.write_text(str(before + 16))
+    try:
+        if int(path.read_text()) < before + 16:
+            cannot_run("the host has no 16 free huge pages")
+        yield
+    finally:
+        path.write_text(str(before))
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_ram_in_reserved_huge_pages() -> None:
+    """The kernel leaves them out of Rss and Pss."""
+    size = 32 * MIB
+    backend = "memory-backend-memfd,id=m,size=32M,hugetlb=on,hugetlbsize=2M,prealloc=on"
+    ram = ["-machine", "q35,accel=tcg,memory-backend=m", "-object", backend, "-m", "32M"]
+    with qemu(GuestMaps("guest", 0, None, size), ram) as (guest, mappings):
+        found = measure(guest)
+        assert (found.ram_private, found.ram_shared) == (size, 0)
+        assert found.huge == size + sum(m.anon_huge for m in mappings)
+        assert found.ram_proportional == size
+        rest = sum(m.pss for m in mappings)
+        assert found.pss_total == rest + size and rest < size * 4

@@ -32,7 +32,7 @@ input()
 
 
 def test_totals_are_sums_of_the_rows() -> None:
-    found = report.collect([COLD, CLONE, GONE], RECORDED)
+    found = report.collect([COLD, CLONE, GONE], root=RECORDED)
     assert [guest.name for guest in found.guests] == ["cold", "clone"]
     # Anonymous of the RAM mappings in the recorded text, in KiB.
     assert found.totals["ram_private"] == (6144 + 1092) << 10
@@ -42,8 +42,20 @@ def test_totals_are_sums_of_the_rows() -> None:
     assert set(found.totals) == {c.key for c in report.COLUMNS if c.summed}
 
 
+def test_others_are_in_no_total_but_map_files(tmp_path: Path) -> None:
+    alone = report.collect([COLD], root=RECORDED)
+    found = report.collect([COLD], [CLONE, GONE], root=RECORDED)
+    assert [guest.name for guest in found.others] == ["clone"]
+    assert (found.guests, found.totals) == (alone.guests, alone.totals)
+    users = [(blob.name, blob.guests, blob.others) for blob in found.blobs]
+    assert users == [("base", 0, 1), ("clone", 0, 1)]
+    # Unknown, but nothing of the guests'.
+    assert [blob.resident for blob in found.blobs] == [None, None]
+    assert found.resident == 0
+
+
 def test_one_unknown_figure_makes_its_total_unknown() -> None:
-    found = report.collect([COLD, CLONE], RECORDED)
+    found = report.collect([COLD, CLONE], root=RECORDED)
     partial = replace(found.guests[0], pss_total=None, segments=None)
     changed = replace(found, guests=(partial, found.guests[1]))
     assert changed.totals["pss_total"] is None
@@ -52,7 +64,7 @@ def test_one_unknown_figure_makes_its_total_unknown() -> None:
 
 
 def test_blobs_that_are_gone_are_unknown() -> None:
-    found = report.collect([CLONE], RECORDED)
+    found = report.collect([CLONE], root=RECORDED)
     assert [(b.name, b.kind, b.size, b.resident, b.guests) for b in found.blobs] == [
         ("base", "segment", None, None, 1),
         ("clone", "ram", None, None, 1),
@@ -70,13 +82,21 @@ def test_every_column_is_a_field_and_says_what_it_counts() -> None:
 
 
 def test_json_fields_are_stable() -> None:
-    text = json.dumps(report.collect([COLD, CLONE], RECORDED).to_json())
+    text = json.dumps(report.collect([COLD, CLONE], root=RECORDED).to_json())
     told = json.loads(text)
-    assert set(told) == {"version", "guests", "blobs", "totals", "blobs_resident"}
+    assert set(told) == {"version", "guests", "others", "blobs", "totals", "blobs_resident"}
     assert told["version"] == 1
     clone = told["guests"][1]
     assert clone["segments"] == [
-        {"name": "base", "path": "/tmp/onecopy-rec/segment", "mapped": 4 * MIB, "resident": 0}
+        {
+            "name": "base",
+            "path": "/tmp/onecopy-rec/segment",
+            "mapped": 4 * MIB,
+            "resident": 0,
+            "private": 0,
+            "proportional": 0,
+            "huge": 0,
+        }
     ]
     assert set(clone) == {column.key for column in report.COLUMNS} | {"ram_path"}
     assert set(told["blobs"][0]) == {column.key for column in report.BLOB_COLUMNS}
@@ -105,8 +125,8 @@ def test_a_page_of_two_guests_counts_once(tmp_path: Path) -> None:
     assert [guest.ram_private for guest in found.guests] == [0, 0]
     assert found.totals["ram_shared"] == found.totals["segments"] == 2 * MIB
     assert found.blobs == (
-        report.Blob("base", "segment", str(segment), MIB, MIB, 2),
-        report.Blob("a, b", "ram", str(ram), MIB, MIB, 2),
+        report.Blob("base", "segment", str(segment), MIB, MIB, 2, 0),
+        report.Blob("a, b", "ram", str(ram), MIB, MIB, 2, 0),
     )
     assert found.resident == 2 * MIB
     # Each file's pages are in both processes; the proportional total holds them once.

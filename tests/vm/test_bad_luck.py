@@ -320,8 +320,8 @@ def small(host: Host, tmp_path: Path, busybox_root: Artifact) -> Iterator[Host]:
             copy(artifact, mine.store)
         yield mine
         onecopy("stop", "--all", "--now", home=mine.store.root)
-        for lock in mine.run.glob(".*lock"):
-            lock.unlink()
+        for record in mine.run.glob(".*"):
+            record.unlink()
         mine.run.rmdir()
     finally:
         subprocess.run(["umount", disk], check=True)

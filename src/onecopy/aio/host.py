@@ -17,9 +17,11 @@ from onecopy.guest.disks import DiskSpec, require_sensible
 from onecopy.guest.fitting import Fitting, added_memory
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host as GuestHost
+from onecopy.guest.maps import report_all
 from onecopy.guest.place import StrPath
 from onecopy.guest.ports import Ports, numbered
 from onecopy.model import Reference, check_ports, parse_mount, parse_size
+from onecopy.sharing.report import Report
 from onecopy.store import Artifact
 
 
@@ -60,6 +62,10 @@ class Host:
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         """What is stored: every ``segment``, ``system`` and ``kernel``."""
         return self._both()[0].store.artifacts(kind)
+
+    async def report(self) -> Report:
+        """What the memory of all guests costs, and that of other QEMU processes (bytes)."""
+        return await asyncio.to_thread(report_all, self._swept())
 
     async def pool(self, system: str, size: int) -> int:
         """Keep ``size`` guests of a saved system prepared, so that they start faster; 0 for none.

@@ -12,16 +12,21 @@ from onecopy.model import Reference
 def command(name: Reference) -> None:
     """Show all that is known of a segment, saved system, kernel or guest.
 
-    JSON: docs/json.md. A running guest of that name is shown in preference.
+    JSON: docs/json.md. A running guest of that name is shown in preference, with its memory by the
+    kernel's counters.
     """
     import msgspec
 
     from onecopy.guest.artifacts import describe_fully
     from onecopy.guest.host import Host
+    from onecopy.guest.maps import guest_maps
+    from onecopy.sharing.account import measure
 
     host = Host.open()
     guest = next((each for each in host.guests() if each.name == name.name), None)
     if guest and not name.digest:
-        print_json(msgspec.to_builtins(guest))
+        (maps,) = guest_maps([guest])
+        account = msgspec.to_builtins(measure(maps))
+        print_json(msgspec.to_builtins(guest) | {"account": account})
     else:
         print_json(describe_fully(host.store, host.store.resolve(name)))

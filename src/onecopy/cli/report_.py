@@ -2,46 +2,105 @@
 
 from __future__ import annotations
 
-import click
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from onecopy.cli.output import print_json, print_table
+import click
+from msgspec import to_builtins
+
+from onecopy.cli.output import duration, print_json, print_table
 from onecopy.cli.params import json_option
+
+if TYPE_CHECKING:
+    from onecopy.sharing.account import GuestAccount
+    from onecopy.sharing.check import Check
+    from onecopy.sharing.report import Column
 
 
 @click.command("report")
+@click.option(
+    "--check",
+    "checked",
+    is_flag=True,
+    help="Add up the parts, and compare them with the host's own change in used memory.",
+)
 @json_option
-def command(as_json: bool) -> None:
+def command(checked: bool, as_json: bool) -> None:
     """Show what the memory of all guests costs, by the kernel's counters.
 
-    Figures are MiB; ? is what the kernel does not tell. What `onecopy pool` has prepared is in it,
-    too, under names that begin with "pool.".
+    Other QEMU processes of this host are shown, too, in a table of their own. Figures are MiB; ?
+    is what the kernel does not tell this user. What `onecopy pool` has prepared is among the
+    guests, under names that begin with "pool.".
     """
     from onecopy.guest.host import Host
-    from onecopy.guest.maps import guest_maps
-    from onecopy.sharing import report
+    from onecopy.guest.maps import report_all
+    from onecopy.sharing import check, report
 
     host = Host.open()
-    result = report.collect(guest_maps([*host.guests(), *host.prepared()]))
+    result = report_all(host)
+    compared = check.check(check.read(host.memory_before), result) if checked else None
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_json() | ({"check": to_builtins(compared)} if compared else {}))
         return
-    columns = [column for column in report.COLUMNS if column.summed]
-    rows = [
-        [guest.name, *(_mib(report.value(guest, c)) for c in columns)] for guest in result.guests
-    ]
-    totals = result.totals
-    rows.append(["in all", *(_mib(totals[column.key]) for column in columns)])
-    print_table(["GUEST", *(column.heading for column in columns)], rows)
+    every = [*result.guests, *result.others]
+    columns = [c for c in report.COLUMNS if c.summed and _tells(c, every)]
+    _table("GUEST", columns, result.guests)
+    if result.others:
+        print()
+        _table("OTHER QEMU", columns, result.others)
     print()
     blobs = [
-        [blob.name[:40], blob.kind, _mib(blob.size), _mib(blob.resident), str(blob.guests)]
+        [
+            blob.name[:40],
+            blob.kind,
+            _mib(blob.size),
+            _mib(blob.resident),
+            _count(blob.guests),
+            _count(blob.others),
+        ]
         for blob in result.blobs
     ]
-    print_table(["SHARED FILE", "KIND", "SIZE", "RESIDENT", "GUESTS"], blobs)
-    print("\nFigures are MiB; ? is what the kernel does not tell.")
+    print_table(["SHARED FILE", "KIND", "SIZE", "RESIDENT", "GUESTS", "OTHERS"], blobs)
+    print("\nFigures are MiB; ? is what the kernel does not tell. Left out is what is 0 for all.")
     for column in columns:
         print(f"{column.heading}: {column.counts}")
+    for note in sorted({each.note for each in every if each.note}):
+        print(f"?: {note}")
+    if compared:
+        print()
+        _print_check(compared)
+
+
+def _print_check(compared: Check) -> None:
+    from onecopy.sharing.check import LINES
+
+    share = "" if compared.share is None else f"{compared.share:+.1%}"
+    rows = [
+        [name, _mib(getattr(compared, key)), share if key == "difference" else "", counts]
+        for key, name, counts in LINES
+    ]
+    since = duration(compared.seconds)
+    print_table(["CHECK", "MiB", "", f"since the first guest started, {since} ago"], rows)
+
+
+def _tells(column: Column, guests: Sequence[GuestAccount]) -> bool:
+    from onecopy.sharing import report
+
+    return not guests or any(report.value(guest, column) != 0 for guest in guests)
+
+
+def _table(heading: str, columns: Sequence[Column], guests: Sequence[GuestAccount]) -> None:
+    from onecopy.sharing import report
+
+    rows = [[guest.name, *(_mib(report.value(guest, c)) for c in columns)] for guest in guests]
+    sums = report.totals(guests)
+    rows.append(["in all", *(_mib(sums[column.key]) for column in columns)])
+    print_table([heading, *(column.heading for column in columns)], rows)
 
 
 def _mib(size: int | None) -> str:
     return "?" if size is None else f"{size / (1 << 20):.2f}"
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else str(number)

@@ -28,6 +28,7 @@ from onecopy.guest.folder import (
 from onecopy.guest.pause import resume
 from onecopy.host.lock import alone, is_left
 from onecopy.host.process import is_same
+from onecopy.sharing import check
 from onecopy.store import Lease, Store
 from onecopy.vmm.qemu import Qemu, probe
 
@@ -139,6 +140,8 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         """
         with contextlib.ExitStack() as stack:
             with self.locked():
+                if not self._folders():
+                    check.note(self.memory_before)
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
                 folder = batch.add(self.run / name)
             try:
@@ -211,12 +214,23 @@ class Host(msgspec.Struct, frozen=True, dict=True):
                 kill((pid, partial(is_vmm, (self.run / name).resolve(), pid)) for name, pid in vmms)
             for folder in (*left, *abandoned):
                 folder.remove()
-            for path in filter(is_mark, self.run.iterdir()):
-                if is_left(path):
-                    path.unlink()
+            self._sweep_files()
         if abandoned:
             # Their leases are stale only now.
             self.store.sweep()
+
+    def _sweep_files(self) -> None:
+        """Remove marks that nobody holds, and what was noted for guests that are gone."""
+        for path in filter(is_mark, self.run.iterdir()):
+            if is_left(path):
+                path.unlink()
+        if not self._folders():
+            self.memory_before.unlink(missing_ok=True)
+
+    @property
+    def memory_before(self) -> Path:
+        """Where the host's memory is noted when the first guest starts (sharing/check.py)."""
+        return self.run / ".before"
 
     def next_number(self) -> int:
         """A number that no guest has had since the host was booted."""

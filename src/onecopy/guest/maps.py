@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
 from onecopy.sharing.account import GuestMaps
+from onecopy.sharing.report import Report, collect
+from onecopy.vmm import foreign
+
+
+def report_all(host: Host) -> Report:
+    """The report of a host: its guests, what is prepared, and other QEMU processes."""
+    maps = guest_maps([*host.guests(), *host.prepared()])
+    return collect(maps, other_maps(maps))
 
 
 def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
@@ -30,4 +39,18 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
             },
         )
         for guest in guests
+    ]
+
+
+def other_maps(guests: Iterable[GuestMaps]) -> list[GuestMaps]:
+    """One GuestMaps for each QEMU of the host that runs none of ``guests``."""
+    return [
+        GuestMaps(
+            name=vmm.name,
+            pid=vmm.pid,
+            ram_path=vmm.ram_path,
+            ram_bytes=vmm.ram_bytes,
+            segments=vmm.files,
+        )
+        for vmm in foreign.find({each.pid for each in guests})
     ]

@@ -26,6 +26,16 @@ class MemInfo(msgspec.Struct, frozen=True):
     available: int | None
     #: Page cache, tmpfs and shared memory included.
     cached: int | None
+    #: Page cache of block devices.
+    buffers: int | None
+    #: Pages that are in memory and in swap.
+    swap_cached: int | None
+    #: tmpfs and shared memory; part of ``cached``.
+    shmem: int | None
+    #: The kernel's objects: what it can give back, and the rest.
+    reclaimable: int | None
+    unreclaimable: int | None
+    per_cpu: int | None
     swap_total: int | None
     swap_free: int | None
     #: Of all processes.
@@ -43,6 +53,12 @@ def parse(text: bytes) -> MemInfo:
         free=size.get(b"MemFree"),
         available=size.get(b"MemAvailable"),
         cached=size.get(b"Cached"),
+        buffers=size.get(b"Buffers"),
+        swap_cached=size.get(b"SwapCached"),
+        shmem=size.get(b"Shmem"),
+        reclaimable=size.get(b"SReclaimable"),
+        unreclaimable=size.get(b"SUnreclaim"),
+        per_cpu=size.get(b"Percpu"),
         swap_total=size.get(b"SwapTotal"),
         swap_free=size.get(b"SwapFree"),
         page_tables=size.get(b"PageTables"),

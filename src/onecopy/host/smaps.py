@@ -20,6 +20,8 @@ _BLOCK = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) ([0-9]+) *(.*)\n((?:[A-Z].*\n)*)",
     re.MULTILINE,
 )
+_PSS = re.compile(rb"^Pss_(Anon|Shmem|File): +([0-9]+) kB$", re.MULTILINE)
+_PSS_KINDS = (b"Anon", b"Shmem", b"File")
 #: What each kernel has, in the order of Mapping's fields.
 _FIGURES = (
     b"Rss:",
@@ -31,10 +33,21 @@ _FIGURES = (
     b"Anonymous:",
     b"Swap:",
 )
+#: Not there where the kernel has no such pages.
+_HUGE = (
+    (b"AnonHugePages:",),
+    (b"ShmemPmdMapped:", b"FilePmdMapped:"),
+    (b"Private_Hugetlb:",),
+    (b"Shared_Hugetlb:",),
+)
 
 
 class Mapping(msgspec.Struct, frozen=True, gc=False):
-    """One mapping (VMA). All sizes are bytes; ``rss`` and its parts leave out hugetlbfs pages."""
+    """One mapping (VMA). All sizes are bytes.
+
+    The kernel leaves hugetlb pages out of ``rss``, its parts and ``pss``; ``private``, ``shared``
+    and ``resident`` have them in.
+    """
 
     start: int
     end: int
@@ -56,7 +69,12 @@ class Mapping(msgspec.Struct, frozen=True, gc=False):
     swap: int
     #: None when this kernel does not tell.
     ksm: int | None
+    #: In huge pages: anonymous, and page cache or shared memory.
     anon_huge: int
+    file_huge: int
+    #: Pages of hugetlbfs or a hugetlb memfd that only this process maps, and the others.
+    hugetlb_private: int
+    hugetlb_shared: int
 
     @property
     def size(self) -> int:
@@ -66,12 +84,22 @@ class Mapping(msgspec.Struct, frozen=True, gc=False):
     @property
     def private(self) -> int:
         """Bytes in memory that no other process maps."""
-        return self.private_clean + self.private_dirty
+        return self.private_clean + self.private_dirty + self.hugetlb_private
 
     @property
     def shared(self) -> int:
         """Bytes in memory that another process maps too."""
-        return self.shared_clean + self.shared_dirty
+        return self.shared_clean + self.shared_dirty + self.hugetlb_shared
+
+    @property
+    def resident(self) -> int:
+        """Bytes in memory."""
+        return self.rss + self.hugetlb_private + self.hugetlb_shared
+
+    @property
+    def huge(self) -> int:
+        """Bytes in huge pages of any kind."""
+        return self.anon_huge + self.file_huge + self.hugetlb_private + self.hugetlb_shared
 
 
 def parse(text: bytes) -> list[Mapping]:
@@ -113,8 +141,26 @@ def _figures(text: bytes) -> tuple[Any, ...]:
     return (
         *(int(kib[name]) << 10 for name in _FIGURES),
         None if ksm is None else int(ksm) << 10,
-        int(kib.get(b"AnonHugePages:", 0)) << 10,
+        *(sum(int(kib.get(name, 0)) << 10 for name in names) for names in _HUGE),
     )
+
+
+class Rollup(msgspec.Struct, frozen=True):
+    """A process's proportional share of pages in memory by kind, in bytes (Linux 5.4)."""
+
+    anonymous: int
+    shared_memory: int
+    """tmpfs, memory files and shared anonymous memory."""
+    files: int
+
+
+def read_rollup(pid: int, root: Path = ROOT) -> Rollup | None:
+    """The kernel's own sums; None when it does not tell them. Raises NotFound, NotPermitted."""
+    text = read_of_process(pid, "smaps_rollup", root) or b""
+    kib = dict(_PSS.findall(text))
+    if len(kib) < len(_PSS_KINDS):
+        return None
+    return Rollup(*(int(kib[kind]) << 10 for kind in _PSS_KINDS))
 
 
 def read(pid: int, root: Path = ROOT) -> list[Mapping]:

@@ -18,6 +18,8 @@ from onecopy.host.smaps import Mapping
 from onecopy.model import PAGE_SIZE
 
 _DELETED = " (deleted)"
+#: What QEMU calls a file that it makes in a folder (system/physmem.c, file_ram_open).
+_MADE = "/qemu_back_mem."
 
 
 class GuestMaps(msgspec.Struct, frozen=True):
@@ -26,7 +28,8 @@ class GuestMaps(msgspec.Struct, frozen=True):
     name: str
     #: The VMM's process.
     pid: int
-    #: The file that backs the guest's RAM (a saved system's); None when no file was given to QEMU.
+    #: The file that backs the guest's RAM (a saved system's), or a folder where QEMU makes one
+    #: (hugetlbfs); None when no file was given to QEMU.
     ram_path: str | None
     ram_bytes: int
     #: Path of a segment's blob -> the segment's name.
@@ -42,7 +45,7 @@ class GuestMaps(msgspec.Struct, frozen=True):
 
 
 class SegmentUse(msgspec.Struct, frozen=True):
-    """One segment in one guest; both figures in bytes."""
+    """One segment in one guest; figures in bytes, None is unknown."""
 
     name: str
     path: str
@@ -50,6 +53,12 @@ class SegmentUse(msgspec.Struct, frozen=True):
     mapped: int
     #: In memory and in this process's page tables (Rss).
     resident: int
+    #: The guest's own copies of its pages, in memory or swap.
+    private: int
+    #: What is resident, each page divided by the number of processes that map it (Pss).
+    proportional: int | None
+    #: What of it is in huge pages.
+    huge: int
 
 
 class GuestAccount(msgspec.Struct, frozen=True):
@@ -61,12 +70,16 @@ class GuestAccount(msgspec.Struct, frozen=True):
     ram_size: int
     ram_private: int | None
     ram_shared: int | None
+    ram_proportional: int | None
     segments_mapped: int | None
     segments: tuple[SegmentUse, ...] | None
+    segments_private: int | None
     vmm_private: int | None
     vmm_shared: int | None
     pss_total: int | None
     page_tables: int | None
+    swapped: int | None
+    huge: int | None
     ksm: int | None
     #: Why figures are missing; empty when none is.
     note: str = ""
@@ -99,12 +112,16 @@ def account(
         ram_size=maps.ram_bytes,
         ram_private=sum(_ram_private(m) for m in ram) if ram else None,
         ram_shared=sum(_ram_shared(m) for m in ram) if ram else None,
+        ram_proportional=_proportional(ram) if ram else None,
         segments_mapped=sum(segment.mapped for segment in segments),
         segments=segments,
+        segments_private=sum(segment.private for segment in segments),
         vmm_private=sum(m.private + m.swap for m in rest) if ram else None,
         vmm_shared=sum(m.shared for m in rest) if ram else None,
-        pss_total=sum(m.pss for m in mappings),
+        pss_total=_proportional(mappings),
         page_tables=page_tables,
+        swapped=sum(m.swap for m in mappings),
+        huge=sum(m.huge for m in mappings),
         ksm=sum(merged) if merged else ksm_bytes,
         note="" if ram else "the guest's RAM was not found in its memory map",
     )
@@ -138,12 +155,16 @@ def _unreadable(maps: GuestMaps, page_tables: int | None, note: str) -> GuestAcc
         ram_size=maps.ram_bytes,
         ram_private=None,
         ram_shared=None,
+        ram_proportional=None,
         segments_mapped=None,
         segments=None,
+        segments_private=None,
         vmm_private=None,
         vmm_shared=None,
         pss_total=None,
         page_tables=page_tables,
+        swapped=None,
+        huge=None,
         ksm=None,
         note=note,
     )
@@ -156,7 +177,8 @@ def find_ram(maps: GuestMaps, mappings: Sequence[Mapping]) -> list[Mapping]:
     """
     if maps.ram_path is None:
         return _find_anonymous(maps, mappings, maps.ram_bytes)
-    ram = [m for m in mappings if _file(m) == maps.ram_path.removesuffix(_DELETED)]
+    path = maps.ram_path.removesuffix(_DELETED)
+    ram = [m for m in mappings if _file(m) == path or _file(m).startswith(path + _MADE)]
     if not maps.ram_added:
         return ram
     added = _find_anonymous(maps, mappings, maps.ram_added)
@@ -212,17 +234,40 @@ def _window(run: Sequence[Mapping], size: int) -> list[Mapping]:
 def _ram_private(mapping: Mapping) -> int:
     if mapping.perms.endswith("s"):
         return mapping.private + mapping.swap
-    return mapping.anonymous - (mapping.ksm or 0) + mapping.swap
+    return mapping.anonymous - (mapping.ksm or 0) + mapping.hugetlb_private + mapping.swap
 
 
 def _ram_shared(mapping: Mapping) -> int:
     if mapping.perms.endswith("s"):
         return mapping.shared
-    return mapping.rss - mapping.anonymous
+    return mapping.rss - mapping.anonymous + mapping.hugetlb_shared
+
+
+def _proportional(mappings: Iterable[Mapping]) -> int | None:
+    """Pss; None when the kernel does not tell how many processes share a hugetlb page."""
+    known = list(mappings)
+    if any(m.hugetlb_shared for m in known):
+        return None
+    return sum(m.pss + m.hugetlb_private for m in known)
 
 
 def _segment(name: str, path: str, mine: Sequence[Mapping]) -> SegmentUse:
-    return SegmentUse(name, path, sum(m.size for m in mine), sum(m.rss for m in mine))
+    return SegmentUse(
+        name,
+        path,
+        mapped=sum(m.size for m in mine),
+        resident=sum(m.resident for m in mine),
+        private=sum(_own(m) for m in mine),
+        proportional=_proportional(mine),
+        huge=sum(m.huge for m in mine),
+    )
+
+
+def _own(mapping: Mapping) -> int:
+    """Copies that a guest has of a segment's pages; one that it alone maps is still the file's."""
+    if not mapping.perms.endswith("s"):
+        return mapping.anonymous + mapping.swap
+    return mapping.private + mapping.swap if mapping.path.startswith("/memfd:") else 0
 
 
 def _file(mapping: Mapping) -> str:

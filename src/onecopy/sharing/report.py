@@ -7,7 +7,7 @@ from them. Not here: one guest's account (``account``), and printing (``onecopy.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -54,6 +54,11 @@ COLUMNS = (
         "for each guest that maps it, the blob's resident bytes count it once.",
     ),
     Column(
+        "ram_proportional",
+        "RAM PROP.",
+        "RAM in memory, each page divided by the number of processes that map it.",
+    ),
+    Column(
         "segments_mapped",
         "SEG MAPPED",
         "Address space of the segments that this guest maps, in memory or not.",
@@ -63,6 +68,11 @@ COLUMNS = (
         "SEG RESIDENT",
         "Segment pages that this guest has mapped in; the total counts a page once for each "
         "guest that maps it, the blob's resident bytes count it once.",
+    ),
+    Column(
+        "segments_private",
+        "SEG OWN",
+        "The guest's own copies of segment pages, in memory or swap: what it wrote to them.",
     ),
     Column(
         "vmm_private",
@@ -82,6 +92,8 @@ COLUMNS = (
         "the total counts every page once, if only these guests map it.",
     ),
     Column("page_tables", "PAGE TABLES", "The kernel's page tables for the QEMU process."),
+    Column("swapped", "SWAPPED", "What of all this is in swap."),
+    Column("huge", "HUGE", "What of all this is in huge pages, anonymous, of files or hugetlb."),
     Column(
         "ksm",
         "KSM",
@@ -103,9 +115,10 @@ BLOB_COLUMNS = (
     Column(
         "guests",
         "GUESTS",
-        "Guests of this report that map it.",
+        "Guests that map it.",
         is_bytes=False,
     ),
+    Column("others", "OTHERS", "Other QEMU processes that map it.", is_bytes=False),
 )
 
 
@@ -118,6 +131,7 @@ class Blob(msgspec.Struct, frozen=True):
     size: int | None
     resident: int | None
     guests: int | None
+    others: int | None
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -125,32 +139,35 @@ class Report(msgspec.Struct, frozen=True):
 
     guests: tuple[GuestAccount, ...]
     blobs: tuple[Blob, ...]
+    #: Other QEMU processes of the host.
+    others: tuple[GuestAccount, ...] = ()
 
     @property
     def totals(self) -> dict[str, int | None]:
-        """Bytes per summed column; None when one guest's figure is unknown."""
-        return {
-            column.key: _sum(value(guest, column) for guest in self.guests)
-            for column in COLUMNS
-            if column.summed
-        }
+        """Bytes per summed column over ``guests``; None when one's figure is unknown."""
+        return totals(self.guests)
 
     @property
     def resident(self) -> int | None:
-        """Bytes of all blobs in the page cache, each page once; None when one is unknown."""
-        return _sum(blob.resident for blob in self.blobs)
+        """Bytes of the guests' blobs in the page cache, each page once; None when one is unknown.
+
+        What only others map is not in it.
+        """
+        return _sum(blob.resident for blob in self.blobs if blob.guests != 0)
 
     def to_json(self) -> dict[str, object]:
         """The report as JSON values; null is unknown, and these fields are stable.
 
         ``version`` (``JSON_VERSION``); ``guests``: one object per guest with the keys of
-        ``COLUMNS`` and ``ram_path``, where ``segments`` is a list of ``name``, ``path``,
-        ``mapped``, ``resident`` (bytes); ``blobs``: one object per file with the keys of
-        ``BLOB_COLUMNS``; ``totals``: the sums over guests; ``blobs_resident``: the sum over blobs.
+        ``COLUMNS`` and ``ram_path``, where ``segments`` is a list of the fields of ``SegmentUse``;
+        ``others``: the same of other QEMU processes; ``blobs``: one object per file with the keys
+        of ``BLOB_COLUMNS``; ``totals``: the sums over guests; ``blobs_resident``: the sum over the
+        blobs that guests map.
         """
         return {
             "version": JSON_VERSION,
             "guests": [msgspec.to_builtins(guest) for guest in self.guests],
+            "others": [msgspec.to_builtins(guest) for guest in self.others],
             "blobs": [msgspec.to_builtins(blob) for blob in self.blobs],
             "totals": self.totals,
             "blobs_resident": self.resident,
@@ -165,17 +182,35 @@ def value(guest: GuestAccount, column: Column) -> int | None:
     return figure
 
 
-def collect(guests: Iterable[GuestMaps], root: Path = files.ROOT) -> Report:
-    """Read the kernel's figures for all ``guests``.
-
-    Guests that end meanwhile are left out. Raises Incompatible on a kernel without smaps.
-    """
+def totals(guests: Iterable[GuestAccount]) -> dict[str, int | None]:
+    """Sums over some guests: bytes per summed column; None when one figure is unknown."""
     known = list(guests)
+    return {
+        column.key: _sum(value(guest, column) for guest in known)
+        for column in COLUMNS
+        if column.summed
+    }
+
+
+def collect(
+    guests: Iterable[GuestMaps], others: Iterable[GuestMaps] = (), *, root: Path = files.ROOT
+) -> Report:
+    """Read the kernel's figures for all ``guests``, and for ``others`` beside them.
+
+    Those that end meanwhile are left out. Raises Incompatible on a kernel without smaps.
+    """
+    known, beside = list(guests), list(others)
+    every = [*known, *beside]
     # Half of the time is the kernel's, which counts for several at once.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(partial(_measured, root=root), known)
-        accounts = [account for account in found if account]
-    return Report(tuple(accounts), tuple(_blobs(known, accounts, root)))
+        found = list(zip(every, pool.map(partial(_measured, root=root), every), strict=True))
+    alive = [(maps, account) for maps, account in found if account]
+    pids = {maps.pid for maps in known}
+    return Report(
+        tuple(account for maps, account in alive if maps.pid in pids),
+        tuple(_blobs(alive, pids, root)),
+        tuple(account for maps, account in alive if maps.pid not in pids),
+    )
 
 
 def _measured(maps: GuestMaps, root: Path) -> GuestAccount | None:
@@ -184,26 +219,30 @@ def _measured(maps: GuestMaps, root: Path) -> GuestAccount | None:
     return None
 
 
-def _blobs(known: Iterable[GuestMaps], accounts: list[GuestAccount], root: Path) -> list[Blob]:
-    alive = {account.pid for account in accounts}
+def _blobs(
+    alive: Sequence[tuple[GuestMaps, GuestAccount]], pids: Container[int], root: Path
+) -> Iterator[Blob]:
+    """The files that these map; ``pids`` are the guests', the rest is others'."""
     segments: dict[str, str] = {}
-    ram: dict[str, list[str]] = {}
-    for maps in known:
-        if maps.pid not in alive:
-            continue
+    ram: dict[str, list[GuestMaps]] = {}
+    for maps, _ in alive:
         segments.update((maps.file(path), name) for path, name in maps.segments.items())
-        # A memfd is no file that others could map by its path; guests' memfds bear one name.
-        if maps.ram_path is not None and not maps.ram_path.startswith("/memfd:"):
-            ram.setdefault(maps.ram_path, []).append(maps.name)
-    found = [
-        _blob(name, "segment", path, _mapping_guests(path, accounts), root)
-        for path, name in sorted(segments.items())
-    ]
-    found += [
-        _blob(", ".join(names), "ram", path, len(names), root)
-        for path, names in sorted(ram.items())
-    ]
-    return found
+        if maps.ram_path is not None and _is_file(maps.ram_path, root):
+            ram.setdefault(maps.ram_path, []).append(maps)
+    accounts = [account for _, account in alive]
+    both = [a for a in accounts if a.pid in pids], [a for a in accounts if a.pid not in pids]
+    for path, name in sorted(segments.items()):
+        guests, others = (_mapping_guests(path, some) for some in both)
+        yield _blob(name, "segment", path, guests, others, root)
+    for path, users in sorted(ram.items()):
+        names = ", ".join(maps.name for maps in users)
+        guests = sum(maps.pid in pids for maps in users)
+        yield _blob(names, "ram", path, guests, len(users) - guests, root)
+
+
+def _is_file(path: str, root: Path) -> bool:
+    """Whether others could map it by its path: no memfd, whose name many have, and no folder."""
+    return not path.startswith("/memfd:") and not (root / path.lstrip("/")).is_dir()
 
 
 def _mapping_guests(path: str, accounts: list[GuestAccount]) -> int | None:
@@ -213,14 +252,16 @@ def _mapping_guests(path: str, accounts: list[GuestAccount]) -> int | None:
     )
 
 
-def _blob(name: str, kind: str, path: str, guests: int | None, root: Path) -> Blob:
+def _blob(
+    name: str, kind: str, path: str, guests: int | None, others: int | None, root: Path
+) -> Blob:
     """The file's own figures; a file that is gone or closed to this user has none."""
     real = root / path.lstrip("/")
     size = resident = None
     with suppress(OSError, NotFound, NotPermitted):
         size = real.stat().st_size
         resident = residency.resident_bytes(real)
-    return Blob(name, kind, path, size, resident, guests)
+    return Blob(name, kind, path, size, resident, guests, others)
 
 
 def _sum(figures: Iterable[int | None]) -> int | None:
