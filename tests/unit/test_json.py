@@ -20,6 +20,7 @@ from onecopy.demo import show
 from onecopy.demo.measure import Measured
 from onecopy.errors import GuestFailed
 from onecopy.guest import doctor
+from onecopy.guest.advising import Advised, Step
 from onecopy.guest.artifacts import describe, describe_fully
 from onecopy.guest.disks import OwnDisk
 from onecopy.guest.folder import Attached, Device, GuestDisk, run_root
@@ -30,7 +31,9 @@ from onecopy.guest.pool import Pool
 from onecopy.guest.warming import Warmed
 from onecopy.sharing import merging, report
 from onecopy.sharing.account import GuestAccount, SegmentUse
+from onecopy.sharing.advice import FileFound, Looked, Way, advise
 from onecopy.sharing.check import LINES, Check
+from onecopy.sharing.survey import LeftOut, Survey
 from onecopy.store import Store
 from tests.unit.guest_kit import record
 from tests.unit.store_kit import put
@@ -84,11 +87,21 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "report: segment": [field.name for field in fields(SegmentUse)],
         "report: blob": [field.name for field in fields(report.Blob)],
         "report: totals": list(report.Report((), ()).totals),
+        "advise: document": [*_advised().to_json(), "built"],
+        "advise: guest": [field.name for field in fields(Looked)],
+        "advise: way": [field.name for field in fields(Way)],
+        "advise: file": [field.name for field in fields(FileFound)],
+        "advise: left out": [field.name for field in fields(LeftOut)],
+        "advise: step": [field.name for field in fields(Step)],
         "doctor: finding": ["check", "state", "says"],
         "run: document": ["guests", "failures"],
         "run: failure": ["name", "error", "message"],
         "demo: document": list(show.as_json("tcg: why", [batch, batch])),
     }
+
+
+def _advised() -> Advised:
+    return Advised(Survey(advise([]), (), 0.0, 0), ())
 
 
 def test_the_page_names_what_is_printed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from onecopy.guest.host import Host
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.report import Report, collect
 from onecopy.vmm import foreign
+from onecopy.vmm.foreign import Vmm
 
 
 def report_all(host: Host) -> Report:
@@ -44,13 +45,15 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
 
 def other_maps(guests: Iterable[GuestMaps]) -> list[GuestMaps]:
     """One GuestMaps for each QEMU of the host that runs none of ``guests``."""
-    return [
-        GuestMaps(
-            name=vmm.name,
-            pid=vmm.pid,
-            ram_path=vmm.ram_path,
-            ram_bytes=vmm.ram_bytes,
-            segments=vmm.files,
-        )
-        for vmm in foreign.find({each.pid for each in guests})
-    ]
+    return [vmm_maps(vmm) for vmm in foreign.find({each.pid for each in guests})]
+
+
+def vmm_maps(vmm: Vmm) -> GuestMaps:
+    """The GuestMaps of another's QEMU."""
+    return GuestMaps(
+        name=vmm.name,
+        pid=vmm.pid,
+        ram_path=vmm.ram_path,
+        ram_bytes=vmm.ram_bytes,
+        segments=vmm.files,
+    )

@@ -42,6 +42,8 @@ class Vmm(msgspec.Struct, frozen=True):
     ram_path: str | None
     #: Other files that it maps as memory (virtio-pmem, NVDIMM): path -> the backend's id.
     files: Mapping[str, str]
+    #: Files of its disks.
+    disks: tuple[str, ...] = ()
 
 
 def find(known: Container[int], root: Path = ROOT) -> list[Vmm]:
@@ -98,7 +100,24 @@ def parse(pid: int, argv: Sequence[str]) -> Vmm | None:
         ram_bytes=_ram_bytes(_last(options, ("m",), "size")),
         ram_path=(paths.pop() if len(paths) == 1 else None) if paths else default,
         files=files,
+        disks=tuple(dict.fromkeys(_disks(options))),
     )
+
+
+def _disks(options: Mapping[str, list[str]]) -> Iterator[str]:
+    for name in ("hda", "hdb", "hdc", "hdd", "cdrom"):
+        yield from options.get(name, [])
+    for each in (*_all(options, "drive", "file"), *_all(options, "blockdev", "driver")):
+        yield from _filenames(each)
+
+
+def _filenames(block: Mapping[str, Any]) -> Iterator[str]:
+    """A block device may stand on another one, given inside it or by the name of a node."""
+    for key, value in block.items():
+        if isinstance(value, dict):
+            yield from _filenames(value)
+        elif key in ("file", "filename", "file.filename") and "/" in value:
+            yield str(value)
 
 
 def _resolved(vmm: Vmm, root: Path) -> Vmm:
@@ -110,6 +129,7 @@ def _resolved(vmm: Vmm, root: Path) -> Vmm:
         vmm,
         ram_path=None if vmm.ram_path is None else os.path.realpath(folder / vmm.ram_path),
         files={os.path.realpath(folder / path): name for path, name in vmm.files.items()},
+        disks=tuple(os.path.realpath(folder / path) for path in vmm.disks),
     )
 
 

@@ -1,0 +1,157 @@
+"""From guests, others' included, and files to advice, and to the commands that carry it out.
+
+Not here: what is compared and how (sharing/survey.py, scan.py, advice.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from onecopy.build.segment import build_segment
+from onecopy.errors import InvalidInput, NotFound
+from onecopy.guest.host import Host
+from onecopy.guest.maps import guest_maps, vmm_maps
+from onecopy.model import Reference
+from onecopy.sharing.advice import Advice
+from onecopy.sharing.survey import Sources, Survey, survey
+from onecopy.store import Artifact
+from onecopy.vmm import foreign
+
+Tell = Callable[[str], None]
+
+#: What stands in a step where the user knows better.
+_WHERE = "/MOUNTPOINT"
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One command that carries the advice out."""
+
+    argv: tuple[str, ...]
+    why: str
+    ref: str = ""
+    """The segment that it builds; empty if it builds none."""
+    source: str = ""
+    """From what, as `onecopy build --from` has it."""
+
+
+class Advised(msgspec.Struct, frozen=True):
+    """What was found, and what to do."""
+
+    survey: Survey
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """As JSON values, all on one level (docs/json.md)."""
+        survey: dict[str, object] = msgspec.to_builtins(self.survey)
+        advice: dict[str, object] = msgspec.to_builtins(self.survey.advice)
+        del survey["advice"]
+        return advice | survey | {"steps": msgspec.to_builtins(self.steps)}
+
+
+def look(
+    host: Host,
+    names: Sequence[str] = (),
+    *,
+    roots: Sequence[Path] = (),
+    files: Sequence[Path] = (),
+    name: str = "shared",
+    tell: Tell = lambda _: None,
+) -> Advised:
+    """Look at the guests of these ``names``, or at all, those of others included.
+
+    ``roots`` are images and folders that guests' root file systems are made from, beside the disks
+    that others' QEMUs name; ``files`` are folders that a further segment could have, beside the
+    segments that are stored. ``name`` is what the steps call the new segment. Raises NotFound,
+    InvalidInput.
+    """
+    ours = guest_maps(host.guests())
+    others = foreign.find({each.pid for each in [*ours, *guest_maps(host.prepared())]})
+    every = [*ours, *map(vmm_maps, others)]
+    if unknown := set(names) - {each.name for each in every}:
+        raise NotFound(
+            f"no guest {', '.join(sorted(unknown))}",
+            hint="`onecopy report` lists all, also those of other programs",
+        )
+    chosen = [each for each in every if not names or each.name in names]
+    pids = {each.pid for each in chosen}
+    disks = [path for vmm in others if vmm.pid in pids for path in vmm.disks]
+    images = [(each, Path(each)) for each in dict.fromkeys(disks)]
+    sources = Sources(
+        root_images=[*images, *((str(path), path) for path in roots if not _is_folder(path))],
+        root_trees=[path for path in roots if _is_folder(path)],
+        images=_segments(host.store.artifacts("segment")),
+        trees=files,
+    )
+    found = survey(chosen, sources, tell)
+    known = {each.name for each in ours}
+    roots_of = [f"{'dir' if _is_folder(path) else 'disk'}:{path}" for path in roots]
+    roots_of += [f"disk:{disk}" for disk in disks]
+    return Advised(found, tuple(_steps(found.advice, name, known, roots_of, files)))
+
+
+def apply(host: Host, steps: Sequence[Step], tell: Tell = lambda _: None) -> list[Artifact]:
+    """Build the segments of the steps. Raises what `build_segment` raises."""
+    return [
+        build_segment(host.store, Reference.parse(step.ref), step.source, progress=tell)
+        for step in steps
+        if step.ref
+    ]
+
+
+def _is_folder(path: Path) -> bool:
+    if not path.exists():
+        raise NotFound(f"there is no {path}", hint="name an image or a folder")
+    return path.is_dir()
+
+
+def _segments(artifacts: Iterable[Artifact]) -> list[tuple[str, Path]]:
+    return [(each.ref, layer.path) for each in artifacts for layer in each.layers]
+
+
+def _steps(
+    advice: Advice, name: str, ours: set[str], roots: Sequence[str], files: Sequence[Path]
+) -> list[Step]:
+    best = advice.best_guest
+    saved, root = "saved" in advice.take, "root" in advice.take
+    steps = []
+    if saved and best in ours:
+        steps.append(_step("save", f"{name}-system", "--from", best, why="a guest as it is now"))
+    elif (saved or root) and roots:
+        steps.append(_build(name, roots[0], "the root file system, once"))
+        if saved:
+            why = "booted once, with your options for `save`"
+            steps.append(_step("save", f"{name}-system", "--root", name, why=why))
+        else:
+            steps.append(_step("run", "--cold", name, why="guests that execute it in place"))
+    if saved:
+        steps.append(_step("run", f"{name}-system", "-n", "N", why="guests that share it"))
+    if "extra" in advice.take:
+        steps += _extra(advice, name, files)
+    if "ksm" in advice.take:
+        steps.append(_step("ksm", "on", why="merges what is left"))
+    return steps
+
+
+def _extra(advice: Advice, name: str, files: Sequence[Path]) -> list[Step]:
+    """The folder, or the stored segment, in which most was found."""
+    for found in advice.files:
+        for folder in files:
+            if Path(found.name).is_relative_to(folder):
+                new = f"{name}-files"
+                load = _step("attach", "GUEST", f"{new}:{_WHERE}", why="before they are read")
+                return [_build(new, f"dir:{folder}", "these files, once"), load]
+        if not found.name.startswith("/"):
+            what = f"{found.name}:{_WHERE}"
+            return [_step("attach", "GUEST", what, why="in place of the guests' own files")]
+    raise InvalidInput("no file was found that a segment could have", hint="report this as a bug")
+
+
+def _step(*argv: str | None, why: str) -> Step:
+    return Step(("onecopy", *(each for each in argv if each is not None)), why)
+
+
+def _build(name: str, source: str, why: str) -> Step:
+    return Step(("onecopy", "build", name, "--from", source), why, name, source)

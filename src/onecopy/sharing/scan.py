@@ -1,0 +1,177 @@
+"""Look at the RAM of one running guest: what stands in each of its pages.
+
+Only pages that cost memory are read: those that are the guest's alone. Pages of a saved system's
+file, and what KSM has merged already, are counted. Nothing is written, and the guest goes on; a
+page that changes meanwhile is what it was when it was read. Not here: what the pages of several
+guests have in common (``advice``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from onecopy.errors import NotFound, NotPermitted
+from onecopy.host import files, frames, pagemap, peek, smaps
+from onecopy.host.kpage import Flags
+from onecopy.host.smaps import Mapping
+from onecopy.model import PAGE_SIZE
+from onecopy.sharing.account import GuestMaps, find_ram
+
+Hashes = npt.NDArray[np.uint64]
+Numbers = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
+
+#: What a page of zeroes hashes to.
+ZERO = np.uint64(xxhash.xxh3_64_intdigest(bytes(PAGE_SIZE)))
+#: Pages that are read at once: they are hashed while they are in the processor's cache.
+_CHUNK = 256
+_PRESENT, _FILE, _SWAPPED = (np.uint64(1 << bit) for bit in (63, 61, 62))
+_FRAME = np.uint64((1 << 55) - 1)
+
+
+class Scan(msgspec.Struct, frozen=True):
+    """One guest's RAM; sizes in bytes."""
+
+    name: str
+    pid: int
+    ram_size: int
+    pages: Numbers
+    """Numbers in RAM of the pages that are this guest's alone, ascending."""
+    hashes: Hashes
+    """Their contents."""
+    mergeable: Marks
+    """Which of them KSM could merge: private memory, not shared memory or hugetlb."""
+    shared: int
+    """Still pages of a file that others can map, too: a saved system's."""
+    merged: int | None
+    """Merged by KSM already; None when this user may not know."""
+    swapped: int
+    """In swap, and not looked at."""
+    missed: int
+    """Gone before they were read."""
+    note: str = ""
+    """What this scan lacks; empty when it is whole."""
+
+    @property
+    def own(self) -> int:
+        """Bytes that were read."""
+        return len(self.pages) * PAGE_SIZE
+
+
+def hash_pages(data: npt.NDArray[np.uint8]) -> Hashes:
+    """The contents of pages, of shape (pages, PAGE_SIZE), as 64-bit numbers (xxh3).
+
+    Among 10 million different pages two have one number with a probability of 3 in a million.
+    """
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, data), np.uint64, len(data))
+
+
+def scan(maps: GuestMaps, root: Path = files.ROOT) -> Scan:
+    """Read a guest's RAM.
+
+    Raises NotFound when it is gone, ends meanwhile, or its RAM is not found; NotPermitted.
+    """
+    ram = find_ram(maps, smaps.read(maps.pid, root))
+    if not ram:
+        raise NotFound(f"the RAM of {maps.name} was not found in the memory of its QEMU")
+    first, parts = 0, []
+    for mapping in ram:
+        parts.append(_scan(maps.pid, mapping, first, root))
+        first += mapping.size // PAGE_SIZE
+    merged = _sum([part.merged for part in parts])
+    return Scan(
+        name=maps.name,
+        pid=maps.pid,
+        ram_size=maps.ram_bytes,
+        pages=np.concatenate([part.pages for part in parts]),
+        hashes=np.concatenate([part.hashes for part in parts]),
+        mergeable=np.concatenate([part.mergeable for part in parts]),
+        shared=sum(part.shared for part in parts),
+        merged=merged,
+        swapped=sum(part.swapped for part in parts),
+        missed=sum(part.missed for part in parts),
+        note="" if merged is not None else _HIDDEN,
+    )
+
+
+_HIDDEN = (
+    "the kernel shows only root which pages are merged, or the zero page: pages of zeroes are left "
+    "out, merged ones are in"
+)
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """The same for one mapping."""
+
+    pages: Numbers
+    hashes: Hashes
+    mergeable: Marks
+    shared: int
+    merged: int | None
+    swapped: int
+    missed: int
+
+
+def _scan(pid: int, mapping: Mapping, first: int, root: Path) -> _Part:
+    """``first`` is the number of the mapping's first page in RAM."""
+    count = mapping.size // PAGE_SIZE
+    entries = np.frombuffer(pagemap.read(pid, mapping.start, count, root), np.uint64)
+    present = (entries & _PRESENT) != 0
+    private = mapping.perms.endswith("p")
+    own = present & ((entries & _FILE) == 0) if private else present
+    pages = np.flatnonzero(own)
+    flags = _flags(entries[pages] & _FRAME, root)
+    if flags is not None:
+        # The zero page, which is everybody's, may be KSM's work or that of a guest that only read.
+        pages = pages[(flags & np.uint64(Flags.KSM | Flags.ZERO_PAGE)) == 0]
+    hashes, there = _read(pid, mapping.start, pages)
+    missed = len(pages) - np.count_nonzero(there)
+    pages = pages[there]
+    if flags is None:
+        pages, hashes = pages[hashes != ZERO], hashes[hashes != ZERO]
+    huge = mapping.hugetlb_private + mapping.hugetlb_shared
+    return _Part(
+        pages=pages + first,
+        hashes=hashes,
+        mergeable=np.full(len(pages), private and not huge),
+        shared=_bytes(present & ~own),
+        merged=None if flags is None else _bytes((flags & np.uint64(Flags.KSM)) != 0),
+        swapped=_bytes((entries & _SWAPPED) != 0),
+        missed=int(missed) * PAGE_SIZE,
+    )
+
+
+def _flags(numbers: npt.NDArray[np.uint64], root: Path) -> npt.NDArray[np.uint64] | None:
+    """The flags of page frames; None when the kernel hides them (it shows frame 0)."""
+    if not numbers.all():
+        return None
+    try:
+        return frames.flags(numbers, root)
+    except NotPermitted:
+        return None
+
+
+def _read(pid: int, start: int, pages: Numbers) -> tuple[Hashes, Marks]:
+    """The contents of those pages that are there, and which these are."""
+    buffer = np.empty((_CHUNK, PAGE_SIZE), np.uint8)
+    hashes, there = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
+    for at in range(0, len(pages), _CHUNK):
+        part = pages[at : at + _CHUNK].astype(np.uint64)
+        found = peek.read(pid, np.uint64(start) + part * np.uint64(PAGE_SIZE), buffer)
+        hashes.append(hash_pages(buffer[: len(part)][found]))
+        there.append(found)
+    return np.concatenate(hashes), np.concatenate(there)
+
+
+def _bytes(marks: Marks) -> int:
+    return int(np.count_nonzero(marks)) * PAGE_SIZE
+
+
+def _sum(figures: list[int | None]) -> int | None:
+    known = [figure for figure in figures if figure is not None]
+    return sum(known) if len(known) == len(figures) else None

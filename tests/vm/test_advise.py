@@ -1,0 +1,122 @@
+"""advise, on guests whose sharing is known: what can be shared is found, and no more is claimed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onecopy.errors import InvalidInput, NotFound
+from onecopy.guest import advising
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.model import MIB, Reference
+from tests.vm.conftest import Clones, RunIn
+
+ONECOPY = Path(sys.executable).with_name("onecopy")
+SIZE = 8 * MIB
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with 8 MiB that guests will have in memory, and a file that none has."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "known").write_bytes(os.urandom(SIZE - 1234))
+    (folder / "other").write_bytes(os.urandom(MIB))
+    return folder
+
+
+@pytest.fixture
+def alike(clones: Clones, run_in: RunIn, files: Path) -> list[GuestRecord]:
+    """Clones with the same file at other addresses, the same data shifted, data of their own."""
+    guests = clones(3)
+    known, shifted = (files / "known").read_bytes(), os.urandom(SIZE)
+    for number, guest in enumerate(guests):
+        mine = {
+            f"a{number}": os.urandom((1 + number) * MIB),
+            "known": known,
+            "shifted": b"\1" * (100 * (number + 1)) + shifted,
+            "unique": os.urandom(SIZE),
+        }
+        for name, data in mine.items():
+            done = run_in(guest, "sh", "-c", f"cat >/dev/shm/{name}", stdin=data)
+            assert done.exit_code == 0, done.stderr
+    return guests
+
+
+def onecopy(*args: str | Path) -> str:
+    done = subprocess.run([ONECOPY, *args], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_known_is_found_and_no_more(
+    host: Host, alike: list[GuestRecord], files: Path
+) -> None:
+    names = [guest.name for guest in alike]
+    advised = advising.look(host, names, files=[files])
+    found = advised.survey
+    assert not found.left_out
+    advice = found.advice
+    ways = {way.name: way for way in advice.ways}
+    print(advice)
+    # Two of three copies go. What else is a file's: a segment's page that a guest has changed back.
+    can = 2 * SIZE
+    assert 0.9 * can <= ways["extra"].saves <= can + MIB
+    by_name = {Path(each.name).name: each for each in advice.files}
+    assert 0.9 * 3 * SIZE <= by_name["known"].copies <= 3 * SIZE
+    assert by_name["known"].guests == 3 and "other" not in by_name
+    # It is at other addresses, and still what a guest saved now would share.
+    assert ways["saved"].saves >= 0.9 * can and ways["ksm"].saves >= 0.9 * can
+    # Shifted data and unique data are like no other page.
+    assert advice.kinds["unique"] >= 0.9 * 3 * 2 * SIZE
+    own = sum(guest.own for guest in advice.guests)
+    assert own == advice.own == sum(advice.kinds.values())
+    assert advice.possible <= own - advice.kinds["unique"]
+    assert {guest.note for guest in advice.guests} == {""}
+    assert advice.take[0] == "saved" and advice.best_guest in names
+    saving = ("onecopy", "save", "shared-system", "--from", advice.best_guest)
+    assert advised.steps[0].argv == saving
+    assert all(guest.shared > 8 * MIB and guest.missed < MIB for guest in advice.guests)
+
+
+def test_it_is_carried_out(host: Host, clones: Clones, files: Path, run_in: RunIn) -> None:
+    (guest,) = clones(1)
+    known = (files / "known").read_bytes()
+    copies = "cd /dev/shm; cat >0; for n in 1 2 3; do cp 0 $n; done"
+    assert run_in(guest, "sh", "-c", copies, stdin=known).exit_code == 0
+    text = onecopy("advise", guest.name, "--files", files)
+    assert "Take: extra. " in text and str(files / "known") in text
+    told: dict[str, Any] = json.loads(
+        onecopy("advise", guest.name, "--files", files, "--apply", "advised", "--json")
+    )
+    assert told["built"] == ["advised-files:latest"]
+    build, attach = (step["argv"] for step in told["steps"])
+    assert build == ["onecopy", "build", "advised-files", "--from", f"dir:{files}"]
+    assert attach == ["onecopy", "attach", "GUEST", "advised-files:/MOUNTPOINT"]
+    # Nothing of the guest was changed, and what it is advised to use is the same.
+    onecopy("attach", guest.name, "advised-files:/advised")
+    digests = run_in(guest, "sha256sum", "/dev/shm/3", "/advised/known").stdout.split()[::2]
+    assert set(digests) == {hashlib.sha256(known).hexdigest().encode()}
+    assert run_in(guest, "sh", "-c", "rm /dev/shm/?").exit_code == 0
+    host.store.remove(Reference("advised-files"), in_use=True)
+
+
+def test_names_and_files_that_are_not_there(clones: Clones, tmp_path: Path) -> None:
+    (guest,) = clones(1)
+    for args, code in (
+        (["none"], NotFound.exit_code),
+        ([guest.name, "--files", tmp_path / "none"], NotFound.exit_code),
+        ([guest.name, "--root", tmp_path / "none"], NotFound.exit_code),
+        ([guest.name, "--files", ONECOPY], InvalidInput.exit_code),
+    ):
+        done = subprocess.run([ONECOPY, "advise", *args], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert len([line for line in done.stderr.splitlines() if "reading" not in line]) == 2
