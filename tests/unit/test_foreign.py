@@ -82,12 +82,30 @@ def test_numa_nodes_and_a_folder_of_huge_pages() -> None:
     assert parse("-mem-path", "/dev/hugepages").ram_path == "/dev/hugepages"
 
 
+@pytest.mark.parametrize(
+    ("argv", "disks"),
+    [
+        (["-hda", "/a", "-cdrom", "/b"], ("/a", "/b")),
+        (["-drive", "file=/a,if=virtio,format=raw", "-drive", "/b"], ("/a", "/b")),
+        (["-drive", "file.driver=file,file.filename=/a"], ("/a",)),
+        (["-blockdev", "driver=file,node-name=n,filename=/a"], ("/a",)),
+        (["-blockdev", '{"driver":"qcow2","file":{"driver":"file","filename":"/a"}}'], ("/a",)),
+        (["-blockdev", '{"driver":"qcow2","node-name":"n","file":"other"}'], ()),
+        (["-drive", "if=none,id=d", "-drive", "file=/a", "-drive", "file=/a"], ("/a",)),
+    ],
+)
+def test_disks(argv: list[str], disks: tuple[str, ...]) -> None:
+    assert parse(*argv).disks == disks
+
+
 def test_a_real_one_is_found_and_accounted(tmp_path: Path) -> None:
     ram, extra = tmp_path / "ram", tmp_path / "extra"
     for path in (ram, extra):
         path.write_bytes(b"")
         os.truncate(path, 64 * MIB)
     (tmp_path / "link").symlink_to(extra)
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    disk = os.open(tmp_path / "disk", os.O_RDONLY)
     argv = [
         *("qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-name", "theirs"),
         *("-machine", "q35,accel=tcg,memory-backend=ram,nvdimm=on"),
@@ -95,17 +113,22 @@ def test_a_real_one_is_found_and_accounted(tmp_path: Path) -> None:
         *("-object", "memory-backend-file,id=ram,size=64M,mem-path=ram,share=off"),
         *("-object", "memory-backend-file,id=nv,size=64M,mem-path=link,share=on"),
         *("-device", "nvdimm,id=d,memdev=nv"),
+        *("-drive", f"file=/proc/self/fd/{disk},if=virtio,format=raw,readonly=on"),
     ]
     try:
-        process = subprocess.Popen(argv, cwd=tmp_path, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(argv, cwd=tmp_path, pass_fds=[disk])
     except FileNotFoundError:
         cannot_run("qemu-system-x86_64 is not installed")
+    finally:
+        os.close(disk)
     with process:
         try:
             until = time.monotonic() + 60
             while str(extra) not in Path(f"/proc/{process.pid}/maps").read_text():
                 assert process.poll() is None and time.monotonic() < until
                 time.sleep(0.05)
+            (vmm,) = (each for each in foreign.find(()) if each.pid == process.pid)
+            assert vmm.disks == (str(tmp_path / "disk"),)
             (maps,) = (each for each in other_maps([]) if each.pid == process.pid)
             assert maps == GuestMaps("theirs", process.pid, str(ram), 64 * MIB, {str(extra): "nv"})
             assert process.pid not in {each.pid for each in other_maps([maps])}

@@ -122,14 +122,20 @@ def _filenames(block: Mapping[str, Any]) -> Iterator[str]:
 
 def _resolved(vmm: Vmm, root: Path) -> Vmm:
     """With paths as the kernel shows them: absolute, and without symbolic links."""
+    own = process_folder(vmm.pid, root)
     folder = Path()
     with suppress(OSError):
-        folder = (process_folder(vmm.pid, root) / "cwd").readlink()
+        folder = (own / "cwd").readlink()
+
+    def real(path: str) -> str:
+        # A descriptor of its own.
+        return os.path.realpath(folder / path.replace("/proc/self/", f"{own}/", 1))
+
     return replace(
         vmm,
-        ram_path=None if vmm.ram_path is None else os.path.realpath(folder / vmm.ram_path),
-        files={os.path.realpath(folder / path): name for path, name in vmm.files.items()},
-        disks=tuple(os.path.realpath(folder / path) for path in vmm.disks),
+        ram_path=None if vmm.ram_path is None else real(vmm.ram_path),
+        files={real(path): name for path, name in vmm.files.items()},
+        disks=tuple(map(real, vmm.disks)),
     )
 
 
