@@ -23,14 +23,15 @@ from benches.many import measure_many
 from benches.report import Report, machine_facts
 from benches.setup import ALONE, SYSTEM, Setup, set_up
 from benches.starts import measure_starts
+from benches.truth import measure_truth
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
 PARTS = ("starts", "batches", "programs", "first", "kinds", "idle")
-#: Only when asked for: they need a large root, and nearly all of the host.
-FURTHER = ("layout", "many")
+#: Only when asked for: they need a large root, nearly all of the host, or much time.
+FURTHER = ("layout", "many", "truth")
 
 
 def _arguments() -> argparse.Namespace:
@@ -117,6 +118,8 @@ async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:
         report.layouts = await measure_layouts(setup, arguments.layouts, _tell)
     if "many" in wanted:
         report.many = await measure_many(setup, arguments.many, _tell)
+    if "truth" in wanted:
+        report.truth = await measure_truth(setup, arguments.idle, arguments.guests, _tell)
     return report
 
 

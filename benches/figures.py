@@ -58,7 +58,7 @@ class Memory:
     """All else that only this guest's VMM has: heap, translated code, stacks."""
     page_tables: float
     free_taken: float
-    """How much less MemFree the host has than before: page cache included."""
+    """How much less is free on the host than before: page cache included."""
     available_taken: float
     """How much less MemAvailable the host has than before."""
 
@@ -102,7 +102,7 @@ def memory(guests: Sequence[Running], before: meminfo.MemInfo) -> Memory:
         ram_private=_mean(accounts, "ram_private"),
         vmm_private=_mean(accounts, "vmm_private"),
         page_tables=_mean(accounts, "page_tables"),
-        free_taken=_taken(before.free, now.free) / len(guests),
+        free_taken=_taken(before.unused, now.unused) / len(guests),
         available_taken=_taken(before.available, now.available) / len(guests),
     )
 

@@ -7,7 +7,6 @@ further one adds only what is its own. Not here: guests that have answered reque
 from __future__ import annotations
 
 import contextlib
-import re
 import statistics
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from benches.setup import Setup
 from onecopy.errors import Incompatible
 from onecopy.guest.maps import guest_maps
 from onecopy.guest.start import CloneSpec, start_clone
-from onecopy.host import ksm, meminfo, process
+from onecopy.host import ksm, meminfo, process, smaps
 
 _PAGE_TABLES = ("page_tables", "secondary_page_tables")
 
@@ -40,7 +39,7 @@ class Idle:
     kernel: float
     """Stacks of the VMM's threads in the kernel, and KSM's records of its pages."""
     free_taken: float
-    """How much less MemFree the host has, whatever for."""
+    """How much less is free on the host, whatever for."""
     places: list[Place]
     cpu: float
     """CPU seconds per second."""
@@ -78,7 +77,7 @@ async def _figures(
         page_tables=_grown(before, now, *_PAGE_TABLES) / len(guests),
         kernel=_grown(before, now, "kernel_stacks") / len(guests)
         + statistics.mean(map(_ksm_records, pids)),
-        free_taken=-_grown(before, now, "free") / len(guests),
+        free_taken=-_grown(before, now, "unused") / len(guests),
         places=places(guests, setup.saved),
         cpu=cpu,
     )
@@ -102,13 +101,10 @@ def _ksm_records(pid: int) -> int:
 
 
 def _anonymous(pid: int) -> int:
-    """Bytes; Documentation/filesystems/proc.rst, "smaps_rollup"."""
-    found = re.search(
-        r"^Pss_Anon: +([0-9]+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M
-    )
-    if not found:
+    rollup = smaps.read_rollup(pid)
+    if not rollup:
         raise Incompatible("this kernel's smaps_rollup has no Pss_Anon")
-    return int(found[1]) << 10
+    return rollup.anonymous
 
 
 @contextlib.asynccontextmanager

@@ -70,7 +70,7 @@ async def _group(
         yield Group(kind, guests, at_first)
 
 
-async def _plain(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
+async def start_one_plain(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, port, began = new_name(), free_port(), time.monotonic()
     vmm = start_plain(setup, name, application(), port)
     ends.push_async_callback(vmm.kill)
@@ -79,7 +79,7 @@ async def _plain(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     return Running(maps, time.monotonic() - began, process.cpu_seconds(vmm.pid))
 
 
-async def _cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
+async def start_one_cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, port, began = new_name(), free_port(), time.monotonic()
     # onecopy hands a guest out when it is ready by its own sign; here the answer is the sign.
     spec = replace(setup.prepared.spec, publish=((port, 80),), ready=None)
@@ -101,7 +101,7 @@ async def _cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     return Running(maps, *answering.result())
 
 
-async def _saved(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
+async def start_one_saved(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, began = new_name(), time.monotonic()
     record = await start_clone(setup.host, setup.saved, name, CloneSpec(publish=((0, 80),)))
     ends.callback(setup.host.end, record)
@@ -137,7 +137,7 @@ async def measure_kinds(setup: Setup, count: int, with_ksm: bool, tell: Tell) ->
     kinds: list[Kind] = []
     merging: Merged | None = None
     tell(f"{count} plain guests")
-    async with _group(setup, "plain", count, _plain, [setup.image]) as group:
+    async with _group(setup, "plain", count, start_one_plain, [setup.image]) as group:
         kinds.append(group.kind)
         if with_ksm:
             tell("the same, until KSM has merged what it can")
@@ -145,10 +145,10 @@ async def measure_kinds(setup: Setup, count: int, with_ksm: bool, tell: Tell) ->
                 kinds.append(await _after(group, merging))
     segments = [item.layer.path for item in setup.prepared.placed if item.layer]
     tell(f"{count} guests booted from the segment")
-    async with _group(setup, "segment", count, _cold, segments) as group:
+    async with _group(setup, "segment", count, start_one_cold, segments) as group:
         kinds.append(group.kind)
     tell(f"{count} guests from the saved system")
     files = [*segments, setup.saved.ram]
-    async with _group(setup, "saved", count, _saved, files) as group:
+    async with _group(setup, "saved", count, start_one_saved, files) as group:
         kinds.append(group.kind)
         return Results(kinds, merging, places(group.guests, setup.saved))

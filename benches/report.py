@@ -24,8 +24,10 @@ from benches.merging import Merged
 from benches.places import Place
 from benches.setup import Setup
 from benches.starts import MOMENTS, Starts
+from benches.truth import Truth
 from onecopy.host import meminfo
 from onecopy.model import format_size
+from onecopy.sharing.check import LINES
 
 _NAMES = {
     "plain": "plain",
@@ -48,6 +50,7 @@ class Report:
     idle: list[Idle] | None = None
     layouts: list[Layout] | None = None
     many: Many | None = None
+    truth: Truth | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and bytes; each spread with all its values."""
@@ -82,6 +85,8 @@ class Report:
             parts.append("### Large files, as they are and aligned\n\n" + _layouts(self.layouts))
         if self.many:
             parts.append("### Many clones at once\n\n" + _many(self.many))
+        if self.truth:
+            parts.append("### Whether the figures are true\n\n" + _truth(self.truth))
         return "\n\n".join(parts) + "\n"
 
 
@@ -114,7 +119,7 @@ def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
         ["- of it guest RAM of its own", *(_mib(k.memory.ram_private) for k in kinds)],
         ["- of it QEMU's own, private", *(_mib(k.memory.vmm_private) for k in kinds)],
         ["page tables of the VMM (not in Pss)", *(_mib(k.memory.page_tables) for k in kinds)],
-        ["MemFree taken, page cache included", *(_mib(k.memory.free_taken) for k in kinds)],
+        ["free memory taken, page cache included", *(_mib(k.memory.free_taken) for k in kinds)],
         ["MemAvailable taken", *(_mib(k.memory.available_taken) for k in kinds)],
         ["CPU of the VMM until it answers", *(_s(k.cpu) for k in kinds)],
         ["CPU of ksmd, shared out", *(_s(k.helper_cpu) if k.helper_cpu else "0" for k in kinds)],
@@ -190,7 +195,7 @@ def _idle(kinds: Sequence[Idle]) -> str:
         ["- in no file, merged pages divided (Pss_Anon)", *(_mib(k.anonymous) for k in kinds)],
         ["- page tables", *(_mib(k.page_tables) for k in kinds)],
         ["- kernel stacks, KSM's records", *(_mib(k.kernel) for k in kinds)],
-        ["MemFree taken, whatever for", *(_mib(k.free_taken) for k in kinds)],
+        ["free memory taken, whatever for", *(_mib(k.free_taken) for k in kinds)],
         ["CPU, of one core", *(f"{k.cpu * 100:.2f} %" for k in kinds)],
     ]
     for name in [place.name for place in kinds[0].places if place.anonymous]:
@@ -259,6 +264,37 @@ def _many(many: Many) -> str:
         ["MemAvailable taken by each", _mib(many.available_taken)],
     ]
     return _table([f"{many.guests} clones", ""], rows)
+
+
+def _truth(truth: Truth) -> str:
+    """Sums against the host, claims against what came true, and what `advise` takes."""
+    checks = {
+        f"{truth.clones} clones": truth.clones_check,
+        f"{truth.plain} plain": truth.plain_check,
+    }
+    sums = [
+        [name, *(_mib(getattr(check, key)) for key, *_ in LINES), f"{check.share or 0:+.1%}"]
+        for name, check in checks.items()
+    ]
+    claims = [
+        [way, _mib(said), _mib(truth.came_true[way]), f"{said / truth.came_true[way]:.2f}"]
+        for way, said in truth.claims.items()
+    ]
+    gib = truth.own / 2**30
+    rows = [
+        ["reading and hashing, per second of one core", f"{gib / truth.read_seconds:.1f} GiB"],
+        ["copying as much, memory to memory", f"{gib / truth.copy_seconds:.1f} GiB"],
+        ["100 guests of 256 MiB: largest size of the process", _mib(truth.many_memory)],
+        ["- processor time to compare them", _s(truth.many_seconds)],
+    ]
+    head = ["report --check", *(name for _, name, _ in LINES), ""]
+    return "\n\n".join(
+        (
+            _table(head, sums),
+            _table([f"`advise`, {truth.plain} plain guests", "said", "came true", "ratio"], claims),
+            _table([f"`advise`, {_mib(truth.own)} of their own", ""], rows),
+        )
+    )
 
 
 def _places(places: Sequence[Place]) -> str:

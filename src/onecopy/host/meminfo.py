@@ -9,8 +9,10 @@ import re
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from onecopy.errors import Incompatible
+from onecopy.host import zoneinfo
 from onecopy.host.files import ROOT
 from onecopy.host.files import read as read_file
 
@@ -43,6 +45,15 @@ class MemInfo(msgspec.Struct, frozen=True):
     #: The same of guests, that is KVM's (Linux 6.1).
     secondary_page_tables: int | None
     kernel_stacks: int | None
+    #: Free, but on the CPUs' lists and not in ``free`` (host/zoneinfo.py).
+    on_lists: int | None = None
+
+    @property
+    def unused(self) -> int | None:
+        """All that is free."""
+        if self.free is None or self.on_lists is None:
+            return None
+        return self.free + self.on_lists
 
 
 def parse(text: bytes) -> MemInfo:
@@ -72,4 +83,4 @@ def read(root: Path = ROOT) -> MemInfo:
     text = read_file(root / "proc/meminfo")
     if text is None:
         raise Incompatible(f"there is no {root / 'proc/meminfo'}", hint="mount /proc")
-    return parse(text)
+    return replace(parse(text), on_lists=zoneinfo.free_on_lists(root))

@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from onecopy.errors import Incompatible, NotFound
-from onecopy.host import files, meminfo, process, smaps, zoneinfo
+from onecopy.host import files, meminfo, process, smaps
 from onecopy.host.meminfo import MemInfo
 from onecopy.sharing.report import Report
 
@@ -35,8 +35,6 @@ class Before(msgspec.Struct, frozen=True):
     when: float
     """Seconds from the host's boot."""
     memory: MemInfo
-    on_lists: int | None
-    """Bytes that are free, but not in ``memory.free`` (host/zoneinfo.py)."""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -91,8 +89,7 @@ LINES = (
 def note(path: Path, root: Path = files.ROOT) -> None:
     """Keep the host's memory as it is now in ``path``; no start fails for want of it."""
     with suppress(OSError):
-        before = Before(_now(), meminfo.read(root), zoneinfo.free_on_lists(root))
-        files.replace(path, msgspec.json.encode(before))
+        files.replace(path, msgspec.json.encode(Before(_now(), meminfo.read(root))))
 
 
 def read(path: Path) -> Before:
@@ -112,7 +109,6 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
     processes of other users, NotFound when a process ends meanwhile.
     """
     now = meminfo.read(root)
-    on_lists = _told(zoneinfo.free_on_lists(root), "free pages on lists")
     since = [each for each in report.others if process.start_time(each.pid, root) > before.when]
     vmms = [*report.guests, *since]
     processes = sum(_own(each.pid, root) for each in vmms)
@@ -120,8 +116,7 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
     kernel = _grown(before.memory, now, _KERNELS)
     blobs = _told(report.resident, "resident pages of a file")
     cache = _grown(before.memory, now, _CACHES) - _grown(before.memory, now, ("shmem",))
-    freed = _grown(before.memory, now, ("free",)) + on_lists
-    host = _told(before.on_lists, "free pages on lists") - freed - cache + blobs
+    host = -_grown(before.memory, now, ("unused",)) - cache + blobs
     parts = processes + page_tables + kernel + blobs
     return Check(
         seconds=_now() - before.when,

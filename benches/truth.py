@@ -1,0 +1,157 @@
+"""Whether the figures are true: do a report's parts add up, and does what `advise` says come true.
+
+Not here: what each kind of guest costs (kinds.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benches.figures import Running, evict, settled
+from benches.kinds import Starter, start_one_cold, start_one_plain, start_one_saved
+from benches.merging import merged
+from benches.setup import Setup
+from onecopy.host import ksm, meminfo
+from onecopy.model import MIB, PAGE_SIZE
+from onecopy.sharing import report
+from onecopy.sharing.check import Before, Check, check
+from onecopy.sharing.survey import Sources, Survey, survey
+
+Tell = Callable[[str], None]
+
+#: Guests of which all RAM is their own, for `advise`: how many, and MiB each.
+_MANY, _LARGE = 100, 256
+#: A process of its own, so that what it takes can be told.
+_SYNTHETIC = """
+import resource, sys
+import numpy as np
+from onecopy.sharing.advice import advise
+from onecopy.sharing.scan import Scan
+guests, pages = int(sys.argv[1]), int(sys.argv[2])
+generator = np.random.default_rng(1)
+common = generator.integers(1, 1 << 63, pages // 2, dtype=np.uint64)
+scans = []
+for number in range(guests):
+    own = generator.integers(1, 1 << 63, pages - len(common), dtype=np.uint64)
+    hashes = generator.permutation(np.concatenate((common, own)))
+    every = np.arange(pages), hashes, np.ones(pages, np.bool_)
+    scans.append(Scan(str(number), number, pages * 4096, *every, 0, 0, 0, 0))
+found = advise(scans)
+assert found.possible == (guests - 1) * len(common) * 4096, found
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Bytes and seconds."""
+
+    clones: int
+    clones_check: Check
+    """That many clones of the saved system, at rest."""
+    plain: int
+    plain_check: Check
+    """That many plain guests, at rest."""
+    own: int
+    """What of the plain guests' memory was read."""
+    read_seconds: float
+    """Processor time for reading and hashing it."""
+    copy_seconds: float
+    """The same for copying as much from memory to memory."""
+    claims: dict[str, int]
+    """What each way would save, as `advise` says of the plain guests."""
+    came_true: dict[str, int]
+    """What it saved when the same guests were run that way."""
+    many_memory: int
+    """The largest size of `advise` for 100 guests of 256 MiB (made up: half is common)."""
+    many_seconds: float
+
+
+async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Truth:
+    """``clones`` of the saved system, then ``plain`` guests in every way."""
+    tell(f"{clones} clones, and the check of their report")
+    async with _guests(setup, clones, start_one_saved) as (_, clones_check):
+        pass
+    tell(f"{plain} plain guests, and advice for them")
+    async with _guests(setup, plain, start_one_plain) as (guests, plain_check):
+        root = [("root", setup.image)]
+        found = survey([guest.maps for guest in guests], Sources(root_images=root))
+        before = ksm.read()
+        tell("the same, until KSM has merged what it can")
+        async with merged():
+            after = ksm.read()
+            saved = {"ksm": _saved(after) - _saved(before)}
+    for name, start in (("root", start_one_cold), ("saved", start_one_saved)):
+        tell(f"{plain} guests as advised: {name}")
+        async with _guests(setup, plain, start) as (_, each):
+            # What is shared is there once, on both sides.
+            saved[name] = _cost(plain_check) - _cost(each)
+    tell(f"advice for {_MANY} guests of {_LARGE} MiB")
+    memory, seconds = _synthetic()
+    return Truth(
+        clones=clones,
+        clones_check=clones_check,
+        plain=plain,
+        plain_check=plain_check,
+        own=found.advice.own,
+        read_seconds=found.cpu_seconds,
+        copy_seconds=_copy(found.advice.own),
+        claims=_claims(found),
+        came_true=saved,
+        many_memory=memory,
+        many_seconds=seconds,
+    )
+
+
+@contextlib.asynccontextmanager
+async def _guests(
+    setup: Setup, count: int, start: Starter
+) -> AsyncIterator[tuple[Sequence[Running], Check]]:
+    """Guests at rest, and the check of their report. The page cache is empty before."""
+    files = [item.layer.path for item in setup.prepared.placed if item.layer]
+    evict([*files, setup.saved.ram, setup.image])
+    before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
+    async with contextlib.AsyncExitStack() as ends:
+        guests: Sequence[Running] = [await start(setup, ends) for _ in range(count)]
+        await settled(guests)
+        yield guests, check(before, report.collect(guest.maps for guest in guests))
+
+
+def _cost(told: Check) -> int:
+    return told.processes + told.blobs
+
+
+def _saved(told: ksm.Ksm | None) -> int:
+    if told is None or told.pages_sharing is None:
+        raise RuntimeError("there is no KSM")
+    return told.pages_sharing * PAGE_SIZE
+
+
+def _claims(found: Survey) -> dict[str, int]:
+    return {way.name: way.saves for way in found.advice.ways}
+
+
+def _copy(size: int) -> float:
+    """Processor seconds for copying ``size`` bytes, both sides in memory already."""
+    chunk = 256 * MIB
+    source, target = np.ones(chunk, np.uint8), np.zeros(chunk, np.uint8)
+    began = time.process_time()
+    for _ in range(4):
+        np.copyto(target, source)
+    return (time.process_time() - began) / (4 * chunk) * size
+
+
+def _synthetic() -> tuple[int, float]:
+    argv = [sys.executable, "-c", _SYNTHETIC, str(_MANY), str(_LARGE * MIB // PAGE_SIZE)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return int(done.stdout), after.ru_utime - before.ru_utime
