@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pty
 import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,11 +20,13 @@ from benches.answers import answered
 from benches.figures import SETTLE, Spread
 from benches.setup import SYSTEM, Setup
 from onecopy.errors import GuestFailed
-from onecopy.host import meminfo
+from onecopy.host import meminfo, process
 
 #: Single starts, each time it is measured.
 _ONES = 7
 _NAME = "many"
+#: Seconds that `top` is given, and that it is measured for.
+_TOP_STARTS, _TOP_RUNS = 10.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Many:
     """As ``alone``, while all run."""
     ps: Spread
     report: Spread
+    top: float
+    """CPU seconds per second of `top` on a terminal, once it shows them."""
     stopped: float
     """`stop --all`."""
     shut_down: int
@@ -67,6 +73,8 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         tell("ps and report")
         ps = [await _timed("ps") for _ in range(3)]
         report = [await _timed("report") for _ in range(3)]
+        tell("top")
+        top = await _top()
         tell("stopping all")
         stopping = time.monotonic()
         said = await _onecopy("stop", "--all")
@@ -81,6 +89,7 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         beside=Spread.of(beside[1:]),
         ps=Spread.of(ps),
         report=Spread.of(report),
+        top=top,
         stopped=stopped,
         shut_down=said.count("shut down"),
         available_taken=((before.available or 0) - (now.available or 0)) / count,
@@ -115,12 +124,33 @@ async def _timed(command: str) -> float:
     return time.monotonic() - began
 
 
+async def _top() -> float:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 160))
+    argv = [sys.executable, "-m", "onecopy", "top"]
+    top = await asyncio.create_subprocess_exec(*argv, stdin=theirs, stdout=theirs)
+    # Somebody must take what it draws, or it waits.
+    loop = asyncio.get_running_loop()
+    loop.add_reader(ours, os.read, ours, 1 << 16)
+    try:
+        await asyncio.sleep(_TOP_STARTS)
+        before = process.cpu_seconds(top.pid)
+        await asyncio.sleep(_TOP_RUNS)
+        return (process.cpu_seconds(top.pid) - before) / _TOP_RUNS
+    finally:
+        loop.remove_reader(ours)
+        os.write(ours, b"q")
+        await top.wait()
+        os.close(ours)
+        os.close(theirs)
+
+
 async def _onecopy(*args: str) -> str:
     """What a command prints; raise GuestFailed if it fails."""
-    process = await asyncio.create_subprocess_exec(
+    command = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "onecopy", *args, stdout=asyncio.subprocess.PIPE
     )
-    said, _ = await process.communicate()
-    if process.returncode:
-        raise GuestFailed(f"onecopy {' '.join(args)} failed ({process.returncode})")
+    said, _ = await command.communicate()
+    if command.returncode:
+        raise GuestFailed(f"onecopy {' '.join(args)} failed ({command.returncode})")
     return said.decode()

@@ -259,6 +259,7 @@ def _many(many: Many) -> str:
         [f"one clone, while all run ({times:.2f} times that)", _spread(many.beside)],
         ["`ps`", _spread(many.ps)],
         ["`report`", _spread(many.report)],
+        ["`top` on a terminal, of one core", f"{many.top * 100:.1f} %"],
         ["`stop --all`", _s(many.stopped)],
         ["clones that shut down by themselves in that time", str(many.shut_down)],
         ["MemAvailable taken by each", _mib(many.available_taken)],

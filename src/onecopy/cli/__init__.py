@@ -42,6 +42,7 @@ _COMMANDS = {
     "revoke": "Take grants back: these guests cannot load the segment or saved system any more.",
     "rm": "Remove segments, saved systems or kernels.",
     "report": "Show what the memory of all guests costs, by the kernel's counters.",
+    "top": "Show guests, what they share and KSM, live, until q is typed.",
     "advise": "Read the memory of guests, and say what they could share, and how.",
     "ksm": "Show what KSM merges, turn it on, tune it, and put all back as it was found.",
     "disks": "List the disks of guests, or remove some.",

@@ -15,18 +15,26 @@ def print_json(value: object) -> None:
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as their content; figures to the right."""
+    for line in table_lines(headings, rows):
+        print(line)
+
+
+def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """What `print_table` prints."""
     table = [list(headings), *(list(row) for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
     numeric = [
         bool(rows) and all(row[c][:1].isdigit() or row[c] in "-?" for row in rows)
         for c in range(len(headings))
     ]
+    lines = []
     for row in table:
         cells = [
             cell.rjust(width) if right else cell.ljust(width)
             for cell, width, right in zip(row, widths, numeric, strict=True)
         ]
-        print("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 @contextmanager

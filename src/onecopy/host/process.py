@@ -15,7 +15,7 @@ import msgspec
 from onecopy.errors import NotFound
 from onecopy.host.files import ROOT, no_process, read_of_process
 
-_PAGE_TABLES = re.compile(rb"^VmPTE:\s+([0-9]+) kB$", re.MULTILINE)
+_SIZES = re.compile(rb"^(\w+):\s+([0-9]+) kB$", re.MULTILINE)
 
 
 class Stat(msgspec.Struct, frozen=True):
@@ -27,6 +27,19 @@ class Stat(msgspec.Struct, frozen=True):
     system_ticks: int
     #: Clock ticks from the host's boot to this process's start: with the pid, its identity.
     start_ticks: int
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Sizes in /proc/PID/status (proc_pid_status(5)), which any user may read; bytes.
+
+    None is what this kernel does not tell, or a zombie does not have.
+    """
+
+    anonymous: int | None
+    files: int | None
+    shared_memory: int | None
+    swapped: int | None
+    page_tables: int | None
 
 
 def parse_stat(text: bytes) -> Stat:
@@ -84,10 +97,16 @@ def cmdline(pid: int, root: Path = ROOT) -> list[str]:
     return [arg.decode(errors="surrogateescape") for arg in text.split(b"\0")[:-1]]
 
 
+def memory(pid: int, root: Path = ROOT) -> Memory:
+    """The process's memory by kind; cheap beside smaps, and less exact. Raises NotFound."""
+    kib = dict(_SIZES.findall(read_of_process(pid, "status", root) or b""))
+    names = (b"RssAnon", b"RssFile", b"RssShmem", b"VmSwap", b"VmPTE")
+    return Memory(*(int(kib[name]) << 10 if name in kib else None for name in names))
+
+
 def page_table_bytes(pid: int, root: Path = ROOT) -> int | None:
     """Bytes of the process's page tables (VmPTE); None when not told. Raises NotFound."""
-    found = _PAGE_TABLES.search(read_of_process(pid, "status", root) or b"")
-    return int(found[1]) << 10 if found else None
+    return memory(pid, root).page_tables
 
 
 async def wait_for_end(pidfd: int, timeout: float | None) -> bool:
