@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from onecopy.sharing import contents
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.advice import KINDS, WAYS, Advice, advise
 from onecopy.sharing.contents import Contents
+from onecopy.sharing.page import page
 from onecopy.sharing.scan import ZERO, Scan, hash_pages, scan
-from onecopy.sharing.survey import Sources, survey
+from onecopy.sharing.survey import LeftOut, Sources, Survey, survey
 from tests.conftest import cannot_run
 from tests.unit.other_user import as_nobody
 
@@ -156,6 +158,40 @@ def test_what_is_recommended() -> None:
         2,
         2 * (pages // 2 - 1) * PAGE_SIZE,
     )
+
+
+class Whole(HTMLParser):
+    """Raises unless each element is closed in its turn; keeps what was said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002
+        if tag not in ("meta", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        pass
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["<script>", "b&c"]])
+def test_the_page(names: list[str]) -> None:
+    pages = 32 * MIB // PAGE_SIZE
+    scans = [made(name, many(*range(1, pages))) for name in names]
+    found = Survey(advise(scans, files({1, 2})), (LeftOut("late", 7, "it <ended>"),), 1.0, 0)
+    whole = Whole()
+    whole.feed(page(found, [("onecopy run x", "guests & more")]))
+    assert whole.open == []
+    for said in (*names, "it <ended>", "guests & more", *KINDS, found.advice.reason):
+        assert said in whole.text
 
 
 @pytest.fixture

@@ -92,8 +92,10 @@ def test_it_is_carried_out(host: Host, clones: Clones, files: Path, run_in: RunI
     known = (files / "known").read_bytes()
     copies = "cd /dev/shm; cat >0; for n in 1 2 3; do cp 0 $n; done"
     assert run_in(guest, "sh", "-c", copies, stdin=known).exit_code == 0
-    text = onecopy("advise", guest.name, "--files", files)
+    text = onecopy("advise", guest.name, "--files", files, "--html", files.parent / "page.html")
     assert "Take: extra. " in text and str(files / "known") in text
+    page = (files.parent / "page.html").read_text()
+    assert guest.name in page and "onecopy build shared-files" in page and "<svg" in page
     told: dict[str, Any] = json.loads(
         onecopy("advise", guest.name, "--files", files, "--apply", "advised", "--json")
     )
@@ -116,7 +118,9 @@ def test_names_and_files_that_are_not_there(clones: Clones, tmp_path: Path) -> N
         ([guest.name, "--files", tmp_path / "none"], NotFound.exit_code),
         ([guest.name, "--root", tmp_path / "none"], NotFound.exit_code),
         ([guest.name, "--files", ONECOPY], InvalidInput.exit_code),
+        ([guest.name, "--html", tmp_path / "none/page"], InvalidInput.exit_code),
     ):
         done = subprocess.run([ONECOPY, "advise", *args], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-        assert len([line for line in done.stderr.splitlines() if "reading" not in line]) == 2
+        progress = ("onecopy: reading", "onecopy: comparing")
+        assert len([x for x in done.stderr.splitlines() if not x.startswith(progress)]) == 2

@@ -10,6 +10,7 @@ import click
 
 from onecopy.cli.output import print_json, print_table, progress
 from onecopy.cli.params import NameType, json_option
+from onecopy.errors import InvalidInput
 
 if TYPE_CHECKING:
     from onecopy.guest.advising import Advised
@@ -42,12 +43,14 @@ _PATH = click.Path(path_type=Path)
     metavar="NAME",
     help="Build the segment that is advised, under this name.",
 )
+@click.option("--html", type=_PATH, metavar="FILE", help="Write a page with pictures, too.")
 @json_option
 def command(
     guests: tuple[str, ...],
     roots: tuple[Path, ...],
     files: tuple[Path, ...],
     name: str | None,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """Read the memory of guests, and say what they could share, and how.
@@ -64,12 +67,26 @@ def command(
             host, guests, roots=roots, files=files, name=name or "shared", tell=tell
         )
         built = advising.apply(host, found.steps, tell) if name else []
+    if html:
+        _write(html, found)
     if as_json:
         print_json(found.to_json() | {"built": [artifact.ref for artifact in built]})
         return
     _print(found)
     for artifact in built:
         print(f"built {artifact.ref} {artifact.digest}")
+
+
+def _write(path: Path, found: Advised) -> None:
+    from onecopy.sharing.page import page
+
+    text = page(found.survey, [(shlex.join(step.argv), step.why) for step in found.steps])
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise InvalidInput(
+            f"cannot write {path}: {error.strerror}", hint="name a file in a folder that you may"
+        ) from error
 
 
 def _print(found: Advised) -> None:
