@@ -22,9 +22,10 @@ from onecopy.errors import (
     StoreDamaged,
     TooLarge,
 )
+from onecopy.guest import advising
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
-from onecopy.model import PageClass, Reference
+from onecopy.model import MIB, PageClass, Reference
 from onecopy.store import Access, Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
 from tests.vm.segments import load, make, read, record, unload
@@ -189,6 +190,15 @@ def test_a_guest_of_a_domain(
     assert not mapped(host, guest) & mapped(host, other)
     # Nor does KSM make one page of theirs.
     assert mergeable(other) and not mergeable(guest)
+    # Nor is any advised.
+    with pytest.raises(InvalidInput, match="domains"):
+        advising.look(host, [other.name, guest.name])
+    left_out = {each.name for each in advising.look(host).survey.left_out}
+    assert guest.name in left_out and other.name not in left_out
+    found = advising.look(host, [guest.name])
+    assert found.domain == "blue" and found.survey.advice.own > MIB
+    ways = {way.name: way.saves for way in found.survey.advice.ways}
+    assert ways["ksm"] == 0
     store.verify(blue_site)
     host.end(guest)
     for artifact in store.artifacts():

@@ -66,7 +66,7 @@ def command(
         found = advising.look(
             host, guests, roots=roots, files=files, name=name or "shared", tell=tell
         )
-        built = advising.apply(host, found.steps, tell) if name else []
+        built = advising.apply(host, found, tell) if name else []
     if html:
         _write(html, found)
     if as_json:

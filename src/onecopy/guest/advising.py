@@ -5,19 +5,21 @@ Not here: what is compared and how (sharing/survey.py, scan.py, advice.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from onecopy.build.segment import build_segment
 from onecopy.errors import InvalidInput, NotFound
 from onecopy.guest.host import Host
 from onecopy.guest.maps import guest_maps, vmm_maps
 from onecopy.model import Reference
+from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.advice import Advice
-from onecopy.sharing.survey import Sources, Survey, survey
-from onecopy.store import Artifact
+from onecopy.sharing.survey import LeftOut, Sources, Survey, survey
+from onecopy.store import Access, Artifact
 from onecopy.vmm import foreign
 
 Tell = Callable[[str], None]
@@ -42,6 +44,8 @@ class Advised(msgspec.Struct, frozen=True):
 
     survey: Survey
     steps: tuple[Step, ...]
+    domain: str = ""
+    """The trust domain of the guests; "" is the default one."""
 
     def to_json(self) -> dict[str, object]:
         """As JSON values, all on one level (docs/json.md)."""
@@ -64,10 +68,52 @@ def look(
 
     ``roots`` are images and folders that guests' root file systems are made from, beside the disks
     that others' QEMUs name; ``files`` are folders that a further segment could have, beside the
-    segments that are stored. ``name`` is what the steps call the new segment. Raises NotFound,
-    InvalidInput.
+    segments that are stored. ``name`` is what the steps call the new segment. Guests of a trust
+    domain are compared among themselves, when they are named. Raises NotFound, InvalidInput.
     """
-    ours = guest_maps(host.guests())
+    chosen = _choose(host, names)
+    images = [(disk, Path(disk)) for disk in chosen.disks]
+    sources = Sources(
+        root_images=[*images, *((str(path), path) for path in roots if not _is_folder(path))],
+        root_trees=[path for path in roots if _is_folder(path)],
+        images=_segments(host, chosen.domain),
+        trees=files,
+    )
+    found = survey(chosen.guests, sources, tell)
+    found = replace(found, left_out=(*found.left_out, *chosen.left_out))
+    roots_of = [f"{'dir' if _is_folder(path) else 'disk'}:{path}" for path in roots]
+    roots_of += [f"disk:{disk}" for disk in chosen.disks]
+    steps = _steps(found.advice, name, chosen.ours, roots_of, files)
+    return Advised(found, tuple(steps), chosen.domain)
+
+
+def apply(host: Host, advised: Advised, tell: Tell = lambda _: None) -> list[Artifact]:
+    """Build the segments of the steps, in the guests' trust domain. Raises as `build_segment`."""
+    access = Access(domain=advised.domain)
+    return [
+        build_segment(
+            host.store, Reference.parse(step.ref), step.source, access=access, progress=tell
+        )
+        for step in advised.steps
+        if step.ref
+    ]
+
+
+class _Chosen(msgspec.Struct, frozen=True):
+    """The guests to look at, of one trust domain."""
+
+    guests: Sequence[GuestMaps]
+    left_out: Sequence[LeftOut]
+    ours: frozenset[str]
+    """Which of them can be saved."""
+    disks: Sequence[str]
+    """Of the others, each once."""
+    domain: str
+
+
+def _choose(host: Host, names: Sequence[str]) -> _Chosen:
+    records = host.guests()
+    ours = guest_maps(records)
     others = foreign.find({each.pid for each in [*ours, *guest_maps(host.prepared())]})
     every = [*ours, *map(vmm_maps, others)]
     if unknown := set(names) - {each.name for each in every}:
@@ -75,30 +121,19 @@ def look(
             f"no guest {', '.join(sorted(unknown))}",
             hint="`onecopy report` lists all, also those of other programs",
         )
-    chosen = [each for each in every if not names or each.name in names]
-    pids = {each.pid for each in chosen}
-    disks = [path for vmm in others if vmm.pid in pids for path in vmm.disks]
-    images = [(each, Path(each)) for each in dict.fromkeys(disks)]
-    sources = Sources(
-        root_images=[*images, *((str(path), path) for path in roots if not _is_folder(path))],
-        root_trees=[path for path in roots if _is_folder(path)],
-        images=_segments(host.store.artifacts("segment")),
-        trees=files,
+    domains = {each.pid: each.domain for each in records}
+    wanted = [each for each in every if not names or each.name in names]
+    domain = _domain({domains.get(each.pid, "") for each in wanted} if names else {""})
+    guests = [each for each in wanted if domains.get(each.pid, "") == domain]
+    pids = {each.pid for each in guests}
+    disks = (path for vmm in others if vmm.pid in pids for path in vmm.disks)
+    return _Chosen(
+        guests=guests,
+        left_out=[_of_domain(each) for each in wanted if each.pid not in pids],
+        ours=frozenset(each.name for each in ours),
+        disks=list(dict.fromkeys(disks)),
+        domain=domain,
     )
-    found = survey(chosen, sources, tell)
-    known = {each.name for each in ours}
-    roots_of = [f"{'dir' if _is_folder(path) else 'disk'}:{path}" for path in roots]
-    roots_of += [f"disk:{disk}" for disk in disks]
-    return Advised(found, tuple(_steps(found.advice, name, known, roots_of, files)))
-
-
-def apply(host: Host, steps: Sequence[Step], tell: Tell = lambda _: None) -> list[Artifact]:
-    """Build the segments of the steps. Raises what `build_segment` raises."""
-    return [
-        build_segment(host.store, Reference.parse(step.ref), step.source, progress=tell)
-        for step in steps
-        if step.ref
-    ]
 
 
 def _is_folder(path: Path) -> bool:
@@ -107,12 +142,29 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir()
 
 
-def _segments(artifacts: Iterable[Artifact]) -> list[tuple[str, Path]]:
-    return [(each.ref, layer.path) for each in artifacts for layer in each.layers]
+def _domain(domains: set[str]) -> str:
+    if len(domains) > 1:
+        raise InvalidInput(
+            "guests of several trust domains share nothing", hint="name guests of one of them"
+        )
+    return domains.pop() if domains else ""
+
+
+def _of_domain(guest: GuestMaps) -> LeftOut:
+    return LeftOut(guest.name, guest.pid, "it is of a trust domain; name the guests of that one")
+
+
+def _segments(host: Host, domain: str) -> list[tuple[str, Path]]:
+    return [
+        (each.ref, layer.path)
+        for each in host.store.artifacts("segment")
+        if host.store.access(each.name).domain == domain
+        for layer in each.layers
+    ]
 
 
 def _steps(
-    advice: Advice, name: str, ours: set[str], roots: Sequence[str], files: Sequence[Path]
+    advice: Advice, name: str, ours: Container[str], roots: Sequence[str], files: Sequence[Path]
 ) -> list[Step]:
     best = advice.best_guest
     saved, root = "saved" in advice.take, "root" in advice.take

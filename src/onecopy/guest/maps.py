@@ -27,6 +27,7 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
             ram_path=guest.ram_path,
             ram_bytes=guest.memory,
             ram_added=guest.added,
+            mergeable=not guest.domain,
             segments={
                 device.path: f"{item.name}.{number}" if number else item.name
                 for item in guest.attached

@@ -38,6 +38,8 @@ class GuestMaps(msgspec.Struct, frozen=True):
     files: MappingOf[str, str] = msgspec.field(default_factory=dict)
     #: How much of ``ram_bytes`` came while the guest ran: anonymous, whatever backs the rest.
     ram_added: int = 0
+    #: Its RAM is open to KSM; that of a trust domain is not, since KSM knows none.
+    mergeable: bool = True
 
     def file(self, path: str) -> str:
         """The name by which all guests' mappings of a segment's file are known."""
