@@ -70,7 +70,7 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "disks: disk": [field.name for field in fields(OwnDisk)],
         "ls: artifact": list(describe(store, artifact)),
         "pool: pool": [field.name for field in fields(Pool)],
-        "ksm: status": [field.name for field in fields(merging.Status)],
+        "ksm: status": [*(field.name for field in fields(merging.Status)), "gain"],
         "ksm: changed setting": [field.name for field in fields(merging.Changed)],
         "ksm: guest": [field.name for field in fields(merging.GuestMerging)],
         "warm: blob": [field.name for field in fields(Warmed)],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import Incompatible
+from onecopy.guest import advising
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for
@@ -86,6 +88,72 @@ def test_equal_writes_of_clones_become_one(scanning: None, clones: Clones, run_i
     done = run_in(first, "sh", "-c", f"printf x | dd of=/dev/shm/same conv=notrunc; {CHECK}")
     assert done.stdout not in (b"", sums[0])
     assert run_in(second, "sh", "-c", CHECK).stdout == sums[1]
+
+
+def test_a_running_guest_is_closed_to_it_and_opened(clones: Clones) -> None:
+    guest, other = clones(2)
+    assert offered(guest) and offered(other)
+    onecopy("ksm", "close", guest.name)
+    assert not offered(guest) and offered(other)
+    onecopy("ksm", "open", guest.name, other.name)
+    assert offered(guest) and offered(other)
+
+
+def offered(guest: GuestRecord) -> bool:
+    """Whether QEMU offers the guest's RAM to KSM (proc_pid_smaps(5), VmFlags)."""
+    found, ours = set(), False
+    for line in Path(f"/proc/{guest.pid}/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(str(guest.ram_path))
+        elif ours and line.startswith("VmFlags:"):
+            found.add("mg" in line.split())
+    (only,) = found
+    return only
+
+
+def test_what_it_would_still_gain(host: Host, clones: Clones, run_in: RunIn) -> None:
+    guests = clones(2)
+
+    def gain() -> int:
+        ways = advising.look(host, [guest.name for guest in guests]).survey.advice.ways
+        return next(way.saves for way in ways if way.name == "ksm")
+
+    before = gain()
+    for guest in guests:
+        assert run_in(guest, "python3", "-c", WRITE).exit_code == 0
+    more = gain() - before
+    # Beside these pages what the program has left in free memory, which is alike, too.
+    assert 0.9 * PAGES * PAGE_SIZE <= more <= 32 * MIB
+    # All guests of the host, others' too.
+    told = json.loads(onecopy("ksm", "status", "--gain", "--json"))
+    assert told["gain"] >= 0.9 * more
+
+
+def test_it_runs_by_itself_and_is_put_back() -> None:
+    before = settings()
+    if before["run"] != "0" or os.geteuid():
+        cannot_run("it needs root, and a kernel with KSM that is off")
+    # Less than all of the memory is available on every host.
+    onecopy_ = str(Path(sys.executable).with_name("onecopy"))
+    argv = [onecopy_, "ksm", "auto", "--interval", "0.1", "--below", "100"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as auto:
+        try:
+            assert auto.stdout
+            assert "KSM runs" in auto.stdout.readline()
+            assert ksm.setting("run") == "1"
+            auto.send_signal(signal.SIGINT)
+            assert auto.wait(60) == 130
+        finally:
+            auto.kill()
+    assert settings() == before
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as auto:
+        assert auto.stdout
+        auto.stdout.readline()
+        auto.kill()
+    # After a crash it says what it had changed.
+    assert json.loads(onecopy("ksm", "status", "--json"))["changed"]["run"]["found"] == "0"
+    onecopy("ksm", "off", "--unmerge")
+    assert settings() == before
 
 
 def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Host, saved: Artifact) -> None:

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from onecopy.cli.output import print_json, print_table
-from onecopy.cli.params import json_option
+from onecopy.cli.params import GuestType, json_option
 from onecopy.errors import InvalidInput
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from onecopy.guest.host import Host
     from onecopy.sharing.merging import Status
 
 
@@ -48,8 +49,13 @@ def command(ctx: click.Context) -> None:
 
 
 @command.command("status")
+@click.option(
+    "--gain",
+    is_flag=True,
+    help="Say what it would still gain, too: reads the memory of all guests, as `advise` does.",
+)
 @json_option
-def _status(as_json: bool = False) -> None:
+def _status(gain: bool = False, as_json: bool = False) -> None:
     """Show KSM's settings, what it has merged, and what that costs. JSON: docs/json.md."""
     import msgspec
 
@@ -58,10 +64,22 @@ def _status(as_json: bool = False) -> None:
 
     host = Host.open()
     found = merging.status((each.name, each.pid) for each in [*host.guests(), *host.prepared()])
+    more = _gain(host) if gain else None
     if as_json:
-        print_json(msgspec.to_builtins(found))
-    else:
-        _print(found)
+        print_json(msgspec.to_builtins(found) | {"gain": more})
+        return
+    _print(found)
+    if gain:
+        print(f"\nIt would still gain {_mib(more)} of guests' RAM, at most.")
+
+
+def _gain(host: Host) -> int:
+    from onecopy.cli.output import progress
+    from onecopy.guest import advising
+
+    with progress() as tell:
+        ways = advising.look(host, tell=tell).survey.advice.ways
+    return next(way.saves for way in ways if way.name == "ksm")
 
 
 @command.command("on")
@@ -90,6 +108,57 @@ def _tune(pages: int | None, sleep: int | None, advisor: bool | None, smart: boo
     if not values:
         raise InvalidInput("nothing to change", hint="give one of the options, as --pages 1000")
     merging.tune(values)
+
+
+@command.command("auto")
+@click.option(
+    "--below",
+    type=click.IntRange(1, 100),
+    default=20,
+    show_default=True,
+    help="KSM runs while less than this percentage of the host's memory is available.",
+)
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1),
+    default=60.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+def _auto(below: int, interval: float) -> None:
+    """Let KSM run while memory is scarce and it gains something, until this is ended.
+
+    It rests while whole scans bring no profit. At the end all is as it was found; after a crash
+    `ksm status` shows what is changed, and `ksm off` puts it back.
+    """
+    from onecopy.guest import tuning
+
+    tuning.run(interval, below / 100, lambda text: print(f"onecopy: {text}", flush=True))
+
+
+@command.command("open")
+@click.argument("guests", nargs=-1, required=True, type=GuestType())
+def _opened(guests: tuple[str, ...]) -> None:
+    """Offer the RAM of running guests to KSM; it is, unless the guest is of a trust domain."""
+    _set(guests, mergeable=True)
+
+
+@command.command("close")
+@click.argument("guests", nargs=-1, required=True, type=GuestType())
+def _closed(guests: tuple[str, ...]) -> None:
+    """Keep KSM from the RAM of running guests; what is merged of it is torn apart."""
+    _set(guests, mergeable=False)
+
+
+def _set(guests: tuple[str, ...], *, mergeable: bool) -> None:
+    import asyncio
+
+    from onecopy.guest.host import Host
+    from onecopy.guest.mergeable import set_mergeable
+
+    host = Host.open()
+    for guest in guests:
+        asyncio.run(set_mergeable(host, guest, mergeable=mergeable))
 
 
 @command.command("off")
