@@ -20,7 +20,12 @@ from benches.answers import answered
 from benches.figures import SETTLE, Spread
 from benches.setup import SYSTEM, Setup
 from onecopy.errors import GuestFailed
+from onecopy.guest.maps import guest_maps
+from onecopy.guest.planning import measure
 from onecopy.host import meminfo, process
+from onecopy.sharing.check import Before, check
+from onecopy.sharing.forecast import Forecast, forecast
+from onecopy.sharing.report import collect
 
 #: Single starts, each time it is measured.
 _ONES = 7
@@ -52,15 +57,23 @@ class Many:
     """Clones that shut down by themselves meanwhile; the others were ended."""
     available_taken: float
     """Bytes for each: how much less MemAvailable the host had when all had come to rest."""
+    memory: int
+    """Bytes of all together, what they share included (sharing/check.py, parts)."""
+    planned: Forecast
+    """What `plan` said of that and of ``started``."""
 
 
 async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) -> Many:
     """``count`` clones, which must all answer; nothing is left of them, whatever happens."""
     before = meminfo.read()
     try:
+        tell("a few clones, and what many are planned to take")
+        system = setup.host.store.resolve(SYSTEM, "system")
+        planned = forecast(await measure(setup.host, system), count)
         tell("one clone alone")
         alone = [await _one() for _ in range(_ONES + 1)]
         tell(f"{count} clones")
+        at_first = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
         began = time.monotonic()
         guests = json.loads(await _onecopy("run", *_options(count)))["guests"]
         started = time.monotonic()
@@ -68,6 +81,7 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         all_answered = time.monotonic()
         await asyncio.sleep(SETTLE)
         now = meminfo.read()
+        parts = check(at_first, collect(guest_maps(setup.host.guests()))).parts
         tell("one more beside them")
         beside = [await _one() for _ in range(_ONES + 1)]
         tell("ps and report")
@@ -92,6 +106,8 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         top=top,
         stopped=stopped,
         shut_down=said.count("shut down"),
+        memory=parts,
+        planned=planned,
         available_taken=((before.available or 0) - (now.available or 0)) / count,
     )
 

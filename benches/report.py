@@ -263,8 +263,20 @@ def _many(many: Many) -> str:
         ["`stop --all`", _s(many.stopped)],
         ["clones that shut down by themselves in that time", str(many.shut_down)],
         ["MemAvailable taken by each", _mib(many.available_taken)],
+        ["memory of all, what they share included", _mib(many.memory)],
+        ["- as `plan` said", _planned(many.planned.memory, many.memory)],
+        ["`run -n` as `plan` said", _planned_time(many)],
     ]
     return _table([f"{many.guests} clones", ""], rows)
+
+
+def _planned(said: int, was: int) -> str:
+    return f"{_mib(said)} ({said / was - 1:+.0%})"
+
+
+def _planned_time(many: Many) -> str:
+    said = many.planned.seconds
+    return "never" if said is None else f"{_s(said)} ({said / many.started - 1:+.0%})"
 
 
 def _truth(truth: Truth) -> str:

@@ -33,6 +33,7 @@ from onecopy.sharing import merging, report
 from onecopy.sharing.account import GuestAccount, SegmentUse
 from onecopy.sharing.advice import FileFound, Looked, Way, advise
 from onecopy.sharing.check import LINES, Check
+from onecopy.sharing.forecast import Forecast, Profile
 from onecopy.sharing.survey import LeftOut, Survey
 from onecopy.store import Store
 from tests.unit.guest_kit import record
@@ -93,6 +94,8 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "advise: file": [field.name for field in fields(FileFound)],
         "advise: left out": [field.name for field in fields(LeftOut)],
         "advise: step": [field.name for field in fields(Step)],
+        "plan: document": [*(field.name for field in fields(Forecast)), "profile"],
+        "plan: profile": [field.name for field in fields(Profile)],
         "doctor: finding": ["check", "state", "says"],
         "run: document": ["guests", "failures"],
         "run: failure": ["name", "error", "message"],

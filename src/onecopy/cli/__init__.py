@@ -44,6 +44,7 @@ _COMMANDS = {
     "report": "Show what the memory of all guests costs, by the kernel's counters.",
     "top": "Show guests, what they share and KSM, live, until q is typed.",
     "advise": "Read the memory of guests, and say what they could share, and how.",
+    "plan": "Say how much memory and time many clones of a saved system will take.",
     "ksm": "Show what KSM merges, turn it on, tune it, and put all back as it was found.",
     "disks": "List the disks of guests, or remove some.",
     "doctor": "Check what this host can do.",

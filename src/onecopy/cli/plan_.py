@@ -1,0 +1,83 @@
+"""onecopy plan"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from onecopy.cli.output import duration, print_json, print_table, progress
+from onecopy.cli.params import ReferenceType, SizeType, json_option
+from onecopy.model import Reference, format_size
+
+if TYPE_CHECKING:
+    from onecopy.sharing.forecast import Forecast, Profile
+
+
+@click.command("plan")
+@click.option("--guests", type=click.IntRange(1), required=True, help="How many there will be.")
+@click.option(
+    "--system", type=ReferenceType("system"), required=True, help="From which they start."
+)
+@click.option("--hosts", type=click.IntRange(1), help="Hosts that they are spread over.")
+@click.option("--memory", type=SizeType(), help="Memory that each host has for them.")
+@click.option("--cpus", type=click.IntRange(1), help="Processors of each host; default: as here.")
+@click.option("--measure", is_flag=True, help="Measure anew what was measured before.")
+@json_option
+def command(
+    guests: int,
+    system: Reference,
+    hosts: int | None,
+    memory: int | None,
+    cpus: int | None,
+    measure: bool,
+    as_json: bool,
+) -> None:
+    """Say how much memory and time many clones of a saved system will take.
+
+    Without --hosts: as many hosts as the memory asks for, or one. A few clones are started and
+    measured the first time, which takes about a minute; other programs should be at rest then.
+    """
+    import asyncio
+
+    import msgspec
+
+    from onecopy.guest import planning
+    from onecopy.guest.host import Host
+    from onecopy.sharing.forecast import forecast
+
+    host = Host.open()
+    artifact = host.store.resolve(system, "system")
+    profile = None if measure else planning.kept(host, artifact)
+    if profile is None:
+        with progress() as tell:
+            profile = asyncio.run(planning.measure(host, artifact, tell=tell))
+        planning.keep(host, artifact, profile)
+    found = forecast(profile, guests, hosts=hosts, memory=memory, processors=cpus)
+    if as_json:
+        print_json(msgspec.to_builtins(found) | {"profile": msgspec.to_builtins(profile)})
+        return
+    _print(found, profile)
+
+
+def _print(found: Forecast, profile: Profile) -> None:
+    fits = {None: "", True: ", which it has", False: ": more than it has"}[found.fits]
+    time = (
+        "never: its processors are busy with those that run already"
+        if found.seconds is None
+        else duration(found.seconds)
+    )
+    rows = [
+        ["guests", f"{found.guests} of {profile.system}"],
+        ["hosts", f"{found.hosts}, with up to {found.per_host} guests each"],
+        ["memory of a host", f"{format_size(found.memory)}{fits}"],
+        ["- once for all", format_size(found.shared)],
+        ["- for each guest", format_size(profile.each)],
+        ["until all are handed out", time],
+        ["processors, at rest", f"{found.busy:.0%} busy"],
+    ]
+    print_table(["PLAN", ""], rows)
+    print(
+        f"\nMeasured here with {profile.clones} clones left alone ({profile.accel}, QEMU "
+        f"{profile.qemu}, {profile.processors} processors): what guests do later costs more."
+    )
