@@ -3,16 +3,18 @@
 import ctypes
 import mmap
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from onecopy.errors import Incompatible, InvalidInput, NotFound, NotPermitted
-from onecopy.host import kpage, pagemap
+from onecopy.host import frames, kpage, pagemap, peek
 from tests.conftest import cannot_run
 from tests.unit.other_user import as_nobody
 
@@ -143,3 +145,41 @@ def test_frames_that_do_not_exist(tmp_path: Path) -> None:
         kpage.counts([1 << 50])
     with pytest.raises(Incompatible):
         kpage.flags([1], tmp_path)
+
+
+def test_many_pages_of_a_process_but_those_that_are_not_there() -> None:
+    pages, closed, libc = 3000, {5, 6, 1500, 2999}, ctypes.CDLL(None)
+    with anonymous_pages(pages) as (memory, start):
+        for number in range(pages):
+            memory[number * PAGE] = number % 251 + 1
+
+        def protect(number: int, how: int) -> None:
+            where = ctypes.c_void_p(start + number * PAGE)
+            assert libc.mprotect(where, ctypes.c_size_t(PAGE), how) == 0
+
+        for number in closed:
+            protect(number, 0)
+        # All, and each second one: more ranges than one call takes.
+        for numbers in (np.arange(pages), np.arange(0, pages, 2)):
+            into = np.zeros((len(numbers), PAGE), np.uint8)
+            there = peek.read(os.getpid(), (start + numbers * PAGE).astype(np.uint64), into)
+            assert set(numbers[~there].tolist()) == closed & set(numbers.tolist())
+            assert (into[there, 0] == numbers[there] % 251 + 1).all()
+        for number in closed:
+            protect(number, 3)
+        with pytest.raises(NotFound):
+            peek.read(2**22 + 1, np.array([start], np.uint64), into)
+
+
+def test_flags_of_many_frames_are_those_of_each() -> None:
+    as_root()
+    with anonymous_pages(64) as (memory, start):
+        memory[:] = os.urandom(64 * PAGE)
+        numbers = [pagemap.pfn(entry) or 0 for entry in pagemap.read(os.getpid(), start, 64)]
+        random.shuffle(numbers)
+        known = kpage.flags(numbers)
+        flags = frames.flags(np.array(numbers, np.uint64))
+    # Others change by themselves: the kernel looks at pages meanwhile.
+    lasting = kpage.Flags.ANON | kpage.Flags.MMAP | kpage.Flags.SWAPBACKED | kpage.Flags.KSM
+    assert [int(each) & lasting for each in flags] == [each & lasting for each in known]
+    assert all(int(each) & kpage.Flags.MMAP for each in flags)

@@ -47,11 +47,12 @@ def read(
 
 def _ranges(addresses: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], int]:
     """The first pages as (address, bytes) of adjacent ones, and how many pages that are."""
-    begins = np.flatnonzero(np.diff(addresses, prepend=addresses[0]) != PAGE_SIZE)[: _RANGES + 1]
-    ends = np.append(begins[1:], len(addresses))[:_RANGES]
-    starts = begins[:_RANGES]
-    sizes = (ends - starts).astype(np.uint64) * np.uint64(PAGE_SIZE)
-    return np.ascontiguousarray(np.stack((addresses[starts], sizes), axis=1)), int(ends[-1])
+    gaps = np.flatnonzero(addresses[1:] - addresses[:-1] != PAGE_SIZE)[:_RANGES] + 1
+    edges = np.concatenate(([0], gaps, [len(addresses)]))[: _RANGES + 1]
+    ranges = np.empty((len(edges) - 1, 2), np.uint64)
+    ranges[:, 0] = addresses[edges[:-1]]
+    ranges[:, 1] = np.diff(edges) * PAGE_SIZE
+    return ranges, int(edges[-1])
 
 
 def _read(pid: int, ranges: npt.NDArray[np.uint64], into: npt.NDArray[np.uint8]) -> int:
