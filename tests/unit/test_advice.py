@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from onecopy.errors import InvalidInput, NotFound
+from onecopy.guest import advising
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.sharing import contents
 from onecopy.sharing.account import GuestMaps
-from onecopy.sharing.advice import KINDS, WAYS, Advice, advise
+from onecopy.sharing.advice import KINDS, WAYS, Advice, FileFound, advise
 from onecopy.sharing.contents import Contents
 from onecopy.sharing.page import page
 from onecopy.sharing.scan import ZERO, Scan, hash_pages, scan
@@ -315,3 +317,56 @@ def test_what_is_hidden_from_an_ordinary_user_is_left_out() -> None:
     found = as_nobody(look)
     assert "root" in found.pop("note")
     assert found == {"merged": None, "own": True, "zero": False}
+
+
+@pytest.mark.parametrize(
+    ("take", "best", "roots", "said"),
+    [
+        (["saved"], "ours", ["disk:/a"], ["save n-system --from ours", "run n-system -n N"]),
+        (
+            ["saved"],
+            "theirs",
+            ["disk:/a", "disk:/b"],
+            ["build n --from disk:/a", "save n-system --root n", "run n-system -n N"],
+        ),
+        (
+            ["saved", "ksm"],
+            "theirs",
+            [],
+            ["build n --from SOURCE", "save n-system --root n", "run n-system -n N", "ksm on"],
+        ),
+        (["root"], None, ["dir:/a"], ["build n --from dir:/a", "run --cold n"]),
+        (
+            ["root", "saved"],
+            "ours",
+            ["dir:/a"],
+            ["build n --from dir:/a", "save n-system --from ours", "run n-system -n N"],
+        ),
+        (
+            ["extra"],
+            "ours",
+            [],
+            ["build n-files --from dir:/f", "attach GUEST n-files:/MOUNTPOINT"],
+        ),
+        ([], "ours", [], []),
+    ],
+)
+def test_steps(take: list[str], best: str | None, roots: list[str], said: list[str]) -> None:
+    advice = replace(
+        advise([]),
+        take=tuple(take),
+        best_guest=best,
+        files=(FileFound("/f/one", PAGE_SIZE, 1),),
+    )
+    steps = advising._steps(advice, "n", {"ours"}, roots, [Path("/f")])
+    assert [" ".join(step.argv[1:]) for step in steps] == said
+    for step in steps:
+        builds = step.argv[1] == "build" and "SOURCE" not in step.argv
+        assert (step.ref, step.source) == ((step.argv[2], step.argv[4]) if builds else ("", ""))
+
+
+def test_a_stored_segment_is_attached_as_it_is() -> None:
+    found = (FileFound("python:latest", PAGE_SIZE, 1),)
+    advice = replace(advise([]), take=("extra",), files=found)
+    (step,) = advising._steps(advice, "n", (), [], [])
+    assert step.argv[1:] == ("attach", "GUEST", "python:latest:/MOUNTPOINT")

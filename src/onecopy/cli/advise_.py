@@ -75,6 +75,8 @@ def command(
     _print(found)
     for artifact in built:
         print(f"built {artifact.ref} {artifact.digest}")
+    if name and not built:
+        print("No segment is advised that could be built: nothing was.")
 
 
 def _write(path: Path, found: Advised) -> None:

@@ -166,20 +166,18 @@ def _segments(host: Host, domain: str) -> list[tuple[str, Path]]:
 def _steps(
     advice: Advice, name: str, ours: Container[str], roots: Sequence[str], files: Sequence[Path]
 ) -> list[Step]:
-    best = advice.best_guest
-    saved, root = "saved" in advice.take, "root" in advice.take
     steps = []
-    if saved and best in ours:
-        steps.append(_step("save", f"{name}-system", "--from", best, why="a guest as it is now"))
-    elif (saved or root) and roots:
-        steps.append(_build(name, roots[0], "the root file system, once"))
-        if saved:
-            why = "booted once, with your options for `save`"
-            steps.append(_step("save", f"{name}-system", "--root", name, why=why))
-        else:
-            steps.append(_step("run", "--cold", name, why="guests that execute it in place"))
-    if saved:
+    build = _build(name, roots[0] if roots else "", "the root file system, once")
+    from_guest = advice.best_guest if advice.best_guest in ours else None
+    if "root" in advice.take or ("saved" in advice.take and not from_guest):
+        steps.append(build)
+    if "saved" in advice.take:
+        options = ["--from", from_guest] if from_guest else ["--root", name]
+        why = "a guest as it is now" if from_guest else "booted once, with your options for `save`"
+        steps.append(_step("save", f"{name}-system", *options, why=why))
         steps.append(_step("run", f"{name}-system", "-n", "N", why="guests that share it"))
+    elif "root" in advice.take:
+        steps.append(_step("run", "--cold", name, why="guests that execute it in place"))
     if "extra" in advice.take:
         steps += _extra(advice, name, files)
     if "ksm" in advice.take:
@@ -201,9 +199,11 @@ def _extra(advice: Advice, name: str, files: Sequence[Path]) -> list[Step]:
     raise InvalidInput("no file was found that a segment could have", hint="report this as a bug")
 
 
-def _step(*argv: str | None, why: str) -> Step:
-    return Step(("onecopy", *(each for each in argv if each is not None)), why)
+def _step(*argv: str, why: str) -> Step:
+    return Step(("onecopy", *argv), why)
 
 
 def _build(name: str, source: str, why: str) -> Step:
-    return Step(("onecopy", "build", name, "--from", source), why, name, source)
+    """Without a ``source`` it is for the user to say, and `apply` does not build it."""
+    argv = ("onecopy", "build", name, "--from", source or "SOURCE")
+    return Step(argv, why, name if source else "", source)
