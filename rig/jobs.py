@@ -23,7 +23,7 @@ from rig.host import INSIDE, MEMORY, RESULTS, EmulatedHost, emulated_host
 from rig.images import PROJECT, RELEASES, Debian, ensure_images, store_root
 
 #: Seconds that one emulated host may take for all it is to do.
-LIMIT = 3600.0
+LIMIT = 7200.0
 #: The first builds Debian roots from the network, which an emulated host does not have; the second
 #: boots emulated hosts. Under KVM they would show nothing else.
 _ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_rig.py")
