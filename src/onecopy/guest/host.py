@@ -147,7 +147,8 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             try:
                 yield folder, lease
             except BaseException:
-                folder.remove()
+                with self.locked():
+                    self._remove(folder)
                 raise
 
     def prepared(self) -> list[GuestRecord]:
@@ -173,7 +174,8 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             yield taken
         except BaseException:
             if taken:
-                taken[0].remove()
+                with self.locked():
+                    self._remove(taken[0])
             raise
 
     def _take(self, digest: str, name: str, batch: Batch) -> tuple[GuestFolder, GuestRecord] | None:
@@ -192,8 +194,8 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds."""
         # Not by their command lines: these are their own memory, which they may change.
         kill((each.pid, partial(is_same, each.pid, each.start_ticks)) for each in records)
-        for each in records:
-            GuestFolder(self.run / each.name).remove()
+        with self.locked():
+            self._remove(*(GuestFolder(self.run / each.name) for each in records))
         self.store.sweep()
 
     def sweep(self) -> None:
@@ -212,18 +214,18 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             if abandoned:
                 vmms = self.vmms(folder.name for folder in abandoned)
                 kill((pid, partial(is_vmm, (self.run / name).resolve(), pid)) for name, pid in vmms)
-            for folder in (*left, *abandoned):
-                folder.remove()
-            self._sweep_files()
+            for path in filter(is_mark, self.run.iterdir()):
+                if is_left(path):
+                    path.unlink()
+            self._remove(*left, *abandoned)
         if abandoned:
             # Their leases are stale only now.
             self.store.sweep()
 
-    def _sweep_files(self) -> None:
-        """Remove marks that nobody holds, and what was noted for guests that are gone."""
-        for path in filter(is_mark, self.run.iterdir()):
-            if is_left(path):
-                path.unlink()
+    def _remove(self, *folders: GuestFolder) -> None:
+        """Remove run folders, and with the last what was noted at the first start; under lock."""
+        for folder in folders:
+            folder.remove()
         if not self._folders():
             self.memory_before.unlink(missing_ok=True)
 
