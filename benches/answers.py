@@ -9,7 +9,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from onecopy.errors import GuestFailed, NotReady
@@ -28,9 +28,17 @@ def free_port() -> int:
 
 
 async def answered(port: int, name: str, patience: float = 0.2) -> None:
-    """Wait until the guest behind ``port`` answers that it is ``name``; raise NotReady.
+    """Wait until the guest behind ``port`` answers that it is ``name``; raise NotReady."""
+    said = await until(lambda: _ask(port), name, patience)
+    if said != name:
+        raise GuestFailed(f"the guest {name} answers that it is {said!r}")
 
-    ``patience`` is how many seconds it is first given for an answer before it is asked anew.
+
+async def until(ask: Callable[[], Awaitable[_T]], name: str, patience: float = 0.2) -> _T:
+    """Ask the guest ``name`` until it answers; raise NotReady.
+
+    ``ask`` raises OSError or ValueError while it does not. ``patience`` is how many seconds it is
+    first given for an answer before it is asked anew.
     """
     deadline = time.monotonic() + TIMEOUT
     # QEMU takes the connection at once and holds it until the guest is up: ask anew, often at
@@ -38,14 +46,10 @@ async def answered(port: int, name: str, patience: float = 0.2) -> None:
     while time.monotonic() < deadline:
         try:
             async with asyncio.timeout(patience):
-                said = await _ask(port)
+                return await ask()
         except (TimeoutError, OSError, ValueError):
             patience = max(patience, min(patience * 1.03, 2.0))
             await asyncio.sleep(0.01)
-        else:
-            if said != name:
-                raise GuestFailed(f"the guest {name} answers that it is {said!r}")
-            return
     raise NotReady(f"{name} did not answer within {TIMEOUT:g} s")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from benches.answers import TIMEOUT, before, free_port
+from benches.answers import TIMEOUT, before
 from benches.figures import Spread
 from benches.kinds import new_name
 from benches.plain import start_plain
@@ -70,7 +70,7 @@ def _first_start(lines: list[list[float]]) -> FirstStart:
 @contextlib.asynccontextmanager
 async def _plain(setup: Setup) -> AsyncIterator[Path]:
     """The console of a plain guest that runs the probe."""
-    vmm = start_plain(setup, new_name(), _PROBE_AND_STAY, free_port())
+    vmm = start_plain(setup, new_name(), _PROBE_AND_STAY, ())
     try:
         await before(vmm.wait(), _line(vmm.folder / "console.log"))
         yield vmm.folder / "console.log"

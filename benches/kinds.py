@@ -72,7 +72,7 @@ async def _group(
 
 async def start_one_plain(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, port, began = new_name(), free_port(), time.monotonic()
-    vmm = start_plain(setup, name, application(), port)
+    vmm = start_plain(setup, name, application(), ((port, 80),))
     ends.push_async_callback(vmm.kill)
     await before(vmm.wait(), answered(port, name))
     maps = GuestMaps(name, vmm.pid, None, setup.prepared.hardware.memory)

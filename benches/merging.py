@@ -39,7 +39,7 @@ async def merged() -> AsyncIterator[Merged]:
         raise Incompatible("there is no ksmd", hint="measure without it: --no-ksm")
     began, cpu, scans = time.monotonic(), process.cpu_seconds(thread), _read().full_scans or 0
     with ksm.settings({**ksm.thorough(), **SETTINGS}):
-        await _converged()
+        await converged()
         yield Merged(
             seconds=time.monotonic() - began,
             cpu=process.cpu_seconds(thread) - cpu,
@@ -47,7 +47,7 @@ async def merged() -> AsyncIterator[Merged]:
         )
 
 
-async def _converged() -> None:
+async def converged() -> None:
     """Until pages_sharing has changed by less than 1 % three times, each over two whole scans."""
     deadline = time.monotonic() + TIMEOUT
     last, stable = _read(), 0

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from benches.setup import Setup, resource
 from onecopy.build.bootfiles import cpio
 from onecopy.build.kernel import KernelConfig
+from onecopy.guest.ports import Ports
 from onecopy.run import run
 from onecopy.vmm.argv import FIRST_ADDRESS, Card, Kernel, Launch, Ram
 from onecopy.vmm.launch import Vmm, launch, prepare
@@ -32,8 +33,8 @@ def disk_module(setup: Setup) -> Path | None:
     return next(tree.glob("**/virtio_blk.ko"), None)
 
 
-def start_plain(setup: Setup, name: str, command: str, port: int) -> Vmm:
-    """Start QEMU; the guest runs ``command``, and its port 80 is ``port`` of 127.0.0.1."""
+def start_plain(setup: Setup, name: str, command: str, publish: Ports) -> Vmm:
+    """Start QEMU; the guest runs ``command``."""
     folder = setup.work / name
     folder.mkdir()
     folder.chmod(0o711)
@@ -47,17 +48,22 @@ def start_plain(setup: Setup, name: str, command: str, port: int) -> Vmm:
         monitor_fd="FD",
         console_fd="FD",
         ram=Ram.ANONYMOUS,
-        # Nothing is mapped private, so QEMU need not ask for files (vmm/answering.py); and what it
-        # opens for a drive, /dev/null, would be a question that nobody answers.
+        # Nothing is mapped private, so QEMU need not ask for files (vmm/answering.py).
         rom=True,
         kernel=Kernel(setup.prepared.kernel.layer("kernel").path, folder / "initrd"),
         card=Card("52:54:00:12:34:56", str(FIRST_ADDRESS)),
-        publish=((port, 80),),
+        publish=publish,
     )
+    return launch_plain(setup, spec)
+
+
+def launch_plain(setup: Setup, spec: Launch) -> Vmm:
+    """Start QEMU with the root image as its disk, and no segments."""
     hardware = replace(setup.prepared.hardware, segments=())
     with setup.image.open("rb") as image:
-        # By descriptor: QEMU may be another user, and has no way to where it lies.
-        file = f"/proc/self/fd/{image.fileno()}"
+        # By descriptor: QEMU may be another user, and has no way to where it lies. Without locks,
+        # for which it would open /dev/null (vmm/answering.py).
+        file = f"/proc/self/fd/{image.fileno()},file.locking=off"
         drive = ("-drive", f"file={file},if=virtio,format=raw,readonly=on")
         return launch(hardware, replace(spec, extra=drive), inherit=[image.fileno()])
 

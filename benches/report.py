@@ -59,7 +59,7 @@ class Report:
     def to_markdown(self) -> str:
         """Tables with a heading each."""
         machine = [[key, value] for key, value in self.machine.items()]
-        parts = ["### The machine\n\n" + _table(["", ""], machine)]
+        parts = ["### The machine\n\n" + table(["", ""], machine)]
         if self.kinds:
             number = self.kinds.kinds[0].guests
             tables = _kinds(self.kinds.kinds, self.kinds.merging)
@@ -90,8 +90,8 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
 
-def machine_facts(setup: Setup) -> dict[str, str]:
-    """What the figures depend on."""
+def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, str]:
+    """What the figures depend on; ``runs`` is what is in the guests."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = [
         line.partition(":")[2].strip() for line in cpuinfo.splitlines() if "model name" in line
@@ -104,7 +104,7 @@ def machine_facts(setup: Setup) -> dict[str, str]:
         "QEMU": f"{setup.host.qemu.version}, {hardware.machine}, CPU {hardware.cpu}",
         "accelerator": f"{accel.name} ({accel.reason})",
         "guest": f"{hardware.memory / 2**20:.0f} MiB, {hardware.cpus} CPU, "
-        f"Linux {setup.saved.config.kernel}, Debian with Python",
+        f"Linux {setup.saved.config.kernel}, {runs}",
         "load average at the end": f"{os.getloadavg()[1]:.1f} (5 minutes)",
         "saving the system took": f"{setup.save_seconds:.1f} s",
     }
@@ -125,7 +125,7 @@ def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
         ["CPU of ksmd, shared out", *(_s(k.helper_cpu) if k.helper_cpu else "0" for k in kinds)],
         ["CPU of an idle guest, of one core", *(f"{k.idle * 100:.2f} %" for k in kinds)],
     ]  # fmt: skip
-    text = _table(head, rows)
+    text = table(head, rows)
     if merging:
         text += (
             f"\n\nKSM took {merging.seconds:.0f} s, {merging.cpu:.1f} s of ksmd's CPU time and "
@@ -156,12 +156,12 @@ def _starts(starts: Starts) -> str:
         if isinstance(spread, Spread)
     ]
     head = ["from spawning QEMU, or asking", "median ms", "min-max ms", "times bare QEMU"]
-    return _table(head, cells) + f"\n\n{len(starts.bare.values)} of each, in turn."
+    return table(head, cells) + f"\n\n{len(starts.bare.values)} of each, in turn."
 
 
 def _phases(starts: Starts) -> str:
     rows = [[f"until {text}", *_quartiles(starts.phases[key])] for key, text in MOMENTS.items()]
-    return _table(["from the line before", "median ms", "min-max ms"], rows)
+    return table(["from the line before", "median ms", "min-max ms"], rows)
 
 
 def _batches(batches: Batches) -> str:
@@ -172,7 +172,7 @@ def _batches(batches: Batches) -> str:
         [f"{number} clones", _s(batches.saved), f"{cold / batches.saved:.1f}"],
         [f"{number} prepared clones", _s(batches.prepared), f"{cold / batches.prepared:.1f}"],
     ]
-    return _table(["at once", "until all have answered over HTTP", "times faster"], rows)
+    return table(["at once", "until all have answered over HTTP", "times faster"], rows)
 
 
 def _first_starts(kinds: dict[str, FirstStart]) -> str:
@@ -184,7 +184,7 @@ def _first_starts(kinds: dict[str, FirstStart]) -> str:
         ["seconds", *(_spread(c.seconds) for c in columns)],
     ]
     head = ["`perl -MPOSIX`", *(_NAMES[kind] for kind in kinds)]
-    return _table(head, rows) + f"\n\nMedians of {len(columns[0].faults.values)} guests each."
+    return table(head, rows) + f"\n\nMedians of {len(columns[0].faults.values)} guests each."
 
 
 def _idle(kinds: Sequence[Idle]) -> str:
@@ -201,7 +201,7 @@ def _idle(kinds: Sequence[Idle]) -> str:
     for name in [place.name for place in kinds[0].places if place.anonymous]:
         places = [next(p for p in k.places if p.name == name) for k in kinds]
         rows.append([f"in no file: {name}", *(_mib(place.anonymous) for place in places)])
-    return _table(head, rows) + f"\n\n{kinds[0].guests} clones, on top of one."
+    return table(head, rows) + f"\n\n{kinds[0].guests} clones, on top of one."
 
 
 def _first_guests(first: FirstGuests) -> str:
@@ -221,7 +221,7 @@ def _first_guests(first: FirstGuests) -> str:
     head = ["files of the guest", "until it is ready", "of the first", "`warm` before that"]
     head += ["read ahead", "read by the VMM", "its major faults"]
     ahead = "unknown" if first.read_ahead is None else format_size(first.read_ahead)
-    return _table(head, rows) + (
+    return table(head, rows) + (
         f"\n\nMedians of {len(first.ways['cold'].seconds.values)} starts each, in turn; dropped by "
         f"{first.dropped}. On record are {format_size(first.recorded)} of "
         f"{format_size(first.blobs)}; the kernel reads {ahead} ahead on this disk."
@@ -247,7 +247,7 @@ def _layouts(layouts: Sequence[Layout]) -> str:
             ["- CPU of the VMM, a further one", *(_spread(p.again) for p in programs)],
         ]
     number = len(layouts[0].resident.values)
-    return _table(head, rows) + f"\n\nMedians of {number} guests each (min-max)."
+    return table(head, rows) + f"\n\nMedians of {number} guests each (min-max)."
 
 
 def _many(many: Many) -> str:
@@ -267,7 +267,7 @@ def _many(many: Many) -> str:
         ["- as `plan` said", _planned(many.planned.memory, many.memory)],
         ["`run -n` as `plan` said", _planned_time(many)],
     ]
-    return _table([f"{many.guests} clones", ""], rows)
+    return table([f"{many.guests} clones", ""], rows)
 
 
 def _planned(said: int, was: int) -> str:
@@ -303,9 +303,9 @@ def _truth(truth: Truth) -> str:
     head = ["report --check", *(name for _, name, _ in LINES), ""]
     return "\n\n".join(
         (
-            _table(head, sums),
-            _table([f"`advise`, {truth.plain} plain guests", "said", "came true", "ratio"], claims),
-            _table([f"`advise`, {_mib(truth.own)} of their own", ""], rows),
+            table(head, sums),
+            table([f"`advise`, {truth.plain} plain guests", "said", "came true", "ratio"], claims),
+            table([f"`advise`, {_mib(truth.own)} of their own", ""], rows),
         )
     )
 
@@ -314,10 +314,11 @@ def _places(places: Sequence[Place]) -> str:
     rows = [[p.name, _mib(p.pss), _mib(p.private), _mib(p.rss)] for p in places]
     total = [sum(getattr(p, key) for p in places) for key in ("pss", "private", "rss")]
     rows.append(["together", *(_mib(figure) for figure in total)])
-    return _table(["per guest", "Pss", "private", "Rss"], rows)
+    return table(["per guest", "Pss", "private", "Rss"], rows)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first are aligned to the right."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

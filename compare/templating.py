@@ -1,0 +1,88 @@
+"""Guests from a frozen one without segments, as other projects have them: its RAM mapped
+copy-on-write, its root a disk.
+
+What is in the frozen guest's page cache is shared with its RAM; what a guest reads later it keeps
+for itself. They have no identity of their own. Here to be compared with, made of the same parts as
+onecopy's saved systems (onecopy.guest.save).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benches.answers import before, free_port, until
+from benches.plain import launch_plain, start_plain
+from benches.setup import Setup
+from compare.mix import PORT, SHELL, Ware
+from onecopy.guest.folder import GuestFolder
+from onecopy.guest.ports import Ports
+from onecopy.guest.snapshot import Snapshot, Source, take
+from onecopy.vmm.argv import FIRST_ADDRESS, Card, Launch, Ram
+from onecopy.vmm.launch import Vmm, prepare
+from onecopy.vmm.monitor import connect
+
+
+class Templates:
+    """Frozen guests, each made when it is first asked for."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._made: dict[str, Snapshot] = {}
+
+    async def of(self, ware: Ware) -> Snapshot:
+        """The frozen guest of an application."""
+        name = ware.name
+        if name not in self._made:
+            self._tell(f"a frozen guest without segments: {name}")
+            self._made[name] = await _frozen(ware)
+        return self._made[name]
+
+    def files(self) -> list[Path]:
+        """The RAM of all that were made."""
+        return [each.ram for each in self._made.values()]
+
+
+async def _frozen(ware: Ware) -> Snapshot:
+    """Boot a guest, and freeze it once its application answers."""
+    setup, name, port = ware.setup, f"template-{ware.name}", free_port()
+    vmm = start_plain(setup, name, ware.command, ((port, PORT), (free_port(), SHELL)))
+    try:
+        await before(vmm.wait(), until(lambda: ware.ask(port), name))
+        work = setup.work / f"{name}.saved"
+        work.mkdir()
+        source = Source(vmm.pid, setup.prepared.hardware.memory, None)
+        return await take(GuestFolder(vmm.folder), source, work, last=True)
+    finally:
+        await vmm.kill()
+
+
+async def start_from(template: Snapshot, setup: Setup, name: str, ports: Ports) -> Vmm:
+    """Start a guest that goes on from where it was frozen."""
+    folder = setup.work / name
+    folder.mkdir()
+    folder.chmod(0o711)
+    prepare(folder)
+    spec = Launch(
+        binary=setup.host.qemu.binary,
+        accel=setup.prepared.accel.name,
+        name=name,
+        folder=folder,
+        monitor_fd="FD",
+        console_fd="FD",
+        ram=Ram.COPY_ON_WRITE,
+        ram_path=template.ram,
+        rom=setup.host.qemu.rom,
+        card=Card("52:54:00:12:34:56", str(FIRST_ADDRESS)),
+        publish=ports,
+    )
+    vmm = launch_plain(setup, spec)
+    try:
+        async with connect(folder / "monitor.sock") as monitor:
+            with template.state.open("rb") as state:
+                await monitor.incoming(state.fileno())
+            await monitor.execute("cont")
+    except BaseException:
+        await vmm.kill()
+        raise
+    return vmm

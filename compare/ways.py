@@ -1,0 +1,120 @@
+"""The ways to run the same guests, one function each.
+
+Not here: what the guests are (mix.py), what is measured of them (run.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from benches.answers import before, free_port, until
+from benches.kinds import new_name
+from benches.plain import start_plain
+from compare.mix import PORT, SHELL, Ware
+from compare.templating import Templates, start_from
+from onecopy.guest.boot import run_cold
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.ports import Ports
+from onecopy.guest.start import CloneSpec, start_clone
+from onecopy.host import process
+from onecopy.vmm.launch import Vmm
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A guest whose application has answered."""
+
+    ware: Ware
+    pid: int
+    shell: int
+    """The port of 127.0.0.1 where its shell is."""
+    seconds: float
+    """From asking for the guest until its application answered."""
+    cpu: float
+    """CPU seconds of its VMM up to then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What guests are started with, besides their ware."""
+
+    ends: contextlib.AsyncExitStack
+    """Ends the guests."""
+    templates: Templates
+
+
+Start = Callable[[Ware, str, Ports, Means], Awaitable[int]]
+"""(ware, name, ports, means) -> the VMM's process id, maybe before the application answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run guests."""
+
+    name: str
+    start: Start
+    ksm: bool = False
+    """Whether KSM runs all the time."""
+
+
+async def start_one(way: Way, ware: Ware, means: Means) -> Up:
+    """Start a guest and wait until its application answers."""
+    port, shell = free_port(), free_port()
+    name, began = new_name(), time.monotonic()
+    pid = await way.start(ware, name, ((port, PORT), (shell, SHELL)), means)
+    await until(lambda: ware.ask(port), name)
+    return Up(ware, pid, shell, time.monotonic() - began, process.cpu_seconds(pid))
+
+
+async def _plain(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    return await _watched(start_plain(ware.setup, name, ware.command, ports), ware, ports, means)
+
+
+async def _template(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    template = await means.templates.of(ware)
+    vmm = await start_from(template, ware.setup, name, ports)
+    return await _watched(vmm, ware, ports, means)
+
+
+async def _watched(vmm: Vmm, ware: Ware, ports: Ports, means: Means) -> int:
+    """Raise GuestFailed if the VMM ends before the application answers."""
+    means.ends.push_async_callback(vmm.kill)
+    await before(vmm.wait(), until(lambda: ware.ask(ports[0][0]), "the guest"))
+    return vmm.pid
+
+
+async def _segment(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    spec = replace(ware.setup.prepared.spec, publish=ports)
+    record = await run_cold(ware.setup.host, replace(ware.setup.prepared, spec=spec), name)
+    return _ours(ware, record, means)
+
+
+async def _saved(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    spec = CloneSpec(publish=ports)
+    return _ours(ware, await start_clone(ware.setup.host, ware.setup.saved, name, spec), means)
+
+
+async def _saved_merged(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    spec = CloneSpec(publish=ports, merge=True)
+    return _ours(ware, await start_clone(ware.setup.host, ware.setup.saved, name, spec), means)
+
+
+def _ours(ware: Ware, record: GuestRecord, means: Means) -> int:
+    means.ends.callback(ware.setup.host.end, record)
+    return record.pid
+
+
+#: All, in the order of the tables. `all` has KSM merge the VMMs' own memory, too.
+WAYS = (
+    Way("none", _plain),
+    Way("ksm", _plain, ksm=True),
+    Way("xip", _segment),
+    Way("saved", _template),
+    Way("saved+xip", _saved),
+    Way("all", _saved_merged, ksm=True),
+)
