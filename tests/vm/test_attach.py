@@ -39,8 +39,7 @@ def site(host: Host, tmp_path: Path) -> Artifact:
     return build_segment(host.store, Reference("site"), f"dir:{tmp_path}/site")
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("kind", ["cold", "clone"])
+@pytest.mark.parametrize("kind", ["cold", pytest.param("clone", marks=pytest.mark.smoke)])
 def test_mounted_used_and_unloaded(
     host: Host,
     cold: Cold,

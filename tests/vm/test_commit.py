@@ -65,7 +65,6 @@ def content(host: Host, clones: Clones, run_in: RunIn, ref: str = "notes") -> st
     return run_in(guest, "cat", "/notes/text").stdout.decode()
 
 
-@pytest.mark.smoke
 def test_what_a_guest_has_changed_is_the_new_version(
     host: Host, clones: Clones, cold: Cold, run_in: RunIn, notes: Artifact, busybox_root: Artifact
 ) -> None:

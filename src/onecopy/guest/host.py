@@ -147,8 +147,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             try:
                 yield folder, lease
             except BaseException:
-                with self.locked():
-                    self._remove(folder)
+                self.drop(folder)
                 raise
 
     def prepared(self) -> list[GuestRecord]:
@@ -174,8 +173,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             yield taken
         except BaseException:
             if taken:
-                with self.locked():
-                    self._remove(taken[0])
+                self.drop(taken[0])
             raise
 
     def _take(self, digest: str, name: str, batch: Batch) -> tuple[GuestFolder, GuestRecord] | None:
@@ -194,8 +192,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds."""
         # Not by their command lines: these are their own memory, which they may change.
         kill((each.pid, partial(is_same, each.pid, each.start_ticks)) for each in records)
-        with self.locked():
-            self._remove(*(GuestFolder(self.run / each.name) for each in records))
+        self.drop(*(GuestFolder(self.run / each.name) for each in records))
         self.store.sweep()
 
     def sweep(self) -> None:
@@ -221,6 +218,11 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         if abandoned:
             # Their leases are stale only now.
             self.store.sweep()
+
+    def drop(self, *folders: GuestFolder) -> None:
+        """Remove the run folders of VMMs that have ended, or are the caller's to end."""
+        with self.locked():
+            self._remove(*folders)
 
     def _remove(self, *folders: GuestFolder) -> None:
         """Remove run folders, and with the last what was noted at the first start; under lock."""

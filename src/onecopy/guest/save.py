@@ -103,7 +103,7 @@ async def save_system(
         progress("storing its memory")
         layers = _layers(host.store.held(name), config, taken)
         saved = await _stored(host, ref, config, layers, taken, prepared.domain)
-        folder.remove()
+        host.drop(folder)
         return saved
 
 
