@@ -155,12 +155,14 @@ def _of_domain(guest: GuestMaps) -> LeftOut:
 
 
 def _segments(host: Host, domain: str) -> list[tuple[str, Path]]:
-    return [
-        (each.ref, layer.path)
+    # By path: a segment may have several names, and is read once.
+    names = {
+        layer.path: each.ref
         for each in host.store.artifacts("segment")
         if host.store.access(each.name).domain == domain
         for layer in each.layers
-    ]
+    }
+    return [(name, path) for path, name in names.items()]
 
 
 def _steps(

@@ -74,5 +74,5 @@ def _contents(
     names = [*(name for name, _ in images), *map(str, trees)]
     if not names:
         return None
-    tell(f"reading {', '.join(names)}")
+    tell(f"reading {', '.join(dict.fromkeys(names))}")
     return contents.of(images, trees)
