@@ -35,12 +35,20 @@ def disk_module(setup: Setup) -> Path | None:
 
 def start_plain(setup: Setup, name: str, command: str, publish: Ports) -> Vmm:
     """Start QEMU; the guest runs ``command``."""
+    spec = new_plain(setup, name, publish)
+    initrd = spec.folder / "initrd"
+    _write_initrd(setup, initrd, name, command)
+    kernel = Kernel(setup.prepared.kernel.layer("kernel").path, initrd)
+    return launch_plain(setup, replace(spec, kernel=kernel))
+
+
+def new_plain(setup: Setup, name: str, publish: Ports) -> Launch:
+    """A run folder for a guest, and how QEMU is told to start it, but for what it boots."""
     folder = setup.work / name
     folder.mkdir()
     folder.chmod(0o711)
-    _write_initrd(setup, folder / "initrd", name, command)
     prepare(folder)
-    spec = Launch(
+    return Launch(
         binary=setup.host.qemu.binary,
         accel=setup.prepared.accel.name,
         name=name,
@@ -50,11 +58,9 @@ def start_plain(setup: Setup, name: str, command: str, publish: Ports) -> Vmm:
         ram=Ram.ANONYMOUS,
         # Nothing is mapped private, so QEMU need not ask for files (vmm/answering.py).
         rom=True,
-        kernel=Kernel(setup.prepared.kernel.layer("kernel").path, folder / "initrd"),
         card=Card("52:54:00:12:34:56", str(FIRST_ADDRESS)),
         publish=publish,
     )
-    return launch_plain(setup, spec)
 
 
 def launch_plain(setup: Setup, spec: Launch) -> Vmm:

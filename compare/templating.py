@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from benches.answers import before, free_port, until
-from benches.plain import launch_plain, start_plain
+from benches.plain import launch_plain, new_plain, start_plain
 from benches.setup import Setup
 from compare.mix import PORT, SHELL, Ware
 from onecopy.guest.folder import GuestFolder
 from onecopy.guest.ports import Ports
 from onecopy.guest.snapshot import Snapshot, Source, take
-from onecopy.vmm.argv import FIRST_ADDRESS, Card, Launch, Ram
-from onecopy.vmm.launch import Vmm, prepare
+from onecopy.vmm.argv import Ram
+from onecopy.vmm.launch import Vmm
 from onecopy.vmm.monitor import connect
 
 
@@ -59,26 +61,15 @@ async def _frozen(ware: Ware) -> Snapshot:
 
 async def start_from(template: Snapshot, setup: Setup, name: str, ports: Ports) -> Vmm:
     """Start a guest that goes on from where it was frozen."""
-    folder = setup.work / name
-    folder.mkdir()
-    folder.chmod(0o711)
-    prepare(folder)
-    spec = Launch(
-        binary=setup.host.qemu.binary,
-        accel=setup.prepared.accel.name,
-        name=name,
-        folder=folder,
-        monitor_fd="FD",
-        console_fd="FD",
+    spec = replace(
+        new_plain(setup, name, ports),
         ram=Ram.COPY_ON_WRITE,
         ram_path=template.ram,
         rom=setup.host.qemu.rom,
-        card=Card("52:54:00:12:34:56", str(FIRST_ADDRESS)),
-        publish=ports,
     )
     vmm = launch_plain(setup, spec)
     try:
-        async with connect(folder / "monitor.sock") as monitor:
+        async with connect(vmm.folder / "monitor.sock") as monitor:
             with template.state.open("rb") as state:
                 await monitor.incoming(state.fileno())
             await monitor.execute("cont")
