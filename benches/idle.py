@@ -21,6 +21,7 @@ from onecopy.errors import Incompatible
 from onecopy.guest.maps import guest_maps
 from onecopy.guest.start import CloneSpec, start_clone
 from onecopy.host import ksm, meminfo, process, smaps
+from onecopy.model import Mergeable
 
 _PAGE_TABLES = ("page_tables", "secondary_page_tables")
 
@@ -56,11 +57,11 @@ async def measure_idle(
 ) -> list[Idle]:
     """``count`` clones, and the same number with KSM over the VMMs' memory."""
     tell(f"{count} idle clones")
-    async with _clones(setup, count, merge=False) as (guests, before):
+    async with _clones(setup, count, Mergeable.RAM) as (guests, before):
         found = [await _figures(setup, guests, before, merged=False)]
     if with_ksm:
         tell(f"{count} idle clones, until KSM has merged what it can")
-        async with _clones(setup, count, merge=True) as (guests, before), merged():
+        async with _clones(setup, count, Mergeable.ALL) as (guests, before), merged():
             found.append(await _figures(setup, guests, before, merged=True))
     return found
 
@@ -109,18 +110,18 @@ def _anonymous(pid: int) -> int:
 
 @contextlib.asynccontextmanager
 async def _clones(
-    setup: Setup, count: int, *, merge: bool
+    setup: Setup, count: int, ksm: Mergeable
 ) -> AsyncIterator[tuple[list[Running], meminfo.MemInfo]]:
     """``count`` clones at rest, and the host's memory when there was one before them."""
     async with contextlib.AsyncExitStack() as ends:
-        first = [await _start(setup, ends, merge=merge)]
+        first = [await _start(setup, ends, ksm)]
         await settled(first)
         before = meminfo.read()
-        yield [await _start(setup, ends, merge=merge) for _ in range(count)], before
+        yield [await _start(setup, ends, ksm) for _ in range(count)], before
 
 
-async def _start(setup: Setup, ends: contextlib.AsyncExitStack, *, merge: bool) -> Running:
-    record = await start_clone(setup.host, setup.saved, new_name(), CloneSpec(merge=merge))
+async def _start(setup: Setup, ends: contextlib.AsyncExitStack, ksm: Mergeable) -> Running:
+    record = await start_clone(setup.host, setup.saved, new_name(), CloneSpec(ksm=ksm))
     ends.callback(setup.host.end, record)
     (maps,) = guest_maps([record])
     return Running(maps, record.start_seconds, process.cpu_seconds(record.pid))

@@ -22,6 +22,7 @@ from onecopy.guest.folder import GuestRecord
 from onecopy.guest.ports import Ports
 from onecopy.guest.start import CloneSpec, start_clone
 from onecopy.host import process
+from onecopy.model import Mergeable
 from onecopy.vmm.launch import Vmm
 
 
@@ -100,7 +101,7 @@ async def _saved(ware: Ware, name: str, ports: Ports, means: Means) -> int:
 
 
 async def _saved_merged(ware: Ware, name: str, ports: Ports, means: Means) -> int:
-    spec = CloneSpec(publish=ports, merge=True)
+    spec = CloneSpec(publish=ports, ksm=Mergeable.ALL)
     return _ours(ware, await start_clone(ware.setup.host, ware.setup.saved, name, spec), means)
 
 

@@ -21,7 +21,7 @@ from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold
 from onecopy.guest.exec import Streams, run_captured, run_streaming
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
-from onecopy.model import MIB
+from onecopy.model import MIB, Mergeable
 from onecopy.run import run
 from onecopy.vmm.accel import Choice
 from onecopy.vmm.monitor import connect
@@ -125,6 +125,8 @@ async def emulated_host(
             cpu="max",
             accel=Choice.TCG,
             network=False,
+            # Tests that run KSM beside it would wait until all of it has been looked at.
+            ksm=Mergeable.NONE,
         ),
     )
     shutil.rmtree(folder, ignore_errors=True)

@@ -46,6 +46,16 @@ def check_guest_name(text: str) -> str:
     return text
 
 
+class Mergeable(StrEnum):
+    """What of a guest KSM may merge."""
+
+    NONE = "none"
+    RAM = "ram"
+    """The guest's own pages."""
+    ALL = "all"
+    """Also what QEMU itself keeps in memory, which then goes without address randomisation."""
+
+
 class PageClass(StrEnum):
     """How a range of a segment is mapped, in z/VM's terms (page descriptor codes).
 

@@ -24,7 +24,7 @@ from onecopy.guest.host import Host
 from onecopy.guest.many import names_for
 from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.host import ksm, smaps
-from onecopy.model import MIB, PAGE_SIZE
+from onecopy.model import MIB, PAGE_SIZE, Mergeable
 from onecopy.store import Artifact
 from tests.conftest import cannot_run
 from tests.vm.conftest import Clones, RunIn
@@ -99,6 +99,22 @@ def test_a_running_guest_is_closed_to_it_and_opened(clones: Clones) -> None:
     assert offered(guest) and offered(other)
 
 
+def test_a_guest_may_start_closed_to_it(
+    host: Host, saved: Artifact, busybox_root: Artifact
+) -> None:
+    onecopy("run", saved.ref, "--name", "closed", "--ksm", "none")
+    guest = host.guest("closed").record()
+    try:
+        assert not offered(guest)
+        onecopy("ksm", "open", "closed")
+        assert offered(guest)
+    finally:
+        host.end(guest)
+    cold = ["run", "--cold", busybox_root.ref, "--run", "sleep 9", "--dry-run"]
+    assert "mem-merge" not in onecopy(*cold)
+    assert "mem-merge=off" in onecopy(*cold, "--ksm", "none")
+
+
 def offered(guest: GuestRecord) -> bool:
     """Whether QEMU offers the guest's RAM to KSM (proc_pid_smaps(5), VmFlags)."""
     found, ours = set(), False
@@ -162,7 +178,7 @@ def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Host, saved: Ar
     try:
         try:
             for name in names:
-                guest = asyncio.run(start_clone(host, source, name, CloneSpec(merge=True)))
+                guest = asyncio.run(start_clone(host, source, name, CloneSpec(ksm=Mergeable.ALL)))
                 started.append(guest)
         except Incompatible as error:
             cannot_run(error.message)

@@ -11,7 +11,7 @@ from typing import Unpack
 from msgspec.structs import replace
 
 from onecopy.aio.guest import Guest
-from onecopy.aio.options import BootOptions, choice, cold_spec
+from onecopy.aio.options import BootOptions, choice, cold_spec, mergeable
 from onecopy.guest import admission, boot, cold, many, pool, save, start, stop
 from onecopy.guest.disks import DiskSpec, require_sensible
 from onecopy.guest.fitting import Fitting, added_memory
@@ -86,7 +86,7 @@ class Host:
         publish: Iterable[tuple[int, int]] = (),
         bridge: str = "",
         accel: str = "auto",
-        merge_vmm: bool = False,
+        ksm: str = "ram",
         memory: int | str | None = None,
         cpus: int | None = None,
         segments: Sequence[str] = (),
@@ -99,7 +99,8 @@ class Host:
         guest to guest; 0 is any free one, which `Guest.port` tells. With ``bridge`` they are ports
         of this bridge of the host's. ``memory`` and ``cpus`` are more than was saved, ``segments``
         further ones, ``disks`` as `onecopy run --disk` has them; they are synced at the end of the
-        block, unless it ends by an exception. With ``overcommit`` the host need not have the memory
+        block, unless it ends by an exception. ``ksm`` is what KSM may merge: ``none``, ``ram`` or
+        ``all``, QEMU's own memory included. With ``overcommit`` the host need not have the memory
         for all.
         """
         host, specs = self._swept(), _disks(disks, name, count)
@@ -113,7 +114,7 @@ class Host:
         source = await asyncio.to_thread(start.template, host, found, choice(accel))
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-            spec = start.CloneSpec(ports, bridge, merge_vmm, fitting)
+            spec = start.CloneSpec(ports, bridge, mergeable(ksm), fitting)
             return start.start_clone(host, source, name, spec, batch)
 
         names = many.names_for(found.name, name, count)
@@ -134,14 +135,14 @@ class Host:
         name: str | None = None,
         publish: Iterable[tuple[int, int]] = (),
         bridge: str = "",
-        merge_vmm: bool = False,
+        ksm: str = "ram",
         disks: Sequence[str] = (),
         overcommit: bool = False,
         **options: Unpack[BootOptions],
     ) -> AsyncIterator[list[Guest]]:
         """Guests that boot a root segment; all else as `start`."""
         host, spec = self._swept(), cold_spec(segment, options)
-        spec = replace(spec, bridge=bridge, merge=merge_vmm, disks=_disks(disks, name, count))
+        spec = replace(spec, bridge=bridge, ksm=mergeable(ksm), disks=_disks(disks, name, count))
         prepared = await asyncio.to_thread(cold.prepare_cold, host, spec)
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from onecopy.errors import InvalidInput
 from onecopy.guest.cold import ColdSpec
 from onecopy.guest.place import StrPath
-from onecopy.model import Reference, parse_mount, parse_size
+from onecopy.model import Mergeable, Reference, parse_mount, parse_size
 from onecopy.vmm.accel import Choice
 
 
@@ -41,6 +41,13 @@ def choice(accel: str) -> Choice:
     if accel not in list(Choice):
         raise InvalidInput(f"{accel!r} is no accelerator", hint="auto, kvm or tcg")
     return Choice(accel)
+
+
+def mergeable(text: str) -> Mergeable:
+    """What KSM may merge; raise InvalidInput."""
+    if text not in list(Mergeable):
+        raise InvalidInput(f"{text!r} is nothing that KSM can do", hint="none, ram or all")
+    return Mergeable(text)
 
 
 _FORMS: dict[str, Callable[[Any], Any]] = {

@@ -27,11 +27,12 @@ def cold_spec(
     accel: str,
     publish: tuple[tuple[int, int], ...] = (),
     bridge: str = "",
-    merge: bool = False,
+    ksm: str = "ram",
     disks: tuple[DiskSpec, ...] = (),
 ) -> ColdSpec:
     """What the user asked for."""
     from onecopy.guest.cold import ColdSpec
+    from onecopy.model import Mergeable
     from onecopy.vmm.accel import Choice
 
     return ColdSpec(
@@ -46,7 +47,7 @@ def cold_spec(
         network=not no_network,
         publish=publish,
         bridge=bridge,
-        merge=merge,
+        ksm=Mergeable(ksm),
         disks=disks,
         accel=Choice(accel),
         kernel=kernel,

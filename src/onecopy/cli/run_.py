@@ -23,7 +23,7 @@ from onecopy.cli.params import (
     typed_options,
 )
 from onecopy.errors import InvalidInput
-from onecopy.model import Reference
+from onecopy.model import Mergeable, Reference
 
 if TYPE_CHECKING:
     from onecopy.guest.disks import DiskSpec
@@ -61,10 +61,11 @@ _COLD_ONLY = ("cpu", "run_command", "ready", "timeout", "no_network", "kernel", 
 @click.option("--keep-going", is_flag=True, help="If a guest cannot start, keep the others.")
 @click.option("--keep", is_flag=True, help="With CMD: do not stop the guests when it has ended.")
 @click.option(
-    "--merge-vmm",
-    is_flag=True,
-    help="Let KSM merge what QEMU itself keeps in memory, too; QEMU then goes without address "
-    "randomisation. Needs Linux 6.4, and KSM to run.",
+    "--ksm",
+    type=click.Choice(["none", "ram", "all"]),
+    default="ram",
+    help="What KSM may merge while it runs (`onecopy ksm`): nothing of the guest, its RAM, or also "
+    "what QEMU itself keeps in memory, which then goes without address randomisation (Linux 6.4).",
 )
 @click.option(
     "--disk",
@@ -94,7 +95,7 @@ def command(
     cold: bool,
     keep_going: bool,
     keep: bool,
-    merge_vmm: bool,
+    ksm: str,
     disks: tuple[DiskSpec, ...],
     overcommit: bool,
     dry_run: bool,
@@ -118,9 +119,9 @@ def command(
     host = Host.open()
     names = many.names_for(source.name, name, count)
     with progress() as tell:
-        if merge_vmm:
+        if ksm == "all":
             _tell_of_ksm(tell)
-        options |= {"merge": merge_vmm, "bridge": bridge, "disks": disks}
+        options |= {"ksm": ksm, "bridge": bridge, "disks": disks}
         if cold:
             starter, each = _cold(host, source, options, tell, needs_agent=bool(cmd))
         else:
@@ -182,7 +183,7 @@ def _clone(
         raise no_agent(str(source))
 
     def starter(name: str, ports: Ports) -> _Start:
-        spec = start.CloneSpec(ports, options["bridge"], options["merge"], fitting)
+        spec = start.CloneSpec(ports, options["bridge"], Mergeable(options["ksm"]), fitting)
         return _Start(
             lambda: start.dry_run(host, template, name, spec),
             lambda batch: start.start_clone(host, template, name, spec, batch),
@@ -224,7 +225,7 @@ def _tell_of_ksm(tell: Callable[[str], None]) -> None:
 
     state = ksm.read()
     if state and state.run != 1:
-        tell("KSM does not run, so nothing is merged yet (root: echo 1 >/sys/kernel/mm/ksm/run)")
+        tell("KSM does not run, so nothing is merged yet (root: `onecopy ksm on`)")
 
 
 def _finished(

@@ -23,6 +23,7 @@ from onecopy.guest.host import Host
 from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import inherited
 from onecopy.guest.ports import Ports
+from onecopy.model import Mergeable
 from onecopy.store import Artifact, Lease
 from onecopy.vmm.accel import Accelerator
 from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, Card, Hardware, Launch, Slot
@@ -149,12 +150,12 @@ async def or_killed(vmm: Vmm) -> AsyncIterator[None]:
         raise
 
 
-def require_mergeable(domain: str, *, merge: bool) -> None:
+def require_mergeable(domain: str, ksm: Mergeable) -> None:
     """Raise InvalidInput if KSM were to merge memory across trust domains."""
-    if merge and domain:
+    if ksm is Mergeable.ALL and domain:
         raise InvalidInput(
             f"KSM would merge memory of the trust domain {domain} with that of others",
-            hint="start the guests without --merge-vmm",
+            hint="start the guests without --ksm all",
         )
 
 

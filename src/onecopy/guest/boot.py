@@ -33,6 +33,7 @@ from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.network import new_card, settings, shown_card
 from onecopy.guest.ports import published, require_free
+from onecopy.model import Mergeable
 from onecopy.store import Artifact, Lease
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Card, Kernel, Launch, Ram, command
@@ -58,8 +59,8 @@ def launch_spec(
         kernel=_booted_kernel(prepared, folder),
         card=card,
         publish=prepared.spec.publish,
-        merge=prepared.spec.merge,
-        mergeable=not prepared.domain,
+        merge=prepared.spec.ksm is Mergeable.ALL,
+        mergeable=prepared.spec.ksm is not Mergeable.NONE and not prepared.domain,
     )
 
 
@@ -155,7 +156,7 @@ async def run_cold(
     _require_possible(host, prepared)
     require_free(wanted.publish)
     began = time.monotonic()
-    require_mergeable(prepared.domain, merge=wanted.merge)
+    require_mergeable(prepared.domain, wanted.ksm)
     host.store.require_access(segment_names(prepared.placed), name, prepared.domain)
     with (
         new_card(host, wanted.bridge, wanted.publish, network=wanted.network) as card,

@@ -20,7 +20,7 @@ from onecopy.guest import machine
 from onecopy.guest.disks import DiskSpec
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig
-from onecopy.model import MIB, Reference, align_up
+from onecopy.model import MIB, Mergeable, Reference, align_up
 from onecopy.store import Artifact, Store
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import Hardware
@@ -54,8 +54,8 @@ class ColdSpec(msgspec.Struct, frozen=True):
     bridge: str = ""
     """Of the host, to be a port of; "" for a user-mode network."""
     publish: tuple[tuple[int, int], ...] = ()
-    merge: bool = False
-    """KSM may merge the VMM's own memory, too."""
+    ksm: Mergeable = Mergeable.RAM
+    """A guest of a trust domain is closed to it all the same."""
     disks: tuple[DiskSpec, ...] = ()
     """They come once the guest is ready."""
     accel: Choice = Choice.AUTO

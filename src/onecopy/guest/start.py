@@ -32,6 +32,7 @@ from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import new_card, shown_card
 from onecopy.guest.ports import Ports, forward, need_rights, published, require_free
 from onecopy.host import process
+from onecopy.model import Mergeable
 from onecopy.store import Artifact
 from onecopy.store.digest import file_digest
 from onecopy.vmm import answering
@@ -47,14 +48,14 @@ class CloneSpec(msgspec.Struct, frozen=True):
     publish: Ports = ()
     bridge: str = ""
     """Of the host, to be a port of; "" for a user-mode network."""
-    merge: bool = False
-    """KSM may merge the VMM's own memory, too."""
+    ksm: Mergeable = Mergeable.RAM
+    """A guest of a trust domain is closed to it all the same."""
     fitting: Fitting = NOTHING
 
     @property
     def can_be_prepared(self) -> bool:
         """Whether all of it can be had of a VMM that was started before it was known."""
-        return not (self.bridge or self.merge or need_rights(self.publish))
+        return self.ksm is Mergeable.RAM and not (self.bridge or need_rights(self.publish))
 
 
 _PLAIN = CloneSpec()
@@ -143,8 +144,8 @@ def launch_spec(
         rom=host.qemu.rom,
         card=card,
         publish=spec.publish,
-        merge=spec.merge,
-        mergeable=not source.domain,
+        merge=spec.ksm is Mergeable.ALL,
+        mergeable=spec.ksm is not Mergeable.NONE and not source.domain,
     )
 
 
@@ -173,7 +174,7 @@ async def start_clone(
     _require_possible(host, source, spec)
     require_free(spec.publish)
     began = time.monotonic()
-    require_mergeable(source.domain, merge=spec.merge)
+    require_mergeable(source.domain, spec.ksm)
     wanted = [source.artifact.name, *segment_names(source.placed)]
     host.store.require_access(wanted, name, source.domain)
     with host.starting(batch) as mine:

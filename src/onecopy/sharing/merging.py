@@ -46,7 +46,7 @@ class GuestMerging(msgspec.Struct, frozen=True):
     profit: int | None
     """What that saves, less KSM's own records for the process; may be negative."""
     merge_any: bool | None
-    """All of QEMU's memory is open to KSM (`run --merge-vmm`), and not guest RAM alone."""
+    """All of QEMU's memory is open to KSM (`run --ksm all`), and not guest RAM alone."""
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -144,7 +144,7 @@ def _mergeable() -> Iterator[None]:
     except OSError as error:
         raise Incompatible(
             "this kernel does not let KSM merge QEMU's own memory",
-            hint="that takes Linux 6.4 with KSM; start the guests without --merge-vmm",
+            hint="that takes Linux 6.4 with KSM; start the guests without --ksm all",
         ) from error
     try:
         yield
