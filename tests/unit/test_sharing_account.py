@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from onecopy.host import ksm, pagemap, smaps
 from onecopy.host.smaps import Mapping
 from onecopy.sharing.account import GuestAccount, GuestMaps, account, find_ram, measure
+from onecopy.sharing.scan import scan
 from tests.conftest import cannot_run
 
 RECORDED = Path(__file__).parent / "data/6.18.44-fc-v669"
@@ -253,6 +254,8 @@ def test_merged_pages_are_not_this_guests_alone() -> None:
                 while (after := measure(maps)).ksm != 128 * PAGE:
                     assert time.monotonic() < until, after
                     time.sleep(0.05)
+            scanned = scan(maps)
+            assert (scanned.merged, scanned.own) == (128 * PAGE, 0)
             if any(m.ksm for m in smaps.read(process.pid)):
                 assert after.ram_private == 0
             told = ksm.read_process(process.pid)

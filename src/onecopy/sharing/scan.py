@@ -125,14 +125,18 @@ def _scan(pid: int, mapping: Mapping, first: int, root: Path) -> _Part:
     private = mapping.perms.endswith("p")
     own = present & ((entries & _FILE) == 0) if private else present
     pages = np.flatnonzero(own)
-    flags = _flags(entries[pages] & _FRAME, root)
-    if flags is not None:
-        # The zero page, which is everybody's, may be KSM's work or that of a guest that only read.
-        pages = pages[(flags & np.uint64(Flags.KSM | Flags.ZERO_PAGE)) == 0]
+    known = _known(entries[pages] & _FRAME, root)
+    merged = None
+    if known:
+        zero, several = known
+        # Shared memory may be another process's, too, without being merged.
+        several &= private & ~zero
+        merged = _bytes(several)
+        pages = pages[~(zero | several)]
     hashes, there = _read(pid, mapping.start, pages)
     missed = len(pages) - np.count_nonzero(there)
     pages = pages[there]
-    if flags is None:
+    if not known:
         pages, hashes = pages[hashes != ZERO], hashes[hashes != ZERO]
     huge = mapping.hugetlb_private + mapping.hugetlb_shared
     return _Part(
@@ -140,18 +144,23 @@ def _scan(pid: int, mapping: Mapping, first: int, root: Path) -> _Part:
         hashes=hashes,
         mergeable=np.full(len(pages), private and not huge),
         shared=_bytes(present & ~own),
-        merged=None if flags is None else _bytes((flags & np.uint64(Flags.KSM)) != 0),
+        merged=merged,
         swapped=_bytes((entries & _SWAPPED) != 0),
         missed=int(missed) * PAGE_SIZE,
     )
 
 
-def _flags(numbers: npt.NDArray[np.uint64], root: Path) -> npt.NDArray[np.uint64] | None:
-    """The flags of page frames; None when the kernel hides them (it shows frame 0)."""
+def _known(numbers: npt.NDArray[np.uint64], root: Path) -> tuple[Marks, Marks] | None:
+    """Which page frames are the zero page's, and which are mapped at several places.
+
+    The first may be KSM's work or that of a guest that only read; the second, of private memory,
+    are merged, since a QEMU does not fork. None when the kernel hides all this (it shows frame 0).
+    """
     if not numbers.all():
         return None
     try:
-        return frames.flags(numbers, root)
+        zero = (frames.flags(numbers, root) & np.uint64(Flags.ZERO_PAGE)) != 0
+        return zero, frames.counts(numbers, root) > 1
     except NotPermitted:
         return None
 
