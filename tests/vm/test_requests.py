@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,15 +150,15 @@ def test_guests_that_flood_and_stall_harm_nobody(
     stall = port + "while :; do echo 1 list; done >$d"
     for guest, script in ((rogue, flood), (staller, stall)):
         run_in(guest, "sh", "-c", f"(sh -c '{script}' </dev/null >/dev/null 2>&1 &)")
-    before = process.cpu_seconds(served.pid)
     for guest in others:
         done = ask(run_in, guest, "load", "asked", "/srv")
         assert done.exit_code == 0, done.stderr
         assert run_in(guest, "cat", "/srv/page").stdout == b"a page\n"
+    # It looks at so much of a flood, and waits: most of a core is left to others.
+    before, began = process.cpu_seconds(served.pid), time.monotonic()
+    time.sleep(5)
     used = process.cpu_seconds(served.pid) - before
-    flooding = process.cpu_seconds(rogue.pid)
-    # What a flood costs its own guest is beyond what it costs the service.
-    assert used < flooding
+    assert used < (time.monotonic() - began) / 2
     assert served.poll() is None
     # The service heard both, too.
     assert run_in(rogue, "true").exit_code == 0
