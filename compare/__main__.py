@@ -57,55 +57,67 @@ def _tell(text: str) -> None:
     print(f"compare: {text}", file=sys.stderr, flush=True)
 
 
-async def _measure(arguments: argparse.Namespace) -> tuple[dict[str, str], list[Outcome]]:
+class _Results:
+    """What there is so far."""
+
+    def __init__(self) -> None:
+        self.machine: dict[str, str] = {}
+        self.found: list[Outcome] = []
+
+    def write(self, out: Path) -> str:
+        """All files; returns the tables."""
+        out.mkdir(parents=True, exist_ok=True)
+        outcomes = [asdict(each) for each in self.found]
+        values = {"schema": 1, "machine": self.machine, "outcomes": outcomes}
+        (out / "values.json").write_text(json.dumps(values, indent=1) + "\n")
+        markdown = tables(self.machine, self.found)
+        (out / "tables.md").write_text(markdown)
+        plot_all(self.found, out)
+        return markdown
+
+
+async def _measure(arguments: argparse.Namespace, results: _Results) -> None:
     task = asyncio.current_task()
     if task:
         # As on Ctrl-C: what runs is ended, what was set is restored.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     host = Host.open()
     with tempfile.TemporaryDirectory(prefix="onecopy-compare-") as work, removed_at_end(host):
-        found: list[Outcome] = []
-        facts: dict[str, str] = {}
         if arguments.guests:
             wares = await alike(host, Path(work), arguments.accel, _tell)
             for count in arguments.guests:
-                found += await _ways(arguments.ways, count, wares)
-            facts = machine_facts(wares[0].setup, RUNS)
+                await _ways(arguments, count, wares, results)
         if arguments.different:
             count = arguments.different
             wares = await different(host, Path(work), arguments.accel, count, _tell)
-            found += await _ways(arguments.ways, count, wares)
-            facts = machine_facts(wares[0].setup, RUNS)
-        return facts, found
+            await _ways(arguments, count, wares, results)
 
 
-async def _ways(names: Sequence[str], count: int, wares: Sequence[Ware]) -> list[Outcome]:
-    found, templates = [], Templates(_tell)
+async def _ways(
+    arguments: argparse.Namespace, count: int, wares: Sequence[Ware], results: _Results
+) -> None:
+    """Run each way; what is found is written at once, so that no later failure costs it."""
+    templates = Templates(_tell)
+    results.machine = machine_facts(wares[0].setup, RUNS)
     for way in WAYS:
-        if way.name in names:
+        if way.name in arguments.ways:
             kind = "alike" if len(wares) < count else "different"
             _tell(f"{count} guests, {kind}: {way.name}")
-            found.append(await measure(way, count, wares, templates))
-    return found
+            results.found.append(await measure(way, count, wares, templates))
+            results.write(arguments.out)
 
 
 def main() -> int:
     """Run all; the exit code is onecopy's for the error."""
-    arguments = _arguments()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments, results = _arguments(), _Results()
     try:
-        machine, found = asyncio.run(_measure(arguments))
+        asyncio.run(_measure(arguments, results))
     except OnecopyError as error:
         print(f"compare: {error.message}\n{error.hint}".rstrip(), file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
-    values = {"schema": 1, "machine": machine, "outcomes": [asdict(each) for each in found]}
-    (arguments.out / "values.json").write_text(json.dumps(values, indent=1) + "\n")
-    markdown = tables(machine, found)
-    (arguments.out / "tables.md").write_text(markdown)
-    plot_all(found, arguments.out)
-    print(markdown, end="")
+    print(results.write(arguments.out), end="")
     _tell(f"values, tables and plots are in {arguments.out}")
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from benches.answers import before, free_port, until
+from benches.kinds import new_name
 from benches.plain import launch_plain, new_plain, start_plain
 from benches.setup import Setup
 from compare.mix import PORT, SHELL, Ware
@@ -47,7 +48,7 @@ class Templates:
 
 async def _frozen(ware: Ware) -> Snapshot:
     """Boot a guest, and freeze it once its application answers."""
-    setup, name, port = ware.setup, f"template-{ware.name}", free_port()
+    setup, name, port = ware.setup, new_name(), free_port()
     vmm = start_plain(setup, name, ware.command, ((port, PORT), (free_port(), SHELL)))
     try:
         await before(vmm.wait(), until(lambda: ware.ask(port), name))
