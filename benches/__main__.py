@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from benches.batches import measure_batches
 from benches.firstguest import measure_first_guests
 from benches.firststart import measure_first_starts
@@ -136,7 +138,8 @@ def main() -> int:
     markdown = report.to_markdown()
     print(markdown, end="")
     if arguments.json:
-        arguments.json.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+        text = json.dumps(report.to_json(), indent=2, default=msgspec.to_builtins)
+        arguments.json.write_text(text + "\n")
     if arguments.markdown:
         arguments.markdown.write_text(markdown)
     return 0
