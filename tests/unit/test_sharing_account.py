@@ -287,7 +287,7 @@ def test_ram_in_reserved_huge_pages() -> None:
     backend = "memory-backend-memfd,id=m,size=32M,hugetlb=on,hugetlbsize=2M,prealloc=on"
     ram = ["-machine", "q35,accel=tcg,memory-backend=m", "-object", backend, "-m", "32M"]
     with qemu(GuestMaps("guest", 0, None, size), ram) as (guest, mappings):
-        found = measure(guest)
+        found = account(guest, mappings)
         assert (found.ram_private, found.ram_shared) == (size, 0)
         assert found.huge == size + sum(m.anon_huge for m in mappings)
         assert found.ram_proportional == size

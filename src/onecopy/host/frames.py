@@ -1,6 +1,6 @@
-"""What the kernel knows of many page frames at once (/proc/kpageflags, /proc/kpagecount).
+"""The flags of many page frames at once (/proc/kpageflags), as numpy arrays.
 
-As numpy arrays; the bits are those of ``kpage.Flags``. Not here: a few frames (``kpage``).
+The bits are those of ``kpage.Flags``. Not here: a few frames (``kpage``).
 """
 
 from __future__ import annotations
@@ -13,34 +13,24 @@ import numpy.typing as npt
 from onecopy.errors import Incompatible
 from onecopy.host.files import ROOT, read_range
 
-Entries = npt.NDArray[np.uint64]
-
 _ENTRY = 8
 #: Frames that lie further apart than this are read one after the other.
 _GAP = 512
 
 
-def flags(frames: Entries, root: Path = ROOT) -> Entries:
+def flags(frames: npt.NDArray[np.uint64], root: Path = ROOT) -> npt.NDArray[np.uint64]:
     """The flags of each of ``frames``. Raises NotPermitted, Incompatible."""
-    return _entries(frames, root / "proc/kpageflags")
-
-
-def counts(frames: Entries, root: Path = ROOT) -> Entries:
-    """How many times each of ``frames`` is mapped. Raises NotPermitted, Incompatible."""
-    return _entries(frames, root / "proc/kpagecount")
-
-
-def _entries(frames: Entries, path: Path) -> Entries:
     order = np.argsort(frames, kind="stable")
     ascending = frames[order]
     found = np.zeros(len(frames), np.uint64)
     for part in np.split(np.arange(len(frames)), np.flatnonzero(np.diff(ascending) > _GAP) + 1):
         if len(part):
-            found[order[part]] = _read(ascending[part], path)
+            found[order[part]] = _read(ascending[part], root)
     return found
 
 
-def _read(ascending: Entries, path: Path) -> Entries:
+def _read(ascending: npt.NDArray[np.uint64], root: Path) -> npt.NDArray[np.uint64]:
+    path = root / "proc/kpageflags"
     first, last = int(ascending[0]), int(ascending[-1])
     try:
         data = read_range(path, first * _ENTRY, (last - first + 1) * _ENTRY)

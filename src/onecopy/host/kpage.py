@@ -42,7 +42,6 @@ class Flags(IntFlag):
     HWPOISON = 1 << 19
     NOPAGE = 1 << 20
     KSM = 1 << 21
-    """Linux 6.10 to 6.12, and some later ones, set it for all anonymous memory (fs/proc/page.c)."""
     THP = 1 << 22
     OFFLINE = 1 << 23
     ZERO_PAGE = 1 << 24

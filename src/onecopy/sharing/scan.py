@@ -30,7 +30,8 @@ Marks = npt.NDArray[np.bool_]
 ZERO = np.uint64(xxhash.xxh3_64_intdigest(bytes(PAGE_SIZE)))
 #: Pages that are read at once: they are hashed while they are in the processor's cache.
 _CHUNK = 512
-_PRESENT, _FILE, _SWAPPED = (np.uint64(1 << bit) for bit in (63, 61, 62))
+#: Bits of a pagemap entry; the last: the page is mapped here and nowhere else (pagemap.rst).
+_PRESENT, _FILE, _SWAPPED, _EXCLUSIVE = (np.uint64(1 << bit) for bit in (63, 61, 62, 56))
 _FRAME = np.uint64((1 << 55) - 1)
 
 
@@ -99,10 +100,7 @@ def scan(maps: GuestMaps, root: Path = files.ROOT) -> Scan:
     )
 
 
-_HIDDEN = (
-    "the kernel shows only root which pages are merged, or the zero page: pages of zeroes are left "
-    "out, merged ones are in"
-)
+_HIDDEN = "the kernel shows only root which pages are merged: how much that is, is unknown"
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -123,44 +121,39 @@ def _scan(pid: int, mapping: Mapping, first: int, root: Path) -> _Part:
     entries = np.frombuffer(pagemap.read(pid, mapping.start, count, root), np.uint64)
     present = (entries & _PRESENT) != 0
     private = mapping.perms.endswith("p")
-    own = present & ((entries & _FILE) == 0) if private else present
+    own, elsewhere = present, np.zeros_like(present)
+    if private:
+        ours = present & ((entries & _FILE) == 0)
+        # A QEMU does not fork: what is mapped elsewhere, too, is merged or the zero page.
+        own = ours & ((entries & _EXCLUSIVE) != 0)
+        elsewhere = ours & ~own
+    merged = _merged(entries[elsewhere] & _FRAME, root)
     pages = np.flatnonzero(own)
-    known = _known(entries[pages] & _FRAME, root)
-    merged = None
-    if known:
-        zero, several = known
-        # Shared memory may be another process's, too, without being merged.
-        several &= private & ~zero
-        merged = _bytes(several)
-        pages = pages[~(zero | several)]
     hashes, there = _read(pid, mapping.start, pages)
     missed = len(pages) - np.count_nonzero(there)
     pages = pages[there]
-    if not known:
-        pages, hashes = pages[hashes != ZERO], hashes[hashes != ZERO]
     huge = mapping.hugetlb_private + mapping.hugetlb_shared
     return _Part(
         pages=pages + first,
         hashes=hashes,
         mergeable=np.full(len(pages), private and not huge),
-        shared=_bytes(present & ~own),
+        shared=_bytes(present & ~own & ~elsewhere),
         merged=merged,
         swapped=_bytes((entries & _SWAPPED) != 0),
         missed=int(missed) * PAGE_SIZE,
     )
 
 
-def _known(numbers: npt.NDArray[np.uint64], root: Path) -> tuple[Marks, Marks] | None:
-    """Which page frames are the zero page's, and which are mapped at several places.
+def _merged(numbers: npt.NDArray[np.uint64], root: Path) -> int | None:
+    """Bytes of those page frames, but for the zero page, which may have only been read.
 
-    The first may be KSM's work or that of a guest that only read; the second, of private memory,
-    are merged, since a QEMU does not fork. None when the kernel hides all this (it shows frame 0).
+    None when the kernel hides them: it shows frame 0. The flag of merged pages is no sign: Linux
+    6.10 to 6.12, and some later ones, set it for all anonymous memory (fs/proc/page.c).
     """
     if not numbers.all():
         return None
     try:
-        zero = (frames.flags(numbers, root) & np.uint64(Flags.ZERO_PAGE)) != 0
-        return zero, frames.counts(numbers, root) > 1
+        return _bytes((frames.flags(numbers, root) & np.uint64(Flags.ZERO_PAGE)) == 0)
     except NotPermitted:
         return None
 
