@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from onecopy.errors import AgentFailed
+from onecopy.vmm import agent as agent_module
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.launch import prepare
 from onecopy.vmm.pipe import Pipe
@@ -44,8 +45,11 @@ class Peer:
     def close(self) -> None:
         self._pipe.__exit__()
 
+    async def line(self) -> bytes:
+        return await self._pipe.until(b"\n")
+
     async def request(self) -> Request:
-        line = (await self._pipe.until(b"\n")).rpartition(b"\xff")[2]
+        line = (await self.line()).rpartition(b"\xff")[2]
         request: Request = json.loads(line)
         self.seen.append(request["execute"])
         return request
@@ -141,6 +145,19 @@ def test_an_agent_that_does_not_answer(tmp_path: Path) -> None:
         async with _serving(peer):
             assert await agent.call("next", a=1) == {"a": 1}
         assert peer.seen == ["slow", "guest-sync-delimited", "next"]
+
+    _with_peer(tmp_path, test)
+
+
+def test_an_agent_that_has_to_be_woken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_module, "_NUDGE", 0.05)
+
+    async def test(agent: Agent, peer: Peer) -> None:
+        call = asyncio.create_task(agent.call("any", a=1))
+        request = await peer.request()
+        assert await peer.line() == await peer.line() == b""
+        await peer.answer(request)
+        assert await call == {"a": 1}
 
     _with_peer(tmp_path, test)
 
