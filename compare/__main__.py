@@ -64,16 +64,14 @@ class _Results:
         self.machine: dict[str, str] = {}
         self.found: list[Outcome] = []
 
-    def write(self, out: Path) -> str:
-        """All files; returns the tables."""
+    def write(self, out: Path) -> None:
+        """All files."""
         out.mkdir(parents=True, exist_ok=True)
         outcomes = [asdict(each) for each in self.found]
         values = {"schema": 1, "machine": self.machine, "outcomes": outcomes}
         (out / "values.json").write_text(json.dumps(values, indent=1) + "\n")
-        markdown = tables(self.machine, self.found)
-        (out / "tables.md").write_text(markdown)
+        (out / "tables.md").write_text(tables(self.machine, self.found))
         plot_all(self.found, out)
-        return markdown
 
 
 async def _measure(arguments: argparse.Namespace, results: _Results) -> None:
@@ -117,7 +115,7 @@ def main() -> int:
         return error.exit_code
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
-    print(results.write(arguments.out), end="")
+    print(tables(results.machine, results.found), end="")
     _tell(f"values, tables and plots are in {arguments.out}")
     return 0
 

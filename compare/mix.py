@@ -33,8 +33,8 @@ from onecopy.vmm.accel import Choice
 
 Tell = Callable[[str], None]
 
-#: Kept in the store for the next run.
 _PREFIX = "onecopy-compare-"
+#: Kept in the store for the next run.
 ROOT = Reference(f"{_PREFIX}root")
 _SOURCE = "debian:bookworm"
 _PACKAGES = ["busybox", "nginx-light", "python3", "redis-server"]
@@ -44,7 +44,7 @@ PORT, SHELL = 80, 81
 #: What redis holds: keys, and bytes of each one's value.
 _KEYS, _VALUE = 16000, 1000
 
-_SERVE_SHELL = r"""
+_SERVE_SHELL = rf"""
 mkdir -p /run/shell/cgi-bin
 cat >/run/shell/cgi-bin/run <<'END'
 #!/bin/sh
@@ -52,7 +52,7 @@ printf 'Content-Type: text/plain\r\n\r\n'
 eval "$(cat)" 2>&1
 END
 chmod 755 /run/shell/cgi-bin/run
-busybox httpd -p {port} -h /run/shell
+busybox httpd -p {SHELL} -h /run/shell
 """
 _NGINX = """
 cat >/run/nginx.conf <<'END'
@@ -78,10 +78,11 @@ _GET, _FOUND = b"GET / HTTP/1.0\r\n\r\n", b"200 OK"
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """A program that serves at PORT."""
+    """A program that serves at PORT, and a shell beside it at SHELL."""
 
     name: str
     command: str
+    """What a guest runs."""
     ready: str
     """A shell command for the guest: it exits 0 once the application serves."""
     asks: bytes
@@ -98,7 +99,7 @@ def _http_load(count: int) -> str:
 
 def _http(name: str, command: str, load: int) -> Application:
     ready = f"busybox wget -q -O /dev/null http://127.0.0.1:{PORT}/"
-    return Application(name, command, ready, _GET, _FOUND, _http_load(load))
+    return Application(name, _SERVE_SHELL + command, ready, _GET, _FOUND, _http_load(load))
 
 
 def applications() -> list[Application]:
@@ -108,7 +109,7 @@ def applications() -> list[Application]:
     return [
         _http("python", application(), 100),
         _http("nginx", _NGINX, 500),
-        Application("redis", _REDIS, ready, last, b":1", _REDIS_LOAD),
+        Application("redis", _SERVE_SHELL + _REDIS, ready, last, b":1", _REDIS_LOAD),
     ]
 
 
@@ -119,11 +120,6 @@ class Ware:
     name: str
     application: Application
     setup: Setup
-
-    @property
-    def command(self) -> str:
-        """What a guest runs."""
-        return _SERVE_SHELL.format(port=SHELL) + self.application.command
 
     async def ask(self, port: int) -> None:
         """Ask the application, once; raise OSError or ValueError if it does not answer."""
@@ -198,8 +194,7 @@ async def _ware(
     host: Host, work: Path, accel: Choice, each: Application, root: Reference, tell: Tell
 ) -> Ware:
     name = each.name if root == ROOT else f"{each.name}-{root.name.rpartition('-')[2]}"
-    command = _SERVE_SHELL.format(port=SHELL) + each.command
-    spec = ColdSpec(root=root, command=command, ready=each.ready, accel=accel)
+    spec = ColdSpec(root=root, command=each.command, ready=each.ready, accel=accel)
     began = time.monotonic()
     artifact = (await save_system(host, Reference(f"{_PREFIX}{name}"), spec, tell)).artifact
     setup = Setup(

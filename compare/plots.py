@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from compare.run import Outcome
 from compare.tables import LABELS, groups, title
+from onecopy.model import MIB
 
-_MIB = 1 << 20
 _COLOURS = {
     "none": "#444444",
     "ksm": "#b07aa1",
@@ -49,7 +49,7 @@ def _memory(found: Sequence[Outcome]) -> Figure:
         for what, sign in (("all answer", "o"), ("at rest", "s")):
             moment = line.marks[what]
             used = next((u for s, u in zip(line.seconds, line.used, strict=True) if s >= moment), 0)
-            axes.plot([moment], [used / _MIB], sign, color=colour)
+            axes.plot([moment], [used / MIB], sign, color=colour)
     axes.set_xlabel("seconds (circle: all guests answer, square: at rest; then they work)")
     axes.set_ylabel("host memory in use, page cache included, MiB")
     axes.set_title(title(found))
@@ -61,14 +61,14 @@ def _memory(found: Sequence[Outcome]) -> Figure:
 
 
 def _mib(values: Sequence[int]) -> list[float]:
-    return [value / _MIB for value in values]
+    return [value / MIB for value in values]
 
 
 def _bars(found: Sequence[Outcome]) -> Figure:
     """Memory, start and processor time, one bar for each way."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     memory, start, cpu = figure.subplots(1, 3)
-    _bar(memory, found, "host memory per guest, MiB", lambda o: o.resting / _MIB / o.guests)
+    _bar(memory, found, "host memory per guest, MiB", lambda o: o.resting / MIB / o.guests)
     _bar(start, found, "start until it answers, s", lambda o: o.seconds.median)
     _bar(cpu, found, "CPU in all per guest, s", lambda o: (o.vmm_cpu + o.ksm_cpu) / o.guests)
     figure.suptitle(title(found))

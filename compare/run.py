@@ -21,8 +21,6 @@ from compare.templating import Templates
 from compare.ways import Means, Up, Way, start_one
 from onecopy.host import ksm, meminfo, process, smaps
 
-Tell = Callable[[str], None]
-
 #: Seconds between two looks at the host's memory.
 _EVERY = 0.5
 #: A program that no guest has run yet: what it loads is in none of their memories.

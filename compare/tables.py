@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from benches.report import table
 from compare.run import Outcome
+from onecopy.model import MIB
 
-_MIB = 1 << 20
 #: How the ways are called for readers.
 LABELS = {
     "none": "no sharing",
@@ -40,11 +40,11 @@ def title(same: Sequence[Outcome]) -> str:
 
 def _table(found: Sequence[Outcome]) -> str:
     rows: list[tuple[str, Callable[[Outcome], str]]] = [
-        ("host memory, all guests at rest, MiB", lambda o: f"{o.resting / _MIB:.0f}"),
-        ("the same per guest", lambda o: f"{o.resting / _MIB / o.guests:.1f}"),
-        ("their VMMs' Pss together, MiB", lambda o: f"{o.pss / _MIB:.0f}"),
-        ("when some have worked, MiB", lambda o: f"{o.worked / _MIB:.0f}"),
-        ("at most, MiB", lambda o: f"{o.peak / _MIB:.0f}"),
+        ("host memory, all guests at rest, MiB", lambda o: f"{o.resting / MIB:.0f}"),
+        ("the same per guest", lambda o: f"{o.resting / MIB / o.guests:.1f}"),
+        ("their VMMs' Pss together, MiB", lambda o: f"{o.pss / MIB:.0f}"),
+        ("when some have worked, MiB", lambda o: f"{o.worked / MIB:.0f}"),
+        ("at most, MiB", lambda o: f"{o.peak / MIB:.0f}"),
         ("start until the application answers: first guest, s", lambda o: f"{o.first:.2f}"),
         ("the other guests, median, s", lambda o: f"{o.seconds.median:.2f}"),
         ("CPU until then, median, s", lambda o: f"{o.boot_cpu:.2f}"),

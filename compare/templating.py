@@ -8,7 +8,6 @@ onecopy's saved systems (onecopy.guest.save).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -17,7 +16,7 @@ from benches.answers import before, free_port, until
 from benches.kinds import new_name
 from benches.plain import launch_plain, new_plain, start_plain
 from benches.setup import Setup
-from compare.mix import PORT, SHELL, Ware
+from compare.mix import PORT, SHELL, Tell, Ware
 from onecopy.guest.folder import GuestFolder
 from onecopy.guest.ports import Ports
 from onecopy.guest.snapshot import Snapshot, Source, take
@@ -29,7 +28,7 @@ from onecopy.vmm.monitor import connect
 class Templates:
     """Frozen guests, each made when it is first asked for."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._made: dict[str, Snapshot] = {}
 
@@ -49,7 +48,7 @@ class Templates:
 async def _frozen(ware: Ware) -> Snapshot:
     """Boot a guest, and freeze it once its application answers."""
     setup, name, port = ware.setup, new_name(), free_port()
-    vmm = start_plain(setup, name, ware.command, ((port, PORT), (free_port(), SHELL)))
+    vmm = start_plain(setup, name, ware.application.command, ((port, PORT), (free_port(), SHELL)))
     try:
         await before(vmm.wait(), until(lambda: ware.ask(port), name))
         work = setup.work / f"{name}.saved"

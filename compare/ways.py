@@ -50,7 +50,7 @@ class Means:
 
 
 Start = Callable[[Ware, str, Ports, Means], Awaitable[int]]
-"""(ware, name, ports, means) -> the VMM's process id, maybe before the application answers."""
+"""(ware, name, ports, means) -> the VMM's process id, once the application has answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,46 +68,49 @@ async def start_one(way: Way, ware: Ware, means: Means) -> Up:
     port, shell = free_port(), free_port()
     name, began = new_name(), time.monotonic()
     pid = await way.start(ware, name, ((port, PORT), (shell, SHELL)), means)
-    await until(lambda: ware.ask(port), name)
     return Up(ware, pid, shell, time.monotonic() - began, process.cpu_seconds(pid))
 
 
 async def _plain(ware: Ware, name: str, ports: Ports, means: Means) -> int:
-    return await _watched(start_plain(ware.setup, name, ware.command, ports), ware, ports, means)
+    vmm = start_plain(ware.setup, name, ware.application.command, ports)
+    return await _watched(vmm, ware, name, ports, means)
 
 
 async def _template(ware: Ware, name: str, ports: Ports, means: Means) -> int:
-    template = await means.templates.of(ware)
-    vmm = await start_from(template, ware.setup, name, ports)
-    return await _watched(vmm, ware, ports, means)
+    vmm = await start_from(await means.templates.of(ware), ware.setup, name, ports)
+    return await _watched(vmm, ware, name, ports, means)
 
 
-async def _watched(vmm: Vmm, ware: Ware, ports: Ports, means: Means) -> int:
+async def _watched(vmm: Vmm, ware: Ware, name: str, ports: Ports, means: Means) -> int:
     """Raise GuestFailed if the VMM ends before the application answers."""
     means.ends.push_async_callback(vmm.kill)
-    await before(vmm.wait(), until(lambda: ware.ask(ports[0][0]), "the guest"))
+    await before(vmm.wait(), _answered(ware, name, ports))
     return vmm.pid
 
 
 async def _segment(ware: Ware, name: str, ports: Ports, means: Means) -> int:
     spec = replace(ware.setup.prepared.spec, publish=ports)
     record = await run_cold(ware.setup.host, replace(ware.setup.prepared, spec=spec), name)
-    return _ours(ware, record, means)
+    return await _ours(record, ware, ports, means)
 
 
-async def _saved(ware: Ware, name: str, ports: Ports, means: Means) -> int:
-    spec = CloneSpec(publish=ports)
-    return _ours(ware, await start_clone(ware.setup.host, ware.setup.saved, name, spec), means)
+def _saved(ksm: Mergeable) -> Start:
+    async def start(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+        spec = CloneSpec(publish=ports, ksm=ksm)
+        record = await start_clone(ware.setup.host, ware.setup.saved, name, spec)
+        return await _ours(record, ware, ports, means)
+
+    return start
 
 
-async def _saved_merged(ware: Ware, name: str, ports: Ports, means: Means) -> int:
-    spec = CloneSpec(publish=ports, ksm=Mergeable.ALL)
-    return _ours(ware, await start_clone(ware.setup.host, ware.setup.saved, name, spec), means)
-
-
-def _ours(ware: Ware, record: GuestRecord, means: Means) -> int:
+async def _ours(record: GuestRecord, ware: Ware, ports: Ports, means: Means) -> int:
     means.ends.callback(ware.setup.host.end, record)
+    await _answered(ware, record.name, ports)
     return record.pid
+
+
+async def _answered(ware: Ware, name: str, ports: Ports) -> None:
+    await until(lambda: ware.ask(ports[0][0]), name)
 
 
 #: All, in the order of the tables. `all` has KSM merge the VMMs' own memory, too.
@@ -116,6 +119,6 @@ WAYS = (
     Way("ksm", _plain, ksm=True),
     Way("xip", _segment),
     Way("saved", _template),
-    Way("saved+xip", _saved),
-    Way("all", _saved_merged, ksm=True),
+    Way("saved+xip", _saved(Mergeable.RAM)),
+    Way("all", _saved(Mergeable.ALL), ksm=True),
 )

@@ -95,14 +95,16 @@ def test_it_is_carried_out(host: Host, clones: Clones, files: Path, run_in: RunI
     assert run_in(guest, "sh", "-c", copies, stdin=known).exit_code == 0
     text = onecopy("advise", guest.name, "--files", files, "--html", files.parent / "page.html")
     # Where the guest has freed much, KSM is advised as well.
-    assert "Take: extra" in text and str(files / "known") in text
+    assert "Take: extra. " in text or "Take: extra and ksm. " in text
+    assert str(files / "known") in text
     page = (files.parent / "page.html").read_text()
     assert guest.name in page and "onecopy build shared-files" in page and "<svg" in page
     told: dict[str, Any] = json.loads(
         onecopy("advise", guest.name, "--files", files, "--apply", "advised", "--json")
     )
     assert told["built"] == ["advised-files:latest"]
-    build, attach = (step["argv"] for step in told["steps"][:2])
+    build, attach, *more = (step["argv"] for step in told["steps"])
+    assert more in ([], [["onecopy", "ksm", "on"]])
     assert build == ["onecopy", "build", "advised-files", "--from", f"dir:{files}"]
     assert attach == ["onecopy", "attach", "GUEST", "advised-files:/MOUNTPOINT"]
     # Nothing of the guest was changed, and what it is advised to use is the same.
