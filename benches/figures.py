@@ -82,15 +82,16 @@ class Kind:
     """CPU seconds per guest of kernel threads that worked for it (ksmd)."""
 
 
-async def settled(guests: Sequence[Running]) -> float:
-    """Let the guests come to rest; return the CPU seconds per second that one uses."""
-    began, before = time.monotonic(), _cpu(guests)
+async def settled(pids: Sequence[int]) -> float:
+    """Let guests come to rest; return the CPU seconds per second that one VMM uses."""
+    began, before = time.monotonic(), cpu(pids)
     await asyncio.sleep(SETTLE)
-    return (_cpu(guests) - before) / (time.monotonic() - began) / len(guests)
+    return (cpu(pids) - before) / (time.monotonic() - began) / len(pids)
 
 
-def _cpu(guests: Sequence[Running]) -> float:
-    return sum(process.cpu_seconds(guest.maps.pid) for guest in guests)
+def cpu(pids: Iterable[int]) -> float:
+    """CPU seconds of all these processes since their start."""
+    return sum(process.cpu_seconds(pid) for pid in pids)
 
 
 def memory(guests: Sequence[Running], before: meminfo.MemInfo) -> Memory:
@@ -102,8 +103,8 @@ def memory(guests: Sequence[Running], before: meminfo.MemInfo) -> Memory:
         ram_private=_mean(accounts, "ram_private"),
         vmm_private=_mean(accounts, "vmm_private"),
         page_tables=_mean(accounts, "page_tables"),
-        free_taken=_taken(before.unused, now.unused) / len(guests),
-        available_taken=_taken(before.available, now.available) / len(guests),
+        free_taken=taken(before.unused, now.unused) / len(guests),
+        available_taken=taken(before.available, now.available) / len(guests),
     )
 
 
@@ -115,7 +116,8 @@ def _mean(accounts: Sequence[GuestAccount], field: str) -> float:
     return statistics.mean(known)
 
 
-def _taken(before: int | None, now: int | None) -> int:
+def taken(before: int | None, now: int | None) -> int:
+    """How much less there is of a figure of /proc/meminfo; raise RuntimeError if it is not told."""
     if before is None or now is None:
         raise RuntimeError("/proc/meminfo does not tell")
     return before - now

@@ -69,8 +69,8 @@ async def measure_idle(
 async def _figures(
     setup: Setup, guests: Sequence[Running], before: meminfo.MemInfo, *, merged: bool
 ) -> Idle:
-    cpu = await settled(guests)
-    now, pids = meminfo.read(), [guest.maps.pid for guest in guests]
+    pids = [guest.maps.pid for guest in guests]
+    cpu, now = await settled(pids), meminfo.read()
     return Idle(
         guests=len(guests),
         merged=merged,
@@ -115,7 +115,7 @@ async def _clones(
     """``count`` clones at rest, and the host's memory when there was one before them."""
     async with contextlib.AsyncExitStack() as ends:
         first = [await _start(setup, ends, ksm)]
-        await settled(first)
+        await settled([guest.maps.pid for guest in first])
         before = meminfo.read()
         yield [await _start(setup, ends, ksm) for _ in range(count)], before
 

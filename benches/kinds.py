@@ -57,7 +57,7 @@ async def _group(
     at_first = meminfo.read()
     async with contextlib.AsyncExitStack() as ends:
         guests = [await start(setup, ends) for _ in range(count)]
-        idle = await settled(guests)
+        idle = await settled([guest.maps.pid for guest in guests])
         kind = Kind(
             name=name,
             guests=count,
@@ -112,7 +112,7 @@ async def start_one_saved(setup: Setup, ends: contextlib.AsyncExitStack) -> Runn
 
 async def _after(group: Group, merging: Merged) -> Kind:
     """The group's figures now that KSM has merged its pages."""
-    idle = await settled(group.guests)
+    idle = await settled([guest.maps.pid for guest in group.guests])
     return dataclasses.replace(
         group.kind,
         name="ksm",

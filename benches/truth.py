@@ -121,7 +121,7 @@ async def _guests(
     before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
     async with contextlib.AsyncExitStack() as ends:
         guests: Sequence[Running] = [await start(setup, ends) for _ in range(count)]
-        await settled(guests)
+        await settled([guest.maps.pid for guest in guests])
         yield guests, check(before, report.collect(guest.maps for guest in guests))
 
 

@@ -14,7 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 
-from benches.figures import SETTLE, Spread, evict
+from benches.figures import SETTLE, Spread, cpu, evict, settled, taken
 from benches.merging import SETTINGS, converged
 from compare.mix import Ware, shell
 from compare.templating import Templates
@@ -94,10 +94,9 @@ async def measure(way: Way, count: int, wares: Sequence[Ware], templates: Templa
         timeline.mark("all answer")
         if way.ksm:
             await converged()
-        before, began = _cpu(guests), time.monotonic()
-        await asyncio.sleep(SETTLE)
-        idle = (_cpu(guests) - before) / (time.monotonic() - began) / count
-        resting, pss = _used(at_first), _pss(guests)
+        pids = [guest.pid for guest in guests]
+        idle = await settled(pids)
+        resting, pss = _used(at_first), _pss(pids)
         timeline.mark("at rest")
         program = await _of_each(guests, _start_program)
         timeline.mark("program started")
@@ -116,7 +115,7 @@ async def measure(way: Way, count: int, wares: Sequence[Ware], templates: Templa
             worked=_used(at_first),
             peak=max(timeline.used),
             idle=idle,
-            vmm_cpu=_cpu(guests),
+            vmm_cpu=cpu(pids),
             ksm_cpu=merging(),
             program=program,
             load=load,
@@ -134,18 +133,11 @@ def _files(wares: Sequence[Ware], templates: Templates) -> list[Path]:
 
 
 def _used(before: meminfo.MemInfo) -> int:
-    now = meminfo.read()
-    if before.unused is None or now.unused is None:
-        raise RuntimeError("/proc/meminfo does not tell what is unused")
-    return before.unused - now.unused
+    return taken(before.unused, meminfo.read().unused)
 
 
-def _pss(guests: Sequence[Up]) -> int:
-    return sum(mapping.pss for guest in guests for mapping in smaps.read(guest.pid))
-
-
-def _cpu(guests: Sequence[Up]) -> float:
-    return sum(process.cpu_seconds(guest.pid) for guest in guests)
+def _pss(pids: Sequence[int]) -> int:
+    return sum(mapping.pss for pid in pids for mapping in smaps.read(pid))
 
 
 @contextlib.contextmanager

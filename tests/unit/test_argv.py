@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import fields, replace
 
 from onecopy.errors import GuestFailed, MissingProgram
-from onecopy.model import HUGE_PAGE_SIZE, MIB
+from onecopy.model import HUGE_PAGE_SIZE, MIB, Mergeable
 from onecopy.vmm.argv import MAX_SEGMENTS, Card, Hardware, Kernel, Launch, Mode, Ram, Slot, command
 from onecopy.vmm.launch import launch, prepare
 from onecopy.vmm.monitor import connect
@@ -68,7 +68,7 @@ def _cases(root: Path) -> dict[str, Case]:
         "many-segments": (replace(hardware, segments=many), clone),
         "classes": (replace(hardware, segments=modes), clone),
         "classes-rom": (replace(hardware, segments=modes), replace(clone, rom=True)),
-        "unmergeable": (hardware, replace(clone, mergeable=False)),
+        "unmergeable": (hardware, replace(clone, ksm=Mergeable.NONE)),
         "extra": (hardware, replace(clone, extra=("-S",))),
     }
 
@@ -77,7 +77,7 @@ NAMES = sorted(_cases(Path("/store")))
 #: The name of a thing that goes into the line as it is; what differs by host comes from a probe.
 _PLAIN = {"machine", "binary", "name", "folder", "monitor_fd", "console_fd"}
 #: Not on the line: what the VMM is confined to (confine.py).
-_BESIDE = {"merge", "later"}
+_BESIDE = {"later"}
 
 
 def _text(case: Case) -> str:

@@ -159,6 +159,11 @@ def require_mergeable(domain: str, ksm: Mergeable) -> None:
         )
 
 
+def open_to(ksm: Mergeable, domain: str) -> Mergeable:
+    """What KSM may merge of a guest for which ``ksm`` is wanted: nothing of a trust domain's."""
+    return Mergeable.NONE if domain else ksm
+
+
 def segment_names(placed: Sequence[Placed]) -> list[str]:
     """The names of the segments that a guest has, as its access is checked by."""
     return sorted({item.segment.ref.partition(":")[0] for item in placed})

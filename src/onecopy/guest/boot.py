@@ -19,6 +19,7 @@ from onecopy.guest.begin import (
     described,
     handed_out,
     noted,
+    open_to,
     or_killed,
     require_mergeable,
     segment_names,
@@ -33,7 +34,6 @@ from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.network import new_card, settings, shown_card
 from onecopy.guest.ports import published, require_free
-from onecopy.model import Mergeable
 from onecopy.store import Artifact, Lease
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Card, Kernel, Launch, Ram, command
@@ -59,8 +59,7 @@ def launch_spec(
         kernel=_booted_kernel(prepared, folder),
         card=card,
         publish=prepared.spec.publish,
-        merge=prepared.spec.ksm is Mergeable.ALL,
-        mergeable=prepared.spec.ksm is not Mergeable.NONE and not prepared.domain,
+        ksm=open_to(prepared.spec.ksm, prepared.domain),
     )
 
 

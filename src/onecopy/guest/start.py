@@ -17,6 +17,7 @@ from onecopy.guest.begin import (
     described,
     handed_out,
     noted,
+    open_to,
     or_killed,
     require_mergeable,
     segment_names,
@@ -144,8 +145,7 @@ def launch_spec(
         rom=host.qemu.rom,
         card=card,
         publish=spec.publish,
-        merge=spec.ksm is Mergeable.ALL,
-        mergeable=spec.ksm is not Mergeable.NONE and not source.domain,
+        ksm=open_to(spec.ksm, source.domain),
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.model import HUGE_PAGE_SIZE, MIB, align_up
+from onecopy.model import HUGE_PAGE_SIZE, MIB, Mergeable, align_up
 
 #: PCI slots on the q35 root bus; segments follow from the first segment slot on.
 SERIAL_SLOT = 0x02
@@ -145,10 +145,8 @@ class Launch(msgspec.Struct, frozen=True):
     """None if the machine has no network."""
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
-    merge: bool = False
-    """KSM may merge the VMM's own memory (spawn.py); not on the command line."""
-    mergeable: bool = True
-    """KSM may merge the guest's memory, which QEMU offers to it. KSM knows no trust domains."""
+    ksm: Mergeable = Mergeable.RAM
+    """QEMU offers the guest's memory to KSM, spawn.py the VMM's own. KSM knows no trust domains."""
     later: Path | None = None
     """Folder of files that the VMM may be given while it runs (store/lease.py); not on it, too."""
     extra: tuple[str, ...] = msgspec.field(default=())
@@ -188,7 +186,7 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
     options = "hpet=off,vmport=off,smm=off,smbus=off,sata=off,usb=off,i8042=off,pit=on,graphics=off"
     if launch.kernel is None:
         options += ",suppress-vmdesc=on"
-    if not launch.mergeable:
+    if launch.ksm is Mergeable.NONE:
         options += ",mem-merge=off"
     return [
         "-machine",

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from onecopy.errors import GuestFailed
 from onecopy.host import reap, seccomp
 from onecopy.host.process import stat, wait_for_end
+from onecopy.model import Mergeable
 from onecopy.vmm.answering import Answers
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
@@ -155,7 +156,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
             rights=files.rights,
             kvm=spec.accel == "kvm",
             asks=asks,
-            merge=spec.merge,
+            merge=spec.ksm is Mergeable.ALL,
         )
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)
