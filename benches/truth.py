@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benches.figures import Running, evict, settled
+from benches.figures import Running, evict, settled, taken
 from benches.kinds import Starter, start_one_cold, start_one_plain, start_one_saved
 from benches.merging import merged
 from benches.setup import Setup
@@ -69,7 +69,8 @@ class Truth:
     claims: dict[str, int]
     """What each way would save, as `advise` says of the plain guests."""
     came_true: dict[str, int]
-    """What it saved when the same guests were run that way."""
+    """What it saved when the same guests were run that way: of the host's memory, with page cache;
+    with KSM the pages that went."""
     many_memory: int
     """The largest size of `advise` for 100 guests of 256 MiB (made up: half is common)."""
     many_seconds: float
@@ -78,12 +79,12 @@ class Truth:
 async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Truth:
     """``clones`` of the saved system, then ``plain`` guests in every way."""
     tell(f"{clones} clones, and the check of their report")
-    async with _guests(setup, clones, start_one_saved) as (_, clones_check):
-        pass
+    async with _guests(setup, clones, start_one_saved) as rested:
+        clones_check = rested.check
     tell(f"{plain} plain guests, and advice for them")
-    async with _guests(setup, plain, start_one_plain) as (guests, plain_check):
+    async with _guests(setup, plain, start_one_plain) as plainly:
         root = [("root", setup.image)]
-        found = survey([guest.maps for guest in guests], Sources(root_images=root))
+        found = survey([guest.maps for guest in plainly.guests], Sources(root_images=root))
         before = ksm.read()
         tell("the same, until KSM has merged what it can")
         async with merged():
@@ -91,16 +92,15 @@ async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Tr
             saved = {"ksm": _saved(after) - _saved(before)}
     for name, start in (("root", start_one_cold), ("saved", start_one_saved)):
         tell(f"{plain} guests as advised: {name}")
-        async with _guests(setup, plain, start) as (_, each):
-            # What is shared is there once, on both sides.
-            saved[name] = _cost(plain_check) - _cost(each)
+        async with _guests(setup, plain, start) as rested:
+            saved[name] = plainly.memory - rested.memory
     tell(f"advice for {_MANY} guests of {_LARGE} MiB")
     memory, seconds = _synthetic()
     return Truth(
         clones=clones,
         clones_check=clones_check,
         plain=plain,
-        plain_check=plain_check,
+        plain_check=plainly.check,
         own=found.advice.own,
         read_seconds=found.cpu_seconds,
         copy_seconds=_copy(found.advice.own),
@@ -111,22 +111,27 @@ async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Tr
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Rested:
+    """Guests at rest."""
+
+    guests: Sequence[Running]
+    check: Check
+    memory: int
+    """What the host has less free than before, in bytes: page cache, of disks, too, is in it."""
+
+
 @contextlib.asynccontextmanager
-async def _guests(
-    setup: Setup, count: int, start: Starter
-) -> AsyncIterator[tuple[Sequence[Running], Check]]:
-    """Guests at rest, and the check of their report. The page cache is empty before."""
+async def _guests(setup: Setup, count: int, start: Starter) -> AsyncIterator[_Rested]:
+    """That many, one after another. None of their files is in the page cache before."""
     files = [item.layer.path for item in setup.prepared.placed if item.layer]
     evict([*files, setup.saved.ram, setup.image])
     before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
     async with contextlib.AsyncExitStack() as ends:
         guests: Sequence[Running] = [await start(setup, ends) for _ in range(count)]
         await settled([guest.maps.pid for guest in guests])
-        yield guests, check(before, report.collect(guest.maps for guest in guests))
-
-
-def _cost(told: Check) -> int:
-    return told.processes + told.blobs
+        told = check(before, report.collect(guest.maps for guest in guests))
+        yield _Rested(guests, told, taken(before.memory.unused, meminfo.read().unused))
 
 
 def _saved(told: ksm.Ksm | None) -> int:

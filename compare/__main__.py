@@ -17,7 +17,6 @@ from pathlib import Path
 
 from benches.report import machine_facts
 from compare.mix import RUNS, Ware, alike, different, removed_at_end
-from compare.plots import plot_all
 from compare.run import Outcome, measure
 from compare.tables import tables
 from compare.templating import Templates
@@ -47,6 +46,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("out/compare"), help="folder (default: out/compare)"
     )
+    parser.add_argument(
+        "--no-plots", dest="plots", action="store_false", help="and matplotlib is not needed"
+    )
     arguments = parser.parse_args()
     if min(arguments.guests, default=4) < 4 or arguments.different in range(1, 3):
         parser.error("at least 4 guests that are alike, 3 that are different, or none")
@@ -58,20 +60,25 @@ def _tell(text: str) -> None:
 
 
 class _Results:
-    """What there is so far."""
+    """What there is so far, written to ``out``."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path, *, plots: bool) -> None:
+        self.out, self.plots = out, plots
         self.machine: dict[str, str] = {}
         self.found: list[Outcome] = []
 
-    def write(self, out: Path) -> None:
+    def write(self) -> None:
         """All files."""
+        out = self.out
         out.mkdir(parents=True, exist_ok=True)
         outcomes = [asdict(each) for each in self.found]
         values = {"schema": 1, "machine": self.machine, "outcomes": outcomes}
         (out / "values.json").write_text(json.dumps(values, indent=1) + "\n")
         (out / "tables.md").write_text(tables(self.machine, self.found))
-        plot_all(self.found, out)
+        if self.plots:
+            from compare.plots import plot_all
+
+            plot_all(self.found, out)
 
 
 async def _measure(arguments: argparse.Namespace, results: _Results) -> None:
@@ -101,13 +108,14 @@ async def _ways(
         if way.name in arguments.ways:
             kind = "alike" if len(wares) < count else "different"
             _tell(f"{count} guests, {kind}: {way.name}")
-            results.found.append(await measure(way, count, wares, templates))
-            results.write(arguments.out)
+            results.found.append(await measure(way, count, wares, templates, _tell))
+            results.write()
 
 
 def main() -> int:
     """Run all; the exit code is onecopy's for the error."""
-    arguments, results = _arguments(), _Results()
+    arguments = _arguments()
+    results = _Results(arguments.out, plots=arguments.plots)
     try:
         asyncio.run(_measure(arguments, results))
     except OnecopyError as error:
@@ -116,7 +124,7 @@ def main() -> int:
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
     print(tables(results.machine, results.found), end="")
-    _tell(f"values, tables and plots are in {arguments.out}")
+    _tell(f"what was found is in {arguments.out}")
     return 0
 
 

@@ -36,8 +36,9 @@ Tell = Callable[[str], None]
 _PREFIX = "onecopy-compare-"
 #: Kept in the store for the next run.
 ROOT = Reference(f"{_PREFIX}root")
-_SOURCE = "debian:bookworm"
-_PACKAGES = ["busybox", "nginx-light", "python3", "redis-server"]
+#: What ROOT is made of.
+SOURCE = "debian:bookworm"
+PACKAGES = ("busybox", "nginx-light", "python3", "redis-server")
 RUNS = "Debian with Python, nginx or redis"
 #: Ports of every guest: the application's, and that of a shell.
 PORT, SHELL = 80, 81
@@ -177,7 +178,7 @@ async def different(host: Host, work: Path, accel: Choice, count: int, tell: Tel
 
 def _build_root(host: Host, tell: Tell) -> None:
     if host.store.find(ROOT, "segment") is None:
-        build_segment(host.store, ROOT, _SOURCE, include=_PACKAGES, progress=tell)
+        build_segment(host.store, ROOT, SOURCE, include=PACKAGES, progress=tell)
 
 
 def _own_root(host: Host, tree: Path, number: int, tell: Tell) -> Reference:

@@ -16,7 +16,7 @@ from statistics import median
 
 from benches.figures import SETTLE, Spread, cpu, evict, settled, taken
 from benches.merging import SETTINGS, converged
-from compare.mix import Ware, shell
+from compare.mix import Tell, Ware, shell
 from compare.templating import Templates
 from compare.ways import Means, Up, Way, start_one
 from onecopy.host import ksm, meminfo, process, smaps
@@ -40,9 +40,10 @@ class Timeline:
     marks: dict[str, float] = field(default_factory=dict)
     """What was done by then -> seconds."""
 
-    def mark(self, what: str) -> None:
-        """Note that ``what`` is done."""
+    def mark(self, what: str, tell: Tell) -> None:
+        """Note, and tell, that ``what`` is done."""
         self.marks[what] = time.monotonic() - self.began
+        tell(f"{what} after {self.marks[what]:.0f} s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,9 @@ class Outcome:
     timeline: Timeline
 
 
-async def measure(way: Way, count: int, wares: Sequence[Ware], templates: Templates) -> Outcome:
+async def measure(
+    way: Way, count: int, wares: Sequence[Ware], templates: Templates, tell: Tell
+) -> Outcome:
     """Run ``count`` guests of all applications in turn; nothing is left of them."""
     if way.name == "saved":
         for ware in wares:
@@ -91,17 +94,17 @@ async def measure(way: Way, count: int, wares: Sequence[Ware], templates: Templa
         timeline = await ends.enter_async_context(_watched(at_first))
         means = Means(ends, templates)
         guests = [await start_one(way, ware, means) for ware in islice(cycle(wares), count)]
-        timeline.mark("all answer")
+        timeline.mark("all answer", tell)
         if way.ksm:
             await converged()
         pids = [guest.pid for guest in guests]
         idle = await settled(pids)
         resting, pss = _used(at_first), _pss(pids)
-        timeline.mark("at rest")
+        timeline.mark("at rest", tell)
         program = await _of_each(guests, _start_program)
-        timeline.mark("program started")
+        timeline.mark("program started", tell)
         load = await _of_each(guests, _work)
-        timeline.mark("worked")
+        timeline.mark("worked", tell)
         await asyncio.sleep(SETTLE)
         return Outcome(
             way=way.name,

@@ -18,13 +18,14 @@ JOBS: dict[str, jobs.Job] = {
     "support": jobs.make_support,
     "moved": jobs.moved,
     "bench": jobs.bench,
+    "compare": jobs.compare,
 }
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="script/test-kvm",
-        usage="%(prog)s [WHAT] [--debian N] [--out FOLDER] [-- PYTEST-ARGUMENT...]",
+        usage="%(prog)s [WHAT] [--debian N] [--out FOLDER] [-- ARGUMENT...]",
         description="Run the VM tests under real KVM, in emulated hosts.",
     )
     parser.add_argument(
@@ -33,24 +34,26 @@ def _arguments() -> argparse.Namespace:
         choices=list(JOBS),
         default="all",
         help="all VM tests (default); the few that script/test runs, too; make docs/support.md "
-        "anew; its rows of systems that move between QEMUs; or measure",
+        "anew; its rows of systems that move between QEMUs; measure; or run script/compare, few "
+        "guests unless arguments say how many",
     )
     parser.add_argument(
         "--debian",
         type=int,
         choices=sorted(RELEASES),
         action="append",
-        help="the release of the host; may be repeated (default: all; for smoke and moved: 13)",
+        help="the release of the host; may be repeated (default: all; for smoke, moved and "
+        "compare: 13)",
     )
     parser.add_argument(
         "--out", type=Path, default=PROJECT / "out/kvm", help="folder for results and logs"
     )
     # argparse cannot tell a last optional argument from the first after "--".
-    ours, pytest = _split(sys.argv[1:])
+    ours, inside = _split(sys.argv[1:])
     arguments = parser.parse_args(ours)
-    arguments.pytest = pytest
+    arguments.inside = inside
     if not arguments.debian:
-        one = arguments.what in ("smoke", "moved")
+        one = arguments.what in ("smoke", "moved", "compare")
         arguments.debian = [13] if one else sorted(RELEASES, reverse=True)
     return arguments
 
@@ -68,7 +71,7 @@ async def _all(arguments: argparse.Namespace) -> list[str]:
     found = []
     for number in arguments.debian:
         job = JOBS[arguments.what]
-        problems = await job(RELEASES[number], arguments.out, arguments.pytest)
+        problems = await job(RELEASES[number], arguments.out, arguments.inside)
         found += [f"Debian {number}: {text}" for text in problems]
     return found
 

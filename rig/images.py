@@ -98,6 +98,13 @@ def ensure_images(
     return Images(root, tuple(mounted))
 
 
+def ensure_debian(
+    host: Host, name: str, source: str, packages: tuple[str, ...], tell: Tell
+) -> Reference:
+    """The segment ``name``: a Debian root with these packages."""
+    return _Builder(host, tell).ensure(name, "\n".join((source, *packages)), source, packages)
+
+
 def _system(builder: _Builder, debian: Debian) -> tuple[Reference, Reference]:
     """Root and Python environment of a release."""
     packages = _packages()

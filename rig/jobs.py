@@ -13,14 +13,16 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+from compare import mix
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
-from onecopy.model import MIB
+from onecopy.model import MIB, Reference
 from rig import support, verdict
 from rig.host import INSIDE, MEMORY, RESULTS, EmulatedHost, emulated_host
-from rig.images import PROJECT, RELEASES, Debian, ensure_images, store_root
+from rig.images import PROJECT, RELEASES, Debian, ensure_debian, ensure_images, store_root
 
 #: Seconds that one emulated host may take for all it is to do.
 LIMIT = 7200.0
@@ -30,10 +32,12 @@ _ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_
 
 #: Bytes: a machine of 8 GiB can do the smoke tests.
 _SMOKE_MEMORY = 5120 * MIB
+#: Where an emulated host has the root of the guests that are compared.
+_COMPARE_ROOT = "/opt/onecopy/compare-root"
 _SUITES = tuple(release.suite for release in RELEASES.values())
 
 Job = Callable[[Debian, Path, Sequence[str]], Awaitable[list[str]]]
-"""(release, folder for results, arguments for pytest) -> what went wrong."""
+"""(release, folder for results, arguments for pytest or compare) -> what went wrong."""
 
 
 def tell(text: str) -> None:
@@ -118,6 +122,19 @@ async def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     return [*found, *verdict.console(folder), *_in_root(debian, folder, ["rig/bench", "tcg"])]
 
 
+async def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
+    """The comparison (script/compare) under KVM, with ``arguments``; no plots are drawn of it."""
+    root = ensure_debian(Host.open(store_root()), "compare-root", mix.SOURCE, mix.PACKAGES, tell)
+    folder = out / f"compare-debian-{debian.number}"
+    wanted = arguments or ["--guests", "4", "--different", "0"]
+    argv = [INSIDE, "rig/compare", _COMPARE_ROOT, *wanted]
+    more = ((root, _COMPARE_ROOT),)
+    return [
+        *await _in_host(debian, ("bookworm",), folder, argv, more=more),
+        *verdict.console(folder),
+    ]
+
+
 async def _in_host(
     debian: Debian,
     suites: tuple[str, ...],
@@ -125,10 +142,15 @@ async def _in_host(
     argv: list[str],
     memory: int = MEMORY,
     other: Debian | None = None,
+    more: tuple[tuple[Reference, str], ...] = (),
 ) -> list[str]:
-    """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong."""
+    """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong.
+
+    ``more`` are (segment, mount point) pairs that it has besides.
+    """
     host = Host.open(store_root())
     images = ensure_images(host, debian, suites, tell, other)
+    images = replace(images, mounted=(*images.mounted, *more))
     tell(f"booting Debian {debian.number}")
     began = time.monotonic()
     try:

@@ -51,7 +51,7 @@ def bridge(tmp_path: Path) -> Iterator[str]:
         for argv in (["addr", "add", f"{NET}.1/24", "dev", name], ["link", "set", name, "up"]):
             subprocess.run(["ip", *argv], check=True)
         # It handles one request at a time, and each new client would hold up the others for 2 s.
-        serve = ["busybox", "udhcpd", "-f", "-a", "200", config]
+        serve = ["busybox", "udhcpd", "-f", "-a", "200", str(config)]
         server = subprocess.Popen(serve, stderr=subprocess.DEVNULL)
         try:
             yield name
