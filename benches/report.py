@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, s
         "processor": f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores",
         "memory": f"{(meminfo.read().total or 0) / 2**30:.0f} GiB",
         "host kernel": platform.release(),
+        "read ahead of the store's disk": _read_ahead(setup.host.store.root),
         "QEMU": f"{setup.host.qemu.version}, {hardware.machine}, CPU {hardware.cpu}",
         "accelerator": f"{accel.name} ({accel.reason})",
         "guest": f"{hardware.memory / 2**20:.0f} MiB, {hardware.cpus} CPU, "
@@ -108,6 +110,16 @@ def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, s
         "load average at the end": f"{os.getloadavg()[1]:.1f} (5 minutes)",
         "saving the system took": f"{setup.save_seconds:.1f} s",
     }
+
+
+def _read_ahead(path: Path) -> str:
+    """What the kernel reads around a page fault in a file there (Documentation/ABI, queue)."""
+    device = os.stat(path).st_dev
+    disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    for each in (disk, disk.parent):  # a partition has its disk's
+        with suppress(OSError):
+            return f"{int((each / 'queue/read_ahead_kb').read_text())} KiB"
+    return "unknown"
 
 
 def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:

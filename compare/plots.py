@@ -82,7 +82,7 @@ def _bar(
     values = [value(each) for each in found]
     drawn = axes.barh(names, values, color=[_COLOURS[each.way] for each in found])
     axes.bar_label(drawn, fmt="%.1f", padding=3)
-    axes.margins(x=0.15)
+    axes.margins(x=0.3)
     axes.set_title(title, fontsize=10)
     axes.invert_yaxis()
     if title != "host memory per guest, MiB":

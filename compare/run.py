@@ -89,9 +89,9 @@ async def measure(
             await templates.of(ware)
     evict(_files(wares, templates))
     at_first = meminfo.read()
-    async with contextlib.AsyncExitStack() as ends:
+    # What is watched ends before the guests do.
+    async with contextlib.AsyncExitStack() as ends, _watched(at_first) as timeline:
         merging = ends.enter_context(_ksm(on=way.ksm))
-        timeline = await ends.enter_async_context(_watched(at_first))
         means = Means(ends, templates)
         guests = [await start_one(way, ware, means) for ware in islice(cycle(wares), count)]
         timeline.mark("all answer", tell)
