@@ -21,7 +21,7 @@ from benches.answers import answered, before, free_port
 from benches.figures import Kind, Running, Spread, evict, memory, settled
 from benches.merging import Merged, merged
 from benches.places import Place, places
-from benches.plain import start_plain
+from benches.plain import disk_module, start_plain
 from benches.setup import Setup, application
 from onecopy.guest.boot import run_cold
 from onecopy.guest.folder import GuestFolder, GuestRecord
@@ -53,6 +53,7 @@ async def _group(
     setup: Setup, name: str, count: int, start: Starter, files: Sequence[Path]
 ) -> AsyncIterator[Group]:
     """``count`` guests, measured; all are ended when the block is left."""
+    disk_module(setup)
     evict(files)
     at_first = meminfo.read()
     async with contextlib.AsyncExitStack() as ends:

@@ -30,6 +30,8 @@ from onecopy.sharing.report import collect
 #: Single starts, each time it is measured.
 _ONES = 7
 _NAME = "many"
+#: What clones that are measured for `plan` do.
+_ASK = "wget -qO- http://127.0.0.1/"
 #: Seconds that `top` is given, and that it is measured for.
 _TOP_STARTS, _TOP_RUNS = 10.0, 30.0
 
@@ -44,7 +46,7 @@ class Many:
     started: float
     """`run -n N`."""
     answered: float
-    """From its end until each has answered over HTTP with its own name."""
+    """From asking them, at rest, until each has answered over HTTP with its own name."""
     beside: Spread
     """As ``alone``, while all run."""
     ps: Spread
@@ -58,9 +60,13 @@ class Many:
     available_taken: float
     """Bytes for each: how much less MemAvailable the host had when all had come to rest."""
     memory: int
-    """Bytes of all together, what they share included (sharing/check.py, parts)."""
+    """Bytes of all at rest, what they share included (sharing/check.py, parts)."""
+    worked: int
+    """The same when they have answered."""
     planned: Forecast
-    """What `plan` said of that and of ``started``."""
+    """What `plan` said of ``memory`` and ``started``."""
+    planned_worked: Forecast
+    """What it said of ``worked``: each that was measured has asked itself."""
 
 
 async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) -> Many:
@@ -70,18 +76,22 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         tell("a few clones, and what many are planned to take")
         system = setup.host.store.resolve(SYSTEM, "system")
         planned = forecast(await measure(setup.host, system), count)
+        worked = forecast(await measure(setup.host, system, work=_ASK), count)
         tell("one clone alone")
         alone = [await _one() for _ in range(_ONES + 1)]
         tell(f"{count} clones")
         at_first = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
         began = time.monotonic()
         guests = json.loads(await _onecopy("run", *_options(count)))["guests"]
-        started = time.monotonic()
+        started = time.monotonic() - began
+        await asyncio.sleep(SETTLE)
+        resting = _parts(setup, at_first)
+        asking = time.monotonic()
         await _all_answer(guests)
-        all_answered = time.monotonic()
+        all_answered = time.monotonic() - asking
         await asyncio.sleep(SETTLE)
         now = meminfo.read()
-        parts = check(at_first, collect(guest_maps(setup.host.guests()))).parts
+        working = _parts(setup, at_first)
         tell("one more beside them")
         beside = [await _one() for _ in range(_ONES + 1)]
         tell("ps and report")
@@ -98,18 +108,24 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
     return Many(
         guests=len(guests),
         alone=Spread.of(alone[1:]),
-        started=started - began,
-        answered=all_answered - started,
+        started=started,
+        answered=all_answered,
         beside=Spread.of(beside[1:]),
         ps=Spread.of(ps),
         report=Spread.of(report),
         top=top,
         stopped=stopped,
         shut_down=said.count("shut down"),
-        memory=parts,
+        memory=resting,
+        worked=working,
         planned=planned,
+        planned_worked=worked,
         available_taken=((before.available or 0) - (now.available or 0)) / count,
     )
+
+
+def _parts(setup: Setup, before: Before) -> int:
+    return check(before, collect(guest_maps(setup.host.guests()))).parts
 
 
 def _options(count: int, name: str = _NAME) -> list[str]:

@@ -7,6 +7,7 @@ measured (kinds.py).
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,12 +26,19 @@ _NOT_NEEDED = ("virtio_pmem", "nd_", "libnvdimm", "dax", "virtio_console")
 
 
 def disk_module(setup: Setup) -> Path | None:
-    """virtio_blk out of the kernel's modules, or None if it is built in."""
-    tree = setup.work / "modules"
-    if not tree.exists():
+    """virtio_blk out of the kernel's modules, or None if it is built in.
+
+    To be called before the host's memory is looked at: the first call reads all of the modules.
+    """
+    kept = setup.work / "virtio_blk.ko"
+    if not kept.exists():
         image = setup.prepared.kernel.layer("modules").path
-        run(["fsck.erofs", f"--extract={tree}", image])
-    return next(tree.glob("**/virtio_blk.ko"), None)
+        with tempfile.TemporaryDirectory(dir=setup.work) as folder:
+            tree = Path(folder) / "modules"
+            run(["fsck.erofs", f"--extract={tree}", image])
+            found = next(tree.glob("**/virtio_blk.ko"), None)
+            kept.write_bytes(found.read_bytes() if found else b"")
+    return kept if kept.stat().st_size else None
 
 
 def start_plain(setup: Setup, name: str, command: str, publish: Ports) -> Vmm:

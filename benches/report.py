@@ -114,7 +114,7 @@ def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, s
 
 def _read_ahead(path: Path) -> str:
     """What the kernel reads around a page fault in a file there (Documentation/ABI, queue)."""
-    device = os.stat(path).st_dev
+    device = path.stat().st_dev
     disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     for each in (disk, disk.parent):  # a partition has its disk's
         with suppress(OSError):
@@ -266,7 +266,7 @@ def _many(many: Many) -> str:
     times = many.beside.median / many.alone.median
     rows = [
         ["`run -n`, until all are handed out", _s(many.started)],
-        ["then until each has answered over HTTP", _s(many.answered)],
+        ["asked then, until each has answered over HTTP", _s(many.answered)],
         ["one clone, while no other runs", _spread(many.alone)],
         [f"one clone, while all run ({times:.2f} times that)", _spread(many.beside)],
         ["`ps`", _spread(many.ps)],
@@ -275,8 +275,10 @@ def _many(many: Many) -> str:
         ["`stop --all`", _s(many.stopped)],
         ["clones that shut down by themselves in that time", str(many.shut_down)],
         ["MemAvailable taken by each", _mib(many.available_taken)],
-        ["memory of all, what they share included", _mib(many.memory)],
+        ["memory of all at rest, what they share included", _mib(many.memory)],
         ["- as `plan` said", _planned(many.planned.memory, many.memory)],
+        ["the same when all have answered", _mib(many.worked)],
+        ["- as `plan --work` said", _planned(many.planned_worked.memory, many.worked)],
         ["`run -n` as `plan` said", _planned_time(many)],
     ]
     return table([f"{many.guests} clones", ""], rows)

@@ -18,6 +18,7 @@ import numpy as np
 from benches.figures import Running, evict, settled, taken
 from benches.kinds import Starter, start_one_cold, start_one_plain, start_one_saved
 from benches.merging import merged
+from benches.plain import disk_module
 from benches.setup import Setup
 from onecopy.host import ksm, meminfo
 from onecopy.model import MIB, PAGE_SIZE
@@ -124,6 +125,7 @@ class _Rested:
 @contextlib.asynccontextmanager
 async def _guests(setup: Setup, count: int, start: Starter) -> AsyncIterator[_Rested]:
     """That many, one after another. None of their files is in the page cache before."""
+    disk_module(setup)
     files = [item.layer.path for item in setup.prepared.placed if item.layer]
     evict([*files, setup.saved.ram, setup.image])
     before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())

@@ -16,6 +16,7 @@ from statistics import median
 
 from benches.figures import SETTLE, Spread, cpu, evict, settled, taken
 from benches.merging import SETTINGS, converged
+from benches.plain import disk_module
 from compare.mix import Tell, Ware, shell
 from compare.templating import Templates
 from compare.ways import Means, Up, Way, start_one
@@ -87,6 +88,8 @@ async def measure(
     if way.name == "saved":
         for ware in wares:
             await templates.of(ware)
+    for ware in wares:
+        disk_module(ware.setup)
     evict(_files(wares, templates))
     at_first = meminfo.read()
     # What is watched ends before the guests do.

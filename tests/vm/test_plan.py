@@ -9,11 +9,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from onecopy.errors import GuestFailed
 from onecopy.guest import planning
 from onecopy.guest.host import Host
 from onecopy.model import MIB
 from onecopy.store import Artifact
 
+#: Bytes that a guest writes, and the command for it.
+_EATEN = 16 * MIB
+_EAT = f"dd if=/dev/urandom of=/run/eaten bs=1M count={_EATEN // MIB} 2>&1"
 ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 
 
@@ -38,3 +44,20 @@ def test_a_few_clones_are_measured(host: Host, saved: Artifact) -> None:
     assert found["profile"]["digest"] == saved.digest and found["profile"]["clones"] == 4
     assert found["memory"] == profile.shared + found["per_host"] * profile.each
     assert found["fits"]
+
+
+def test_clones_that_work_cost_more(host: Host, saved: Artifact) -> None:
+    size = planning.Size(1, 2, 1.0)
+    idle = asyncio.run(planning.measure(host, saved, size))
+    busy = asyncio.run(planning.measure(host, saved, size, work=_EAT))
+    assert busy.each > idle.each + 0.8 * _EATEN
+    planning.keep(host, saved, busy)
+    assert planning.kept(host, saved) is None and planning.kept(host, saved, _EAT) == busy
+
+
+def test_work_that_fails(host: Host, saved: Artifact) -> None:
+    before = {guest.name for guest in host.guests()}
+    with pytest.raises(GuestFailed, match="exit code 3: no such work"):
+        work = "echo no such work >&2; exit 3"
+        asyncio.run(planning.measure(host, saved, planning.Size(1, 1, 1.0), work=work))
+    assert {guest.name for guest in host.guests()} == before

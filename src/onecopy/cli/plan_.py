@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--hosts", type=click.IntRange(1), help="Hosts that they are spread over.")
 @click.option("--memory", type=SizeType(), help="Memory that each host has for them.")
 @click.option("--cpus", type=click.IntRange(1), help="Processors of each host; default: as here.")
+@click.option("--work", default="", help="Command that each measured clone runs before.")
 @click.option("--measure", is_flag=True, help="Measure anew what was measured before.")
 @json_option
 def command(
@@ -30,13 +31,15 @@ def command(
     hosts: int | None,
     memory: int | None,
     cpus: int | None,
+    work: str,
     measure: bool,
     as_json: bool,
 ) -> None:
     """Say how much memory and time many clones of a saved system will take.
 
     Without --hosts: as many hosts as the memory asks for, or one. A few clones are started and
-    measured the first time, which takes about a minute; other programs should be at rest then.
+    measured the first time, which takes about a minute; other programs should be at rest then. With
+    --work they do something of what guests are for before, such as answering a request.
     """
     import asyncio
 
@@ -48,10 +51,10 @@ def command(
 
     host = Host.open()
     artifact = host.store.resolve(system, "system")
-    profile = None if measure else planning.kept(host, artifact)
+    profile = None if measure else planning.kept(host, artifact, work)
     if profile is None:
         with progress() as tell:
-            profile = asyncio.run(planning.measure(host, artifact, tell=tell))
+            profile = asyncio.run(planning.measure(host, artifact, tell=tell, work=work))
         planning.keep(host, artifact, profile)
     found = forecast(profile, guests, hosts=hosts, memory=memory, processors=cpus)
     if as_json:
@@ -77,7 +80,8 @@ def _print(found: Forecast, profile: Profile) -> None:
         ["processors, at rest", f"{found.busy:.0%} busy"],
     ]
     print_table(["PLAN", ""], rows)
+    done = f"that ran {profile.work!r}" if profile.work else "left alone"
     print(
-        f"\nMeasured here with {profile.clones} clones left alone ({profile.accel}, QEMU "
+        f"\nMeasured here with {profile.clones} clones {done} ({profile.accel}, QEMU "
         f"{profile.qemu}, {profile.processors} processors): what guests do later costs more."
     )

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from onecopy.errors import GuestFailed
 from onecopy.guest import admission
+from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
@@ -43,9 +45,16 @@ _USUAL = Size()
 
 
 async def measure(
-    host: Host, system: Artifact, size: Size = _USUAL, tell: Tell = lambda _: None
+    host: Host,
+    system: Artifact,
+    size: Size = _USUAL,
+    tell: Tell = lambda _: None,
+    work: str = "",
 ) -> Profile:
-    """Start clones, look at them and end them. Raises what starts do, Incompatible, NotEnough."""
+    """Start clones, look at them and end them. Each runs the shell command ``work`` before.
+
+    Raises what starts do, Incompatible, NotEnough; GuestFailed if ``work`` fails.
+    """
     source = template(host, system)
     names = names_for("plan", None, size.first + size.more)
     before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
@@ -54,11 +63,13 @@ async def measure(
         try:
             tell(f"starting {size.first} clones")
             started += (await _start(host, source, names[: size.first], owner))[0]
+            await _work(host, started, work)
             await asyncio.sleep(size.settle)
             few = _look(host, started, before)
             tell(f"starting {size.more} more")
             more, seconds = await _start(host, source, names[size.first :], owner)
             started += more
+            await _work(host, more, work)
             tell("leaving them alone for a while")
             await asyncio.sleep(size.settle)
             idle = await _idle(started, size.settle)
@@ -78,6 +89,7 @@ async def measure(
         start_cpu=seconds * processors / size.more,
         idle=idle,
         clones=size.first + size.more,
+        work=work,
     )
 
 
@@ -95,6 +107,21 @@ async def _start(
     return list(done.guests), time.monotonic() - began
 
 
+async def _work(host: Host, guests: list[GuestRecord], command: str) -> None:
+    """Let each run it, as many at once as there are processors."""
+    turn = asyncio.Semaphore(os.cpu_count() or 1)
+
+    async def one(name: str) -> None:
+        async with turn:
+            done = await run_captured(host.run / name, ["sh", "-c", command])
+        if done.exit_code:
+            said = (done.stderr or done.stdout).decode(errors="replace").strip()
+            raise GuestFailed(f"{command!r} ended with exit code {done.exit_code}: {said}")
+
+    if command:
+        await asyncio.gather(*(one(guest.name) for guest in guests))
+
+
 def _look(host: Host, guests: list[GuestRecord], before: Before) -> Check:
     names = {guest.name for guest in guests}
     records = [each for each in host.guests() if each.name in names]
@@ -109,13 +136,13 @@ async def _idle(guests: list[GuestRecord], seconds: float) -> float:
     return (after - before) / (time.monotonic() - began) / len(guests)
 
 
-def kept(host: Host, system: Artifact) -> Profile | None:
-    """What was measured of this system on this host before, with the QEMU that it has now."""
+def kept(host: Host, system: Artifact, work: str = "") -> Profile | None:
+    """What was measured before of this system and ``work``, with the QEMU that the host has now."""
     try:
         found = msgspec.json.decode(_path(host, system).read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError):
         return None
-    return found if found.qemu == host.qemu.version else None
+    return found if (found.qemu, found.work) == (host.qemu.version, work) else None
 
 
 def keep(host: Host, system: Artifact, profile: Profile) -> None:

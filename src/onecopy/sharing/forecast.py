@@ -34,6 +34,8 @@ class Profile(msgspec.Struct, frozen=True):
     """Share of one processor that a clone uses when it is left alone."""
     clones: int
     """How many were measured."""
+    work: str = ""
+    """The command that each had run before; empty: they were left alone."""
 
 
 class Forecast(msgspec.Struct, frozen=True):
