@@ -19,7 +19,8 @@ from benches.kinds import new_name
 from benches.setup import Setup
 from onecopy.guest import touched, warming
 from onecopy.guest.boot import run_cold
-from onecopy.host.files import read_number, read_of_process
+from onecopy.host import prefetch
+from onecopy.host.files import read_of_process
 from onecopy.host.prefetch import Extent
 from onecopy.store import Layer
 
@@ -87,7 +88,7 @@ async def measure_first_guests(
         dropped=_DROP.as_posix() if drop_caches else "posix_fadvise(2) on the blobs",
         blobs=sum(layer.blob_size for layer, _ in known),
         recorded=sum(size for _, extents in known for _, size in extents),
-        read_ahead=_read_ahead(setup.host.store.root),
+        read_ahead=prefetch.read_ahead(setup.host.store.root),
     )
 
 
@@ -161,10 +162,3 @@ def _major_faults(pid: int) -> int:
     text = read_of_process(pid, "stat") or b""
     # The 12th field; the second may hold blanks (proc_pid_stat(5)).
     return int(text[text.rindex(b")") + 2 :].split()[9])
-
-
-def _read_ahead(path: Path) -> int | None:
-    device = path.stat().st_dev
-    name = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-    found = read_number(Path(name))
-    return None if found is None else found << 10

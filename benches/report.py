@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from benches.places import Place
 from benches.setup import Setup
 from benches.starts import MOMENTS, Starts
 from benches.truth import Truth
-from onecopy.host import meminfo
+from onecopy.host import meminfo, prefetch
 from onecopy.model import format_size
 from onecopy.sharing.check import LINES
 
@@ -102,7 +101,7 @@ def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, s
         "processor": f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores",
         "memory": f"{(meminfo.read().total or 0) / 2**30:.0f} GiB",
         "host kernel": platform.release(),
-        "read ahead of the store's disk": _read_ahead(setup.host.store.root),
+        "read ahead of the store's disk": _size(prefetch.read_ahead(setup.host.store.root)),
         "QEMU": f"{setup.host.qemu.version}, {hardware.machine}, CPU {hardware.cpu}",
         "accelerator": f"{accel.name} ({accel.reason})",
         "guest": f"{hardware.memory / 2**20:.0f} MiB, {hardware.cpus} CPU, "
@@ -110,16 +109,6 @@ def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, s
         "load average at the end": f"{os.getloadavg()[1]:.1f} (5 minutes)",
         "saving the system took": f"{setup.save_seconds:.1f} s",
     }
-
-
-def _read_ahead(path: Path) -> str:
-    """What the kernel reads around a page fault in a file there (Documentation/ABI, queue)."""
-    device = path.stat().st_dev
-    disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
-    for each in (disk, disk.parent):  # a partition has its disk's
-        with suppress(OSError):
-            return f"{int((each / 'queue/read_ahead_kb').read_text())} KiB"
-    return "unknown"
 
 
 def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
@@ -232,7 +221,7 @@ def _first_guests(first: FirstGuests) -> str:
     ]
     head = ["files of the guest", "until it is ready", "of the first", "`warm` before that"]
     head += ["read ahead", "read by the VMM", "its major faults"]
-    ahead = "unknown" if first.read_ahead is None else format_size(first.read_ahead)
+    ahead = _size(first.read_ahead)
     return table(head, rows) + (
         f"\n\nMedians of {len(first.ways['cold'].seconds.values)} starts each, in turn; dropped by "
         f"{first.dropped}. On record are {format_size(first.recorded)} of "
@@ -351,3 +340,7 @@ def _s(seconds: float) -> str:
 
 def _mib(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"
+
+
+def _size(size: int | None) -> str:
+    return "unknown" if size is None else format_size(size)

@@ -20,7 +20,7 @@ from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
 from onecopy.guest.save import save_system
 from onecopy.guest.start import start_clone, template
-from onecopy.host import kpage, pagemap, residency
+from onecopy.host import kpage, pagemap, prefetch, residency
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
 from tests.vm import physical
@@ -222,7 +222,7 @@ def test_a_first_start_in_a_clone_reads_nothing_at_all(
 def test_what_nobody_touched_is_not_in_memory(
     host: Host, cold: Cold, run_in: RunIn, python_root: Artifact, tmp_path: Path
 ) -> None:
-    read, ahead = 4 * MIB, 3 * read_ahead(tmp_path)
+    read, ahead = 4 * MIB, 3 * (prefetch.read_ahead(tmp_path) or 0)
     data = os.urandom(read + ahead + 32 * MIB)
     folder = tmp_path / "big"
     folder.mkdir()
@@ -244,13 +244,6 @@ def test_what_nobody_touched_is_not_in_memory(
     assert not any(pages[(read + ahead) // PAGE_SIZE :])
     host.end(guest)
     host.store.remove(Reference("big"))
-
-
-def read_ahead(path: Path) -> int:
-    """Bytes that the host reads ahead, at most, in files of the file system of ``path``."""
-    device = path.stat().st_dev
-    setting = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
-    return int(Path(setting).read_text()) << 10
 
 
 def forget(path: Path) -> None:

@@ -11,8 +11,8 @@ import msgspec
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
 from onecopy.guest.host import Host
-from onecopy.host import ksm, landlock, meminfo, pagemap, verity
-from onecopy.model import format_size
+from onecopy.host import ksm, landlock, meminfo, pagemap, prefetch, verity
+from onecopy.model import MIB, format_size
 from onecopy.run import PACKAGES, find_program
 from onecopy.vmm import answering, user
 from onecopy.vmm.accel import Choice, choose
@@ -118,7 +118,18 @@ def _store(host: Host) -> Iterator[Finding]:
     free = shutil.disk_usage(host.store.root).free
     state = "ok" if free > 2 << 30 else "limited"
     yield Finding("store", state, f"{host.store.root}, {format_size(free)} free")
+    yield _read_ahead(prefetch.read_ahead(host.store.root))
     yield _protection(host)
+
+
+def _read_ahead(size: int | None) -> Finding:
+    if size is None:
+        return Finding("read-ahead", "limited", "unknown")
+    says = f"the kernel reads {format_size(size)} around a page of a segment that a guest touches"
+    if size <= MIB:
+        return Finding("read-ahead", "ok", says)
+    says += ", which fills the page cache; read_ahead_kb of the store's disk sets it (Linux: 128)"
+    return Finding("read-ahead", "limited", says)
 
 
 def _protection(host: Host) -> Finding:

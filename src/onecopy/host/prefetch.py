@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from onecopy.host import files
+
 #: (first byte, bytes) in a file.
 Extent = tuple[int, int]
 #: Of one request the kernel reads no more than the device's own limit, or its read-ahead
@@ -16,6 +18,22 @@ Extent = tuple[int, int]
 #: unless someone set them lower.
 _PIECE = 128 << 10
 _BUFFER = 1 << 20
+
+
+def read_ahead(path: Path, root: Path = files.ROOT) -> int | None:
+    """Bytes that the kernel reads around what is read or mapped in files of that file system.
+
+    None if it does not tell (Documentation/ABI/testing/sysfs-class-bdi, stable/sysfs-block).
+    """
+    number = path.stat().st_dev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    disk = (root / "sys/dev/block" / name).resolve()
+    # What is no disk has the first alone; a partition has the last, its disk's.
+    for folder in (root / "sys/class/bdi" / name, disk / "queue", disk.parent / "queue"):
+        found = files.read_number(folder / "read_ahead_kb")
+        if found is not None:
+            return found << 10
+    return None
 
 
 def begin(path: Path, extents: Iterable[Extent]) -> None:
