@@ -24,14 +24,14 @@ from onecopy.guest.maps import guest_maps
 from onecopy.guest.planning import measure
 from onecopy.host import meminfo, process
 from onecopy.sharing.check import Before, check
-from onecopy.sharing.forecast import Forecast, forecast
+from onecopy.sharing.forecast import Forecast, Work, forecast
 from onecopy.sharing.report import collect
 
 #: Single starts, each time it is measured.
 _ONES = 7
 _NAME = "many"
 #: What clones that are measured for `plan` do.
-_ASK = "wget -qO- http://127.0.0.1/"
+_ASK = Work("busybox wget -qO- http://127.0.0.1:$PORT/", 80)
 #: Seconds that `top` is given, and that it is measured for.
 _TOP_STARTS, _TOP_RUNS = 10.0, 30.0
 

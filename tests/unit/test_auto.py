@@ -57,6 +57,13 @@ def test_it_rests_longer_and_longer_while_it_gains_nothing() -> None:
     assert state.runs and state.rests == 2
 
 
+def test_what_ended_while_it_stood_is_no_loss() -> None:
+    stale = replace(SCARCE, profit=300 * MIB)
+    looks = [(100, 1), (10, 1), (30, 2), (60, 3), (80, 5), (90, 7)]
+    state = after(stale, *(replace(SCARCE, profit=p * MIB, full_scans=n) for p, n in looks))
+    assert state.runs and state.profit == 90 * MIB
+
+
 @given(
     st.lists(
         st.builds(

@@ -33,7 +33,7 @@ from onecopy.sharing import merging, report
 from onecopy.sharing.account import GuestAccount, SegmentUse
 from onecopy.sharing.advice import FileFound, Looked, Way, advise
 from onecopy.sharing.check import LINES, Check
-from onecopy.sharing.forecast import Forecast, Profile
+from onecopy.sharing.forecast import Forecast, Profile, Work
 from onecopy.sharing.survey import LeftOut, Survey
 from onecopy.store import Store
 from tests.unit.guest_kit import record

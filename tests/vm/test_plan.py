@@ -15,12 +15,17 @@ from onecopy.errors import GuestFailed
 from onecopy.guest import planning
 from onecopy.guest.host import Host
 from onecopy.model import MIB
+from onecopy.sharing.forecast import Work
 from onecopy.store import Artifact
 
-#: Bytes that a guest writes, and the command for it.
-_EATEN = 16 * MIB
-_EAT = f"dd if=/dev/urandom of=/run/eaten bs=1M count={_EATEN // MIB} 2>&1"
 ONECOPY = str(Path(sys.executable).with_name("onecopy"))
+#: Bytes that a guest writes, and the work for it.
+_EATEN = 16 * MIB
+_EAT = Work(
+    f"{ONECOPY} exec $GUEST -- dd if=/dev/urandom of=/run/eaten bs=1M count={_EATEN // MIB}"
+)
+#: A guest answers with its name.
+_ASK = Work('test "$(busybox wget -qO- http://127.0.0.1:$PORT/)" = $GUEST', 80)
 
 
 def plan(*args: str) -> dict[str, Any]:
@@ -55,9 +60,14 @@ def test_clones_that_work_cost_more(host: Host, saved: Artifact) -> None:
     assert planning.kept(host, saved) is None and planning.kept(host, saved, _EAT) == busy
 
 
+def test_work_reaches_a_port_of_each(host: Host, saved: Artifact) -> None:
+    size = planning.Size(1, 2, 1.0)
+    assert asyncio.run(planning.measure(host, saved, size, work=_ASK)).work == _ASK
+
+
 def test_work_that_fails(host: Host, saved: Artifact) -> None:
     before = {guest.name for guest in host.guests()}
     with pytest.raises(GuestFailed, match="exit code 3: no such work"):
-        work = "echo no such work >&2; exit 3"
+        work = Work("echo no such work >&2; exit 3")
         asyncio.run(planning.measure(host, saved, planning.Size(1, 1, 1.0), work=work))
     assert {guest.name for guest in host.guests()} == before

@@ -216,6 +216,8 @@ def _print(found: Status) -> None:
         ["CPU", "?" if found.cpu_seconds is None else f"{found.cpu_seconds:.2f} s of ksmd"],
         ["to unmerge", f"{_mib(found.unmerge)} of memory (ksm off --unmerge)"],
     ]
+    if found.run == 0 and found.saved:
+        rows.append(["these figures", "of when it last ran: what has ended since is still in them"])
     for name, each in found.changed.items():
         rows.append(["changed", f"{name}: {each.found} when found, {each.set or 'its advisor'}"])
     print_table(["KSM", ""], rows)

@@ -8,6 +8,7 @@ import click
 
 from onecopy.cli.output import duration, print_json, print_table, progress
 from onecopy.cli.params import ReferenceType, SizeType, json_option
+from onecopy.errors import InvalidInput
 from onecopy.model import Reference, format_size
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
 @click.option("--hosts", type=click.IntRange(1), help="Hosts that they are spread over.")
 @click.option("--memory", type=SizeType(), help="Memory that each host has for them.")
 @click.option("--cpus", type=click.IntRange(1), help="Processors of each host; default: as here.")
-@click.option("--work", default="", help="Command that each measured clone runs before.")
+@click.option(
+    "--work",
+    default="",
+    help="Shell command of this host, run for each measured clone: its name is $GUEST.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Port of the guests that --work reaches at 127.0.0.1:$PORT.",
+)
 @click.option("--measure", is_flag=True, help="Measure anew what was measured before.")
 @json_option
 def command(
@@ -32,6 +43,7 @@ def command(
     memory: int | None,
     cpus: int | None,
     work: str,
+    port: int,
     measure: bool,
     as_json: bool,
 ) -> None:
@@ -39,7 +51,8 @@ def command(
 
     Without --hosts: as many hosts as the memory asks for, or one. A few clones are started and
     measured the first time, which takes about a minute; other programs should be at rest then. With
-    --work they do something of what guests are for before, such as answering a request.
+    --work they first do some of what guests are for, as with `curl -s http://127.0.0.1:$PORT/` or
+    `onecopy exec $GUEST -- CMD`.
     """
     import asyncio
 
@@ -47,14 +60,17 @@ def command(
 
     from onecopy.guest import planning
     from onecopy.guest.host import Host
-    from onecopy.sharing.forecast import forecast
+    from onecopy.sharing.forecast import Work, forecast
 
+    if port and not work:
+        raise InvalidInput("--port is for --work", hint="leave it out, or say what is to be done")
+    asked = Work(work, port)
     host = Host.open()
     artifact = host.store.resolve(system, "system")
-    profile = None if measure else planning.kept(host, artifact, work)
+    profile = None if measure else planning.kept(host, artifact, asked)
     if profile is None:
         with progress() as tell:
-            profile = asyncio.run(planning.measure(host, artifact, tell=tell, work=work))
+            profile = asyncio.run(planning.measure(host, artifact, tell=tell, work=asked))
         planning.keep(host, artifact, profile)
     found = forecast(profile, guests, hosts=hosts, memory=memory, processors=cpus)
     if as_json:
@@ -80,7 +96,8 @@ def _print(found: Forecast, profile: Profile) -> None:
         ["processors, at rest", f"{found.busy:.0%} busy"],
     ]
     print_table(["PLAN", ""], rows)
-    done = f"that ran {profile.work!r}" if profile.work else "left alone"
+    work = profile.work.command
+    done = f"after {work!r}" if work else "left alone"
     print(
         f"\nMeasured here with {profile.clones} clones {done} ({profile.accel}, QEMU "
         f"{profile.qemu}, {profile.processors} processors): what guests do later costs more."

@@ -9,21 +9,21 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from onecopy.errors import GuestFailed
 from onecopy.guest import admission
-from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
 from onecopy.guest.maps import guest_maps
-from onecopy.guest.start import Template, start_clone, template
+from onecopy.guest.start import CloneSpec, Template, start_clone, template
 from onecopy.host import files, meminfo, process
 from onecopy.sharing.check import Before, Check, check
-from onecopy.sharing.forecast import Profile
+from onecopy.sharing.forecast import Profile, Work
 from onecopy.sharing.report import collect
 from onecopy.store import Artifact
 
@@ -42,6 +42,7 @@ class Size(msgspec.Struct, frozen=True):
 
 
 _USUAL = Size()
+_NONE = Work()
 
 
 async def measure(
@@ -49,9 +50,9 @@ async def measure(
     system: Artifact,
     size: Size = _USUAL,
     tell: Tell = lambda _: None,
-    work: str = "",
+    work: Work = _NONE,
 ) -> Profile:
-    """Start clones, look at them and end them. Each runs the shell command ``work`` before.
+    """Start clones, look at them and end them.
 
     Raises what starts do, Incompatible, NotEnough; GuestFailed if ``work`` fails.
     """
@@ -62,14 +63,14 @@ async def measure(
     with host.owner() as owner:
         try:
             tell(f"starting {size.first} clones")
-            started += (await _start(host, source, names[: size.first], owner))[0]
-            await _work(host, started, work)
+            started += (await _start(host, source, names[: size.first], owner, work.port))[0]
+            await _do(work, started)
             await asyncio.sleep(size.settle)
             few = _look(host, started, before)
             tell(f"starting {size.more} more")
-            more, seconds = await _start(host, source, names[size.first :], owner)
+            more, seconds = await _start(host, source, names[size.first :], owner, work.port)
             started += more
-            await _work(host, more, work)
+            await _do(work, more)
             tell("leaving them alone for a while")
             await asyncio.sleep(size.settle)
             idle = await _idle(started, size.settle)
@@ -94,12 +95,13 @@ async def measure(
 
 
 async def _start(
-    host: Host, source: Template, names: list[str], owner: Path
+    host: Host, source: Template, names: list[str], owner: Path, port: int
 ) -> tuple[list[GuestRecord], float]:
     """The guests, and how many seconds it took until they were handed out."""
+    spec = CloneSpec(publish=((0, port),) if port else ())
 
     def start(name: str, batch: Batch) -> asyncio.Future[GuestRecord]:
-        return asyncio.ensure_future(start_clone(host, source, name, batch=batch))
+        return asyncio.ensure_future(start_clone(host, source, name, spec, batch))
 
     began = time.monotonic()
     each = admission.of_clone(source.accel.name)
@@ -107,19 +109,38 @@ async def _start(
     return list(done.guests), time.monotonic() - began
 
 
-async def _work(host: Host, guests: list[GuestRecord], command: str) -> None:
-    """Let each run it, as many at once as there are processors."""
+async def _do(work: Work, guests: list[GuestRecord]) -> None:
+    """Work with each, as many at once as there are processors."""
     turn = asyncio.Semaphore(os.cpu_count() or 1)
 
-    async def one(name: str) -> None:
+    async def one(guest: GuestRecord) -> None:
         async with turn:
-            done = await run_captured(host.run / name, ["sh", "-c", command])
-        if done.exit_code:
-            said = (done.stderr or done.stdout).decode(errors="replace").strip()
-            raise GuestFailed(f"{command!r} ended with exit code {done.exit_code}: {said}")
+            await _command(work.command, guest)
 
-    if command:
-        await asyncio.gather(*(one(guest.name) for guest in guests))
+    if work.command:
+        await asyncio.gather(*map(one, guests))
+
+
+async def _command(command: str, guest: GuestRecord) -> None:
+    """Run it in a shell of the host; raise GuestFailed if it fails."""
+    known = {"GUEST": guest.name}
+    if guest.publish:
+        known["PORT"] = str(guest.publish[0][0])
+    process = await asyncio.create_subprocess_shell(
+        command,
+        env=os.environ | known,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        said, _ = await process.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+    if process.returncode:
+        text = said.decode(errors="replace").strip()
+        raise GuestFailed(f"{command!r} ended with exit code {process.returncode}: {text}")
 
 
 def _look(host: Host, guests: list[GuestRecord], before: Before) -> Check:
@@ -136,7 +157,7 @@ async def _idle(guests: list[GuestRecord], seconds: float) -> float:
     return (after - before) / (time.monotonic() - began) / len(guests)
 
 
-def kept(host: Host, system: Artifact, work: str = "") -> Profile | None:
+def kept(host: Host, system: Artifact, work: Work = _NONE) -> Profile | None:
     """What was measured before of this system and ``work``, with the QEMU that the host has now."""
     try:
         found = msgspec.json.decode(_path(host, system).read_bytes(), type=Profile)

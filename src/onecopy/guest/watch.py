@@ -113,4 +113,5 @@ def _told(merging: ksm.Ksm | None, cpu: float) -> str:
     state = {0: "stopped", 1: "runs", 2: "stopped, all pages torn apart"}.get(merging.run, "?")
     saved = (merging.pages_sharing or 0) * PAGE_SIZE
     profit = "?" if merging.general_profit is None else format_size(merging.general_profit)
-    return f"KSM {state}, saves {format_size(saved)}, profit {profit}, CPU {cpu * 100:.1f}%"
+    verb = "saves" if merging.run else "saved when it ran"
+    return f"KSM {state}, {verb} {format_size(saved)}, profit {profit}, CPU {cpu * 100:.1f}%"

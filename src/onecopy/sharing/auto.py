@@ -44,7 +44,7 @@ class State(msgspec.Struct, frozen=True):
     """How long the next rest is."""
     profit: int = 0
     scans: int = 0
-    """Profit and whole scans when it last gained something, or began."""
+    """Profit, the least since, and whole scans when it last gained something, or began."""
     why: str = "it has not looked yet"
 
 
@@ -69,6 +69,8 @@ def decide(state: State, look: Look, *, below: float) -> State:
 
 def _running(state: State, look: Look, share: str) -> State:
     pages = min(state.pages + _BOOST, _MOST)
+    # Its first scan takes out of its counts what has ended while it stood.
+    state = replace(state, profit=min(state.profit, look.profit))
     if look.profit >= state.profit + _GAIN:
         gained = replace(state, pages=pages, profit=look.profit, scans=look.full_scans)
         return replace(gained, rests=_FIRST_REST, why=f"{share}, and it gains")

@@ -16,6 +16,15 @@ import math
 import msgspec
 
 
+class Work(msgspec.Struct, frozen=True):
+    """What is done with each clone before it is looked at."""
+
+    command: str = ""
+    """A shell command of the host, with the clone's name as $GUEST; empty: none."""
+    port: int = 0
+    """Port of the guest that it reaches at 127.0.0.1:$PORT; 0: none."""
+
+
 class Profile(msgspec.Struct, frozen=True):
     """What clones of one saved system took on one host; bytes and seconds."""
 
@@ -34,8 +43,7 @@ class Profile(msgspec.Struct, frozen=True):
     """Share of one processor that a clone uses when it is left alone."""
     clones: int
     """How many were measured."""
-    work: str = ""
-    """The command that each had run before; empty: they were left alone."""
+    work: Work = Work()
 
 
 class Forecast(msgspec.Struct, frozen=True):

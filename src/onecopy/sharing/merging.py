@@ -50,7 +50,11 @@ class GuestMerging(msgspec.Struct, frozen=True):
 
 
 class Status(msgspec.Struct, frozen=True):
-    """KSM on this host now; bytes, None is unknown."""
+    """KSM on this host now; bytes, None is unknown.
+
+    While it is stopped the kernel's counts stay as they were: processes that have ended since, and
+    pages that were written to, are still in them.
+    """
 
     run: int | None
     """0 stopped, merged pages stay; 1 running; 2 stopped, and all pages torn apart."""
@@ -72,7 +76,7 @@ class Status(msgspec.Struct, frozen=True):
     cpu_seconds: float | None
     """CPU time of ksmd since the host's boot."""
     unmerge: int | None
-    """Memory that tearing all merged pages apart would take: what is saved."""
+    """Memory that tearing all merged pages apart would take at most: what is saved."""
     changed: dict[str, Changed]
     """What onecopy has changed and not put back."""
     guests: tuple[GuestMerging, ...]
