@@ -96,6 +96,7 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "advise: step": [field.name for field in fields(Step)],
         "plan: document": [*(field.name for field in fields(Forecast)), "profile"],
         "plan: profile": [field.name for field in fields(Profile)],
+        "plan: work": [field.name for field in fields(Work)],
         "doctor: finding": ["check", "state", "says"],
         "run: document": ["guests", "failures"],
         "run: failure": ["name", "error", "message"],
