@@ -23,6 +23,7 @@ from compare.templating import Templates
 from compare.ways import WAYS
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
+from onecopy.model import MIB
 from onecopy.vmm.accel import Choice
 
 
@@ -108,7 +109,10 @@ async def _ways(
         if way.name in arguments.ways:
             kind = "alike" if len(wares) < count else "different"
             _tell(f"{count} guests, {kind}: {way.name}")
-            results.found.append(await measure(way, count, wares, templates, _tell))
+            outcome = await measure(way, count, wares, templates, _tell)
+            each = f"{outcome.resting / count / MIB:.1f} MiB each at rest"
+            _tell(f"{each}, {outcome.seconds.median:.2f} s a start")
+            results.found.append(outcome)
             results.write()
 
 
