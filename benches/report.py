@@ -299,6 +299,7 @@ def _truth(truth: Truth) -> str:
     gib = truth.own / 2**30
     rows = [
         ["reading and hashing, per second of one core", f"{gib / truth.read_seconds:.1f} GiB"],
+        ["copying as much by process_vm_readv(2)", f"{gib / truth.peek_seconds:.1f} GiB"],
         ["copying as much, memory to memory", f"{gib / truth.copy_seconds:.1f} GiB"],
         ["100 guests of 256 MiB: largest size of the process", _mib(truth.many_memory)],
         ["- processor time to compare them", _s(truth.many_seconds)],

@@ -6,6 +6,7 @@ Not here: what each kind of guest costs (kinds.py).
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from benches.kinds import Starter, start_one_cold, start_one_plain, start_one_sa
 from benches.merging import merged
 from benches.plain import disk_module
 from benches.setup import Setup
-from onecopy.host import ksm, meminfo
+from onecopy.host import ksm, meminfo, peek
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.sharing import report
 from onecopy.sharing.check import Before, Check, check
@@ -67,6 +68,8 @@ class Truth:
     """Processor time for reading and hashing it."""
     copy_seconds: float
     """The same for copying as much from memory to memory."""
+    peek_seconds: float
+    """The same for copying as much out of a process (process_vm_readv(2)), without hashing."""
     claims: dict[str, int]
     """What each way would save, as `advise` says of the plain guests."""
     came_true: dict[str, int]
@@ -106,6 +109,7 @@ async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Tr
         own=found.advice.own,
         read_seconds=found.cpu_seconds,
         copy_seconds=_copy(found.advice.own),
+        peek_seconds=_peek(found.advice.own),
         claims=_claims(found),
         came_true=saved,
         many_memory=memory,
@@ -155,6 +159,17 @@ def _copy(size: int) -> float:
     for _ in range(4):
         np.copyto(target, source)
     return (time.process_time() - began) / (4 * chunk) * size
+
+
+def _peek(size: int) -> float:
+    """The same for a process's memory as scans read it, here our own: 2 MiB at once."""
+    pages, at_once = 256 * MIB // PAGE_SIZE, 512
+    source, into = np.ones(pages * PAGE_SIZE, np.uint8), np.empty((at_once, PAGE_SIZE), np.uint8)
+    addresses = source.ctypes.data + np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE)
+    began = time.process_time()
+    for at in range(0, pages, at_once):
+        peek.read(os.getpid(), addresses[at : at + at_once], into)
+    return (time.process_time() - began) / source.nbytes * size
 
 
 def _synthetic() -> tuple[int, float]:

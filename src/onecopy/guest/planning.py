@@ -35,7 +35,7 @@ class Size(msgspec.Struct, frozen=True):
 
     first: int = 4
     """Clones for what all share."""
-    more: int = 16
+    more: int = 32
     """Clones beside them for what each has of its own."""
     settle: float = 15.0
     """Seconds for which they are left alone before they are looked at, and while they are."""
