@@ -33,12 +33,11 @@ def command(checked: bool, as_json: bool) -> None:
     guests, under names that begin with "pool.".
     """
     from onecopy.guest.host import Host
-    from onecopy.guest.maps import report_all
-    from onecopy.sharing import check, report
+    from onecopy.guest.maps import checked_report, report_all
+    from onecopy.sharing import report
 
     host = Host.open()
-    result = report_all(host)
-    compared = check.check(check.read(host.memory_before), result) if checked else None
+    result, compared = checked_report(host) if checked else (report_all(host), None)
     if as_json:
         print_json(result.to_json() | ({"check": to_builtins(compared)} if compared else {}))
         return

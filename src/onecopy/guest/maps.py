@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
+from onecopy.errors import NotFound
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
+from onecopy.sharing import check
 from onecopy.sharing.account import GuestMaps
+from onecopy.sharing.check import Check
 from onecopy.sharing.report import Report, collect
 from onecopy.vmm import foreign
 from onecopy.vmm.foreign import Vmm
+
+#: How often a report is checked when processes end meanwhile.
+_TRIES = 10
 
 
 def report_all(host: Host) -> Report:
     """The report of a host: its guests, what is prepared, and other QEMU processes."""
     maps = guest_maps([*host.guests(), *host.prepared()])
     return collect(maps, other_maps(maps))
+
+
+def checked_report(host: Host) -> tuple[Report, Check]:
+    """The same, and whether its parts add up; taken anew while processes end meanwhile.
+
+    Raises what `check.read` and `check.check` do; NotFound if that goes on and on.
+    """
+    before = check.read(host.memory_before)
+    for _ in range(_TRIES - 1):
+        result = report_all(host)
+        with suppress(NotFound):
+            return result, check.check(before, result)
+    result = report_all(host)
+    return result, check.check(before, result)
 
 
 def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:

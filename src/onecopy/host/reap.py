@@ -49,6 +49,9 @@ class _Reaper(threading.Thread):
                     # Whoever waits for any child (wait(2)) may have been faster.
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(self._children.pop(fd), 0)
+                    # Closing alone would leave it in the set while a process forked meanwhile has
+                    # it, too (epoll(7)).
+                    self._poll.unregister(fd)
                     os.close(fd)
                 if not self._children:
                     self._poll.close()
