@@ -43,6 +43,8 @@ PACKAGES = {
     "zstd": "zstd",
 }
 
+#: A kill -9 of us takes the program along (prctl(2), PR_SET_PDEATHSIG).
+_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _KEPT = ("HOME", "TMPDIR", "http_proxy", "https_proxy", "no_proxy", "APT_CONFIG")
 
@@ -80,8 +82,7 @@ def run(
     """
     args = [find_program(os.fspath(argv[0])), *(os.fspath(a) for a in argv[1:])]
     process = subprocess.Popen(
-        # A kill -9 of us takes the program along (prctl(2), PR_SET_PDEATHSIG).
-        ["setpriv", "--pdeathsig", "TERM", "--", *args],
+        [*_WITH_US, *args],
         cwd=cwd,
         env=environment(env),
         stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
@@ -101,6 +102,30 @@ def run(
         output = (err + b"\n" + out).decode(errors="replace")
         raise CommandFailed(shlex.join(args), process.returncode, output, hint=hint)
     return (err + out if both else out).decode(errors="replace")
+
+
+async def run_shell(command: str, env: Mapping[str, str]) -> tuple[int, str]:
+    """Run a user's own command, in their environment and ``env``: exit code, and what it printed.
+
+    Ended as in `run` when we are interrupted.
+    """
+    import asyncio
+
+    # Started by this thread, with which it ends (PR_SET_PDEATHSIG).
+    process = subprocess.Popen(  # noqa: ASYNC220
+        [*_WITH_US, "sh", "-c", command],
+        env=os.environ | env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+    )
+    try:
+        said, _ = await asyncio.to_thread(process.communicate)
+    except BaseException:
+        _end_group(process)
+        raise
+    return process.returncode, said.decode(errors="replace").strip()
 
 
 class Detached:

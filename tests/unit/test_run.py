@@ -1,5 +1,6 @@
 """The one door to external programs: what they get, what a failure says, that none is left."""
 
+import asyncio
 import os
 import select
 import shlex
@@ -132,3 +133,25 @@ def test_a_child_that_ignores_a_polite_end_is_killed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(process, "wait", lambda patience=None: real(patience and 0.2))
     door._end_group(process)
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_users_own_command_ends_with_us(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+
+    async def interrupted() -> None:
+        command = "sleep 1000 & echo $! >$FILE; wait"
+        running = asyncio.ensure_future(door.run_shell(command, {"FILE": str(file)}))
+        while not (file.exists() and file.read_text().strip()):
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(interrupted())
+    # Not the shell alone, but what it has started: it may be a zombie, which runs nothing.
+    assert not Path(f"/proc/{file.read_text().strip()}/exe").exists()
+
+
+def test_what_a_users_own_command_says() -> None:
+    command = "echo $MINE; echo too >&2; exit 3"
+    assert asyncio.run(door.run_shell(command, {"MINE": "here"})) == (3, "here\ntoo")

@@ -9,7 +9,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -18,10 +17,11 @@ from onecopy.errors import GuestFailed
 from onecopy.guest import admission
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
-from onecopy.guest.many import names_for, start_many
+from onecopy.guest.many import names_for, start_many, turns
 from onecopy.guest.maps import guest_maps
 from onecopy.guest.start import CloneSpec, Template, start_clone, template
 from onecopy.host import files, meminfo, process
+from onecopy.run import run_shell
 from onecopy.sharing.check import Before, Check, check
 from onecopy.sharing.forecast import Profile, Work
 from onecopy.sharing.report import collect
@@ -110,8 +110,8 @@ async def _start(
 
 
 async def _do(work: Work, guests: list[GuestRecord]) -> None:
-    """Work with each, as many at once as there are processors."""
-    turn = asyncio.Semaphore(os.cpu_count() or 1)
+    """Work with each of them."""
+    turn = turns()
 
     async def one(guest: GuestRecord) -> None:
         async with turn:
@@ -126,21 +126,9 @@ async def _command(command: str, guest: GuestRecord) -> None:
     known = {"GUEST": guest.name}
     if guest.publish:
         known["PORT"] = str(guest.publish[0][0])
-    process = await asyncio.create_subprocess_shell(
-        command,
-        env=os.environ | known,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
-        said, _ = await process.communicate()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-    if process.returncode:
-        text = said.decode(errors="replace").strip()
-        raise GuestFailed(f"{command!r} ended with exit code {process.returncode}: {text}")
+    code, said = await run_shell(command, known)
+    if code:
+        raise GuestFailed(f"{command!r} ended with exit code {code}: {said}")
 
 
 def _look(host: Host, guests: list[GuestRecord], before: Before) -> Check:
