@@ -100,12 +100,25 @@ class CommandFailed(OnecopyError):
     id = "command-failed"
     exit_code = 7
 
-    def __init__(self, command: str, returncode: int, output: str, *, hint: str = "") -> None:
+    def __init__(
+        self,
+        command: str,
+        returncode: int,
+        output: str,
+        *,
+        limit: tuple[str, str] | None = None,
+        hint: str = "",
+    ) -> None:
+        """``limit`` is set if it took more than it may: of "time", for example, and how much."""
+        what = f"exit code {returncode} from"
+        if limit:
+            what = f"more {limit[0]} than {limit[1]} taken by"
         tail = "\n".join(output.strip().splitlines()[-15:])
-        super().__init__(f"exit code {returncode} from: {command}\n{tail}".rstrip(), hint=hint)
+        super().__init__(f"{what}: {command}\n{tail}".rstrip(), hint=hint)
         self.command = command
         self.returncode = returncode
         self.output = output
+        self.limit = limit[0] if limit else ""
 
 
 class BadSource(OnecopyError):

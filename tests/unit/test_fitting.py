@@ -280,12 +280,12 @@ def test_a_program_on_a_file_reaches_no_other(tmp_path: Path) -> None:
     mine.write_text("mine")
     other.write_text("other")
     fd = os.open(mine, os.O_RDWR)
-    script = f'cat {other}; echo >{tmp_path}/new; echo >>{other}; echo changed >"$0"; exit 3'
+    script = f'read x <{other}; echo >{tmp_path}/new; echo >>{other}; echo new >"$0"; exit 3'
     with pytest.raises(CommandFailed) as caught:
         run_on_file(["sh", "-c", script], fd)
     owner = os.fstat(fd).st_uid
     os.close(fd)
     assert caught.value.returncode == 3
     assert caught.value.output.count("ermission denied") >= 2, caught.value.output
-    assert (mine.read_text(), other.read_text(), owner) == ("changed\n", "other", os.geteuid())
+    assert (mine.read_text(), other.read_text(), owner) == ("new\n", "other", os.geteuid())
     assert not (tmp_path / "new").exists()

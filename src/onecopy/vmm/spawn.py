@@ -35,7 +35,7 @@ _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_th
 
 #: What children inherit is set for the whole process: with two starts at once one VMM would get,
 #: and so keep, the lease of the other's.
-_alone = threading.Lock()
+alone = threading.Lock()
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -57,14 +57,14 @@ def start(
     made it. So a thread of ours confines itself, starts the program and ends: no code of ours runs
     in a copy of this process, which takes longer the larger it is and is unsafe with other threads.
     """
-    with _alone, ExitStack() as ends, ThreadPoolExecutor(1) as one:
+    with alone, ExitStack() as ends, ThreadPoolExecutor(1) as one:
         rules = ruleset(argv[0], confinement)
         if rules:
             ends.callback(rules.close)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         ends.callback(os.close, null)
-        ends.enter_context(_inherited_only(passed))
-        ends.enter_context(_inherited_attributes())
+        ends.enter_context(inherited_only(passed))
+        ends.enter_context(inherited_attributes())
         if confinement.merge:
             ends.enter_context(_mergeable())
 
@@ -100,7 +100,7 @@ def _spawn(argv: Sequence[str], null: int, output: int) -> subprocess.Popen[byte
 
 
 @contextmanager
-def _inherited_only(passed: Sequence[int]) -> Iterator[None]:
+def inherited_only(passed: Sequence[int]) -> Iterator[None]:
     """Let new children inherit the standard descriptors and ``passed``, and no other."""
     # Popen's own closing lists /proc/self/fd in the child, which is confined by then.
     before = {}
@@ -118,7 +118,7 @@ def _inherited_only(passed: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _inherited_attributes() -> Iterator[None]:
+def inherited_attributes() -> Iterator[None]:
     """Have what is the whole process's, and passes on to children, as QEMU should have it.
 
     No huge pages: QEMU asks for them for guest RAM and for its translation buffer, and a small
