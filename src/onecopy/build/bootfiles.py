@@ -8,13 +8,13 @@ busybox, the first stage (files/init) and what this guest is to do.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 import msgspec
 
+from onecopy.host.removal import remove_tree
 from onecopy.run import run
 from onecopy.store.artifact import Layer
 
@@ -79,7 +79,7 @@ def write_initrd(out: Path, boot: Boot, modules: Layer, busybox: Layer) -> None:
     for name, text in _config(boot).items():
         (folder / "onecopy" / name).write_text(text)
     out.write_bytes(_content(modules) + cpio(folder))
-    shutil.rmtree(folder)
+    remove_tree(folder)
 
 
 def _content(layer: Layer) -> bytes:

@@ -34,7 +34,6 @@ import fcntl
 import os
 import secrets
 import select
-import shutil
 import signal
 from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
@@ -45,6 +44,7 @@ import msgspec
 from onecopy.errors import AgentFailed, Incompatible, NotFound
 from onecopy.host import files
 from onecopy.host.lock import is_held, is_left
+from onecopy.host.removal import remove_tree
 from onecopy.model import PageClass
 from onecopy.store import Store
 
@@ -261,7 +261,7 @@ class GuestFolder:
 
     def remove(self) -> None:
         """Remove the folder; its VMM must be gone."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
 
     def find_vmm(self) -> int | None:
         """Process id of the VMM; None if there is none."""
@@ -308,7 +308,7 @@ class Batch(msgspec.Struct, frozen=True):
     def add(self, path: Path) -> GuestFolder:
         """A new run folder for one of them; the caller ends its VMM and removes it if it fails."""
         if path.exists():  # its lease was free: what is here is a leftover
-            shutil.rmtree(path)
+            remove_tree(path)
         path.mkdir()
         # Its VMM may be another user, who has no more than the way to what is made for it there.
         path.chmod(0o711)

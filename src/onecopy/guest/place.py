@@ -10,13 +10,13 @@ import errno
 import fcntl
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onecopy.errors import AlreadyExists, InvalidInput, NotEnough, NotFound, NotPermitted
 from onecopy.host.lock import is_held
+from onecopy.host.removal import remove_tree
 from onecopy.store.disk import free_bytes
 
 StrPath = str | os.PathLike[str]
@@ -63,7 +63,7 @@ def hidden(parent: Path) -> Iterator[Path]:
             # A copy that ends meanwhile removes its own.
             with suppress(FileNotFoundError):
                 if path.stat().st_uid == os.geteuid() and not is_held(path):
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_tree(path)
         work = parent / f"{_HIDDEN}{secrets.token_hex(8)}"
         work.mkdir(0o700)
         held = _locked(work)
@@ -71,7 +71,7 @@ def hidden(parent: Path) -> Iterator[Path]:
     try:
         yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        remove_tree(work)
         held.__exit__(None, None, None)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from onecopy.errors import StoreDamaged
 from onecopy.store import lease, loading, oci, workspace
 from onecopy.store.layout import Layout
+from onecopy.store.leftovers import going_on
 from onecopy.store.live import sweep as sweep_live
 
 
@@ -40,11 +41,13 @@ def collect(layout: Layout) -> list[str]:
     there = {f"sha256:{path.name}": path for path in layout.blobs.iterdir()}
     unwanted = sorted(there.keys() - wanted)
     for digest in unwanted:
-        there[digest].unlink(missing_ok=True)
+        with going_on(there[digest]):
+            there[digest].unlink(missing_ok=True)
     sweep_live(layout, wanted)
     lease.remove_folders(layout)
     for path in stale:
-        path.unlink(missing_ok=True)
+        with going_on(path):
+            path.unlink(missing_ok=True)
     return unwanted
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-import shutil
 from pathlib import Path
 from types import TracebackType
 
@@ -21,8 +20,10 @@ import msgspec
 from msgspec.structs import replace
 
 from onecopy.host.lock import is_held
+from onecopy.host.removal import remove_tree
 from onecopy.store import oci
 from onecopy.store.layout import Layout
+from onecopy.store.leftovers import tell
 
 _FILES = ".files"
 #: How holders begin that are no guests but keep blobs in memory (guest/pinning.py).
@@ -145,7 +146,7 @@ def any_stale(layout: Layout) -> bool:
 def remove_folders(layout: Layout) -> None:
     """Remove the folders of holders that ended; the store's lock is held."""
     for folder in _unused_folders(layout):
-        shutil.rmtree(folder, ignore_errors=True)
+        tell(folder, remove_tree(folder))
 
 
 def _unused_folders(layout: Layout) -> list[Path]:

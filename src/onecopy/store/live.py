@@ -12,6 +12,7 @@ from pathlib import Path
 from onecopy.host.sparse import copy_file
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
+from onecopy.store.leftovers import going_on
 
 
 def path_of(layout: Layout, segment: str, number: int) -> Path:
@@ -40,4 +41,5 @@ def sweep(layout: Layout, wanted: set[str]) -> None:
     """Remove what belongs to segments that are not ``wanted`` (digests); the lock is held."""
     for path in layout.live.iterdir():
         if f"sha256:{path.name.partition('.')[0]}" not in wanted:
-            path.unlink(missing_ok=True)
+            with going_on(path):
+                path.unlink(missing_ok=True)
