@@ -1,35 +1,40 @@
 """The source ``tar:PATH``: a tar archive, plain or compressed (.gz .bz2 .xz .zst).
 
-GNU tar lists it, so that the checks see what is going to be unpacked, and unpacks it; on its own
-it already holds back links that lead out until all members are written.
-Not here: OCI images.
+It is read once, from its beginning to its end, and unpacked as it comes. What decompresses it runs
+confined and reaches nothing; what unpacks it is ours. Not here: the format (tarformat.py), the
+unpacking (unpack.py), OCI images.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
+from onecopy.build.leftout import LeftOut
 from onecopy.build.opening import opening
-from onecopy.build.space import disk_is_full, disk_space
-from onecopy.build.tree import clamp_times, clock
+from onecopy.build.paxheader import BadMember
+from onecopy.build.space import disk_space
+from onecopy.build.tarformat import Stream, TarReader
+from onecopy.build.unpack import unpack
 from onecopy.errors import BadSource, CommandFailed
-from onecopy.model import PAGE_SIZE, align_up
-from onecopy.run import find_program, run
+from onecopy.host.removal import remove_tree
+from onecopy.run import find_program
+from onecopy.vmm.tool import Limits, Task, Tool, running
 
 #: What makes tar keep all that a tree holds.
 TAR_OPTIONS = ("--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner")
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# A line of `tar -tv --quoting-style=c`: mode, owner, size, date, time, "name"[ link to "target"].
-_LINE = re.compile(
-    r'(?P<type>.)\S+ +\S+ +(?P<size>\S+) +\S+ +\S+ +"(?P<name>(?:[^"\\]|\\.)*)"'
-    r'(?: link to "(?P<target>(?:[^"\\]|\\.)*)")?'
-)
 _HINT = "make it again with GNU tar from inside the folder: tar -C FOLDER -cf FILE ."
+#: Seconds that reading takes at most, and so many for each MiB of the archive.
+_PATIENCE, _EACH = 6 * 3600, 10
+_BUFFER = 1 << 20
 
 
 class ArchiveSource(msgspec.Struct, frozen=True):
@@ -37,59 +42,87 @@ class ArchiveSource(msgspec.Struct, frozen=True):
 
     path: Path
     label: str = "tar"
+    left_out: list[str] = []
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
-        """Unpack into the empty folder ``into``, as root, and return it.
+        """Unpack into the empty folder ``into``, as root, and return it; it is empty if that fails.
 
-        Raises BadSource (not an archive, broken, or with members that lead out), NotEnough,
-        MissingProgram, OSError.
+        Raises BadSource (not an archive, broken, or with members that lead out or cannot be kept),
+        NotEnough, MissingProgram, Incompatible, OSError.
         """
-        progress(f"checking {self.path.name}")
-        size = self._check()
         progress(f"unpacking {self.path.name}")
-        start = clock(into)
-        into.chmod(0o755)
-        with disk_space(into, size):
-            try:
-                extract = self._tar("--extract", "-C", str(into), "-p", "--same-owner")
-                require_kept(run(["sh", "-c", 'exec "$@" 2>&1', "sh", *extract]))
-            except CommandFailed as error:
-                if disk_is_full(error):
-                    raise
-                raise self._broken(error) from error
-            # Folders that are no members of their own were made now.
-            clamp_times(into, start)
+        left_out = LeftOut()
+        try:
+            with disk_space(into, 0):
+                self._unpack(into, left_out)
+        except BaseException:
+            remove_tree(into)
+            into.mkdir(exist_ok=True)
+            raise
+        self.left_out.extend(left_out.lines())
         return into
 
-    def _check(self) -> int:
-        """Bytes that the members take; raise BadSource before anything is written."""
+    def _unpack(self, into: Path, left_out: LeftOut) -> None:
         try:
-            lines = run(self._tar("--list", "-v", "-P", "--quoting-style=c")).splitlines()
+            with opening("archive", str(self.path), _HINT):
+                file = self.path.open("rb", buffering=0)
+            with file, _decompressed(file) as (stream, tool):
+                try:
+                    count = unpack(TarReader(stream, left_out.add), into)
+                except BadMember:
+                    # Why the archive ends too early is what the decompressor says.
+                    _finish(stream, tool)
+                    raise
+                _finish(stream, tool)
+        except BadMember as error:
+            where = f"the member {os.fsdecode(error.name[:4096])!r}: " if error.name else ""
+            raise self._broken(f"{where}{error.what}") from error
         except CommandFailed as error:
-            raise self._broken(error) from error
-        if not lines:
+            said = "\n".join(error.output.strip().splitlines()[-8:])
+            raise self._broken(error.message if error.limit else said) from error
+        if not count:
             raise BadSource(f"{self.path} holds nothing", hint=_HINT)
-        return sum(self._check_line(line) for line in lines)
 
-    def _check_line(self, line: str) -> int:
-        match = _LINE.match(line)
-        if not match:
-            raise BadSource(f"{self.path}: cannot make sense of the member {line}", hint=_HINT)
-        for name in (match["name"], match["target"] or ""):
-            if name.startswith("/") or ".." in name.split("/"):
-                raise BadSource(
-                    f"{self.path}: the member {match['name']!r} leads out of the archive",
-                    hint=_HINT,
-                )
-        return align_up(int(match["size"]), PAGE_SIZE) if match["type"] == "-" else PAGE_SIZE
+    def _broken(self, what: str) -> BadSource:
+        return BadSource(f"{self.path} cannot be unpacked: {what}", hint=_HINT)
 
-    def _tar(self, action: str, *options: str) -> list[str]:
-        # A colon in the name would mean another host without --force-local.
-        return ["tar", action, "--force-local", f"--file={self.path}", *TAR_OPTIONS, *options]
 
-    def _broken(self, error: CommandFailed) -> BadSource:
-        said = "\n".join(error.output.strip().splitlines()[-8:])
-        return BadSource(f"{self.path} cannot be unpacked:\n{said}", hint=_HINT)
+@contextmanager
+def _decompressed(file: io.FileIO) -> Iterator[tuple[Stream, Tool | None]]:
+    """What is in the file, and the program that decompresses it, if one does."""
+    start = file.read(6)
+    file.seek(0)
+    program = _program(start)
+    if not program:
+        yield io.BufferedReader(file, _BUFFER), None
+        return
+    seconds = _PATIENCE + _EACH * (os.fstat(file.fileno()).st_size >> 20)
+    read, write = os.pipe2(os.O_CLOEXEC)
+    with io.FileIO(read, "rb") as ours:
+        try:
+            # zstd has threads.
+            limits = Limits(seconds=seconds, processes=16)
+            task = Task([program, "-dc"], stdin=file.fileno(), stdout=write, limits=limits)
+            tool = running(task)
+            begun = tool.__enter__()
+        finally:
+            os.close(write)
+        try:
+            yield io.BufferedReader(ours, _BUFFER), begun
+        finally:
+            tool.__exit__(None, None, None)
+
+
+def _finish(stream: Stream, tool: Tool | None) -> None:
+    """Raise CommandFailed if the decompressor failed, or left something out."""
+    if tool and not stream.read(1):
+        ran = tool.finish()
+        if ran.err.strip():
+            raise CommandFailed("decompressing it", ran.code, ran.err)
+
+
+def _program(start: bytes) -> str:
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
 
 
 def require_kept(said: str) -> None:
@@ -106,11 +139,11 @@ def open_archive(text: str) -> ArchiveSource:
     """The archive ``text``; raise BadSource, or MissingProgram if its compression needs one."""
     with opening("archive", text, "write tar:PATH with the path of a tar archive"):
         path = Path(text).resolve(strict=True)
-        if not path.is_file():
+        # A pipe would be waited for.
+        if not stat.S_ISREG(path.stat().st_mode):
             raise BadSource(f"{text!r} is not a file", hint="a folder is dir:PATH")
         with path.open("rb") as file:
-            start = file.read(6)
-    for magic, program in _MAGIC.items():
-        if start.startswith(magic):
-            find_program(program)
+            program = _program(file.read(6))
+    if program:
+        find_program(program)
     return ArchiveSource(path)

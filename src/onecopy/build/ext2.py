@@ -2,7 +2,8 @@
 
 `mke2fs -d` numbers inodes in the order in which readdir(3) names them, which on most file systems
 is anything. So it reads a copy, written in order of names to a scratch ext2 without hashed folders,
-which gives names back in the order they came. Not here: EROFS (image.py).
+which gives names back in the order they came. That one is ours, just made and empty: a kernel may
+mount it. Not here: EROFS (image.py).
 """
 
 from __future__ import annotations
@@ -11,30 +12,19 @@ import os
 import struct
 from pathlib import Path
 
-from onecopy.build.archive import TAR_OPTIONS, require_kept
+from onecopy.build.confined import make_file, run_maker
+from onecopy.build.copying import copy_tree
+from onecopy.build.paxheader import BadMember
 from onecopy.build.tree import Facts
-from onecopy.errors import NotPermitted
+from onecopy.build.unpack import Unpacker
+from onecopy.errors import BadSource, CommandFailed, NotPermitted
+from onecopy.host.mount import mounted
 from onecopy.model import PAGE_SIZE, align_up
-from onecopy.run import find_program, run
+from onecopy.run import find_program
+from onecopy.vmm.tool import named
 
-# The mount is seen by this one process tree, so it ends with it, however that ends.
-_SCRIPT = """
-exec 2>&1
-set -eu -o pipefail
-tree=$1 out=$2 uuid=$3 inodes=$4; shift 4
-make() {
-    mke2fs -q -F -t ext2 -b 4096 -I 256 -N "$inodes" -m 0 \
-        -O none,sparse_super,large_file,filetype,ext_attr -U "$uuid" -E "hash_seed=$uuid" "$@"
-}
-make "$out.scratch"
-mkdir "$out.mount"
-mount -o loop "$out.scratch" "$out.mount"
-rmdir "$out.mount/lost+found"
-tar -C "$tree" -c --sort=name --sparse --format=posix "$@" . |
-    tar -C "$out.mount" -x -p --same-owner "$@"
-make -d "$out.mount" "$out"
-[ -e "$out.mount/lost+found" ] || debugfs -w -R 'rmdir lost+found' "$out"
-"""
+#: The latest time (seconds since 1970) that an ext2 can hold for Linux.
+_NEWEST = 0x7FFF_FFFF
 _GROUP = 32768
 _INODE = 256
 
@@ -54,30 +44,72 @@ def _inodes(facts: Facts) -> int:
 def make_ext2(tree: Path, out: Path, facts: Facts, uuid: str) -> None:
     """Write an ext2 image of ``tree`` to ``out``; whole seconds are all that ext2 keeps of times.
 
-    Raises NotPermitted (it mounts, so only root can), BadSource (attributes larger than a block),
-    CommandFailed, MissingProgram, OSError.
+    Sockets are left out. Raises NotPermitted (it mounts, so only root can), BadSource (attributes
+    larger than a block, times after 2038), CommandFailed, MissingProgram, OSError.
     """
     if os.geteuid() != 0:
         raise NotPermitted("ext2 images can be built by root only", hint="use --fs erofs")
-    for program in ("mke2fs", "debugfs", "tar"):
+    if facts.newest > _NEWEST:
+        raise BadSource(
+            f"{facts.newest_path!r} has a time that ext2 cannot keep: {facts.newest} s from 1970, "
+            f"of 0 to {_NEWEST}",
+            hint="give it another time with touch(1), or use --fs erofs",
+        )
+    for program in ("mke2fs", "debugfs"):
         find_program(program)
     size = image_size(facts)
     scratch = Path(f"{out}.scratch")
-    with scratch.open("wb") as file:
-        # Reserved now: behind a loop device a full disk would be noticed by nobody.
-        os.posix_fallocate(file.fileno(), 0, size)
-    with out.open("wb") as file:
-        file.truncate(size)
-    unshare = ["unshare", "--mount", "--propagation=private"]
-    arguments = [str(tree), str(out), uuid, str(_inodes(facts)), *TAR_OPTIONS]
-    said = run(
-        [*unshare, "bash", "-c", _SCRIPT, "ext2", *arguments],
-        env={"MKE2FS_CONFIG": "/dev/null", "E2FSPROGS_FAKE_TIME": str(facts.newest)},
-    )
-    require_kept(said)
-    scratch.unlink()
-    Path(f"{out}.mount").rmdir()
+    with make_file(out, size) as image:
+        with make_file(scratch, size) as work:
+            scratch.unlink()
+            # Reserved now: behind a loop device a full disk would be noticed by nobody.
+            os.posix_fallocate(work, 0, size)
+            _format(work, facts, uuid)
+            with mounted(work, ("ext2", "ext4")) as root:
+                os.rmdir("lost+found", dir_fd=root)
+                _copy(tree, root, out.parent)
+                _format(image, facts, uuid, tree=root)
+                keeps = _exists("lost+found", root)
+        if not keeps:
+            _remove_lost_and_found(image, facts)
     _fix_inodes(out, tree.stat())
+
+
+def _copy(tree: Path, root: int, scratch: Path) -> None:
+    try:
+        with Unpacker(Path(named(root)), scratch) as unpacker:
+            copy_tree(tree, unpacker)
+    except BadMember as error:
+        raise BadSource(
+            f"ext2 cannot hold {os.fsdecode(error.name[:4096])!r}: {error.what}",
+            hint="leave it out, or use --fs erofs",
+        ) from error
+
+
+def _format(image: int, facts: Facts, uuid: str, tree: int | None = None) -> None:
+    """Make an ext2 in an open file, of what is in the open folder ``tree``."""
+    features = "none,sparse_super,large_file,filetype,ext_attr"
+    argv = ["mke2fs", "-q", "-F", "-t", "ext2", "-b", "4096", "-I", str(_INODE), "-m", "0"]
+    argv += ["-N", str(_inodes(facts)), "-O", features, "-U", uuid, "-E", f"hash_seed={uuid}"]
+    if tree is not None:
+        # Of the name itself, which is a link, it would read the attributes.
+        argv += ["-d", f"{named(tree)}/."]
+    run_maker(argv, facts, image, tree)
+
+
+def _remove_lost_and_found(image: int, facts: Facts) -> None:
+    ran = run_maker(["debugfs", "-w", "-R", "rmdir lost+found"], facts, image)
+    # Beside its version it says what failed, and exits with 0.
+    if len(ran.err.strip().splitlines()) > 1:
+        raise CommandFailed("debugfs", ran.code, ran.err)
+
+
+def _exists(name: str, folder: int) -> bool:
+    try:
+        os.lstat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _fix_inodes(image: Path, root: os.stat_result) -> None:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from msgspec.structs import replace
 
+from onecopy.build.confined import make_file, run_maker
 from onecopy.build.ext2 import image_size, make_ext2
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.tree import Facts, scan
 from onecopy.errors import BadSource, CommandFailed, InvalidInput
 from onecopy.model import PAGE_SIZE, align_up
-from onecopy.run import run
+from onecopy.vmm.tool import named
 
 #: One for all images: nothing mounts a segment by it, and it must not differ from build to build.
 IMAGE_UUID = "6f6e6563-6f70-4079-8000-000000000001"
@@ -69,19 +71,35 @@ def make_erofs(tree: Path, out: Path, facts: Facts) -> None:
     SOURCE_DATE_EPOCH (mkfs.erofs(1)) fixes the build time; files keep theirs. Raises BadSource,
     CommandFailed, MissingProgram.
     """
-    if facts.longest_name == 255:
-        _require_long_names(out.parent)
+    with make_file(out) as image, _opened(tree) as root:
+        if facts.longest_name == 255:
+            _require_long_names(out.parent, facts)
+        _run_mkfs(image, root, facts)
+
+
+def _run_mkfs(image: int, tree: int, facts: Facts) -> None:
     options = ["-Enoinline_data", "-U", IMAGE_UUID, "--quiet"]
-    run(["mkfs.erofs", *options, out, tree], env={"SOURCE_DATE_EPOCH": str(facts.newest)})
+    run_maker(["mkfs.erofs", *options], facts, image, tree, behind=[named(tree)])
 
 
-def _require_long_names(scratch: Path) -> None:
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _require_long_names(scratch: Path, facts: Facts) -> None:
     """Raise BadSource if this mkfs.erofs cuts names of 255 bytes to 254, as 1.5 does."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        (Path(folder) / "in").mkdir()
-        (Path(folder) / "in" / ("n" * 255)).touch()
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        (folder / "in").mkdir()
+        (folder / "in" / ("n" * 255)).touch()
         try:
-            run(["mkfs.erofs", "--quiet", f"{folder}/out", f"{folder}/in"])
+            with make_file(folder / "out") as image, _opened(folder / "in") as tree:
+                _run_mkfs(image, tree, facts)
         except CommandFailed as error:
             raise BadSource(
                 "this host's mkfs.erofs cannot store names of 255 bytes", hint="use --fs ext2"

@@ -24,16 +24,16 @@ def disk_space(folder: Path, needed: int) -> Iterator[None]:
     Raises NotEnough: at once, or when the block fails because the disk is full.
     """
     if shutil.disk_usage(folder).free < needed:
-        raise _not_enough(folder, needed)
+        raise not_enough(folder, needed)
     try:
         yield
     except CommandFailed as error:
         if disk_is_full(error):
-            raise _not_enough(folder, needed) from error
+            raise not_enough(folder, needed) from error
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _not_enough(folder, needed) from error
+            raise not_enough(folder, needed) from error
         raise
 
 
@@ -42,6 +42,7 @@ def disk_is_full(error: CommandFailed) -> bool:
     return any(sign in error.output for sign in _SIGNS)
 
 
-def _not_enough(folder: Path, needed: int) -> NotEnough:
+def not_enough(folder: Path, needed: int) -> NotEnough:
+    """What to raise if the disk of ``folder`` has no room for ``needed`` bytes."""
     free = shutil.disk_usage(folder).free
     return NotEnough("disk", needed=needed, available=free, hint=_HINT)
