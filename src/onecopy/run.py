@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import shlex
 import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from onecopy.errors import CommandFailed, MissingProgram
 
@@ -47,6 +49,8 @@ PACKAGES = {
 
 #: A kill -9 of us takes the program along (prctl(2), PR_SET_PDEATHSIG).
 _WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
+#: Bytes that a program may print, and that are kept of what it says on standard error.
+_MOST_OUT, _MOST_ERR = 64 << 20, 256 << 10
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _KEPT = ("HOME", "TMPDIR", "http_proxy", "https_proxy", "no_proxy", "APT_CONFIG")
 
@@ -77,7 +81,8 @@ def run(
 ) -> str:
     """Run a program to its end and return what it printed on standard output.
 
-    With ``both`` standard error comes before it.
+    With ``both`` standard error comes before it. What it prints is bounded: not for programs that
+    read foreign data (vmm/tool.py).
 
     It runs in a process group of its own, which is ended when we are interrupted: no child
     outlives the call. Raises MissingProgram, or CommandFailed with both of its streams.
@@ -95,8 +100,13 @@ def run(
         # What a program makes must not depend on who runs us.
         umask=0o022,
     )
+    out, err = bytearray(), bytearray()
     try:
-        out, err = process.communicate(stdin)
+        _exchange(process, stdin or b"", out, err)
+    except _TooMuch as error:
+        _end_group(process)
+        output, limit = err.decode(errors="replace"), ("output", f"{_MOST_OUT >> 20} MiB")
+        raise CommandFailed(shlex.join(args), -signal.SIGKILL, output, limit=limit) from error
     except BaseException:
         _end_group(process)
         raise
@@ -104,6 +114,58 @@ def run(
         output = (err + b"\n" + out).decode(errors="replace")
         raise CommandFailed(shlex.join(args), process.returncode, output, hint=hint)
     return (err + out if both else out).decode(errors="replace")
+
+
+class _TooMuch(Exception):
+    """It prints more than is kept."""
+
+
+def _exchange(
+    process: subprocess.Popen[bytes], stdin: bytes, out: bytearray, err: bytearray
+) -> None:
+    """Give it ``stdin`` and read both of its streams until it ends; raise _TooMuch."""
+    assert process.stdout and process.stderr  # noqa: S101 - for the type checker
+    todo, streams = memoryview(stdin), {process.stdout: out, process.stderr: err}
+    with selectors.DefaultSelector() as selector:
+        for stream in streams:
+            selector.register(stream, selectors.EVENT_READ)
+        if process.stdin:
+            os.set_blocking(process.stdin.fileno(), False)
+            selector.register(process.stdin, selectors.EVENT_WRITE)
+        while selector.get_map():
+            for key, _ in selector.select():
+                if key.fileobj is process.stdin:
+                    todo = _give(process.stdin, todo)
+                    if not todo:
+                        selector.unregister(process.stdin)
+                        process.stdin.close()
+                    continue
+                data = os.read(key.fd, 64 << 10)
+                if not data:
+                    selector.unregister(key.fileobj)
+                elif key.fileobj is process.stdout and len(out) + len(data) > _MOST_OUT:
+                    raise _TooMuch
+                else:
+                    kept = out if key.fileobj is process.stdout else err
+                    keep(kept, data, None if kept is out else _MOST_ERR)
+    for stream in streams:
+        stream.close()
+    process.wait()
+
+
+def _give(pipe: IO[bytes], data: memoryview) -> memoryview:
+    """Write what a pipe takes; return the rest, which is nothing if nobody reads it any more."""
+    try:
+        return data[os.write(pipe.fileno(), data[: 64 << 10]) :] if data else data
+    except BrokenPipeError:
+        return data[:0]
+
+
+def keep(kept: bytearray, data: bytes, most: int | None) -> None:
+    """Add ``data``; of more than twice ``most`` bytes only the beginning and the end stay."""
+    kept += data
+    if most and len(kept) > 2 * most:
+        kept[most // 2 : -most // 2] = b"\n[...]\n"
 
 
 async def run_shell(command: str, env: Mapping[str, str]) -> tuple[int, str]:

@@ -60,6 +60,25 @@ def test_a_long_output_is_cut_in_the_message_only() -> None:
     assert "\n900\n" in caught.value.output
 
 
+def test_what_a_program_prints_is_bounded() -> None:
+    with pytest.raises(CommandFailed, match="more output than 64 MiB") as caught:
+        door.run(["sh", "-c", "echo why >&2; exec cat /dev/zero"])
+    assert (caught.value.limit, caught.value.output) == ("output", "why\n")
+    script = "echo first >&2; head -c 9000000 /dev/zero >&2; echo last >&2; exit 1"
+    with pytest.raises(CommandFailed) as caught:
+        door.run(["sh", "-c", script])
+    assert len(caught.value.output) < 1 << 20
+    assert caught.value.output.startswith("first\n")
+    assert caught.value.output.strip().endswith("last")
+
+
+def test_a_program_need_not_read_what_it_is_given() -> None:
+    data = bytes(1 << 20)
+    assert door.run(["true"], stdin=data) == ""
+    assert door.run(["sh", "-c", "cat; cat >&2"], stdin=data, both=True) == "\0" * len(data)
+    assert door.run(["cat"], stdin=b"") == ""
+
+
 def test_standard_input_is_empty() -> None:
     assert door.run(["readlink", "/proc/self/fd/0"]) == "/dev/null\n"
     assert door.run(["cat"], stdin=b"given") == "given"

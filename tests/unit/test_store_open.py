@@ -180,3 +180,40 @@ def test_opening_a_clean_store_is_cheap(tmp_path: Path) -> None:
         times.append(time.perf_counter() - begin)
     # The fastest: the rest is what else the machine does.
     assert min(times) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ('a"b', "holds '\"'"),
+        ("a:b", "holds ':'"),
+        ("a\\b", "holds"),
+        ("a\nb", r"holds '\n'"),
+        ("a\x1b[31mb", r"holds '\x1b'"),
+        ("a\x85b", r"holds '\x85'"),
+        ("a\udcffb", "not UTF-8"),
+        ("x" * 256, "too long"),
+        ("/".join(["x" * 200] * 3), "too long"),
+        ("a\0b", "holds"),
+    ],
+)
+def test_a_store_cannot_lie_anywhere(tmp_path: Path, name: str, why: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Store(tmp_path / name)
+    assert why in caught.value.message
+    assert caught.value.message.isprintable()
+    assert "ONECOPY_HOME" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_its_links_lead_counts(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "link").symlink_to("a:b")
+    with pytest.raises(InvalidInput, match="holds ':'"):
+        Store(tmp_path / "link")
+
+
+@pytest.mark.parametrize("name", ["a b", "$(touch x)", "a;b&c|d", "it's", "ü,=#%~*?[x]{y}", "-rf"])
+def test_a_store_in_an_odd_folder(tmp_path: Path, name: str) -> None:
+    artifact = put(Store(tmp_path / name))
+    assert Store(tmp_path / name).find(Reference.parse("app:1"), "segment") == artifact

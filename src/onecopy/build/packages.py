@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onecopy.errors import BadSource, CommandFailed
+from onecopy.host.removal import remove_tree
 from onecopy.run import run
 
 #: Where this host is not Debian itself.
 DEFAULT_SUITE = "trixie"
 _HINT = "check the network, and that the suite exists (mmdebstrap needs a Debian mirror)"
+
+# Runs in mmdebstrap, for the first of $ONECOPY_PACKAGES that there is.
+_DOWNLOAD = """
+export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
+cd "$ONECOPY_DOWNLOADS"
+for name in $ONECOPY_PACKAGES; do
+    real=$(apt-cache depends --important "$name" 2>/dev/null |
+        sed -n 's/^ *Depends: //p' | head -n 1)
+    case $real in linux-image-*) name=$real ;; esac
+    apt-get download "$name" && exit 0
+done
+exit 1
+"""
 
 
 def host_suite() -> str:
@@ -58,21 +71,12 @@ def fetch_package(
     root = into / "apt"
     downloads = into / "downloads"
     downloads.mkdir()
-    script = f"""
-        export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
-        cd {downloads}
-        for name in {" ".join(candidates)}; do
-            real=$(apt-cache depends --important "$name" 2>/dev/null |
-                sed -n 's/^ *Depends: //p' | head -n 1)
-            case $real in linux-image-*) name=$real ;; esac
-            apt-get download "$name" && exit 0
-        done
-        exit 1
-    """
-    argv = [*_mmdebstrap("custom"), f"--customize-hook={script}"]
+    argv = [*_mmdebstrap("custom"), f"--customize-hook={_DOWNLOAD}"]
+    # By the environment: a hook is shell text, and no path belongs in there.
+    env = {"ONECOPY_DOWNLOADS": os.fspath(downloads), "ONECOPY_PACKAGES": " ".join(candidates)}
     try:
-        run([*argv, suite, root])
+        run([*argv, suite, root], env=env)
     except CommandFailed as error:
         raise BadSource(f"cannot fetch {candidates[-1]}: {error}", hint=_HINT) from error
-    shutil.rmtree(root, ignore_errors=True)
+    remove_tree(root)
     return next(downloads.glob("*.deb"))

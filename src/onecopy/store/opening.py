@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 from pathlib import Path
 
 from onecopy.errors import Incompatible, InvalidInput, StoreDamaged
@@ -19,6 +20,9 @@ _OURS = {
     *("lock", "tmp", "leases", "live", "cache"),
     *("blobs", "index.json", "oci-layout", "lost+found"),
 }
+#: What apt and mmdebstrap cannot have in a path.
+_ODD = '":\\'
+_MOST_PATH, _MOST_NAME, _SHOWN = 512, 255, 128
 
 
 def open_layout(root: Path) -> Layout:
@@ -27,6 +31,7 @@ def open_layout(root: Path) -> Layout:
     Raises InvalidInput (the folder is something else's), NotPermitted, NotEnough, StoreDamaged, or
     Incompatible (a network file system, or a version of the OCI layout that we do not know).
     """
+    _require_plain(root)
     layout = Layout(Path(os.path.abspath(root)))  # noqa: PTH100 - Path.absolute() keeps ".."
     try:
         with file_errors(_existing(layout.root)):
@@ -42,6 +47,37 @@ def open_layout(root: Path) -> Layout:
         ) from error
     _check_mark(layout, data)
     return layout
+
+
+def _require_plain(root: Path) -> None:
+    """Raise InvalidInput for a path with which programs that a store needs cannot work.
+
+    apt takes some characters for its own, records are UTF-8, and names below need room.
+    """
+    why = _why_not(os.fspath(root))
+    if not why:
+        # Programs are given where links lead.
+        why = _why_not(os.path.realpath(root))
+    if why:
+        shown = os.fspath(root)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}[...]"
+        raise InvalidInput(
+            f"the store cannot lie in {shown!a}: {why}", hint="set ONECOPY_HOME to another folder"
+        )
+
+
+def _why_not(path: str) -> str:
+    odd = next((c for c in path if c in _ODD or unicodedata.category(c) == "Cc"), "")
+    if odd:
+        return f"its path holds {odd!a}"
+    try:
+        raw = path.encode()
+    except UnicodeEncodeError:
+        return "its path is not UTF-8"
+    if len(raw) > _MOST_PATH or any(len(part) > _MOST_NAME for part in raw.split(b"/")):
+        limit = f"{_MOST_PATH} bytes, and a name in it {_MOST_NAME}"
+        return f"its path is too long: it may have {limit}"
+    return ""
 
 
 def _require_local(path: Path) -> None:

@@ -27,7 +27,7 @@ from onecopy.host import landlock, seccomp
 from onecopy.host.landlock import EXECUTE, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
 from onecopy.host.syscall import PR_SET_NO_NEW_PRIVS, prctl, set_capabilities, unshare_folder
 from onecopy.model import format_size
-from onecopy.run import find_program
+from onecopy.run import find_program, keep
 from onecopy.vmm.given import READ, WRITE
 from onecopy.vmm.spawn import alone, inherited_attributes, inherited_only
 from onecopy.vmm.user import User, new_user
@@ -280,10 +280,8 @@ class Tool:
                 data = os.read(fd, 64 << 10)
                 if not data:
                     return False
-                kept += data
-                if kept is self._err and len(kept) > 2 * _SAID:
-                    kept[_SAID // 2 : -_SAID // 2] = b"\n[...]\n"
-                elif kept is self._out and len(kept) > self._task.limits.output:
+                keep(kept, data, _SAID if kept is self._err else None)
+                if kept is self._out and len(kept) > self._task.limits.output:
                     self._kill("output")
                     return False
         return True
