@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from onecopy.build.tree import Facts
+from onecopy.errors import NotEnough
+from onecopy.host import meminfo
 from onecopy.model import PAGE_SIZE
 from onecopy.vmm.given import READ, WRITE
 from onecopy.vmm.tool import READ_ANY, READ_TREE, Limits, Ran, Task, named, run_tool
@@ -21,8 +23,9 @@ from onecopy.vmm.user import capabilities
 _SEE_TRUSTED = 1 << 21
 #: Seconds that making an image takes at most, and so many for each MiB and each thousand files.
 _PATIENCE, _EACH = 1800, 1
-#: Bytes of memory that it takes at most, and for each file and each MiB.
-_MEMORY, _FOR_FILE, _FOR_MIB = 1 << 30, 4096, 1024
+#: Bytes of memory that it takes at most, and for each file (mkfs.erofs 1.5 keeps a path of 4 KiB
+#: of each) and each MiB.
+_MEMORY, _FOR_FILE, _FOR_MIB = 1 << 30, 5000, 1024
 
 
 def run_maker(
@@ -66,12 +69,24 @@ def run_maker(
 
 def _environment(facts: Facts) -> Mapping[str, str]:
     """What makes images the same whenever they are made."""
-    time = str(facts.newest)
     return {
         "MKE2FS_CONFIG": "/dev/null",
-        "E2FSPROGS_FAKE_TIME": time,
-        "SOURCE_DATE_EPOCH": time,
+        # To e2fsprogs 0 is no time: it would look at the clock.
+        "E2FSPROGS_FAKE_TIME": str(max(1, facts.newest)),
+        "SOURCE_DATE_EPOCH": str(facts.newest),
     }
+
+
+def require_memory(facts: Facts) -> None:
+    """Raise NotEnough if this host has no memory for what mkfs.erofs keeps of each file."""
+    needed, available = _FOR_FILE * facts.inodes, meminfo.read().available
+    if available is not None and needed > available:
+        raise NotEnough(
+            "memory",
+            needed=needed,
+            available=available,
+            hint=f"mkfs.erofs keeps something of each of {facts.inodes:,} files: use --fs ext2",
+        )
 
 
 @contextmanager

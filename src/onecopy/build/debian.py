@@ -61,6 +61,7 @@ class DebianSource(msgspec.Struct, frozen=True):
 
     suite: str
     packages: tuple[str, ...]
+    left_out: list[str] = []
 
     @property
     def label(self) -> str:

@@ -112,6 +112,8 @@ class DiskSource(msgspec.Struct, frozen=True):
     partition: int | None
     """None: the one that holds a root."""
     label: str = "disk"
+    left_out: list[str] = []
+    """What of the disk was not unpacked."""
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
         """Copy the files into the empty folder ``into``, as root, and return it.

@@ -23,6 +23,7 @@ class FolderSource(msgspec.Struct, frozen=True):
 
     path: Path
     label: str = "dir"
+    left_out: list[str] = []
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:  # noqa: ARG002
         """Return the folder itself; raise BadSource if it holds nothing or cannot be read."""

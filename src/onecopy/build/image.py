@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from onecopy.build.confined import make_file, run_maker
+from onecopy.build.confined import make_file, require_memory, run_maker
 from onecopy.build.ext2 import image_size, make_ext2
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.tree import Facts, scan
@@ -27,13 +27,15 @@ from onecopy.vmm.tool import named
 IMAGE_UUID = "6f6e6563-6f70-4079-8000-000000000001"
 
 
-def make_image(tree: Path, out: Path, fs: str, room: int = 0) -> int:
+def make_image(
+    tree: Path, out: Path, fs: str, room: int = 0, *, left_out: list[str] | None = None
+) -> int:
     """Write the image of ``tree`` to the new file ``out`` and return its size in bytes.
 
     ``fs`` is one of `FILE_SYSTEMS`; the size is a multiple of 2 MiB. ``room`` bytes stay free in
-    it, if it is one that can be written to. Raises BadSource (unreadable,
-    changed meanwhile, or more than the file system can hold), NotEnough, NotPermitted,
-    InvalidInput, MissingProgram.
+    it, if it is one that can be written to. ``left_out`` gets what such an image cannot hold.
+    Raises BadSource (unreadable, changed meanwhile, or more than the file system can hold),
+    NotEnough, NotPermitted, InvalidInput, MissingProgram.
     """
     check_fs(fs)
     facts = scan(tree)
@@ -51,6 +53,8 @@ def make_image(tree: Path, out: Path, fs: str, room: int = 0) -> int:
         size = align_up(out.stat().st_size)
         os.truncate(out, size)
     _require_unchanged(tree, facts)
+    if fs == "ext2" and facts.sockets and left_out is not None:
+        left_out.append(f"{facts.sockets} socket{'s' if facts.sockets > 1 else ''}")
     return size
 
 
@@ -71,6 +75,7 @@ def make_erofs(tree: Path, out: Path, facts: Facts) -> None:
     SOURCE_DATE_EPOCH (mkfs.erofs(1)) fixes the build time; files keep theirs. Raises BadSource,
     CommandFailed, MissingProgram.
     """
+    require_memory(facts)
     with make_file(out) as image, _opened(tree) as root:
         if facts.longest_name == 255:
             _require_long_names(out.parent, facts)

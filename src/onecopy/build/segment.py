@@ -66,7 +66,8 @@ def build_segment(
         tree = opened.unpack(into, progress)
         progress(f"writing the {fs} image")
         image = work / "image"
-        size = make_image(tree, image, fs, room)
+        lost: list[str] = []
+        size = make_image(tree, image, fs, room, left_out=lost)
         config = SegmentConfig(
             ranges=(Range(page_class, size, fs),),
             source=opened.label,
@@ -77,4 +78,7 @@ def build_segment(
         layer = NewLayer(
             path=image, media_type=f"{MEDIA_TYPE}+{fs}", annotations={ROLE: role(0)}, size=size
         )
-        return store.put("segment", ref, config.encode(), [layer], access=access)
+        built = store.put("segment", ref, config.encode(), [layer], access=access)
+    if left_out := [*opened.left_out, *lost]:
+        progress(f"left out: {'; '.join(left_out)}")
+    return built

@@ -26,6 +26,11 @@ class Source(Protocol):
         """What the segment's record says: the kind and, for Debian, the suite; no host paths."""
         ...
 
+    @property
+    def left_out(self) -> Sequence[str]:
+        """What of it was not unpacked, once it is, in a user's words."""
+        ...
+
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
         """Return the tree to image: ``into`` (an empty folder), now filled, or one in place.
 

@@ -238,11 +238,13 @@ def _plain(
     kind = _KINDS.get(fields[7])
     if kind is None:
         raise BadMember(b"", f"it is of a kind ({fields[7].decode('latin-1')!r}) that is not known")
-    if fields[7] == b"\0" and name.endswith(b"/"):
-        # Before POSIX a folder was a file with such a name.
-        kind = "d"
     records = headers.records
     size = parse_whole(records[b"size"]) if b"size" in records else _number(fields[4])
+    if kind == "-" and name.endswith(b"/"):
+        # Before POSIX a folder was a file with such a name.
+        if size:
+            raise BadMember(b"", "it is a folder by its name, but has content")
+        kind = "d"
     target = names.get(b"K", fields[8].partition(b"\0")[0])
     return Member(
         name=name,

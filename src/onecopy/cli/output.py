@@ -46,7 +46,15 @@ def progress() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
 
     with Console(stderr=True).status("...") as status:
-        yield lambda text: status.update(text.replace("[", r"\["))
+
+        def tell(text: str) -> None:
+            escaped = text.replace("[", r"\[")
+            status.update(escaped)
+            if text.startswith("left out: "):
+                # That stays on the screen.
+                status.console.print(f"onecopy: {escaped}")
+
+        yield tell
 
 
 def duration(seconds: float) -> str:
