@@ -77,7 +77,7 @@ NAMES = sorted(_cases(Path("/store")))
 #: The name of a thing that goes into the line as it is; what differs by host comes from a probe.
 _PLAIN = {"machine", "binary", "name", "folder", "monitor_fd", "console_fd"}
 #: Not on the line: what the VMM is confined to (confine.py).
-_BESIDE = {"later"}
+_BESIDE = {"later", "ports_later"}
 
 
 def _text(case: Case) -> str:

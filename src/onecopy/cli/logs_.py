@@ -1,5 +1,6 @@
 """onecopy logs"""
 
+import contextlib
 import sys
 import time
 
@@ -15,16 +16,24 @@ from onecopy.cli.params import GuestType
 )
 @click.option("--qemu", is_flag=True, help="What QEMU itself printed, in place of the console.")
 def command(guest: str, follow: bool, qemu: bool) -> None:
-    """Show what a guest's console, and QEMU, have printed."""
+    """Show what a guest's console, and QEMU, have printed.
+
+    The newest few MiB of it are kept.
+    """
     from onecopy.guest.host import Host
+    from onecopy.vmm import logs
 
     host = Host.open()
     folder = host.guest(guest)
-    with (folder.path / ("qemu.log" if qemu else "console.log")).open("rb") as log:
+    log = logs.Log(folder.path, logs.QEMU if qemu else logs.CONSOLE)
+    if log.was_cut:
+        click.echo("(older lines were dropped)", err=True)
+    with contextlib.closing(log):
         while True:
-            while data := log.read(1 << 16):
+            for data in log.read():
                 sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
             if not follow or not host.store.is_held(guest):
                 return
+            host.keep_logging(folder)
             time.sleep(0.2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -19,8 +20,9 @@ from onecopy.guest.disks import DiskSpec, OpenDisk, opened
 from onecopy.guest.folder import Batch, GuestDisk, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig, check_mountpoint
+from onecopy.host import image
 from onecopy.model import MIB, Reference, format_size
-from onecopy.vmm import disk, growing, hotplug
+from onecopy.vmm import bounds, disk, growing, hotplug, logs
 from onecopy.vmm.argv import HOT_ROOM, cpu_room
 from onecopy.vmm.growing import MEMORY_BLOCK
 from onecopy.vmm.monitor import Monitor, connect
@@ -145,6 +147,9 @@ async def fit(
         words: list[str] = []
         async with connect(folder.path / "monitor.sock") as monitor:
             words += await _grow(monitor, record, wanted)
+            if disks:
+                with host.locked():
+                    _let_write(folder.path, record.pid, disks)
             plugged = await _plug(monitor, record.name, disks)
         for each in plugged:
             words += ["disk", each.name, each.address, each.mountpoint or "-"]
@@ -166,6 +171,7 @@ async def _grow(monitor: Monitor, record: GuestRecord, wanted: Fitting) -> list[
     words: list[str] = []
     more = (wanted.memory or record.memory) - record.memory
     if more:
+        bounds.let_map(record.pid, more, private=True)
         address = await growing.add_memory(monitor, more)
         words += ["memory", str(address), str(more)]
     if wanted.cpus and wanted.cpus > record.cpus:
@@ -192,6 +198,11 @@ async def _plug(monitor: Monitor, guest: str, disks: Sequence[OpenDisk]) -> tupl
             )
         )
     return tuple(plugged)
+
+
+def _let_write(folder: Path, pid: int, disks: Sequence[OpenDisk]) -> None:
+    """Let QEMU write all of its disks, whose images may grow; under the host's lock."""
+    logs.make_room(folder, pid, max(image.most(each.fd, each.form) for each in disks))
 
 
 async def _confirm(folder: GuestFolder, words: Sequence[str], *, timeout: float) -> None:

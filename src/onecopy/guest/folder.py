@@ -13,8 +13,9 @@
         attach.lock     held by the command that changes which segments the guest has
         paused          locked by the command that lets the guest stand still
         exec.TAG        locked by the command that runs a program in the guest
-        console.sock    the serial console; console.log keeps all it said
+        console.sock    the serial console; console.log keeps the newest that it said
         qemu.log        what QEMU itself said
+        console.cut     there if some of console.log was dropped (vmm/logs.py); qemu.cut alike
 
     What QEMU opens there by itself (pipes, console.log) is its user's; the folder and all else is
     ours, so that QEMU makes and replaces nothing (vmm/confine.py).

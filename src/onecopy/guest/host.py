@@ -30,6 +30,7 @@ from onecopy.host.lock import alone, is_left
 from onecopy.host.process import is_same
 from onecopy.sharing import check
 from onecopy.store import Lease, Store
+from onecopy.vmm import logs
 from onecopy.vmm.qemu import Qemu, probe
 
 
@@ -208,6 +209,8 @@ class Host(msgspec.Struct, frozen=True, dict=True):
                     left.append(folder)
                 elif folder.left_paused:
                     resume(path)
+                elif logs.are_filling(path):
+                    self._make_room(folder)
             if abandoned:
                 vmms = self.vmms(folder.name for folder in abandoned)
                 kill((pid, partial(is_vmm, (self.run / name).resolve(), pid)) for name, pid in vmms)
@@ -218,6 +221,17 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         if abandoned:
             # Their leases are stale only now.
             self.store.sweep()
+
+    def _make_room(self, folder: GuestFolder) -> None:
+        """Let the logs of a guest go on; under lock."""
+        with contextlib.suppress(NotFound, OSError):
+            logs.make_room(folder.path, folder.record().pid)
+
+    def keep_logging(self, folder: GuestFolder) -> None:
+        """Let the logs of a guest go on, without what is oldest, if they are full."""
+        if logs.are_filling(folder.path):
+            with self.locked():
+                self._make_room(folder)
 
     def drop(self, *folders: GuestFolder) -> None:
         """Remove the run folders of VMMs that have ended, or are the caller's to end."""

@@ -14,18 +14,19 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import InUse, InvalidInput
+from onecopy.errors import GuestFailed, InUse, InvalidInput
 from onecopy.guest.folder import GuestFolder
 from onecopy.guest.pause import copying, stopped
-from onecopy.host import private, sparse
+from onecopy.host import memory, private, sparse
 from onecopy.host.lock import locked
 from onecopy.model import MIB
 from onecopy.run import run
 from onecopy.store.disk import file_errors
+from onecopy.vmm.bounds import writing_at_most
 from onecopy.vmm.hotplug import EXEC_PORT, later_devices
 from onecopy.vmm.monitor import Monitor
 
-#: Bytes that the state of a machine's devices may take, by far.
+#: Bytes that the state of a machine's devices may take; it takes some 300 KiB.
 STATE_ROOM = 16 * MIB
 
 
@@ -62,7 +63,7 @@ async def take(folder: GuestFolder, source: Source, work: Path, *, last: bool = 
             async with stopped(folder, go_on=not last) as monitor:
                 began = time.monotonic()
                 await _require_as_started(monitor, folder.name)
-                await _save_devices(monitor, state)
+                state.write_bytes(await _devices(monitor, source.pid))
                 address = await monitor.ram_address()
                 await asyncio.to_thread(_copy_own, folder.name, source, address, ram)
             pause = time.monotonic() - began
@@ -97,11 +98,19 @@ async def _require_as_started(monitor: Monitor, name: str) -> None:
         )
 
 
-async def _save_devices(monitor: Monitor, state: Path) -> None:
-    with state.open("xb") as file:
-        # A full disk must be told now, and not by QEMU.
-        os.posix_fallocate(file.fileno(), 0, STATE_ROOM)
-        file.truncate(await monitor.save_devices(file.fileno()))
+async def _devices(monitor: Monitor, pid: int) -> bytes:
+    """The state of the machine's devices, copied out of what QEMU has written."""
+    # QEMU may keep what it was lent, and write to it when the state has been stored.
+    lent = memory.scratch("onecopy-state")
+    try:
+        with writing_at_most(pid, STATE_ROOM):
+            await monitor.save_devices(lent)
+            content = memory.take(lent, STATE_ROOM)
+    finally:
+        os.close(lent)
+    if not content:
+        raise GuestFailed("QEMU wrote nothing as the state of its devices")
+    return content
 
 
 def _copy_own(name: str, source: Source, address: int, ram: Path) -> None:

@@ -11,8 +11,8 @@ import msgspec
 from msgspec.structs import replace
 
 from onecopy.build.kernel import ensure_kernel
-from onecopy.errors import GuestFailed, Incompatible, NotFound, StoreDamaged
-from onecopy.guest import identity, machine, warming
+from onecopy.errors import GuestFailed, Incompatible, NotFound
+from onecopy.guest import identity, machine, state, warming
 from onecopy.guest.begin import (
     described,
     handed_out,
@@ -35,7 +35,6 @@ from onecopy.guest.ports import Ports, forward, need_rights, published, require_
 from onecopy.host import process
 from onecopy.model import Mergeable
 from onecopy.store import Artifact
-from onecopy.store.digest import file_digest
 from onecopy.vmm import answering
 from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import Card, Hardware, Launch, Ram, command
@@ -110,23 +109,6 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
         placed=tuple(placed),
         domain=host.store.access(artifact.name).domain,
     )
-
-
-def _require_state(artifact: Artifact) -> None:
-    """Raise StoreDamaged unless QEMU would read what it wrote: it trusts its input."""
-    layer = artifact.layer("state")
-    try:
-        found = file_digest(layer.path)
-    except OSError as error:
-        raise StoreDamaged(
-            f"the device state of {artifact.ref} cannot be read: {error.strerror}",
-            hint=f"`onecopy rm {artifact.ref}`, then save it again",
-        ) from error
-    if found != layer.digest:
-        raise StoreDamaged(
-            f"the device state of {artifact.ref} is not what was saved: {layer.path} was changed",
-            hint=f"`onecopy rm {artifact.ref}`, then save it again",
-        )
 
 
 def launch_spec(
@@ -242,17 +224,17 @@ async def _launched(
     with (
         new_card(host, spec.bridge, spec.publish, network=source.config.network) as card,
         host.claim(name, [source.artifact.digest], batch) as (folder, lease),
-    ):
         # Not before it is leased: another command may remove it until then.
-        _require_state(source.artifact)
+        state.checked(source.artifact) as devices,
+    ):
         warming.begin_aside(host.store, source.artifact.layers)
         prepare(folder.path)
         launched = launch_spec(host, source, folder.path, spec, card)
+        launched = replace(launched, ports_later=not runs)
         vmm, backed = await started(host, source.placed, source.hardware, launched, lease)
         async with or_killed(vmm):
             async with connect(folder.path / "monitor.sock") as monitor:
-                with source.artifact.layer("state").path.open("rb") as state:
-                    await monitor.incoming(state.fileno())
+                await monitor.incoming(devices)
                 if runs:
                     await monitor.execute("cont")
                 ports = await published(monitor, spec.publish)

@@ -23,6 +23,8 @@ _FIRST, _COUNT = 100, 200
 _QCOW2 = b"QFI\xfb"
 _HEAD = struct.Struct(">4s I Q I I Q I I Q Q I I Q Q")
 _DATA_FILE = 1 << 2
+#: Bytes of the smallest image's tables, by far.
+_TABLES = 16 << 20
 
 
 def lock(fd: int) -> bool:
@@ -62,6 +64,19 @@ def form_of(fd: int, name: str) -> str:
         _require_alone(head, name)
         return "qcow2"
     return "raw"
+
+
+def most(fd: int, form: str) -> int:
+    """Bytes that the file of an image may come to have, at the most that its user has asked for.
+
+    A qcow2 image grows up to its disk's size, and beside that has its tables (QEMU
+    docs/interop/qcow2.txt), and what its snapshots keep.
+    """
+    size = os.fstat(fd).st_size
+    if form == "raw":
+        return size
+    disk = int.from_bytes(os.pread(fd, 8, 24), "big")
+    return size + disk + disk // 512 + _TABLES
 
 
 def _require_alone(head: bytes, name: str) -> None:

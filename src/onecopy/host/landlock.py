@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from onecopy.host.syscall import buffer, syscall
@@ -25,12 +25,14 @@ IOCTL_DEV = 1 << 15
 _FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 #: All file system rights up to the ABI in which they came.
 _HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+#: Since when a ruleset can say at which TCP ports a process may listen, and that right.
+BINDS_SINCE, _BIND_TCP = 4, 1 << 0
 #: No signals to, and no abstract UNIX sockets of, processes outside.
 _SCOPED = {6: 0b11}
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _CREATE_RULESET_VERSION = 1
-_RULE_PATH_BENEATH = 1
+_RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
 
 
 def abi() -> int:
@@ -46,20 +48,31 @@ def handled(version: int) -> int:
     return max((mask for since, mask in _HANDLED.items() if since <= version), default=0)
 
 
-def attributes(version: int) -> bytes:
-    """struct landlock_ruleset_attr as that version has it. TCP (version 4) stays free."""
+def attributes(version: int, *, binds: bool = False) -> bytes:
+    """struct landlock_ruleset_attr as that version has it.
+
+    Connections stay free; with ``binds`` only ports that a rule allows may be listened at.
+    """
     scoped = _SCOPED[6] if version >= 6 else 0
-    size = 8 if version < 4 else 16 if version < 6 else 24
-    return struct.pack("QQQ", handled(version), 0, scoped)[:size]
+    size = 8 if version < BINDS_SINCE else 16 if version < 6 else 24
+    return struct.pack("QQQ", handled(version), _BIND_TCP if binds else 0, scoped)[:size]
 
 
 class Ruleset:
     """Rules, until a process puts itself under them; to be closed."""
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: int, ports: Sequence[int] | None = None) -> None:
+        """``ports`` are the only TCP ports that may be listened at (0: any that is free).
+
+        A kernel whose ABI is older than BINDS_SINCE allows all.
+        """
         self._handled = handled(version)
-        data = attributes(version)
+        data = attributes(version, binds=ports is not None)
         self.fd = syscall(_CREATE_RULESET, buffer(data), len(data), 0)
+        if ports is not None and version >= BINDS_SINCE:
+            for port in ports:
+                rule = buffer(struct.pack("QQ", _BIND_TCP, port))
+                syscall(_ADD_RULE, self.fd, _RULE_NET_PORT, rule, 0)
 
     def allow(self, fd: int, rights: int) -> None:
         """Allow ``rights`` on the file, or below the folder, that is open as ``fd``.

@@ -38,6 +38,34 @@ def create(name: str, size: int, content: Path | None = None, *, sealed: bool = 
     return fd
 
 
+def create_sealed(name: str, content: bytes) -> int:
+    """A new memory file with ``content``, which nobody can change."""
+    fd = scratch(name)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+        os.lseek(fd, 0, os.SEEK_SET)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _RESIZE | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def scratch(name: str) -> int:
+    """A new memory file for somebody to write to, until its content is taken."""
+    return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+
+def take(fd: int, room: int) -> bytes:
+    """What was written to a scratch file, which nobody can write to any more; at most ``room``."""
+    content = os.pread(fd, room, 0)
+    # Whoever has it open still keeps nothing of it.
+    os.ftruncate(fd, 0)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _RESIZE | fcntl.F_SEAL_SEAL)
+    return content
+
+
 def _require(content: Path | None) -> None:
     needed = content.stat().st_blocks * 512 if content else 0
     available = meminfo.read().available

@@ -15,10 +15,41 @@ from collections.abc import Sequence
 
 from onecopy.host.syscall import address, buffer, syscall
 
-#: System calls by number.
-OPEN, MADVISE, SOCKET, SOCKETPAIR, OPENAT, IO_URING_SETUP = 2, 28, 41, 53, 257, 425
-#: chmod, fchmod, fchmodat, fchmodat2; setxattr, lsetxattr, fsetxattr, setxattrat.
-CHANGE_RIGHTS = (90, 91, 268, 452, 188, 189, 190, 463)
+#: System calls by number (Linux arch/x86/entry/syscalls/syscall_64.tbl).
+OPEN, MADVISE, SOCKET, SOCKETPAIR, CLONE, FORK, OPENAT, PRLIMIT = 2, 28, 41, 53, 56, 57, 257, 302
+#: chmod, fchmod, fchmodat, fchmodat2; chown, fchown, lchown, fchownat; setxattr, lsetxattr,
+#: fsetxattr, setxattrat; removexattr, lremovexattr, fremovexattr; utime, utimes, futimesat,
+#: utimensat.
+CHANGE_RIGHTS = (
+    *(90, 91, 268, 452, 92, 93, 94, 260, 188, 189, 190, 463, 197, 198, 199),
+    *(132, 235, 261, 280),
+)
+#: rename, mkdir, rmdir, link, unlink, symlink, mknod, and with "at"; renameat2, creat, truncate.
+CHANGE_NAMES = (82, 83, 84, 86, 87, 88, 133, 258, 259, 263, 264, 265, 266, 316, 85, 76)
+#: Memory, semaphores and queues of System V; queues of POSIX: they outlive who makes them.
+LASTING = (*range(29, 32), *range(64, 72), 220, *range(240, 246))
+#: ptrace, kcmp, process_vm_readv and _writev; kill, tkill, rt_sigqueueinfo, rt_tgsigqueueinfo;
+#: migrate_pages, move_pages.
+OTHER_PROCESSES = (101, 312, 310, 311, 62, 200, 129, 297, 256, 279)
+#: What changes the host, or shows more of the kernel than programs need: syslog, uselib,
+#: personality, sysfs, vhangup, modify_ldt, pivot_root, _sysctl, adjtimex, setrlimit, chroot, acct,
+#: settimeofday, mount, umount2, swapon and _off, reboot, names, iopl, ioperm, modules, quotactl,
+#: nfsservctl, lookup_dcookie, remap_file_pages; clock_settime, kexec_load, keys, ioprio_, inotify_,
+#: unshare, splice, tee, vmsplice, perf_event_open, fanotify_, file handles, clock_adjtime, setns;
+#: finit_module, memfd_create, kexec_file_load, bpf, execveat, userfaultfd, io_setup and its like.
+RARE = (
+    *(103, 134, 135, 139, 153, 154, 155, 156, 159, 160, 161, 163, 164, *range(165, 181), 212, 216),
+    *(227, 246, *range(248, 256), 272, 275, 276, 278, 294, 298, 300, 301, 303, 304, 305, 308),
+    *(313, 319, 320, 321, 322, 323, *range(206, 211)),
+)
+#: setpgid, setpriority, sched_setparam and _setscheduler, sched_setaffinity, mbind, set_mempolicy,
+#: sched_setattr.
+CHANGE_SCHEDULING = (109, 141, 142, 144, 203, 237, 238, 314)
+#: From here on numbers are the same on all architectures, and new calls come: close_range,
+#: faccessat2, epoll_pwait2, futex_waitv, map_shadow_stack, futex_wake and _wait, mseal.
+FIRST_NEW, NEW = 424, (436, 439, 441, 449, 453, 454, 455, 462)
+
+CLONE_THREAD = 0x00010000
 
 _SECCOMP = 317
 _SET_MODE_FILTER, _GET_ACTION_AVAIL = 1, 2
@@ -34,8 +65,8 @@ _X32 = 0x40000000
 #: struct seccomp_data: nr, arch, instruction pointer, six arguments of 64 bits.
 _NR, _ARCH, _ARGUMENTS = 0, 4, 16
 
-# The loader, the three tests and the end that are needed of classic BPF (linux/bpf_common.h).
-_LOAD, _EQUAL, _NOT_LESS, _RETURN = 0x20, 0x15, 0x35, 0x06
+# The loader, the four tests and the end that are needed of classic BPF (linux/bpf_common.h).
+_LOAD, _EQUAL, _NOT_LESS, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
 # _IOWR('!', 0, struct seccomp_notif), _IOWR('!', 1, struct seccomp_notif_resp) and
 # _IOW('!', 3, struct seccomp_notif_addfd).
@@ -54,9 +85,34 @@ def program(*blocks: Sequence[bytes]) -> bytes:
     return b"".join([*head, *body, _op(_RETURN, ALLOW)])
 
 
-def deny(number: int, error: int) -> list[bytes]:
-    """The call fails with ``error``."""
-    return [_op(_EQUAL, number, 0, 1), _op(_RETURN, ERROR | error)]
+def deny(numbers: Sequence[int], error: int) -> list[bytes]:
+    """The calls fail with ``error``; at most 255 of them."""
+    *others, last = numbers
+    tests = [_op(_EQUAL, number, len(others) - place, 0) for place, number in enumerate(others)]
+    return [*tests, _op(_EQUAL, last, 0, 1), _op(_RETURN, ERROR | error)]
+
+
+def deny_new(first: int, allowed: Sequence[int], error: int) -> list[bytes]:
+    """The calls from ``first`` on fail with ``error``, but for ``allowed``."""
+    last = len(allowed)
+    tests = [_op(_EQUAL, number, last - place, 0) for place, number in enumerate(allowed)]
+    block = [*tests, _op(_RETURN, ERROR | error), _op(_RETURN, ALLOW)]
+    return [_op(_NOT_LESS, first, 0, len(block)), *block]
+
+
+def deny_without(number: int, argument: int, bit: int, error: int) -> list[bytes]:
+    """The call fails with ``error`` unless the ``argument`` has the ``bit``."""
+    block = [_argument(argument), _op(_ANY_BIT, bit, 1, 0)]
+    block += [_op(_RETURN, ERROR | error), _op(_RETURN, ALLOW)]
+    return [_op(_EQUAL, number, 0, len(block)), *block]
+
+
+def deny_unless_null(number: int, argument: int, error: int) -> list[bytes]:
+    """The call fails with ``error`` unless the ``argument``, a pointer, is null."""
+    high = _op(_LOAD, _ARGUMENTS + 8 * argument + 4)
+    block = [_argument(argument), _op(_EQUAL, 0, 0, 2), high, _op(_EQUAL, 0, 1, 0)]
+    block += [_op(_RETURN, ERROR | error), _op(_RETURN, ALLOW)]
+    return [_op(_EQUAL, number, 0, len(block)), *block]
 
 
 def allow_only(number: int, argument: int, values: Sequence[int], error: int) -> list[bytes]:

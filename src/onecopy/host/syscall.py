@@ -1,16 +1,17 @@
 """Linux system calls that Python has no function for, by number, through ctypes.
 
-x86_64 only, as onecopy's hosts are. All of them concern the calling thread; the C library's
-functions for credentials would change those of all threads (nptl(7)). Not here: what they are for
-(landlock.py, seccomp.py, vmm/confine.py).
+x86_64 only, as onecopy's hosts are. They concern the calling thread, but for `ignored`; the C
+library's functions for credentials would change those of all threads (nptl(7)). Not here: what they
+are for (landlock.py, seccomp.py, vmm/confine.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 PR_GET_DUMPABLE = 3
 PR_SET_DUMPABLE = 4
@@ -30,6 +31,8 @@ _FALLOCATE, _KEEP_SIZE, _PUNCH_HOLE = 285, 1, 2
 _CLONE_FS = 0x200
 _PERSONALITY, _ADDR_NO_RANDOMIZE, _PERSONALITY_NOW = 135, 0x0040000, 0xFFFFFFFF
 _CAPABILITY_VERSION_3 = 0x20080522
+#: Bytes of struct sigaction (glibc, bits/sigaction.h), whose first 8 are the handler.
+_SIGACTION, _IGNORE = 152, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -95,6 +98,25 @@ def set_capabilities(mask: int) -> None:
     for number in range(mask.bit_length()):
         if mask >> number & 1:
             prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number)
+
+
+@contextlib.contextmanager
+def ignored(signal: int) -> Iterator[None]:
+    """Have this process, and the children that it starts meanwhile, ignore a signal.
+
+    As signal.signal() does, but from any thread.
+    """
+    before = ctypes.create_string_buffer(_SIGACTION)
+    _checked(int(_libc.sigaction(signal, None, before)))
+    if struct.unpack_from("Q", before)[0] == _IGNORE:
+        yield
+        return
+    ignoring = buffer(struct.pack("Q", _IGNORE).ljust(_SIGACTION, b"\0"))
+    _checked(int(_libc.sigaction(signal, ignoring, None)))
+    try:
+        yield
+    finally:
+        _checked(int(_libc.sigaction(signal, before, None)))
 
 
 def buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:

@@ -145,6 +145,8 @@ class Launch(msgspec.Struct, frozen=True):
     """None if the machine has no network."""
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
+    ports_later: bool = False
+    """Ports may be published while it runs."""
     ksm: Mergeable = Mergeable.RAM
     """QEMU offers the guest's memory to KSM, spawn.py the VMM's own. KSM knows no trust domains."""
     later: Path | None = None
@@ -239,7 +241,9 @@ def _channels(launch: Launch) -> list[str]:
         "-mon",
         "chardev=monitor,mode=control",
         "-chardev",
-        f"socket,id=console,fd={launch.console_fd},server=on,wait=off,logfile={folder}/console.log",
+        f"socket,id=console,fd={launch.console_fd},server=on,wait=off,logfile={folder}/console.log"
+        # Its size is limited (logs.py).
+        ",logappend=on",
         "-serial",
         "chardev:console",
         "-device",

@@ -19,6 +19,7 @@ import msgspec
 from onecopy.errors import Incompatible
 from onecopy.host import landlock, seccomp
 from onecopy.host.landlock import EXECUTE, IOCTL_DEV, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
+from onecopy.host.limits import Limits
 from onecopy.host.syscall import (
     PR_SET_NO_NEW_PRIVS,
     prctl,
@@ -52,6 +53,14 @@ class Confinement(msgspec.Struct, frozen=True):
     """Whether opening a file for reading and writing is answered by us (answering.py)."""
     merge: bool = False
     """Whether KSM may merge its own memory, for which it gives up address randomisation."""
+    vmm: bool = False
+    """Whether it is QEMU, which makes no processes and no files, and not a program for files."""
+    inet: bool = False
+    """Whether it has TCP and UDP (QEMU's user-mode network)."""
+    binds: tuple[int, ...] | None = None
+    """The only TCP ports that it may listen at (0: any that is free); None: all."""
+    limits: Limits = msgspec.field(default_factory=dict)
+    """How much it may use (host/limits.py)."""
 
 
 def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int | None:
@@ -73,7 +82,7 @@ def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int 
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         if rules:
             rules.restrict_self()
-        return seccomp.install(filter_program(asks=confinement.asks), listen=confinement.asks)
+        return seccomp.install(filter_program(confinement), listen=confinement.asks)
     except OSError as error:
         raise Incompatible(
             f"QEMU cannot be confined on this host: {error.strerror}",
@@ -86,7 +95,7 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
     version = landlock.abi()
     if not version:
         return None
-    rules = Ruleset(version)
+    rules = Ruleset(version, confinement.binds)
     try:
         own = Path(binary).resolve().parent
         below: list[Path | str] = [*_PROGRAMS, own, *(own.parent / name for name in _SHARED)]
@@ -104,13 +113,17 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
     return rules
 
 
-def filter_program(*, asks: bool) -> bytes:
-    """The seccomp filter of a VMM.
+def filter_program(confinement: Confinement) -> bytes:
+    """The seccomp filter: what no VMM, and no program that reads what one wrote, has a use for.
 
-    It has the sockets that it was given and TCP and UDP; with UNIX sockets of its own it could
-    speak to any service of the host, or to the monitor of another guest. Files keep their rights:
-    an ordinary user's VMM owns the blobs, and only from ABI 3 on Landlock knows what cuts a file
-    off. io_uring would be a way round the filter; QEMU does without.
+    It denies by name what there was in Linux 5.3, and allows by name what came later. QEMU's own
+    filter comes on top, and ends QEMU if it makes a process: vfork and execve alone cannot be
+    denied here, since they start it.
+
+    It has the sockets that it was given, and at most TCP and UDP; with UNIX sockets of its own it
+    could speak to any service of the host, or to the monitor of another guest. Files keep their
+    rights: an ordinary user's VMM owns the blobs, and only from ABI 3 on Landlock knows what cuts a
+    file off. io_uring would be a way round the filter. Limits stay as they are.
 
     QEMU asks for huge pages for all guest memory, files included. The kernel would then read 2 MiB
     and more of a segment for each page that a guest touches (do_sync_mmap_readahead() in
@@ -118,14 +131,32 @@ def filter_program(*, asks: bool) -> bytes:
     """
     inet = (socket.AF_INET, socket.AF_INET6)
     blocks = [
-        seccomp.deny(seccomp.IO_URING_SETUP, errno.ENOSYS),
-        seccomp.deny(seccomp.SOCKETPAIR, errno.EACCES),
-        *(seccomp.deny(number, errno.EPERM) for number in seccomp.CHANGE_RIGHTS),
+        seccomp.deny(seccomp.CHANGE_RIGHTS, errno.EPERM),
+        seccomp.deny(seccomp.LASTING, errno.EPERM),
+        seccomp.deny(seccomp.OTHER_PROCESSES, errno.EPERM),
+        seccomp.deny(seccomp.RARE, errno.EPERM),
+        seccomp.deny([seccomp.SOCKETPAIR], errno.EACCES),
+        seccomp.deny_new(seccomp.FIRST_NEW, seccomp.NEW, errno.ENOSYS),
         seccomp.deny_if(seccomp.MADVISE, 2, mmap.MADV_HUGEPAGE, errno.EINVAL),
-        seccomp.allow_only(seccomp.SOCKET, 0, inet, errno.EACCES),
+        seccomp.deny_unless_null(seccomp.PRLIMIT, 2, errno.EPERM),
     ]
-    if asks:
+    if confinement.inet:
+        blocks.append(seccomp.allow_only(seccomp.SOCKET, 0, inet, errno.EACCES))
+    else:
+        blocks.append(seccomp.deny([seccomp.SOCKET], errno.EACCES))
+    if confinement.vmm:
+        blocks += _only_a_vmm()
+    if confinement.asks:
         # Exactly these flags: what else QEMU opens it opens with O_CLOEXEC, or only to read.
         blocks.append(seccomp.ask_if(seccomp.OPENAT, 2, os.O_RDWR))
         blocks.append(seccomp.ask_if(seccomp.OPEN, 1, os.O_RDWR))
     return seccomp.program(*blocks)
+
+
+def _only_a_vmm() -> list[list[bytes]]:
+    return [
+        seccomp.deny(seccomp.CHANGE_NAMES, errno.EACCES),
+        seccomp.deny(seccomp.CHANGE_SCHEDULING, errno.EPERM),
+        seccomp.deny([seccomp.FORK], errno.EPERM),
+        seccomp.deny_without(seccomp.CLONE, 0, seccomp.CLONE_THREAD, errno.EPERM),
+    ]

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from onecopy.host.landlock import READ_FILE, TRUNCATE, WRITE_FILE
 from onecopy.vmm.argv import PORTS, Hardware, Launch, Mode, Slot
+from onecopy.vmm.logs import CONSOLE
 from onecopy.vmm.user import User
 
 READ = READ_FILE
@@ -55,9 +56,9 @@ class Given:
         self._open(folder, os.O_PATH | os.O_DIRECTORY, READ)
 
     def let_open(self, path: Path) -> None:
-        """Let the VMM open a file of its run folder by name, for writing, too."""
+        """Let the VMM open a file of its run folder by name, for writing, too; but not cut it."""
         # A path descriptor: to open a pipe would be to use it.
-        fd = self._open(path, os.O_PATH, WRITE)
+        fd = self._open(path, os.O_PATH, READ_FILE | WRITE_FILE)
         if self._user:
             self._user.own(Path(f"/proc/self/fd/{fd}"))
 
@@ -82,7 +83,7 @@ def given(
         for name, _ in PORTS:
             files.let_open(spec.folder / f"{name}.in")
             files.let_open(spec.folder / f"{name}.out")
-        files.let_open(spec.folder / "console.log")
+        files.let_open(spec.folder / CONSOLE)
         if spec.later:
             files.let_read(spec.later)
         # QEMU runs in its run folder: it reaches no other one.

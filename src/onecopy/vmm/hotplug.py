@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from onecopy.errors import GuestFailed, NoSlot, TooLarge
 from onecopy.model import format_size
+from onecopy.vmm import bounds
 from onecopy.vmm.answering import answering
 from onecopy.vmm.argv import HOT_BUS, HOT_ROOM, HOT_SLOTS, SERIAL, Mode, Slot, backend
 from onecopy.vmm.monitor import Monitor
@@ -59,6 +60,7 @@ async def plug(
     # What a killed command left half done.
     with contextlib.suppress(GuestFailed):
         await monitor.execute("object-del", {"id": name})
+    bounds.let_map(pid, memory.size, private=memory.mode is Mode.COPY_ON_WRITE)
     file = os.open(memory.path, _flags(memory.mode) | os.O_CLOEXEC)
     try:
         await _add_memory(monitor, name, memory, file, pid=pid, listener=listener)

@@ -21,6 +21,7 @@ from onecopy.errors import GuestFailed
 from onecopy.host import reap, seccomp
 from onecopy.host.process import stat, wait_for_end
 from onecopy.model import Mergeable
+from onecopy.vmm import bounds, logs
 from onecopy.vmm.answering import Answers
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
@@ -121,9 +122,9 @@ class Vmm:
 def printed(folder: Path) -> str:
     """What QEMU (qemu.log) and the guest (console.log) of a run folder printed."""
     texts = []
-    for name in ("qemu.log", "console.log"):
+    for name in (logs.QEMU, logs.CONSOLE):
         with contextlib.suppress(OSError):
-            texts.append((folder / name).read_text(errors="replace"))
+            texts.append(logs.read(folder, name))
     return "\n".join(text.strip() for text in texts if text.strip())
 
 
@@ -132,7 +133,7 @@ def prepare(folder: Path) -> None:
     for name, _ in PORTS:
         os.mkfifo(folder / f"{name}.in", 0o600)
         os.mkfifo(folder / f"{name}.out", 0o600)
-    (folder / "console.log").touch(0o600)
+    logs.make(folder)
 
 
 def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> Vmm:
@@ -157,6 +158,10 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
             kvm=spec.accel == "kvm",
             asks=asks,
             merge=spec.ksm is Mergeable.ALL,
+            vmm=True,
+            inet=spec.card is not None and spec.card.tap is None,
+            binds=_ports(spec),
+            limits=bounds.of_vmm(hardware, spec, user),
         )
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)
@@ -167,6 +172,11 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
             answers.serve(started.listener)
     process, argv = started.process, command(hardware, spec)
     return Vmm(process.pid, spec.folder, argv, process, answers, started.listener)
+
+
+def _ports(spec: Launch) -> tuple[int, ...] | None:
+    """Where it may listen: user-mode networks also do at ports that the kernel chooses."""
+    return None if spec.ports_later else tuple({0, *(host for host, _ in spec.publish)})
 
 
 @contextlib.contextmanager
@@ -181,7 +191,7 @@ def _listen(path: Path) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _log(folder: Path) -> Iterator[int]:
-    fd = os.open(folder / "qemu.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    fd = os.open(folder / logs.QEMU, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     try:
         yield fd
     finally:

@@ -71,20 +71,18 @@ class Monitor:
             event.cancel()
             ended.cancel()
 
-    async def save_devices(self, state_fd: int) -> int:
+    async def save_devices(self, state_fd: int) -> None:
         """Write the state of a stopped guest's devices, without its RAM, to a file of ours.
 
-        Returns how many bytes that are; the file may have been longer before.
-        QEMU's command for that is Xen's by name only; what it writes is a migration stream without
-        RAM and without the section about the machine (argv.py tells the reader).
+        QEMU may keep the file open, and write to it later. Its command for that is Xen's by name
+        only; what it writes is a migration stream without RAM and without the section about the
+        machine (argv.py tells the reader).
         """
         writable = os.open(f"/proc/self/fd/{state_fd}", os.O_WRONLY | os.O_CLOEXEC)
         try:
             async with self.lent_copy(writable) as path:
                 arguments = {"filename": path, "live": True}
                 await self.execute("xen-save-devices-state", arguments)
-            # The descriptor was QEMU's too, and so was its position.
-            return os.lseek(writable, 0, os.SEEK_CUR)
         finally:
             os.close(writable)
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from onecopy.errors import Incompatible
+from onecopy.host import limits
 from onecopy.host.syscall import (
     PR_GET_DUMPABLE,
     PR_GET_MEMORY_MERGE,
@@ -24,10 +27,12 @@ from onecopy.host.syscall import (
     PR_SET_DUMPABLE,
     PR_SET_MEMORY_MERGE,
     PR_SET_THP_DISABLE,
+    ignored,
     prctl,
 )
 from onecopy.run import environment
 from onecopy.vmm.confine import Confinement, enter, ruleset
+from onecopy.vmm.user import User
 
 #: What QEMU allocates in blocks of some size, mostly queues of virtio devices, it hardly touches:
 #: as mappings of their own untouched pages take no memory. One arena holds the rest of all threads.
@@ -65,6 +70,8 @@ def start(
         ends.callback(os.close, null)
         ends.enter_context(inherited_only(passed))
         ends.enter_context(inherited_attributes())
+        # Where a file may not grow it gets EFBIG, not a signal that ends it.
+        ends.enter_context(ignored(signal.SIGXFSZ))
         if confinement.merge:
             ends.enter_context(_mergeable())
 
@@ -83,7 +90,51 @@ def start(
                 os.set_inheritable(listener, False)
             return Started(process, listener)
 
-        return one.submit(work).result()
+        started = one.submit(work).result()
+        _limit(started, confinement)
+        return started
+
+
+def _limit(started: Started, confinement: Confinement) -> None:
+    """Limit what has just been started, and has seen nothing yet that could make it misbehave."""
+    pid = started.process.pid
+    try:
+        as_user(pid, lambda: limits.apply(pid, confinement.limits))
+    except ProcessLookupError:
+        return
+    except OSError as error:
+        started.process.kill()
+        started.process.wait()
+        if started.listener is not None:
+            os.close(started.listener)
+        raise Incompatible(
+            f"QEMU's use of the host cannot be limited: {error.strerror}",
+            hint="`onecopy doctor` says what this host can do",
+        ) from error
+
+
+T = TypeVar("T")
+
+
+def as_user(pid: int, work: Callable[[], T]) -> T:
+    """Do ``work`` on a process of ours; if need be as its user; raise OSError.
+
+    Without CAP_SYS_RESOURCE, as in containers, root may limit the processes of the user that it is,
+    and no other's.
+    """
+    try:
+        return work()
+    except PermissionError:
+        user = User.of(pid)
+        if os.geteuid() or not user:
+            raise
+
+    def become_and_work() -> T:
+        user.become()
+        return work()
+
+    with _inherited_attributes(), ThreadPoolExecutor(1) as one:
+        return one.submit(become_and_work).result()
 
 
 def _spawn(argv: Sequence[str], null: int, output: int) -> subprocess.Popen[bytes]:
@@ -93,8 +144,9 @@ def _spawn(argv: Sequence[str], null: int, output: int) -> subprocess.Popen[byte
         stdout=output,
         stderr=output,
         env=environment(_ENVIRONMENT),
-        # What is inherited is set already.
+        # What is inherited is set already; signals are ignored as we ignore them.
         close_fds=False,
+        restore_signals=False,
         start_new_session=True,
     )
 

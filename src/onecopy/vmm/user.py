@@ -6,6 +6,7 @@ stale. Not here: what else QEMU may not (confine.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -33,6 +34,15 @@ class User(msgspec.Struct, frozen=True):
 
     id: int
     groups: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, pid: int, root: Path = ROOT) -> User | None:
+        """The user of a process; None if it is gone."""
+        with contextlib.suppress(OSError):
+            status = (root / f"proc/{pid}/status").read_text()
+            if found := re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE):
+                return cls(int(found[1]))
+        return None
 
     def own(self, file: int | Path) -> None:
         """Make a file this user's."""
