@@ -26,33 +26,12 @@ from onecopy.host.syscall import prctl
 from onecopy.vmm import user
 from onecopy.vmm.confine import Confinement, filter_program
 from onecopy.vmm.spawn import start
+from tests.unit.bpf import decide
 from tests.unit.other_user import as_nobody
 
-X86_64, I386 = 0xC000003E, 0x40000003
+I386 = 0x40000003
 OPENAT, SOCKET = 257, 41
 ROOT_HAS = "000001ffffffffff"
-
-
-def decide(program: bytes, number: int, *arguments: int, arch: int = X86_64) -> int:
-    """What a filter returns: the kernel's classic BPF, as far as filters here go."""
-    padded = [*arguments, 0, 0, 0, 0, 0, 0][:6]
-    data = struct.pack("=iIQ6Q", number, arch, 0, *(value & (1 << 64) - 1 for value in padded))
-    operations = list(struct.iter_unpack("=HBBI", program))
-    at = accumulator = 0
-    while True:
-        code, if_true, if_false, value = operations[at]
-        at += 1
-        if code == 0x20:
-            (accumulator,) = struct.unpack_from("=I", data, value)
-        elif code == 0x15:
-            at += if_true if accumulator == value else if_false
-        elif code == 0x35:
-            at += if_true if accumulator >= value else if_false
-        elif code == 0x45:
-            at += if_true if accumulator & value else if_false
-        else:
-            assert code == 0x06
-            return int(value)
 
 
 def failing(error: int) -> int:

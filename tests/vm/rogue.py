@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from onecopy.vmm.argv import Hardware, Launch
 from onecopy.vmm.launch import launch
+from onecopy.vmm.logs import QEMU, read
 from tests.conftest import cannot_run
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -44,7 +45,7 @@ def compile_rogue(folder: Path) -> Path:
     if shutil.which("gcc") is None:
         cannot_run("there is no gcc")
     program = folder / "rogue"
-    subprocess.run(["gcc", "-static", "-Os", "-o", program, SOURCE], check=True)
+    subprocess.run(["gcc", "-static", "-pthread", "-Os", "-o", program, SOURCE], check=True)
     folder.chmod(0o755)
     return program
 
@@ -61,9 +62,9 @@ async def run_rogue(
     spec = replace(spec, binary=str(program), extra=("--", *words))
     vmm = launch(hardware, spec, inherit=inherit)
     try:
-        assert await vmm.wait(60) and vmm.returncode == 0, (spec.folder / "qemu.log").read_text()
+        assert await vmm.wait(60) and vmm.returncode == 0, read(spec.folder, QEMU)
     finally:
         await vmm.kill()
-    *lines, last = (spec.folder / "qemu.log").read_text().splitlines()
+    *lines, last = read(spec.folder, QEMU).rstrip().splitlines()
     assert last == "done"
     return dict(line.rsplit(": ", 1) for line in lines)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,15 +36,19 @@ from onecopy.guest.maps import guest_maps
 from onecopy.guest.save import save_system
 from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.guest.stop import stop_guests
-from onecopy.host import landlock
+from onecopy.host import landlock, limits
 from onecopy.host.process import exists
 from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
 from onecopy.sharing.account import measure
 from onecopy.store import Artifact, Store
-from onecopy.vmm.argv import PORTS
+from onecopy.vmm import bounds
+from onecopy.vmm.argv import PORTS, Card, Hardware, Launch
+from onecopy.vmm.bounds import LOG_ROOM
 from onecopy.vmm.launch import prepare
-from onecopy.vmm.user import KVM
+from onecopy.vmm.logs import CONSOLE, QEMU
+from onecopy.vmm.user import KVM, User, new_user
 from tests.conftest import cannot_run
+from tests.unit.bpf import decide, seccomp_filters
 from tests.unit.other_user import NOBODY, as_nobody
 from tests.vm.conftest import ACCEL, Clones, Cold
 from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
@@ -54,6 +59,10 @@ ANONYMOUS = re.compile(
     r"anon_inode:\[(eventfd|eventpoll|signalfd|timerfd)\]|socket:\[\d+\]|"
     r"anon_inode:(kvm-\S+|seccomp notify)"
 )
+#: System calls, and the high halves of what denies one (linux/seccomp.h): to end the process or the
+#: thread, a signal, an error.
+CLONE, FORK, VFORK, EXECVE = 56, 57, 58, 59
+DENYING = (0x8000, 0x0000, 0x0003, 0x0005)
 #: And in its run folder.
 OWN = {"qemu.log", "console.log", *(f"{name}.{way}" for name, _ in PORTS for way in ("in", "out"))}
 
@@ -204,10 +213,42 @@ def assert_closed(outcome: Outcome, paths: Sequence[Path]) -> None:
             assert outcome[f"{what} {path}"] == "EACCES", (what, path)
 
 
-def assert_no_way_out(outcome: Outcome) -> None:
-    calls = ("unix socket", "netlink socket", "socketpair", "tcp socket", "io_uring", "setuid")
-    errors = ("EACCES", "EACCES", "EACCES", "ok", "ENOSYS", "EPERM")
-    assert tuple(outcome[call] for call in calls) == errors
+#: What there is no need for -> how it ends. Nothing of it may outlive who made it, or let it leave
+#: its limits, its process or its rights.
+NO_WAY_OUT = {
+    **dict.fromkeys(("unix socket", "netlink socket", "socketpair"), "EACCES"),
+    **dict.fromkeys(("io_uring", "clone3"), "ENOSYS"),
+    **dict.fromkeys(("setuid", "setrlimit", "setrlimit, the old", "kill"), "EPERM"),
+    **dict.fromkeys(("fork", "fork, the old", "clone", "unshare", "mount"), "EPERM"),
+    **dict.fromkeys(("shmget", "semget", "msgget", "mq_open", "memfd_create"), "EPERM"),
+    **dict.fromkeys(("userfaultfd", "perf_event_open", "bpf", "keyctl"), "EPERM"),
+    "process_vm_readv": "EPERM",
+}
+
+
+def assert_no_way_out(outcome: Outcome, *, network: bool = False) -> None:
+    assert {call: outcome[call] for call in NO_WAY_OUT} == NO_WAY_OUT
+    ends = {outcome["tcp socket"], outcome["udp socket"]}
+    assert ends == {"ok" if network else "EACCES"}
+
+
+def assert_limited(outcome: Outcome, hardware: Hardware, spec: Launch, user: User | None) -> None:
+    """It had no more than a VMM needs, and was not ended by it: QEMU would go on."""
+    limit = bounds.of_vmm(hardware, spec, user)
+    if user:
+        # Its own one counts, and the one that waits for an answer.
+        assert int(outcome["threads"]) in (
+            bounds.threads(hardware) - 1,
+            bounds.threads(hardware) - 2,
+        )
+    assert 0 < int(outcome["open files"]) < limit[limits.OPEN_FILES]
+    room = limit[limits.PRIVATE] // MIB
+    assert room // 2 < int(outcome["private MiB"]) <= room
+    both = int(outcome["private MiB"]) + int(outcome["shared MiB"])
+    assert both <= limit[limits.ADDRESS_SPACE] // MIB
+    assert outcome[f"flood {CONSOLE}"] == f"{LOG_ROOM} EFBIG"
+    for name in (CONSOLE, QEMU):
+        assert (spec.folder / name).stat().st_size == LOG_ROOM
 
 
 def test_a_rogue_clone(
@@ -229,7 +270,10 @@ def test_a_rogue_clone(
         *(folder.path / "guest.json", Path("guest.json"), Path("qemu.log")),
     ]
     (folder.path / "guest.json").write_text("{}")
-    unreadable = [secret(rogue.parent), Path("/etc/shadow"), Path(f"/proc/{neighbour.pid}/cmdline")]
+    unreadable = [
+        *(secret(rogue.parent), Path("/etc/shadow"), Path("/etc/passwd")),
+        Path(f"/proc/{neighbour.pid}/cmdline"),
+    ]
     attempts: list[tuple[str, str | Path | int]] = [
         *(("write", path) for path in closed),
         *(("read", path) for path in unreadable),
@@ -238,6 +282,7 @@ def test_a_rogue_clone(
         *(("list", path) for path in (".", "/", "/run", "/proc", host.store.root)),
         ("signal", neighbour.pid),
         ("ptrace", neighbour.pid),
+        ("flood", CONSOLE),
     ]
     outcome = asyncio.run(run_rogue(rogue, hardware, spec, attempts, inherit=[lease]))
     files = given(outcome)
@@ -251,6 +296,7 @@ def test_a_rogue_clone(
             assert outcome[f"{what} {word}"] == "EACCES", (what, word)
     assert (outcome["signal"], outcome["ptrace"]) == ("EPERM", "EPERM")
     assert_no_way_out(outcome)
+    assert_limited(outcome, hardware, spec, new_user("tcg"))
     assert exists(neighbour.pid)
     host.store.verify(saved)
 
@@ -261,6 +307,35 @@ def assert_ram_was_given_read_only(outcome: Outcome) -> None:
     for what in set(READ_ONLY) - set(BY_NAME):
         assert outcome[f"{what} what came"] == READ_ONLY[what]
     assert outcome["open as QEMU does again"] == "waits"
+
+
+def test_a_low_port_is_the_only_one(
+    host: Host, saved: Artifact, rogue: Path, place: tuple[GuestFolder, int]
+) -> None:
+    """A rogue with a network, and the right to ports below 1024, has the published one."""
+    if landlock.abi() < landlock.BINDS_SINCE:
+        cannot_run("this kernel's Landlock knows no ports")
+    given, *others = [port for port in range(1023, 600, -1) if _is_free(port)][:3]
+    source = template(host, saved)
+    folder, lease = place
+    card = Card("52:54:00:00:00:01", "198.18.1.0")
+    spec = start.launch_spec(host, source, folder.path, CloneSpec(publish=((given, 80),)), card)
+    hardware = with_segments(source.hardware, described(source.placed))
+    attempts = [("bind", port) for port in (given, *others, 18080, 0)]
+    outcome = asyncio.run(run_rogue(rogue, hardware, spec, attempts, inherit=[lease]))
+    told = [outcome[f"bind {port}"] for _, port in attempts]
+    assert told == ["ok", "EACCES", "EACCES", "EACCES", "ok"]
+    assert_no_way_out(outcome, network=True)
+
+
+def test_qemu_makes_no_processes(clones: Clones) -> None:
+    """What our own filter leaves to it, since it is what starts QEMU: vfork and execve."""
+    (guest,) = clones(1)
+    filters = seccomp_filters(guest.pid)
+    assert len(filters) == 2
+    for number in (CLONE, FORK, VFORK, EXECVE):
+        ends = [decide(program, number, signal.SIGCHLD) for program in filters]
+        assert any(end >> 16 in DENYING for end in ends), (number, ends)
 
 
 def test_the_blobs_of_a_saved_system_are_roots_and_read_only(host: Host, saved: Artifact) -> None:
@@ -303,9 +378,7 @@ def test_an_ordinary_user(others_store: Path, rogue: Path) -> None:
     assert_read_only(outcome, given(outcome))
     if told["asks"]:
         assert_ram_was_given_read_only(outcome)
-    # No signals to others is something that Landlock learned later.
-    assert outcome["signal"] == ("EPERM" if landlock.abi() >= 6 else "ok")
-    assert outcome["ptrace"] == "EPERM"
+    assert (outcome["signal"], outcome["ptrace"]) == ("EPERM", "EPERM")
     assert_closed(outcome, [Path(path) for path in told["closed"]])
     assert {outcome[f"unlink {path}"] for path in told["closed"]} == {"EACCES"}
     assert_no_way_out(outcome)
@@ -386,6 +459,7 @@ async def _rogue_of_user(
         *(("unlink", path) for path in closed),
         ("signal", neighbour.pid),
         ("ptrace", neighbour.pid),
+        ("flood", CONSOLE),
     ]
     with host.batch() as batch, host.claim("rogue", [system.digest], batch) as (folder, lease):
         prepare(folder.path)
@@ -395,5 +469,6 @@ async def _rogue_of_user(
         hardware = with_segments(source.hardware, described(source.placed))
         outcome = await run_rogue(rogue, hardware, spec, attempts, inherit=[lease.fd])
         source.ram.chmod(0o444)
+        assert_limited(outcome, hardware, spec, None)
         folder.remove()
     return outcome, closed

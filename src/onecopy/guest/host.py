@@ -26,6 +26,7 @@ from onecopy.guest.folder import (
     run_root,
 )
 from onecopy.guest.pause import resume
+from onecopy.host import cgroup
 from onecopy.host.lock import alone, is_left
 from onecopy.host.process import is_same
 from onecopy.sharing import check
@@ -221,6 +222,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         if abandoned:
             # Their leases are stale only now.
             self.store.sweep()
+        cgroup.sweep()
 
     def _make_room(self, folder: GuestFolder) -> None:
         """Let the logs of a guest go on; under lock."""

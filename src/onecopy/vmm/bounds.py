@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from onecopy.host import limits
+from onecopy.host import cgroup, limits
 from onecopy.host.limits import Limits
 from onecopy.model import MIB
 from onecopy.vmm.argv import Hardware, Launch, Mode, Ram, cpu_room
@@ -75,6 +75,7 @@ def let_map(pid: int, size: int, *, private: bool) -> None:
 
     with contextlib.suppress(ProcessLookupError):
         as_user(pid, work)
+    cgroup.let_have(pid, size)
 
 
 def file_room(pid: int) -> int:

@@ -101,8 +101,9 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
         below: list[Path | str] = [*_PROGRAMS, own, *(own.parent / name for name in _SHARED)]
         rules.allow_paths(below, READ_FILE | READ_DIR | EXECUTE)
         rules.allow_paths(_HOST, READ_FILE | READ_DIR)
-        # Files there are replaced, not rewritten: the folder it is.
-        rules.allow_paths([_NAME_SERVERS.resolve().parent], READ_FILE)
+        if confinement.inet:
+            # Files there are replaced, not rewritten: the folder it is.
+            rules.allow_paths([_NAME_SERVERS.resolve().parent], READ_FILE)
         if confinement.kvm:
             rules.allow_paths([KVM], READ_FILE | WRITE_FILE | IOCTL_DEV)
         for fd, right in confinement.rights.items():

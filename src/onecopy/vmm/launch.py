@@ -12,13 +12,14 @@ import shlex
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed
-from onecopy.host import reap, seccomp
+from onecopy.host import cgroup, reap, seccomp
 from onecopy.host.process import stat, wait_for_end
 from onecopy.model import Mergeable
 from onecopy.vmm import bounds, logs
@@ -38,6 +39,26 @@ _KILLED = (
 )
 
 
+class Placing(threading.Thread):
+    """Putting a VMM into a control group: beside its start, which that would take longer than."""
+
+    def __init__(self, pid: int, memory: int, threads: int) -> None:
+        """What it may have in use (bounds.py)."""
+        super().__init__(daemon=True)
+        self._limits = pid, memory, threads
+        self._group: Path | None = None
+
+    def run(self) -> None:
+        """Where there can be no such group, the limits on the process are all there are."""
+        self._group = cgroup.create(*self._limits)
+
+    def undo(self) -> None:
+        """Remove the group of a VMM that has ended."""
+        self.join()
+        if self._group:
+            cgroup.remove(self._group)
+
+
 class Vmm:
     """A QEMU process while we have to do with it, until kill() or detach()."""
 
@@ -49,6 +70,7 @@ class Vmm:
         process: subprocess.Popen[bytes] | None = None,
         answers: Answers | None = None,
         listener: int | None = None,
+        placing: Placing | None = None,
     ) -> None:
         """One that we started (``process``), or any other; raise ProcessLookupError."""
         self.pid = pid
@@ -60,6 +82,7 @@ class Vmm:
         #: Number of QEMU's descriptor where its questions come in (answering.py).
         self.listener = listener
         self._answers = answers
+        self._placing = placing
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait up to ``timeout`` seconds for the end; whether it has ended."""
@@ -87,6 +110,8 @@ class Vmm:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         await self.wait()
         self._let_go()
+        if self._placing:
+            self._placing.undo()
 
     def detach(self) -> None:
         """Let the process live on without us; or let go of one that has just ended."""
@@ -94,6 +119,8 @@ class Vmm:
             # Popen would warn that it is still running.
             self._process.returncode = 0
             reap.adopt(self.pid)
+        if self._placing:
+            self._placing.join()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -171,7 +198,9 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
             answers = Answers(files.asked)
             answers.serve(started.listener)
     process, argv = started.process, command(hardware, spec)
-    return Vmm(process.pid, spec.folder, argv, process, answers, started.listener)
+    placing = Placing(process.pid, bounds.memory(hardware, spec), bounds.threads(hardware))
+    placing.start()
+    return Vmm(process.pid, spec.folder, argv, process, answers, started.listener, placing)
 
 
 def _ports(spec: Launch) -> tuple[int, ...] | None:
