@@ -1,0 +1,183 @@
+"""What real VMMs may use of the host, and what becomes of what they were lent.
+
+Not here: a program of ours in QEMU's place (test_confinement.py), logs without a guest
+(tests/unit/test_logs.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from onecopy.build.create import NewRange, create_segment
+from onecopy.errors import GuestFailed, StoreDamaged
+from onecopy.guest.attach import attach
+from onecopy.guest.disks import DiskSpec
+from onecopy.guest.fitting import Fitting
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.save import save_guest
+from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
+from onecopy.store import Artifact
+from onecopy.vmm import bounds, logs
+from onecopy.vmm.bounds import LOG_ROOM
+from onecopy.vmm.monitor import Monitor
+from tests.vm.conftest import Clones, RunIn
+
+DISK = 64 * MIB
+
+
+def limits(guest: GuestRecord) -> dict[str, int]:
+    """The soft limits as the kernel tells them; what is unlimited is left out."""
+    text = Path(f"/proc/{guest.pid}/limits").read_text()
+    found = re.findall(r"^Max (.+?)\s{2,}(\d+)", text, re.MULTILINE)
+    return {name: int(value) for name, value in found}
+
+
+def uses(guest: GuestRecord, name: str) -> int:
+    """Bytes, or threads, as /proc/PID/status has them."""
+    text = Path(f"/proc/{guest.pid}/status").read_text()
+    found = re.search(rf"^{name}:\s+(\d+)( kB)?", text, re.MULTILINE)
+    assert found
+    return int(found[1]) * (1024 if found[2] else 1)
+
+
+@pytest.fixture
+def fitted(host: Host, saved: Artifact, tmp_path: Path) -> Iterator[GuestRecord]:
+    """A clone with a disk, whose QEMU has been told nothing of it before it ran."""
+    disk = tmp_path / "disk.img"
+    disk.write_bytes(b"")
+    os.truncate(disk, DISK)
+    spec = CloneSpec(fitting=Fitting(disks=(DiskSpec(file=disk),)))
+    guest = asyncio.run(start_clone(host, template(host, saved), "fitted", spec))
+    yield guest
+    host.end(guest)
+
+
+def test_real_ones(host: Host, clones: Clones, fitted: GuestRecord, run_in: RunIn) -> None:
+    """All are limited, none comes near its limits, and more comes with what they are given."""
+    (plain,) = clones(1)
+    for guest in (plain, fitted):
+        has = limits(guest)
+        assert (has["core file size"], has["locked memory"], has["msgqueue size"]) == (0, 0, 0)
+        assert uses(guest, "VmData") * 1.1 < has["data size"] < guest.memory + 2100 * MIB
+        assert uses(guest, "VmSize") * 1.1 < has["address space"]
+        assert uses(guest, "Threads") * 2 < has["processes"] < 200
+        assert len(list(Path(f"/proc/{guest.pid}/fd").iterdir())) * 4 < has["open files"] <= 4096
+    assert limits(plain)["file size"] == LOG_ROOM
+    assert limits(fitted)["file size"] == DISK + LOG_ROOM
+    # To its last byte.
+    write = f"dd if=/dev/zero of=/dev/onecopy/disk0 bs=1M count={DISK // MIB} conv=fsync"
+    done = run_in(fitted, "sh", "-c", write)
+    assert done.exit_code == 0, done.stderr
+    ranges = [NewRange(each, HUGE_PAGE_SIZE) for each in (PageClass.SW, PageClass.EW)]
+    create_segment(host.store, Reference("limits"), ranges)
+    before = limits(plain)
+    asyncio.run(attach(host, plain.name, Reference("limits")))
+    after = limits(plain)
+    assert after["data size"] - before["data size"] == HUGE_PAGE_SIZE
+    assert after["address space"] - before["address space"] == 2 * HUGE_PAGE_SIZE
+
+
+def test_a_guest_that_says_too_much(host: Host, clones: Clones, run_in: RunIn) -> None:
+    """It goes on as before, what it says is dropped, and what it says later is there again."""
+    (guest,) = clones(1)
+    folder = host.run / guest.name
+    console = folder / logs.CONSOLE
+    room = console.stat().st_size + 64 * 1024
+    flood = "yes $(seq 100) | head -c 200000 >/dev/ttyS0; echo; sleep 0.2; echo {} >/dev/ttyS0"
+    with bounds.writing_at_most(guest.pid, room):
+        run_in(guest, "sh", "-c", flood.format("lost"))
+        assert console.stat().st_size == room
+        assert "lost" not in logs.read(folder, logs.CONSOLE)
+        # No command comes by: it has had enough.
+        assert run_in(guest, "hostname").stdout.decode().strip() == guest.name
+        with host.locked():
+            logs.make_room(folder, guest.pid)
+        run_in(guest, "sh", "-c", "echo found >/dev/ttyS0; sleep 0.2")
+        assert "found" in logs.read(folder, logs.CONSOLE)
+        assert (folder / "console.cut").exists()
+
+
+def test_what_it_was_lent_is_not_what_is_stored(
+    host: Host, clones: Clones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VMM that keeps the file of its state, and writes to it when that has a name."""
+    (guest,) = clones(1)
+    kept: list[int] = []
+    lent_copy = Monitor.lent_copy
+
+    @contextlib.asynccontextmanager
+    async def keeping(monitor: Monitor, fd: int) -> AsyncIterator[str]:
+        async with lent_copy(monitor, fd) as path:
+            yield path
+            # The same open file as QEMU's.
+            kept.append(os.dup(fd))
+
+    monkeypatch.setattr(Monitor, "lent_copy", keeping)
+    done = asyncio.run(save_guest(host, Reference("lent"), guest.name))
+    (file,) = kept
+    try:
+        state = done.artifact.layer("state").path
+        content = state.read_bytes()
+        assert len(content) > 64 * 1024
+        assert os.fstat(file).st_ino != state.stat().st_ino
+        with pytest.raises(PermissionError):
+            os.pwrite(file, b"evil", 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(file, MIB)
+        # It keeps nothing of the host's memory, either.
+        assert os.fstat(file).st_blocks == 0
+        assert state.read_bytes() == content
+        host.store.verify(done.artifact)
+    finally:
+        os.close(file)
+    assert limits(guest)["file size"] == LOG_ROOM
+
+
+def test_a_state_larger_than_any(
+    host: Host, clones: Clones, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU can write no more than the room for it, and the guest goes on."""
+    (guest,) = clones(1)
+    monkeypatch.setattr("onecopy.guest.snapshot.STATE_ROOM", 64 * 1024)
+    with pytest.raises(GuestFailed, match="refused xen-save-devices-state"):
+        asyncio.run(save_guest(host, Reference("large"), guest.name))
+    assert host.store.find(Reference("large"), "system") is None
+    assert limits(guest)["file size"] == LOG_ROOM
+
+
+def test_a_state_that_was_changed_on_the_way(
+    host: Host, saved: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is loaded is what was checked: the file is not looked at again."""
+    layer = saved.layer("state")
+    before = layer.path.read_bytes()
+    source = template(host, saved)
+    checked = Monitor.incoming
+
+    async def changed(monitor: Monitor, fd: int) -> None:
+        layer.path.chmod(0o644)
+        layer.path.write_bytes(b"evil")
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b"evil", 0)
+        await checked(monitor, fd)
+
+    monkeypatch.setattr(Monitor, "incoming", changed)
+    try:
+        guest = asyncio.run(start_clone(host, source, "unchanged"))
+        host.end(guest)
+        monkeypatch.undo()
+        with pytest.raises(StoreDamaged, match="was changed"):
+            asyncio.run(start_clone(host, source, "never"))
+    finally:
+        layer.path.write_bytes(before)
+        layer.path.chmod(0o444)
+    host.store.verify(saved)
