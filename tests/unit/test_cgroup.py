@@ -125,6 +125,18 @@ def test_an_ordinary_user_has_what_was_delegated(tmp_path: Path) -> None:
     assert "delegated" in as_nobody(lambda: cgroup.why_not(root))
 
 
+def test_names_of_any_bytes(make: Path) -> None:
+    """Other people mount, and make groups, where they like."""
+    ours = made(make)
+    file = make / "proc/self/mountinfo"
+    file.write_bytes(
+        b"21 1 0:9 / /mnt/\xff\\040x\x85y rw - ext4 /dev/\xfe rw\n" + file.read_bytes()
+    )
+    (make / "proc/self/cgroup").write_bytes(b"0::/user.slice/\xff\x85\n")
+    assert cgroup.ours(make) == ours
+    assert cgroup.why_not(make) == ""
+
+
 def test_hosts_without(tmp_path: Path) -> None:
     first = tree(tmp_path / "1", "/", controllers="")
     assert "version 1" in cgroup.why_not(first)

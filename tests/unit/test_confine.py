@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
+import signal
 import socket
 import struct
 import subprocess
@@ -16,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from onecopy.errors import Incompatible, NotPermitted
 from onecopy.guest import doctor
 from onecopy.guest.ports import require_free
-from onecopy.host import landlock, seccomp
+from onecopy.host import cgroup, landlock, limits, seccomp
 from onecopy.host.landlock import TRUNCATE
 from onecopy.host.syscall import prctl
 from onecopy.vmm import user
@@ -233,6 +236,31 @@ def test_we_stay_as_we_were(plain: Confinement, tmp_path: Path) -> None:
     assert _ourselves() == before
 
 
+@pytest.mark.parametrize("before", [signal.SIG_IGN, signal.SIG_DFL])
+def test_a_program_is_limited_and_goes_on(
+    before: signal.Handlers, plain: Confinement, tmp_path: Path
+) -> None:
+    """Its files do not grow, which is an error and does not end it; whatever we do with that."""
+    limit = {limits.FILE_SIZE: 1 << 16, limits.CORE: 0}
+    argv = ["/bin/bash", "-c", "while echo something; do :; done 2>&-; exit 7"]
+    was = signal.signal(signal.SIGXFSZ, before)
+    try:
+        for who in (None, user.new_user("tcg")):
+            confinement = replace(plain, user=who, limits=limit)
+            with (tmp_path / "out").open("wb") as out:
+                process = start(argv, confinement, tmp_path, out.fileno(), []).process
+                assert process.wait(60) == 7
+            assert (tmp_path / "out").stat().st_size == 1 << 16
+        assert signal.getsignal(signal.SIGXFSZ) == before
+        ignored = re.search(
+            r"^SigIgn:\s+(\w+)", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
+        assert ignored
+        assert bool(int(ignored[1], 16) >> 24 & 1) == (before is signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGXFSZ, was)
+
+
 def _ourselves() -> tuple[list[str], str, list[int]]:
     keys = ("Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Umask")
     status = Path("/proc/self/status").read_text().splitlines()
@@ -262,8 +290,20 @@ def test_doctor_tells_how_guests_are_confined(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(user, "why_not", lambda _: "a reason")
     assert doctor._confinement("tcg").state == "limited"
     monkeypatch.setattr(user, "why_not", lambda _: "")
+    monkeypatch.setattr(landlock, "abi", lambda: 3)
+    assert "below 1024" in doctor._confinement("tcg").says
     monkeypatch.setattr(landlock, "abi", lambda: 0)
     assert doctor._confinement("tcg").state == "limited"
+
+
+def test_doctor_tells_how_guests_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "why_not", lambda: "")
+    assert doctor._limits().state == "ok"
+    monkeypatch.setattr(cgroup, "why_not", lambda: "a reason")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert (doctor._limits().state, "threads" in doctor._limits().says) == ("limited", False)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "a reason; its threads are not" in doctor._limits().says
 
 
 def test_a_host_without_landlock_still_starts_programs(

@@ -321,9 +321,11 @@ def test_a_low_port_is_the_only_one(
     card = Card("52:54:00:00:00:01", "198.18.1.0")
     spec = start.launch_spec(host, source, folder.path, CloneSpec(publish=((given, 80),)), card)
     hardware = with_segments(source.hardware, described(source.placed))
-    attempts = [("bind", port) for port in (given, *others, 18080, 0)]
-    outcome = asyncio.run(run_rogue(rogue, hardware, spec, attempts, inherit=[lease]))
-    told = [outcome[f"bind {port}"] for _, port in attempts]
+    binds = [("bind", port) for port in (given, *others, 18080, 0)]
+    reads = [("read", path) for path in ("/etc/resolv.conf", "/etc/passwd", "/etc/hostname")]
+    outcome = asyncio.run(run_rogue(rogue, hardware, spec, [*binds, *reads], inherit=[lease]))
+    assert [outcome[f"read {path}"] for _, path in reads] == ["ok", "EACCES", "EACCES"]
+    told = [outcome[f"bind {port}"] for _, port in binds]
     assert told == ["ok", "EACCES", "EACCES", "EACCES", "ok"]
     assert_no_way_out(outcome, network=True)
 

@@ -11,10 +11,10 @@ import msgspec
 from onecopy.build.kernel import KernelConfig, ensure_kernel
 from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
 from onecopy.guest.host import Host
-from onecopy.host import ksm, landlock, meminfo, pagemap, prefetch, verity
+from onecopy.host import cgroup, ksm, landlock, meminfo, pagemap, prefetch, verity
 from onecopy.model import MIB, format_size
 from onecopy.run import PACKAGES, find_program
-from onecopy.vmm import answering, user
+from onecopy.vmm import answering, resolver, user
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
@@ -63,6 +63,7 @@ def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Fin
         state = "ok" if accel.name == "kvm" else "limited"
         yield Finding("accelerator", state, f"{accel.name}: {accel.reason}")
         yield _confinement(accel.name)
+        yield _limits()
     except OnecopyError as error:
         yield Finding("virtualization", "missing", f"{error.message} ({error.hint})")
 
@@ -86,11 +87,26 @@ def _confinement(accel: str) -> Finding:
         says.append("each guest's QEMU is a user of its own")
     if version := landlock.abi():
         says.append(f"Landlock ABI {version}")
+        if version < landlock.BINDS_SINCE:
+            limits.append("who publishes a port below 1024 has them all: that takes Linux 6.7")
+        if resolver.opens_more() and not resolver.can_hide():
+            says.append("what all may read in /etc is open to it, for the name servers' sake")
     else:
         limits.append(
             "this kernel has no Landlock (LSM=landlock), so files are kept by rights only"
         )
     return Finding("confinement", "limited" if limits else "ok", "; ".join([*limits, *says]))
+
+
+def _limits() -> Finding:
+    """What one guest can take of the host at the most."""
+    if why_not := cgroup.why_not():
+        says = f"memory, files and logs of each QEMU are limited, but by process alone: {why_not}"
+        if os.geteuid():
+            says += "; its threads are not"
+        return Finding("limits", "limited", says)
+    says = "memory, threads, files and logs of each QEMU are limited, and it has a control group"
+    return Finding("limits", "ok", says)
 
 
 def _memory() -> Iterator[Finding]:

@@ -31,7 +31,7 @@ from onecopy.host.lock import alone, is_left
 from onecopy.host.process import is_same
 from onecopy.sharing import check
 from onecopy.store import Lease, Store
-from onecopy.vmm import logs
+from onecopy.vmm import logs, resolver
 from onecopy.vmm.qemu import Qemu, probe
 
 
@@ -223,6 +223,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             # Their leases are stale only now.
             self.store.sweep()
         cgroup.sweep()
+        resolver.refresh(self.run)
 
     def _make_room(self, folder: GuestFolder) -> None:
         """Let the logs of a guest go on; under lock."""
@@ -246,6 +247,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             folder.remove()
         if not self._folders():
             self.memory_before.unlink(missing_ok=True)
+            resolver.forget(self.run)
 
     @property
     def memory_before(self) -> Path:
@@ -267,7 +269,8 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         return sorted(records, key=lambda record: record.name)
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.run.iterdir() if path.is_dir()]
+        found = (path for path in self.run.iterdir() if not path.name.startswith("."))
+        return [path for path in found if path.is_dir()]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[int]:

@@ -129,7 +129,7 @@ def _above(root: Path) -> list[Path]:
 
 def _path(file: Path) -> Path | None:
     with contextlib.suppress(OSError):
-        match = re.search(r"^0::(/.*)$", file.read_text(), re.MULTILINE)
+        match = re.search(r"^0::(/.*)$", _text(file), re.MULTILINE)
         # Outside of what a container sees.
         if match and ".." not in match[1]:
             return Path(match[1])
@@ -138,11 +138,19 @@ def _path(file: Path) -> Path | None:
 
 def _mount(root: Path) -> Path | None:
     with contextlib.suppress(OSError):
-        for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        for line in _text(root / "proc/self/mountinfo").split("\n"):
             place, _, kind = line.partition(" - ")
             if kind.startswith("cgroup2 "):
-                return root / Path(place.split()[4]).relative_to("/")
+                path = re.sub(
+                    r"\\([0-7]{3})", lambda each: chr(int(each[1], 8)), place.split(" ")[4]
+                )
+                return root / Path(path).relative_to("/")
     return None
+
+
+def _text(file: Path) -> str:
+    """Names in it may be of any bytes."""
+    return os.fsdecode(file.read_bytes())
 
 
 def _has_controllers(group: Path) -> bool:

@@ -12,6 +12,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 PR_GET_DUMPABLE = 3
 PR_SET_DUMPABLE = 4
@@ -28,7 +29,8 @@ PR_GET_MEMORY_MERGE = 68
 _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET, _UNSHARE = 116, 117, 119, 126, 272
 _PIDFD_GETFD = 438
 _FALLOCATE, _KEEP_SIZE, _PUNCH_HOLE = 285, 1, 2
-_CLONE_FS = 0x200
+_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
+_MS_BIND, _MS_REC, _MS_SLAVE = 1 << 12, 1 << 14, 1 << 19
 _PERSONALITY, _ADDR_NO_RANDOMIZE, _PERSONALITY_NOW = 135, 0x0040000, 0xFFFFFFFF
 _CAPABILITY_VERSION_3 = 0x20080522
 #: Bytes of struct sigaction (glibc, bits/sigaction.h), whose first 8 are the handler.
@@ -64,6 +66,21 @@ def become(uid: int, gid: int, groups: Sequence[int]) -> None:
 def unshare_folder() -> None:
     """Have a working directory, root and umask apart from the process's other threads."""
     syscall(_UNSHARE, _CLONE_FS)
+
+
+def unshare_mounts() -> None:
+    """Have mounts (and a folder, as above) apart from all others, who do not see what is changed.
+
+    What others mount and unmount is seen here, too (mount_namespaces(7)).
+    """
+    syscall(_UNSHARE, _CLONE_NEWNS)
+    _checked(int(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None)))
+
+
+def bind_mount(source: Path, target: Path) -> None:
+    """Have a folder, with what is mounted in it, in place of another one; raise OSError."""
+    flags = ctypes.c_ulong(_MS_BIND | _MS_REC)
+    _checked(int(_libc.mount(os.fsencode(source), os.fsencode(target), None, flags, None)))
 
 
 def randomize_no_addresses() -> None:

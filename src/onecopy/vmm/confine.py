@@ -27,6 +27,7 @@ from onecopy.host.syscall import (
     set_capabilities,
     unshare_folder,
 )
+from onecopy.vmm import resolver
 from onecopy.vmm.user import KVM, User
 
 #: QEMU, its libraries, its firmware, the time zone.
@@ -37,7 +38,6 @@ _HOST = (
     *("/dev/urandom", "/proc/filesystems"),
     *("/sys/devices/system/cpu", "/sys/devices/system/node"),
 )
-_NAME_SERVERS = Path("/etc/resolv.conf")
 
 
 class Confinement(msgspec.Struct, frozen=True):
@@ -57,6 +57,8 @@ class Confinement(msgspec.Struct, frozen=True):
     """Whether it is QEMU, which makes no processes and no files, and not a program for files."""
     inet: bool = False
     """Whether it has TCP and UDP (QEMU's user-mode network)."""
+    etc: Path | None = None
+    """What it has in place of /etc (resolver.py), all of which it may read; None: the host's."""
     binds: tuple[int, ...] | None = None
     """The only TCP ports that it may listen at (0: any that is free); None: all."""
     limits: Limits = msgspec.field(default_factory=dict)
@@ -70,7 +72,10 @@ def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int 
     """
     try:
         # A working directory of its own, entered while it may.
-        unshare_folder()
+        if confinement.etc:
+            resolver.hide(confinement.etc)
+        else:
+            unshare_folder()
         os.chdir(folder)
         if confinement.user:
             confinement.user.become(confinement.capabilities)
@@ -102,8 +107,7 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
         rules.allow_paths(below, READ_FILE | READ_DIR | EXECUTE)
         rules.allow_paths(_HOST, READ_FILE | READ_DIR)
         if confinement.inet:
-            # Files there are replaced, not rewritten: the folder it is.
-            rules.allow_paths([_NAME_SERVERS.resolve().parent], READ_FILE)
+            rules.allow_paths([confinement.etc or resolver.folder()], READ_FILE)
         if confinement.kvm:
             rules.allow_paths([KVM], READ_FILE | WRITE_FILE | IOCTL_DEV)
         for fd, right in confinement.rights.items():

@@ -22,7 +22,7 @@ from onecopy.errors import GuestFailed
 from onecopy.host import cgroup, reap, seccomp
 from onecopy.host.process import stat, wait_for_end
 from onecopy.model import Mergeable
-from onecopy.vmm import bounds, logs
+from onecopy.vmm import bounds, logs, resolver
 from onecopy.vmm.answering import Answers
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
@@ -178,6 +178,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         console = stack.enter_context(_listen(spec.folder / "console.sock"))
         named = replace(named, monitor_fd=monitor, console_fd=console)
         asks = not spec.rom and seccomp.can_ask()
+        inet = spec.card is not None and spec.card.tap is None
         confinement = Confinement(
             user=user,
             capabilities=port_capabilities(host for host, _ in spec.publish),
@@ -186,7 +187,8 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
             asks=asks,
             merge=spec.ksm is Mergeable.ALL,
             vmm=True,
-            inet=spec.card is not None and spec.card.tap is None,
+            inet=inet,
+            etc=resolver.stand_in(spec.folder.parent) if inet else None,
             binds=_ports(spec),
             limits=bounds.of_vmm(hardware, spec, user),
         )
