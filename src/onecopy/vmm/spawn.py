@@ -40,7 +40,7 @@ _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_th
 
 #: What children inherit is set for the whole process: with two starts at once one VMM would get,
 #: and so keep, the lease of the other's.
-alone = threading.Lock()
+alone = threading.RLock()
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -133,7 +133,7 @@ def as_user(pid: int, work: Callable[[], T]) -> T:
         user.become()
         return work()
 
-    with _inherited_attributes(), ThreadPoolExecutor(1) as one:
+    with alone, _dumpable(), ThreadPoolExecutor(1) as one:
         return one.submit(become_and_work).result()
 
 
@@ -174,15 +174,24 @@ def inherited_attributes() -> Iterator[None]:
     """Have what is the whole process's, and passes on to children, as QEMU should have it.
 
     No huge pages: QEMU asks for them for guest RAM and for its translation buffer, and a small
-    guest would then occupy memory that it never touches. And back: a thread that becomes another
-    user makes its process undumpable (PR_SET_DUMPABLE(2const)).
+    guest would then occupy memory that it never touches. And what `_dumpable` keeps.
     """
-    huge, dumpable = prctl(PR_GET_THP_DISABLE), prctl(PR_GET_DUMPABLE)
+    huge = prctl(PR_GET_THP_DISABLE)
     prctl(PR_SET_THP_DISABLE, 1)
+    try:
+        with _dumpable():
+            yield
+    finally:
+        prctl(PR_SET_THP_DISABLE, huge)
+
+
+@contextmanager
+def _dumpable() -> Iterator[None]:
+    """A thread that becomes another user makes its process undumpable (PR_SET_DUMPABLE(2const))."""
+    dumpable = prctl(PR_GET_DUMPABLE)
     try:
         yield
     finally:
-        prctl(PR_SET_THP_DISABLE, huge)
         if dumpable == 1:
             prctl(PR_SET_DUMPABLE, 1)
 
