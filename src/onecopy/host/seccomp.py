@@ -17,13 +17,12 @@ from onecopy.host.syscall import address, buffer, syscall
 
 #: System calls by number (Linux arch/x86/entry/syscalls/syscall_64.tbl).
 OPEN, MADVISE, SOCKET, SOCKETPAIR, CLONE, FORK, OPENAT, PRLIMIT = 2, 28, 41, 53, 56, 57, 257, 302
-#: chmod, fchmod, fchmodat, fchmodat2; chown, fchown, lchown, fchownat; setxattr, lsetxattr,
-#: fsetxattr, setxattrat; removexattr, lremovexattr, fremovexattr; utime, utimes, futimesat,
-#: utimensat.
-CHANGE_RIGHTS = (
-    *(90, 91, 268, 452, 92, 93, 94, 260, 188, 189, 190, 463, 197, 198, 199),
-    *(132, 235, 261, 280),
-)
+IO_URING_SETUP = 425
+#: chmod, fchmod, fchmodat, fchmodat2; setxattr, lsetxattr, fsetxattr, setxattrat.
+CHANGE_RIGHTS = (90, 91, 268, 452, 188, 189, 190, 463)
+#: chown, fchown, lchown, fchownat; removexattr, lremovexattr, fremovexattr; utime, utimes,
+#: futimesat, utimensat.
+CHANGE_OWNERS = (92, 93, 94, 260, 197, 198, 199, 132, 235, 261, 280)
 #: rename, mkdir, rmdir, link, unlink, symlink, mknod, and with "at"; renameat2, creat, truncate.
 CHANGE_NAMES = (82, 83, 84, 86, 87, 88, 133, 258, 259, 263, 264, 265, 266, 316, 85, 76)
 #: Memory, semaphores and queues of System V; queues of POSIX: they outlive who makes them.

@@ -53,8 +53,6 @@ class Confinement(msgspec.Struct, frozen=True):
     """Whether opening a file for reading and writing is answered by us (answering.py)."""
     merge: bool = False
     """Whether KSM may merge its own memory, for which it gives up address randomisation."""
-    vmm: bool = False
-    """Whether it is QEMU, which makes no processes and no files, and not a program for files."""
     inet: bool = False
     """Whether it has TCP and UDP (QEMU's user-mode network)."""
     etc: Path | None = None
@@ -119,7 +117,7 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
 
 
 def filter_program(confinement: Confinement) -> bytes:
-    """The seccomp filter: what no VMM, and no program that reads what one wrote, has a use for.
+    """The seccomp filter: what no VMM has a use for.
 
     It denies by name what there was in Linux 5.3, and allows by name what came later. QEMU's own
     filter comes on top, and ends QEMU if it makes a process: vfork and execve alone cannot be
@@ -136,10 +134,14 @@ def filter_program(confinement: Confinement) -> bytes:
     """
     inet = (socket.AF_INET, socket.AF_INET6)
     blocks = [
-        seccomp.deny(seccomp.CHANGE_RIGHTS, errno.EPERM),
+        seccomp.deny((*seccomp.CHANGE_RIGHTS, *seccomp.CHANGE_OWNERS), errno.EPERM),
+        seccomp.deny(seccomp.CHANGE_NAMES, errno.EACCES),
+        seccomp.deny(seccomp.CHANGE_SCHEDULING, errno.EPERM),
         seccomp.deny(seccomp.LASTING, errno.EPERM),
         seccomp.deny(seccomp.OTHER_PROCESSES, errno.EPERM),
         seccomp.deny(seccomp.RARE, errno.EPERM),
+        seccomp.deny([seccomp.FORK], errno.EPERM),
+        seccomp.deny_without(seccomp.CLONE, 0, seccomp.CLONE_THREAD, errno.EPERM),
         seccomp.deny([seccomp.SOCKETPAIR], errno.EACCES),
         seccomp.deny_new(seccomp.FIRST_NEW, seccomp.NEW, errno.ENOSYS),
         seccomp.deny_if(seccomp.MADVISE, 2, mmap.MADV_HUGEPAGE, errno.EINVAL),
@@ -149,19 +151,8 @@ def filter_program(confinement: Confinement) -> bytes:
         blocks.append(seccomp.allow_only(seccomp.SOCKET, 0, inet, errno.EACCES))
     else:
         blocks.append(seccomp.deny([seccomp.SOCKET], errno.EACCES))
-    if confinement.vmm:
-        blocks += _only_a_vmm()
     if confinement.asks:
         # Exactly these flags: what else QEMU opens it opens with O_CLOEXEC, or only to read.
         blocks.append(seccomp.ask_if(seccomp.OPENAT, 2, os.O_RDWR))
         blocks.append(seccomp.ask_if(seccomp.OPEN, 1, os.O_RDWR))
     return seccomp.program(*blocks)
-
-
-def _only_a_vmm() -> list[list[bytes]]:
-    return [
-        seccomp.deny(seccomp.CHANGE_NAMES, errno.EACCES),
-        seccomp.deny(seccomp.CHANGE_SCHEDULING, errno.EPERM),
-        seccomp.deny([seccomp.FORK], errno.EPERM),
-        seccomp.deny_without(seccomp.CLONE, 0, seccomp.CLONE_THREAD, errno.EPERM),
-    ]

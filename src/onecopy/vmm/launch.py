@@ -186,7 +186,6 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
             kvm=spec.accel == "kvm",
             asks=asks,
             merge=spec.ksm is Mergeable.ALL,
-            vmm=True,
             inet=inet,
             etc=resolver.stand_in(spec.folder.parent) if inet else None,
             binds=_ports(spec),

@@ -317,8 +317,7 @@ def _ruleset(task: Task) -> Ruleset | None:
 
 
 def _filter() -> bytes:
-    denied = (*_DENIED, *seccomp.CHANGE_RIGHTS)
-    return seccomp.program(*(seccomp.deny(number, errno.EPERM) for number in denied))
+    return seccomp.program(seccomp.deny((*_DENIED, *seccomp.CHANGE_RIGHTS), errno.EPERM))
 
 
 def _limited(limits: Limits, *, own_user: bool) -> list[str]:
