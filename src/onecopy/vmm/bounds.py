@@ -7,6 +7,7 @@ More comes with what it is given while it runs. Not here: how a process is limit
 from __future__ import annotations
 
 import contextlib
+import resource
 from collections.abc import Iterator
 
 from onecopy.host import cgroup, limits
@@ -20,8 +21,8 @@ from onecopy.vmm.user import User
 LOG_ROOM = 4 * MIB
 #: QEMU's threads besides those of processors: 64 do input and output (util/thread-pool.c).
 _THREADS = 96
-#: Bytes of QEMU's own memory; most is the stacks of these threads, which are hardly touched.
-_OWN = 1024 * MIB
+#: Bytes of QEMU's own memory, without the stacks of these threads, which are hardly touched.
+_OWN = 512 * MIB
 #: TCG's translated code (tcg/region.c), which grows up to that.
 _TRANSLATED = 1024 * MIB
 #: Programs, libraries and what is mapped for a moment.
@@ -33,7 +34,7 @@ _FILES = 4096
 def of_vmm(hardware: Hardware, spec: Launch, user: User | None) -> Limits:
     """The limits of a VMM that is about to be started."""
     private = sum(slot.size for slot in hardware.segments if slot.mode is Mode.COPY_ON_WRITE)
-    private += hardware.memory + _OWN + (_TRANSLATED if spec.accel == "tcg" else 0)
+    private += hardware.memory + _own(spec) + threads(hardware) * _stack()
     mapped = sum(slot.size for slot in hardware.segments if slot.mode is not Mode.COPY_ON_WRITE)
     found = {
         limits.PRIVATE: private,
@@ -61,8 +62,17 @@ def memory(hardware: Hardware, spec: Launch) -> int:
     What a guest shares is counted where it was first touched: the saved RAM and segments, too.
     """
     times = 2 if spec.ram is Ram.COPY_ON_WRITE else 1
-    own = _OWN + (_TRANSLATED if spec.accel == "tcg" else 0)
-    return hardware.memory * times + sum(slot.size for slot in hardware.segments) + own
+    return hardware.memory * times + sum(slot.size for slot in hardware.segments) + _own(spec)
+
+
+def _own(spec: Launch) -> int:
+    return _OWN + (_TRANSLATED if spec.accel == "tcg" else 0)
+
+
+def _stack() -> int:
+    """Bytes of a thread's stack (pthread_create(3)), which QEMU has as we have it."""
+    most, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return 2 * MIB if most == resource.RLIM_INFINITY else most
 
 
 def let_map(pid: int, size: int, *, private: bool) -> None:
