@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import CommandFailed
+from onecopy.host.syscall import open_without_devices
 from onecopy.vmm.given import READ
 from onecopy.vmm.tool import (
     READ_ANY,
@@ -81,6 +83,30 @@ def test_it_reads_a_folder_of_others_only_if_it_is_given_it(tmp_path: Path) -> N
         for other in (f"{named(fd)}/../beside", str(beside), "/etc/shadow"):
             with pytest.raises(CommandFailed, match="ermission denied"):
                 run_tool(Task(["cat", other], task.rights, capabilities=READ_ANY))
+
+
+def test_it_opens_no_device_of_a_tree(tmp_path: Path) -> None:
+    """Not even by the names at which others can: a tree of anybody's may hold the host's disk."""
+    if os.geteuid() != 0:
+        cannot_run("only root can make devices")
+    os.mknod(tmp_path / "zero", 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    (tmp_path / "file").write_text("text")
+    for name in ("file", "zero"):
+        for by_path in (False, True):
+            # It is the tool's, and ends with it.
+            fd = open_without_devices(tmp_path)
+            folder = str(tmp_path) if by_path else named(fd)
+            argv = ["head", "-c", "4", f"{folder}/{name}"]
+            task = Task(argv, {fd: READ_TREE}, over={fd: tmp_path}, capabilities=READ_ANY)
+            try:
+                if name == "file":
+                    assert run_tool(task).out == "text"
+                else:
+                    with pytest.raises(CommandFailed, match="ermission denied"):
+                        run_tool(task)
+            finally:
+                os.close(fd)
+    assert (tmp_path / "zero").open("rb").read(1) == b"\0"
 
 
 def test_it_has_no_network_and_no_other_descriptor(tmp_path: Path) -> None:

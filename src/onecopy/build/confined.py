@@ -35,10 +35,12 @@ def run_maker(
     tree: int | None = None,
     *,
     behind: Sequence[str] = (),
+    over: Mapping[int, Path] | None = None,
 ) -> Ran:
     """Run a program that writes the open file ``image``, its last argument but for ``behind``.
 
-    It reads below the open folder ``tree``, whose `Facts` bound what it may take. Raises
+    It reads below the open folder ``tree``, whose `Facts` bound what it may take; ``over`` is a
+    task's (vmm/tool.py). Raises
     CommandFailed, MissingProgram, Incompatible.
     """
     mib = facts.blocks * PAGE_SIZE >> 20
@@ -52,6 +54,7 @@ def run_maker(
             Task(
                 [*argv, named(image), *behind],
                 rights,
+                over=over or {},
                 capabilities=wanted & capabilities() if tree is not None else 0,
                 environment=_environment(facts),
                 limits=Limits(

@@ -19,7 +19,8 @@ from onecopy.build.confined import make_file, require_memory, run_maker
 from onecopy.build.ext2 import image_size, make_ext2
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.tree import Facts, scan
-from onecopy.errors import BadSource, CommandFailed, InvalidInput
+from onecopy.errors import BadSource, CommandFailed, Incompatible, InvalidInput
+from onecopy.host.syscall import open_without_devices
 from onecopy.model import PAGE_SIZE, align_up
 from onecopy.vmm.tool import named
 
@@ -83,8 +84,29 @@ def make_erofs(tree: Path, out: Path, facts: Facts) -> None:
 
 
 def _run_mkfs(image: int, tree: int, facts: Facts) -> None:
+    """Run it on an open folder: by the path to that, which mkfs.erofs looks for.
+
+    Whoever may read files of any owner could read the host's disks by the devices in a tree: so
+    there it has the tree as a mount in which no device opens.
+    """
     options = ["-Enoinline_data", "-U", IMAGE_UUID, "--quiet"]
-    run_maker(["mkfs.erofs", *options], facts, image, tree, behind=[named(tree)])
+    argv = ["mkfs.erofs", *options]
+    if not facts.devices or os.geteuid() != 0:
+        run_maker(argv, facts, image, tree, behind=[named(tree)])
+        return
+    try:
+        safe = open_without_devices(Path(named(tree)))
+    except OSError as error:
+        raise Incompatible(
+            f"devices of a tree cannot be kept from mkfs.erofs: {error.strerror}",
+            hint="that takes Linux 5.12 and the right to mount; or use --fs ext2",
+        ) from error
+    try:
+        run_maker(
+            argv, facts, image, safe, behind=[named(safe)], over={safe: Path(named(tree)).resolve()}
+        )
+    finally:
+        os.close(safe)
 
 
 @contextmanager

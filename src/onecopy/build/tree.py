@@ -34,8 +34,8 @@ class Facts(msgspec.Struct, frozen=True):
     ``newest`` is the newest modification time in whole seconds since 1970, and ``newest_path`` of
     what; ``inodes`` and ``blocks`` (of `PAGE_SIZE`, holes counted as data) bound what an image of
     it takes; ``longest_name`` is in bytes; ``sockets`` are how many there are; ``trusted`` says
-    whether there are attributes that only an administrator sees; ``fingerprint`` changes when
-    anything in the tree does.
+    whether there are attributes that only an administrator sees; ``devices`` whether there
+    are devices; ``fingerprint`` changes when anything in the tree does.
     """
 
     newest: int
@@ -45,6 +45,7 @@ class Facts(msgspec.Struct, frozen=True):
     longest_name: int
     sockets: int
     trusted: bool
+    devices: bool
     fingerprint: str
 
 
@@ -95,7 +96,7 @@ class _Scan:
         self._device = os.lstat(tree).st_dev
         self._linked: set[int] = set()
         self._newest, self._newest_path = 0, ""
-        self._trusted = False
+        self._trusted = self._devices = False
         self._inodes = self._blocks = self._longest = self._names = self._sockets = 0
 
     def facts(self) -> Facts:
@@ -117,6 +118,7 @@ class _Scan:
             longest_name=self._longest,
             sockets=self._sockets,
             trusted=self._trusted,
+            devices=self._devices,
             fingerprint=f"{digest % (1 << 256):x}",
         )
 
@@ -134,6 +136,7 @@ class _Scan:
             if status.st_ino in self._linked:
                 return
             self._linked.add(status.st_ino)
+        self._devices |= stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
         self._sockets += stat.S_ISSOCK(status.st_mode)
         self._inodes += 1
         attributes = os.listxattr(path, follow_symlinks=False)

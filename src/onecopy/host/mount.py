@@ -1,6 +1,6 @@
-"""Mounting a file system of our own making, where nobody sees it.
+"""Mounts that nobody else sees: of a file system of our own making, or of a folder over itself.
 
-It is mounted nowhere: a descriptor is all there is of it, and it ends with that (fsopen(2),
+The former is mounted nowhere: a descriptor is all there is of it, and it ends with that (fsopen(2),
 fsmount(2), Linux 5.2; loop(4), Linux 5.8). Not for images that others have made: those are no
 business of the host's kernel.
 """
@@ -12,12 +12,14 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
-from onecopy.host.syscall import buffer, syscall
+from onecopy.host.syscall import buffer, syscall, unshare_mounts
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
+_MOVE_MOUNT, _EMPTY_PATHS = 429, 0x44
 _SET_STRING, _CREATE, _CLOEXEC = 1, 6, 1
 _NOSUID, _NODEV, _NOEXEC = 2, 4, 8
 # linux/loop.h: struct loop_config is the file, a block size, and struct loop_info64, of which we
@@ -25,6 +27,22 @@ _NOSUID, _NODEV, _NOEXEC = 2, 4, 8
 _GET_FREE, _CONFIGURE, _AUTOCLEAR = 0x4C82, 0x4C0A, 4
 _CONFIG = struct.Struct("<II52xI176x64x")
 _TRIES = 64
+
+
+def mount_over(mounts: Mapping[int, Path]) -> None:
+    """Let this thread have open mounts in place of the folders that they are of.
+
+    Nobody else sees them there. Raises OSError.
+    """
+    unshare_mounts()
+    for mount, path in mounts.items():
+        folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if not os.path.sameopenfile(mount, folder):
+                raise OSError(errno.ESTALE, "another folder has its name now")
+            syscall(_MOVE_MOUNT, mount, _text(""), folder, _text(""), _EMPTY_PATHS)
+        finally:
+            os.close(folder)
 
 
 @contextmanager

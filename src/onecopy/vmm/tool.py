@@ -19,12 +19,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import msgspec
 
 from onecopy.errors import CommandFailed, Incompatible
 from onecopy.host import landlock, seccomp
 from onecopy.host.landlock import EXECUTE, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
+from onecopy.host.mount import mount_over
 from onecopy.host.syscall import PR_SET_NO_NEW_PRIVS, prctl, set_capabilities, unshare_folder
 from onecopy.model import format_size
 from onecopy.run import find_program, keep
@@ -47,6 +49,9 @@ _OUT_OF_MEMORY = ("annot allocate memory", "emory exhausted", "ut of memory", "e
 _DENIED = (
     *(seccomp.SOCKET, seccomp.SOCKETPAIR, seccomp.IO_URING_SETUP, 101, 310, 311, 29, 323, 321),
     *(298, 250, 272, 308, 165, 166, 155, 429, 430, 428, 442, 304),
+    # And what CAP_SYS_ADMIN would open: swapon, swapoff, sethostname, setdomainname, quotactl,
+    # quotactl_fd, fanotify_init, syslog, acct, add_key, request_key.
+    *(167, 168, 170, 171, 179, 443, 300, 103, 163, 248, 249),
 )
 
 
@@ -80,6 +85,8 @@ class Task(msgspec.Struct, frozen=True):
     """None: /dev/null."""
     stdout: int | None = None
     """None: what it prints is returned."""
+    over: Mapping[int, Path] = {}
+    """Open mount -> the folder in whose place the tool has it, and nobody else."""
     capabilities: int = 0
     """What it keeps of ours (capabilities(7))."""
     environment: Mapping[str, str] = {}
@@ -213,6 +220,8 @@ class Tool:
         try:
             unshare_folder()
             os.umask(0o022)
+            if self._task.over:
+                mount_over(self._task.over)
             os.chdir("/")
             if self._user:
                 self._user.become(self._task.capabilities)
