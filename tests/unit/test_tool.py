@@ -106,7 +106,8 @@ def test_it_opens_no_device_of_a_tree(tmp_path: Path) -> None:
                         run_tool(task)
             finally:
                 os.close(fd)
-    assert (tmp_path / "zero").open("rb").read(1) == b"\0"
+    with (tmp_path / "zero").open("rb") as device:
+        assert device.read(1) == b"\0"
 
 
 def test_it_has_no_network_and_no_other_descriptor(tmp_path: Path) -> None:
