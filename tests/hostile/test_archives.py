@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecopy.build.image import make_image
+from onecopy.build.kernel import ensure_kernel
 from onecopy.build.segment import build_segment
 from onecopy.build.source import open_source
 from onecopy.errors import BadSource, NotEnough, OnecopyError
@@ -32,6 +33,7 @@ from onecopy.model import Reference
 from onecopy.store import Store
 from tests.conftest import cannot_run
 from tests.hostile import tar_kit as tar
+from tests.unit.test_removal import nest
 
 REF = Reference.parse("hostile:1")
 GOOD = tar.file(b"good", b"data")
@@ -373,6 +375,36 @@ def test_as_deep_and_long_as_can_be(tmp_path: Path, fs: str) -> None:
     with suppress(BadSource):
         build_segment(store, REF, f"tar:{tmp_path}/x.tar", fs=fs)
     assert not list((store.root / "tmp").iterdir())
+
+
+def test_modules_that_are_no_modules(tmp_path: Path) -> None:
+    modules = tmp_path / "6.1"
+    modules.mkdir()
+    (modules / "modules.order").touch()
+    (tmp_path / "kernel").touch()
+    nest(modules, 1200)
+    store = Store(tmp_path / "store")
+    try:
+        with pytest.raises(BadSource, match="in one another"):
+            ensure_kernel(store, kernel=tmp_path / "kernel", modules=modules)
+    finally:
+        assert remove_tree(modules) == ""
+
+
+@pytest.mark.parametrize("fs", ["erofs", "ext2"])
+@pytest.mark.parametrize("what", ["deep", "long"])
+def test_a_folder_that_is_too_deep(tmp_path: Path, fs: str, what: str) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    if what == "deep":
+        (tree / "/".join("d" * 501)).mkdir(parents=True)
+    else:
+        nest(tree, 300)
+    try:
+        with pytest.raises(BadSource, match=r"too deep|too long"):
+            make_image(tree, tmp_path / "image", fs)
+    finally:
+        assert remove_tree(tree) == ""
 
 
 @pytest.mark.parametrize("fs", ["erofs", "ext2"])

@@ -17,6 +17,7 @@ import msgspec
 from onecopy.build.bootfiles import cpio
 from onecopy.build.image import make_image
 from onecopy.build.packages import fetch_package, host_suite
+from onecopy.build.tree import walk
 from onecopy.errors import BadSource
 from onecopy.model import Reference
 from onecopy.run import run
@@ -36,6 +37,8 @@ BOOT_MODULES = (
     "virtio_net",
 )
 
+#: Folders of modules in one another, at most.
+_MOST_LEVELS = 64
 _UNPACKERS = {".xz": "xz", ".zst": "zstd", ".gz": "gzip"}
 
 
@@ -96,6 +99,7 @@ def _custom(store: Store, kernel: Path, modules: Path, progress: Callable[[str],
             f"{modules} is not a modules folder",
             hint="give the folder lib/modules/RELEASE of that kernel",
         )
+    _require_shallow(modules.resolve())
     with kernel.open("rb") as file:
         version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     # A release may hold what a version may not: Debian's have a "+".
@@ -109,6 +113,19 @@ def _custom(store: Store, kernel: Path, modules: Path, progress: Callable[[str],
         image = work / "vmlinuz"
         shutil.copyfile(kernel, image)
         return _put(store, ref, image, modules.resolve(), work, "")
+
+
+def _require_shallow(modules: Path) -> None:
+    """Raise BadSource for a folder that is no kernel's: what reads it later recurses."""
+    try:
+        for path, _ in walk(modules):
+            if len(path.parts) - len(modules.parts) > _MOST_LEVELS:
+                raise BadSource(
+                    f"{modules} has more than {_MOST_LEVELS} folders in one another",
+                    hint="give the folder lib/modules/RELEASE of that kernel",
+                )
+    except OSError as error:
+        raise BadSource(f"cannot read {modules}: {error.strerror}", hint="run as root") from error
 
 
 def _put(

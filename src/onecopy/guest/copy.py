@@ -12,10 +12,12 @@ import contextlib
 import os
 import posixpath
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
+from onecopy.build.tree import walk
 from onecopy.errors import (
     AlreadyExists,
     GuestFailed,
@@ -172,10 +174,10 @@ async def _full(folder: Path, where: str, source: Path) -> NotEnough:
     """The guest has no room for ``source``: how much there would have to be."""
     script = f'{_BUSYBOX} df -Pk "$1" 2>/dev/null || {_BUSYBOX} df -Pk "${{1%/*}}/"'
     done = await run_captured(folder, [*_RUN, script, "cp", where], timeout=_PATIENCE)
-    files = [source, *(path for path in source.rglob("*") if not path.is_symlink())]
+    sizes = (s.st_size for _, s in walk(source) if not stat.S_ISLNK(s.st_mode))
     return NotEnough(
         f"disk in {folder.name}",
-        needed=sum(path.lstat().st_size for path in files),
+        needed=sum(sizes),
         available=int(done.stdout.split()[-3]) << 10,
         hint="what guests write is in their memory: save the system with more --memory",
     )
