@@ -94,8 +94,9 @@ def require_memory(facts: Facts) -> None:
 
 @contextmanager
 def make_file(path: Path, size: int = 0) -> Iterator[int]:
-    """A new file, open for reading and writing."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    """An empty file of that size, open for reading and writing."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o644)
     try:
         os.ftruncate(fd, size)
         yield fd
