@@ -1,5 +1,6 @@
 """The command's entry: the only place that ends the process."""
 
+import os
 import sys
 
 
@@ -8,10 +9,21 @@ def main() -> None:
     from onecopy.cli import main as cli_main
     from onecopy.cli.signals import ignore
 
-    code = cli_main()
+    if os.environ.get("ONECOPY_DEBUG") != "1":
+        # What Python tells besides of what went wrong meanwhile; the error itself is told.
+        sys.unraisablehook = lambda _: None
+        sys.excepthook = _told_shortly
+    try:
+        code = cli_main()
+    except KeyboardInterrupt:
+        code = 130
     # Python's own end takes a while, with no handlers any more.
     ignore()
     sys.exit(code)
+
+
+def _told_shortly(kind: type[BaseException], error: BaseException, _: object) -> None:
+    print(f"onecopy: internal error: {kind.__name__}: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

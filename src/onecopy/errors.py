@@ -22,6 +22,8 @@ OnecopyError
 ├── NotUnmounted       a process in the guest holds the segment
 ├── NameMoved          the name means something else by now
 ├── ProgramFailed      a program in a guest ran and failed
+├── OutputFailed       standard output cannot be written
+├── HostFailed         the host's kernel refused something that nobody foresaw
 └── Interrupted        Ctrl-C or SIGTERM
 
 Each class owns a stable ``id`` (shown by ``--json``) and an exit code; each instance says what
@@ -31,6 +33,8 @@ only ``onecopy.__main__`` exits.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -266,6 +270,29 @@ class ProgramFailed(OnecopyError):
         self.returncode = returncode
         self.stdout = stdout
         self.stderr = stderr
+
+
+class OutputFailed(OnecopyError):
+    """Standard output cannot be written; with 141, and without a word, if its reader is gone."""
+
+    id = "output-failed"
+    exit_code = 23
+
+    def __init__(self, fd: int, number: int) -> None:
+        stream = {1: "standard output", 2: "standard error"}.get(fd, f"descriptor {fd}")
+        said = "it is closed" if number == errno.EBADF else os.strerror(number)
+        super().__init__(
+            f"{stream} cannot be written: {said}",
+            hint="what the command did is done, but not told: send its output somewhere else",
+        )
+        self.errno = number
+
+
+class HostFailed(OnecopyError):
+    """The host refused something, for a reason that the message gives."""
+
+    id = "host-failed"
+    exit_code = 24
 
 
 class Interrupted(OnecopyError):

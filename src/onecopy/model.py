@@ -20,17 +20,20 @@ DEFAULT_VERSION = "latest"
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+# What git shows of its digests is 7 digits; less is more often a slip than meant.
+_DIGEST = re.compile(r"sha256:[0-9a-f]{6,64}")
 # A guest's name becomes its hostname (RFC 1123 label).
 _GUEST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_SIZE = re.compile(r"([0-9]+)([KMGT]?)(i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"0*([0-9]{1,19})([KMGT]?)(i?B)?", re.IGNORECASE)
+#: What the kernel can count in a file, or in memory (off_t, loff_t).
+_LARGEST = (1 << 63) - 1
 
 
 def check_name(text: str) -> str:
     """Return ``text`` if it can name a segment or saved system; raise InvalidInput."""
     if not _NAME.fullmatch(text):
         raise InvalidInput(
-            f"{text!r} is not a valid name",
+            f"{_short(text)} is not a valid name",
             hint="use 1-63 of a-z 0-9 . _ - and begin and end with a letter or digit",
         )
     return text
@@ -40,7 +43,7 @@ def check_guest_name(text: str) -> str:
     """Return ``text`` if it can name a guest (a hostname label); raise InvalidInput."""
     if not _GUEST.fullmatch(text):
         raise InvalidInput(
-            f"{text!r} is not a valid guest name",
+            f"{_short(text)} is not a valid guest name",
             hint="use 1-63 of a-z 0-9 - and begin and end with a letter or digit",
         )
     return text
@@ -95,7 +98,10 @@ class PageClass(StrEnum):
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """What a user types to mean one artifact: ``NAME[:VERSION]`` or ``NAME@sha256:HEX``."""
+    """What a user types to mean one artifact: ``NAME[:VERSION]`` or ``NAME@sha256:HEX``.
+
+    Of HEX the first 6 digits are enough, or as many as tell it from others of that name.
+    """
 
     name: str
     version: str = DEFAULT_VERSION
@@ -108,14 +114,15 @@ class Reference(msgspec.Struct, frozen=True):
         if at:
             if not _DIGEST.fullmatch(digest):
                 raise InvalidInput(
-                    f"{digest!r} is not a valid digest",
-                    hint="a digest is sha256: and 64 hexadecimal digits; `onecopy ls` shows them",
+                    f"{_short(digest)} is not a valid digest",
+                    hint="a digest is sha256: and 6 to 64 hexadecimal digits (0-9 a-f); "
+                    "`onecopy ls` shows them",
                 )
             return cls(check_name(name), digest=digest)
         name, colon, version = text.partition(":")
         if colon and not _VERSION.fullmatch(version):
             raise InvalidInput(
-                f"{version!r} is not a valid version",
+                f"{_short(version)} is not a valid version",
                 hint="use 1-128 of A-Z a-z 0-9 . _ - and begin with a letter, digit or _",
             )
         return cls(check_name(name), version or DEFAULT_VERSION)
@@ -147,9 +154,20 @@ def check_ports(host: int, guest: int) -> tuple[int, int]:
 def parse_size(text: str) -> int:
     """Bytes meant by ``256M``, ``1G``, ``65536``; raise InvalidInput."""
     match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise InvalidInput(f"{text!r} is not a size", hint="write for example 256M or 1G")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()]
+    size = match and int(match[1]) << _SHIFTS[match[2].upper()]
+    if size is None or size > _LARGEST:
+        raise InvalidInput(
+            f"{_short(text)} is not a size", hint="write for example 256M or 1G; at most 8 EiB"
+        )
+    return size
+
+
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def _short(text: str) -> str:
+    """``text`` for an error: of 5,000 digits the first ones tell enough."""
+    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def format_size(size: int) -> str:

@@ -10,8 +10,11 @@ PAGE = Path(__file__).parents[2] / "docs/exit-codes.md"
 FOOT = """
 `onecopy exec` exits with the code of the program in the guest: 127 if there is none of that name,
 128 + n if signal n ended it, 124 if its time was up. If onecopy itself fails it exits with 125.
-`onecopy run SYSTEM -- CMD` exits with CMD's code. Ctrl-C and SIGTERM give 130, after all that was
-begun has been undone. `onecopy doctor` exits with 1 if something is missing.
+`onecopy run SYSTEM -- CMD` exits with CMD's code. A command whose output is read no more
+(`onecopy ls | head -1`) exits with 141, 128 + SIGPIPE, and tells nothing. If output cannot be
+written for another reason (a full disk, a closed standard output) that is told, with 23. Ctrl-C and
+SIGTERM give 130, after all that was begun has been undone. `onecopy doctor`
+exits with 1 if something is missing.
 
 This page is made from `src/onecopy/errors.py`; `ONECOPY_REGENERATE=1 pytest
 tests/unit/test_errors.py` makes it again.
@@ -28,7 +31,8 @@ def _page() -> str:
         for each in _classes()
     ]
     head = "# Exit codes\n\n| code | id | when |\n|---|---|---|\n| 0 | | It worked. |\n"
-    other = "| 1 | `error` | Anything else, for example a bug of ours. |\n"
+    says = "Anything else: a bug of ours, told in one line; `ONECOPY_DEBUG=1` shows where."
+    other = f"| 1 | `error` | {says} |\n"
     return head + other + "\n".join(rows) + "\n" + FOOT
 
 

@@ -6,6 +6,7 @@ their one-line helps (a test holds them equal to the commands' own).
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -14,7 +15,8 @@ import sys
 import click
 
 from onecopy import __version__
-from onecopy.errors import Interrupted, OnecopyError
+from onecopy.cli import signals, streams
+from onecopy.errors import Interrupted, OutputFailed
 
 _COMMANDS = {
     "build": "Build a segment from Debian packages, a folder, a tar archive or a disk image.",
@@ -54,6 +56,8 @@ _COMMANDS = {
 #: Commands whose exit code is that of a program in the guest: ours is then always 125.
 _PASSING = ("exec",)
 PASSED_FAILURE = 125
+#: 128 + SIGPIPE, as a shell has it of any program whose output is read no more.
+READER_GONE = 141
 
 
 class _Lazy(click.Group):
@@ -85,12 +89,21 @@ def onecopy() -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; return its exit code. Never raises OnecopyError."""
+    """Run one command; return its exit code. Raises nothing, whatever happens."""
+    streams.secure()
     args = sys.argv[1:] if args is None else args
     _end_politely()
+    code = _run(args)
+    try:
+        streams.finish()
+    except OutputFailed as error:
+        return _lost(args, error, code)
+    return code
+
+
+def _run(args: list[str]) -> int:
     try:
         result = onecopy.main(args, prog_name="onecopy", standalone_mode=False)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
@@ -99,12 +112,19 @@ def main(args: list[str] | None = None) -> int:
         return _code(args, error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail(args, Interrupted())
-    except OnecopyError as error:
+    except OutputFailed as error:
+        return _lost(args, error)
+    except Exception as error:
         return _fail(args, error)
-    except BrokenPipeError:
-        # The reader of our output is gone: nothing more to say, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _lost(args: list[str], error: OutputFailed, code: int = 0) -> int:
+    """What to return if output cannot be written; ``code`` is what else has failed."""
+    streams.give_up()
+    if error.errno == errno.EPIPE:
+        # The reader has what it wanted: nothing is told, as when SIGPIPE ends other programs.
+        return code or READER_GONE
+    return _fail(args, error)
 
 
 def _end_politely() -> None:
@@ -118,7 +138,16 @@ def _end_politely() -> None:
             signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
-def _fail(args: list[str], error: OnecopyError) -> int:
+def _fail(args: list[str], found: Exception) -> int:
+    # Whoever asks once more to end it is told the same.
+    signals.ignore()
+    from onecopy.cli.failures import explained
+
+    error = explained(found)
+    if os.environ.get("ONECOPY_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(found)
     print(f"onecopy: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"onecopy: {error.hint}", file=sys.stderr)

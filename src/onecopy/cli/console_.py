@@ -1,6 +1,5 @@
 """onecopy console"""
 
-import os
 import select
 import socket
 import sys
@@ -9,6 +8,7 @@ import tty
 
 import click
 
+from onecopy.cli import streams
 from onecopy.cli.params import GuestType
 from onecopy.errors import GuestFailed
 
@@ -51,9 +51,9 @@ def _copy(console: socket.socket) -> None:
             data = console.recv(1 << 16)
             if not data:
                 return
-            os.write(1, data)
+            streams.put_all(1, data)
         if 0 in ready:
-            data = os.read(0, 1 << 16)
+            data = streams.take(1 << 16)
             if not data:
                 sources.remove(0)
             typed, escape, _ = data.partition(_ESCAPE)

@@ -1,13 +1,14 @@
 """onecopy exec"""
 
 import asyncio
-import os
 import select
 import sys
+from functools import partial
 
 import click
 
-from onecopy.cli.params import GuestType
+from onecopy.cli import streams
+from onecopy.cli.params import GuestType, SecondsType
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": False})
@@ -16,7 +17,7 @@ from onecopy.cli.params import GuestType
 @click.option("-i", "--stdin", is_flag=True, help="Pass standard input on to the program.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1),
+    type=SecondsType(0.1),
     metavar="SECONDS",
     help="Kill the program after this time and exit with 124.",
 )
@@ -34,26 +35,18 @@ def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None
 
     async def run() -> int:
         source = await _stdin() if stdin else None
-        streams = Streams(_writer(1), _writer(2), source)
-        return await run_streaming(folder, cmd, streams, timeout=timeout)
+        # Blocks while our reader does: the guest's program then waits, too.
+        passed = Streams(partial(streams.put_all, 1), partial(streams.put_all, 2), source)
+        return await run_streaming(folder, cmd, passed, timeout=timeout)
 
     return asyncio.run(run())
-
-
-def _writer(fd: int):  # type: ignore[no-untyped-def]
-    def write(data: bytes) -> None:
-        # Blocks while our reader does: the guest's program then waits, too.
-        while data:
-            data = data[os.write(fd, data) :]
-
-    return write
 
 
 class _File(asyncio.StreamReader):
     """Standard input that never blocks: a file, or /dev/null."""
 
     async def read(self, n: int = -1) -> bytes:
-        return os.read(0, n)
+        return streams.take(n)
 
 
 async def _stdin() -> asyncio.StreamReader:

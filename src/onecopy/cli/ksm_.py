@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onecopy.cli.output import print_json, print_table
-from onecopy.cli.params import GuestType, json_option
+from onecopy.cli.params import GuestType, SecondsType, json_option
 from onecopy.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 
 def _settings(function: Callable[..., None]) -> Callable[..., None]:
     options = (
-        click.option("--pages", type=click.IntRange(1), help="Pages to look at before each sleep."),
-        click.option("--sleep", type=click.IntRange(0), help="Milliseconds of each sleep."),
+        click.option(
+            "--pages", type=click.IntRange(1, 1 << 31), help="Pages to look at before each sleep."
+        ),
+        click.option(
+            "--sleep", type=click.IntRange(0, 1 << 31), help="Milliseconds of each sleep."
+        ),
         click.option(
             "--advisor/--no-advisor",
             default=None,
@@ -120,7 +124,7 @@ def _tune(pages: int | None, sleep: int | None, advisor: bool | None, smart: boo
 )
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1),
+    type=SecondsType(0.1),
     default=60.0,
     show_default=True,
     help="Seconds between two looks.",

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 def print_json(value: object) -> None:
     """One JSON document."""
-    print(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False))
+    utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=not utf8))
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

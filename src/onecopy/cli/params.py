@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,20 @@ class SizeType(click.ParamType[Any]):
         return value if isinstance(value, int) else parse_size(value)
 
 
+class SecondsType(click.FloatRange):
+    """A finite time of ``least`` seconds or more: at most a year, which any clock can count."""
+
+    def __init__(self, least: float) -> None:
+        super().__init__(least, 366 * 86400)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        found = float(super().convert(value, param, ctx))
+        # It is neither above nor below anything, and so in any range.
+        if math.isnan(found):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return found
+
+
 class PublishType(click.ParamType[Any]):
     """[HOST:]GUEST ports."""
 
@@ -68,7 +83,7 @@ class PublishType(click.ParamType[Any]):
     def convert(self, value: Any, param: object, ctx: object) -> tuple[int, int]:
         host, _, guest = str(value).rpartition(":")
         # int() takes more digits than these, and isdigit() more than int().
-        if not re.fullmatch("[0-9]+", guest) or not re.fullmatch("[0-9]*", host):
+        if not re.fullmatch("[0-9]{1,5}", guest) or not re.fullmatch("[0-9]{0,5}", host):
             raise InvalidInput(f"{value!r} is not a port pair", hint="write for example -p 8080:80")
         return check_ports(int(host or 0), int(guest))
 
@@ -196,7 +211,7 @@ def cold_options(command: _F) -> _F:
         ),
         click.option(
             "--timeout",
-            type=click.FloatRange(1),
+            type=SecondsType(1),
             default=300,
             show_default=True,
             metavar="SECONDS",

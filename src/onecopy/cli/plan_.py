@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 
 @click.command("plan")
-@click.option("--guests", type=click.IntRange(1), required=True, help="How many there will be.")
+@click.option(
+    "--guests", type=click.IntRange(1, 1_000_000), required=True, help="How many there will be."
+)
 @click.option(
     "--system", type=ReferenceType("system"), required=True, help="From which they start."
 )
-@click.option("--hosts", type=click.IntRange(1), help="Hosts that they are spread over.")
+@click.option("--hosts", type=click.IntRange(1, 1_000_000), help="Hosts that they are spread over.")
 @click.option("--memory", type=SizeType(), help="Memory that each host has for them.")
-@click.option("--cpus", type=click.IntRange(1), help="Processors of each host; default: as here.")
+@click.option(
+    "--cpus", type=click.IntRange(1, 8192), help="Processors of each host; default: as here."
+)
 @click.option(
     "--work",
     default="",

@@ -6,11 +6,12 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onecopy.cli import signals
+from onecopy.cli import signals, streams
 from onecopy.cli.cold import cold_spec
 from onecopy.cli.output import duration, print_json, progress
 from onecopy.cli.params import (
@@ -262,24 +263,16 @@ async def _then(
     if not cmd:
         untold += started.guests
         return started, 0
-    streams = Streams(_writer(sys.stdout.buffer), _writer(sys.stderr.buffer))
+    passed = Streams(partial(streams.put_all, 1), partial(streams.put_all, 2))
     try:
         codes = await asyncio.gather(
-            *(run_streaming(host.run / guest.name, cmd, streams) for guest in started.guests)
+            *(run_streaming(host.run / guest.name, cmd, passed) for guest in started.guests)
         )
     finally:
         if not keep:
             await asyncio.gather(*(sync_disks(host, guest) for guest in started.guests))
             host.end(*started.guests)
     return started, next((code for code in codes if code), 0)
-
-
-def _writer(stream: Any) -> Callable[[bytes], None]:
-    def write(data: bytes) -> None:
-        stream.write(data)
-        stream.flush()
-
-    return write
 
 
 def _started(result: tuple[Started, int], as_json: bool, quiet: bool) -> int:

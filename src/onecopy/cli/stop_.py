@@ -4,7 +4,7 @@ import asyncio
 
 import click
 
-from onecopy.cli.params import GuestType
+from onecopy.cli.params import GuestType, SecondsType
 from onecopy.errors import InvalidInput
 
 
@@ -13,7 +13,7 @@ from onecopy.errors import InvalidInput
 @click.option("--all", "every", is_flag=True, help="All guests.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0),
+    type=SecondsType(0),
     default=10,
     show_default=True,
     metavar="SECONDS",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onecopy.cli.output import table_lines
+from onecopy.cli.params import SecondsType
 from onecopy.model import format_size
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _KEYS = {"c": "cpu", "o": "own", "s": "shared", "m": "merged", "n": "name"}
 )
 @click.option(
     "--interval",
-    type=click.FloatRange(0.2),
+    type=SecondsType(0.2),
     default=3.0,
     show_default=True,
     help="Seconds between two looks.",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 
 import click
 
+from onecopy.cli import streams
 from onecopy.cli.params import ReferenceType, SizeType
 from onecopy.model import Reference
 
@@ -17,7 +17,10 @@ from onecopy.model import Reference
     "--offset", type=SizeType(), default="0", show_default=True, help="Where in the range to begin."
 )
 @click.option(
-    "--range", "number", type=click.IntRange(0), help="Number of the range, if several are SC."
+    "--range",
+    "number",
+    type=click.IntRange(0, 1000),
+    help="Number of the range, if several are SC.",
 )
 def command(name: Reference, offset: int, number: int | None) -> None:
     """Write standard input to an SC range of a segment; all guests see it at once.
@@ -27,6 +30,6 @@ def command(name: Reference, offset: int, number: int | None) -> None:
     from onecopy.guest.shared import write
     from onecopy.store import Store
 
-    parts = iter(partial(sys.stdin.buffer.read, 1 << 20), b"")
+    parts = iter(partial(streams.take, 1 << 20), b"")
     count = write(Store(), name, parts, offset=offset, number=number)
     print(f"{count} bytes written")

@@ -6,7 +6,7 @@ Entries that other tools wrote are kept as they are and never shown. Not here: r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -34,16 +34,37 @@ def ours(index: Index, kind: str | None = None) -> list[Descriptor]:
 def find(index: Index, ref: Reference, kind: str | None = None) -> list[Descriptor]:
     """What ``ref`` means: one entry, or every version of the name with that digest.
 
-    Raises NotFound, also if it is not a ``kind``.
+    Raises NotFound, also if it is not a ``kind``; InvalidInput if the digest is too short.
     """
     entries = ours(index)
     found = [entry for entry in entries if _means(ref, entry)]
+    require_one(ref, (entry.digest for entry in found))
     if not found:
         raise NotFound(f"there is no {kind or 'artifact'} {ref}", hint=_near(entries, ref, kind))
     right = [entry for entry in found if kind in (None, entry.kind)]
     if not right:
         raise NotFound(f"{ref} is a {found[0].kind}, not a {kind}", hint=_near(entries, ref, kind))
     return right
+
+
+def matching(index: Index, ref: Reference) -> list[Descriptor]:
+    """All that ``ref`` may mean: of a short digest several."""
+    return [entry for entry in ours(index) if _means(ref, entry)]
+
+
+def require_one(ref: Reference, digests: Iterable[str]) -> None:
+    """Raise InvalidInput if a short digest is that of several."""
+    found = sorted(set(digests))
+    if ref.digest and len(found) > 1:
+        raise InvalidInput(
+            f"{ref} may be {', '.join(found[:-1])} or {found[-1]}",
+            hint="give more digits of the one that is meant",
+        )
+
+
+def is_digest_of(ref: Reference, name: str, digest: str) -> bool:
+    """Whether ``ref`` names this by its digest, or the beginning of it."""
+    return ref.name == name and bool(ref.digest) and digest.startswith(ref.digest or "")
 
 
 def require_kind(ref: str, found: str, kind: str | None) -> None:
@@ -54,7 +75,7 @@ def require_kind(ref: str, found: str, kind: str | None) -> None:
 
 def _means(ref: Reference, entry: Descriptor) -> bool:
     if ref.digest:
-        return entry.digest == ref.digest and entry.ref.partition(":")[0] == ref.name
+        return is_digest_of(ref, entry.ref.partition(":")[0], entry.digest)
     return entry.ref == str(ref)
 
 

@@ -125,15 +125,23 @@ class Store:
     def resolve(self, ref: Reference, kind: str | None = None) -> Artifact:
         """The artifact that ``ref`` means.
 
-        By its digest also what is pending purge. Raises NotFound (the hint says what is near; also
-        if it is not a ``kind``), StoreDamaged.
+        By its digest, which can be short where it is unique, also what is pending purge. Raises
+        NotFound (the hint says what is near; also if it is not a ``kind``), InvalidInput (a short
+        digest of several), StoreDamaged.
         """
-        if ref.digest:
-            for artifact in self.pending():
-                if (artifact.name, artifact.digest) == (ref.name, ref.digest):
-                    names.require_kind(artifact.ref, artifact.kind, kind)
-                    return artifact
-        return self._read(lambda index: self._load(names.find(index, ref, kind)[0]))
+        held = self.pending() if ref.digest else []
+        held = [each for each in held if names.is_digest_of(ref, each.name, each.digest)]
+        return self._read(lambda index: self._find(index, held, ref, kind))
+
+    def _find(
+        self, index: oci.Index, held: Sequence[Artifact], ref: Reference, kind: str | None
+    ) -> Artifact:
+        named = [entry.digest for entry in names.matching(index, ref)]
+        names.require_one(ref, [*(each.digest for each in held), *named])
+        if named or not held:
+            return self._load(names.find(index, ref, kind)[0])
+        names.require_kind(held[0].ref, held[0].kind, kind)
+        return held[0]
 
     def pending(self) -> list[Artifact]:
         """What was removed or replaced and is still leased (pending purge); raise StoreDamaged."""

@@ -1,0 +1,116 @@
+"""Standard input, output and error as we find them: closed, full, or with nobody behind them.
+
+One place, for all commands: output that cannot be written ends a command with `OutputFailed`;
+messages that cannot be written end nothing. Not here: what is written (output.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from onecopy.errors import HostFailed, OutputFailed
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+def secure() -> None:
+    """Open what is closed of descriptors 0 to 2, and guard Python's streams on them.
+
+    Call it before any other file is opened: that would take the free number, and be written to.
+    """
+    for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # Opened for the opposite, 0 and 1 fail when they are used (as gnulib's stdopen() does):
+            # what is asked for can be neither read nor lost without a word.
+            os.open(os.devnull, mode)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - open until the process ends
+    # What replaces them, as a test does, is left alone.
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _guarded(_Output(1, "w", closefd=False))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _guarded(_Messages(2, "w", closefd=False))
+
+
+def put(fd: int, data: Buffer) -> int:
+    """Write some of ``data``, and return how many bytes; waits while nothing more is taken.
+
+    Raises OutputFailed.
+    """
+    while True:
+        try:
+            return os.write(fd, data)
+        except BlockingIOError:
+            select.select([], [fd], [])
+        except OSError as error:
+            raise OutputFailed(fd, error.errno or errno.EIO) from error
+
+
+def put_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``; raise OutputFailed."""
+    view = memoryview(data)
+    while view:
+        view = view[put(fd, view) :]
+
+
+def take(size: int) -> bytes:
+    """Read up to ``size`` bytes of standard input, empty at its end; raise HostFailed."""
+    while True:
+        try:
+            return os.read(0, size)
+        except BlockingIOError:
+            select.select([0], [], [])
+        except OSError as error:
+            said = "it is closed" if error.errno == errno.EBADF else error.strerror
+            raise HostFailed(
+                f"standard input cannot be read: {said}",
+                hint="give the command an input, if need be </dev/null",
+            ) from error
+
+
+def finish() -> None:
+    """Write what is kept back of standard output; raise OutputFailed."""
+    sys.stdout.flush()
+
+
+def give_up() -> None:
+    """Drop what cannot be written, so that Python does not try again when it ends."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+
+
+class _Output(io.FileIO):
+    def write(self, data: Buffer, /) -> int:
+        return put(self.fileno(), data)
+
+
+class _Messages(io.FileIO):
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return put(self.fileno(), data)
+        except OutputFailed:
+            # Nobody is left to be told.
+            return memoryview(data).nbytes
+
+
+def _guarded(raw: io.FileIO) -> io.TextIOWrapper:
+    before = sys.__stderr__ if raw.fileno() == 2 else sys.__stdout__
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=before.encoding if before else "utf-8",
+        # No name is a reason not to tell it: those of files need not be text.
+        errors="backslashreplace",
+        line_buffering=raw.isatty() or raw.fileno() == 2,
+    )
