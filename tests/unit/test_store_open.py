@@ -5,8 +5,6 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,29 +13,9 @@ import pytest
 from onecopy.errors import Incompatible, InvalidInput, NotEnough, NotPermitted, StoreDamaged
 from onecopy.model import Reference
 from onecopy.store import NewLayer, Store, default_root, require_disk
-from tests.conftest import cannot_run
 from tests.unit.other_user import as_nobody
+from tests.unit.small_disk import tmpfs
 from tests.unit.store_kit import PMEM, check_whole, put
-
-
-@contextmanager
-def tmpfs(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system in memory, mounted on ``folder``."""
-    if os.geteuid():
-        cannot_run("only root can mount a file system")
-    folder.mkdir()
-    done = subprocess.run(
-        ["/bin/mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        cannot_run(f"mount: {done.stderr}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["/bin/umount", "--lazy", folder], check=True)
 
 
 def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -152,7 +130,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:
 
 
 def test_no_inodes_left(tmp_path: Path) -> None:
-    with tmpfs(tmp_path / "disk", "size=4m,nr_inodes=16") as disk:
+    with tmpfs(tmp_path / "disk", "size=4m,nr_inodes=19") as disk:
         store = Store(disk)
         with pytest.raises(NotEnough):
             for number in range(16):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from onecopy.store import access, collect, oci
+from onecopy.store import access, collect, oci, reserve
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
 
@@ -19,11 +19,21 @@ def change(layout: Layout) -> Iterator[None]:
     """Hold the store's lock for a change; raises NotEnough, NotPermitted, StoreDamaged."""
     with file_errors(layout.root), layout.locked():
         # A kill leaves this mark, and so the next one who opens the store sweeps.
-        (layout.tmp / "change").touch()
+        _mark(layout)
         try:
             yield
         finally:
             collect.sweep(layout)
+            reserve.keep(layout)
+
+
+def _mark(layout: Layout) -> None:
+    mark = layout.tmp / "change"
+    try:
+        mark.touch()
+    except OSError as error:
+        if not reserve.is_full(error) or not reserve.take(layout, reserve.MARK, mark):
+            raise
 
 
 def write_blob(layout: Layout, digest: str, data: bytes) -> None:
@@ -36,4 +46,9 @@ def write_blob(layout: Layout, digest: str, data: bytes) -> None:
 
 def write_index(layout: Layout, index: oci.Index) -> None:
     """Make ``index`` what counts, all of it at once; the lock is held."""
-    layout.write(layout.index, oci.encode(access.prune(index)))
+    data = oci.encode(access.prune(index))
+    try:
+        layout.write(layout.index, data)
+    except OSError as error:
+        if not reserve.is_full(error) or not reserve.write(layout, layout.index, data):
+            raise

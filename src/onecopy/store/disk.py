@@ -47,12 +47,13 @@ def file_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             available = free_bytes(root)
+            left = "some space" if os.statvfs(root).f_favail else "some files (no inode is left)"
             raise NotEnough(
                 "disk",
                 # What we needed was more than there is, though a quota may say otherwise.
                 needed=max(_RECORDS, available + 1),
                 available=available,
-                hint=f"nothing was stored; free some space on the file system of {root}",
+                hint=f"nothing was stored; free {left} on the file system of {root}",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise NotPermitted(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -22,8 +22,10 @@ from onecopy.store.layout import Layout
 from onecopy.store.oci import Descriptor, is_digest
 
 
-def in_domain(layout: Layout, layer: NewLayer, domain: str, work: Path) -> NewLayer:
-    """The layer as one of a trust domain: the blob of another one is copied into ``work``.
+def in_domain(
+    layout: Layout, layer: NewLayer, domain: str, workspace: Callable[[], Path]
+) -> NewLayer:
+    """The layer as one of a trust domain: the blob of another one is copied into a workspace.
 
     Raises NotFound (no such blob), InvalidInput, NotEnough.
     """
@@ -38,6 +40,7 @@ def in_domain(layout: Layout, layer: NewLayer, domain: str, work: Path) -> NewLa
         raise _missing(layer.digest) from error
     if found == domain:
         return layer
+    work = workspace()
     require_disk(work, blob.stat().st_blocks * 512)
     # Of its own: the same blob may come twice.
     out = work / f"{os.urandom(6).hex()}-{blob.name}"

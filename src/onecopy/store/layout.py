@@ -8,6 +8,7 @@
     ROOT/tmp/FILE          lives only while its writer has ``lock``: else it is a crash's remains
     ROOT/leases/NAME.json  flocked by the guest that holds it (lease.py)
     ROOT/live/             what the host writes to and guests read (live.py)
+    ROOT/reserve/          what a change takes where nothing is left (reserve.py)
     ROOT/cache/            what can be made again; may be emptied at any time
     ROOT/disks/            of guests (guest/disks.py); nothing else in the store knows of them
 
@@ -58,6 +59,10 @@ class Layout(msgspec.Struct, frozen=True):
     @property
     def cache(self) -> Path:
         return self.root / "cache"
+
+    @property
+    def reserve(self) -> Path:
+        return self.root / "reserve"
 
     @property
     def blobs(self) -> Path:

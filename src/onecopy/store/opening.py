@@ -17,7 +17,7 @@ from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
 
 _OURS = {
-    *("lock", "tmp", "leases", "live", "cache"),
+    *("lock", "tmp", "leases", "live", "cache", "reserve"),
     *("blobs", "index.json", "oci-layout", "lost+found"),
 }
 #: What apt and mmdebstrap cannot have in a path.

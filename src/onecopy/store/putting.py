@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import cache
 
 import msgspec
 
@@ -41,7 +42,9 @@ def put(layout: Layout, wanted: Wanted, config: bytes, layers: Sequence[NewLayer
         raise InvalidInput(f"{wanted.ref} cannot be a new name", hint="use NAME:VERSION")
     oci.artifact_type(wanted.kind)
     domain = _domain(layout, wanted)
-    with file_errors(layout.root), workspace(layout) as work, ExitStack() as clean:
+    with file_errors(layout.root), ExitStack() as clean:
+        # Not made unless it is used: a name can be given on a full disk, too.
+        work = cache(lambda: clean.enter_context(workspace(layout)))
         mine = [ingest.in_domain(layout, layer, domain, work) for layer in layers]
         blobs = [ingest.describe(layout, layer, domain, clean) for layer in mine]
         config = ingest.follow(config, layers, blobs)
