@@ -39,6 +39,11 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 
+def as_root(command: str) -> str:
+    """A hint to run what only root may, for who is root or not."""
+    return command if os.geteuid() == 0 else f"ask who administers this host to run: {command}"
+
+
 class OnecopyError(Exception):
     """Base of all; ``message`` says what happened, ``hint`` what to do."""
 
@@ -92,7 +97,7 @@ class MissingProgram(OnecopyError):
     def __init__(self, program: str, package: str) -> None:
         super().__init__(
             f"the program {program!r} is not installed",
-            hint=f"apt-get install {package}",
+            hint=as_root(f"apt-get install {package}"),
         )
         self.program = program
         self.package = package

@@ -49,6 +49,14 @@ def check_guest_name(text: str) -> str:
     return text
 
 
+def in_order(text: str) -> tuple[tuple[tuple[str, tuple[int, str]], ...], str]:
+    """A key by which names are sorted as people count: web-2 before web-10."""
+    parts = re.split("([0-9]+)", text)
+    # Not int(): foreign guests may have names of any length.
+    numbers = [(len(n.lstrip("0")), n.lstrip("0")) for n in (*parts[1::2], "")]
+    return tuple(zip(parts[::2], numbers, strict=True)), text
+
+
 class Mergeable(StrEnum):
     """What of a guest KSM may merge."""
 

@@ -14,6 +14,7 @@ from onecopy.model import (
     check_guest_name,
     check_name,
     format_size,
+    in_order,
     parse_size,
 )
 
@@ -131,3 +132,10 @@ def test_a_formatted_size_is_near(size: int) -> None:
     number, unit = format_size(size).split()
     factor = 1024 ** ["B", "KiB", "MiB", "GiB", "TiB"].index(unit)
     assert abs(float(number) * factor - size) <= factor * 0.0501
+
+
+def test_names_are_in_the_order_in_which_people_count() -> None:
+    names = ["web-10", "web-2", "web", "a1b10", "a1b9", "web-02", "1", "web-" + "9" * 5000]
+    assert sorted(names, key=in_order) == [
+        *("1", "a1b9", "a1b10", "web", "web-02", "web-2", "web-10", "web-" + "9" * 5000),
+    ]

@@ -219,6 +219,7 @@ def cold(host: Host) -> Iterator[Cold]:
     started: list[GuestRecord] = []
 
     def boot(root: Artifact, **options: object) -> GuestRecord:
+        options = {"idle": True, **options}
         spec = ColdSpec(root=Reference.parse(root.ref), **options)  # type: ignore[arg-type]
         prepared = prepare_cold(host, spec)
         names = names_for("cold", None, 1)

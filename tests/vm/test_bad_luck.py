@@ -85,7 +85,7 @@ def _nothing_left(host: Host, saved: Artifact, busybox_root: Artifact) -> Iterat
 
 
 def save(name: str, root: Artifact, *options: str) -> list[str]:
-    return ["save", name, "--root", root.ref, "--memory", "128M", *options]
+    return ["save", name, "--root", root.ref, "--memory", "128M", "--run", "", *options]
 
 
 def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
@@ -103,7 +103,7 @@ def test_an_agent_that_stops_answering(
     stop = "grep -q 'qemu-g[a]' $p/cmdline && kill -STOP ${p##*/}"
     ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; false"
     prepared = prepare_cold(
-        host, ColdSpec(Reference("busybox"), memory=128 * MIB, ready=ready, timeout=60)
+        host, ColdSpec(Reference("busybox"), memory=128 * MIB, command="", ready=ready, timeout=60)
     )
     with pytest.raises(AgentFailed, match="did not answer guest-") as caught:
         asyncio.run(run_cold(host, prepared, "mute"))
@@ -113,7 +113,7 @@ def test_an_agent_that_stops_answering(
 def test_a_guest_that_cannot_boot_in_time(busybox_root: Artifact) -> None:
     said = refused(11, *save("late", busybox_root, "--timeout", "1"))
     assert "did not come up within 1 s" in said and "--timeout" in said
-    cold = ["run", "--cold", busybox_root.ref, "--name", "late", "--memory", "128M"]
+    cold = ["run", "--cold", busybox_root.ref, "--name", "late", "--memory", "128M", "--run", ""]
     refused(11, *cold, "--timeout", "1")
 
 
@@ -193,7 +193,17 @@ def test_an_interrupted_command(
         "debian": ["build", "cut", "--from", "debian:bookworm"],
         "save": save("cut", busybox_root),
         "run": ["run", saved.ref, "-n", "4", "--name", "cut"],
-        "cold": ["run", "--cold", busybox_root.ref, "--memory", "128M", "--name", "cut"],
+        "cold": [
+            "run",
+            "--cold",
+            busybox_root.ref,
+            "--run",
+            "",
+            "--memory",
+            "128M",
+            "--name",
+            "cut",
+        ],
     }[what]
     (tmp_path / "data").write_bytes(secrets.token_bytes(64 * MIB))
     # Storing takes longer than this, so that all of it lies before the end.
@@ -384,8 +394,9 @@ def test_an_archive_that_does_not_fit(small: Host, tmp_path: Path) -> None:
 def test_what_cannot_be_right_is_refused_with_a_hint(
     saved: Artifact, busybox_root: Artifact
 ) -> None:
-    run, root = ["run", saved.ref], ["--root", busybox_root.ref]
-    cold = ["run", "--cold", busybox_root.ref]
+    run, root = ["run", saved.ref], ["--root", busybox_root.ref, "--run", ""]
+    bare = ["run", "--cold", busybox_root.ref]
+    cold = [*bare, "--run", ""]
     table: list[tuple[int, list[str], str]] = [
         (2, ["build", "Web", "--from", "dir:/srv"], "'Web' is not a valid name"),
         (2, ["build", "web:", "--from", "dir:/srv"], "not a valid version"),
@@ -409,9 +420,13 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (2, ["save", "x", *root, *["--segment", "busybox:/a"] * 2], "/a is there twice"),
         (3, ["save", "x", *root, "--segment", "no-such:/a"], "there is no segment"),
         (8, [*cold, "--kernel", "/no/such"], "--modules"),
+        (2, bare, "give it --run CMD"),
+        (2, ["save", "x", "--root", busybox_root.ref], "give it --run CMD"),
         (3, ["run", "no-such"], "there is no system no-such:latest"),
-        (3, ["run", busybox_root.ref], "not a system"),
-        (3, ["run", "--cold", saved.ref], "not a segment"),
+        (3, ["run", busybox_root.ref], "onecopy save NAME --root busybox:latest"),
+        (3, ["run", "--cold", saved.ref], "without --cold"),
+        (5, ["save", busybox_root.ref, *root], "is a segment"),
+        (2, ["save", "x@sha256:123456", *root], "cannot be a new name"),
         (3, ["run", f"saved@sha256:{64 * '0'}"], "there is no system"),
         (2, [*run, "--name", "UPPER"], "not a valid guest name"),
         (2, [*run, "--name", "under_score"], "not a valid guest name"),

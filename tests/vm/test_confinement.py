@@ -395,7 +395,7 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
     os.environ["HOME"] = str(home)
     host = Host.open()
     build_segment(host.store, Reference("root"), f"dir:{home / 'root'}")
-    spec = ColdSpec(root=Reference("root"), memory=128 * MIB)
+    spec = ColdSpec(root=Reference("root"), memory=128 * MIB, command="")
     system = (await save_system(host, Reference("user"), spec)).artifact
     source = template(host, system)
     started = await start_many(

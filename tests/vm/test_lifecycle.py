@@ -324,7 +324,7 @@ def test_dry_run_is_what_really_runs(host: Host, web: str, lasting: dict[str, An
     assert [shlex.split(line) for line in planned] == [real_command(g["pid"]) for g in guests]
     assert lasting["planned"] == real_command(lasting["pid"])
 
-    save = shlex.split(command("save", "no", "--root", "web-root", "--dry-run").stdout)
+    save = shlex.split(command("save", "no", "--root", "web-root", "--run", "", "--dry-run").stdout)
     assert Path(save[0]).name == "qemu-system-x86_64"
     assert any(word.startswith("memory-backend-ram,id=ram") for word in save)
     assert "no" not in {item["name"] for item in answer("ls", "--json")}
@@ -394,7 +394,7 @@ def test_more_than_the_host_has_memory_for(host: Host, web: str) -> None:
     assert 0 < fit * 20 * MIB < total
     assert not [each.name for each in host.guests() if each.name.startswith("many")]
     # The kernel itself refuses one mapping of more than there is.
-    cold = ["run", "web-root", "--cold", "--memory", f"{(total >> 20) * 99 // 100}M"]
+    cold = ["run", "web-root", "--cold", "--run", "", "--memory", f"{(total >> 20) * 99 // 100}M"]
     assert "0 would fit" in command(*cold, code=9).stderr
     (guest,) = answer(*cold, "--overcommit", "--json")["guests"]
     assert command("exec", guest["name"], "cat", "/proc/meminfo").stdout.startswith("MemTotal:")
@@ -447,10 +447,8 @@ def test_a_kernel_of_ones_own(modules: Path, lasting: dict[str, Any]) -> None:
     assert config["release"] == release
     inside = command("exec", LASTING, "--", "cat", f"/lib/modules/{release}/modules.dep").stdout
     assert "virtio_pmem.ko" in inside
-    assert (
-        "go together"
-        in command("run", "--cold", "web-root", "--kernel", "/boot/vmlinuz", code=8).stderr
-    )
+    cold = ["run", "--cold", "web-root", "--run", ""]
+    assert "go together" in command(*cold, "--kernel", "/boot/vmlinuz", code=8).stderr
 
 
 def test_an_ext2_root_is_executed_in_place(lasting: dict[str, Any]) -> None:
@@ -470,7 +468,8 @@ def test_an_ext2_root_is_executed_in_place(lasting: dict[str, Any]) -> None:
 def test_kvm_runs_guests_or_says_why_not(busybox_root: Artifact) -> None:
     findings = {item["check"]: item["says"] for item in answer("doctor", "--json")}
     accel, _, reason = findings["accelerator"].partition(": ")
-    args = ["run", "--cold", busybox_root.ref, "--memory", "128M", "--accel", "kvm", "--name", "v"]
+    args = ["run", "--cold", busybox_root.ref, "--run", "", "--memory", "128M", "--name", "v"]
+    args += ["--accel", "kvm"]
     if accel == "kvm":
         (guest,) = answer(*args, "--json")["guests"]
         assert guest["accel"] == "kvm"

@@ -54,7 +54,7 @@ def test_another_cpu_is_asked_for(busybox_root: Artifact, cold: Cold, run_in: Ru
 def test_the_hosts_own_cpu_needs_kvm(
     host: Host, busybox_root: Artifact, cold: Cold, run_in: RunIn, saved: Artifact
 ) -> None:
-    spec = ColdSpec(root=Reference.parse(busybox_root.ref), cpu="host")
+    spec = ColdSpec(root=Reference.parse(busybox_root.ref), cpu="host", command="")
     if SystemConfig.of(saved).accel == "kvm":
         assert flags(cold(busybox_root, cpu="host"), run_in) >= V2
     else:

@@ -52,7 +52,7 @@ def until_resident(layer: Layer, wanted: bytes) -> None:
 def test_a_cold_guest_is_recorded_and_loaded(
     host: Host, cold: Cold, run_in: RunIn, python_root: Artifact
 ) -> None:
-    spec = ColdSpec(root=Reference.parse(python_root.ref), memory=MEMORY)
+    spec = ColdSpec(root=Reference.parse(python_root.ref), memory=MEMORY, command="")
     artifacts = prepare_cold(host, spec).artifacts
     layers = [layer for artifact in artifacts for layer in artifact.layers]
     image = python_root.layer("image")

@@ -53,6 +53,7 @@ def create_segment(
     ``access``. Raises InvalidInput (ranges that cannot be), BadSource (a file that cannot be used),
     NotEnough, NotPermitted, and what `Store.put` raises.
     """
+    store.require_free("segment", ref, access)
     described = tuple(_describe(number, item) for number, item in enumerate(ranges))
     check(described)
     saved = [(n, item) for n, item in enumerate(ranges) if item.page_class.saved]

@@ -45,8 +45,7 @@ def build_segment(
     ``ref`` is named, leaves nothing behind. Raises InvalidInput, BadSource, NotEnough,
     NotPermitted, MissingProgram, and what `Store.put` raises.
     """
-    if ref.digest:
-        raise InvalidInput(f"{ref} cannot be a new name", hint="use NAME:VERSION")
+    store.require_free("kernel" if source.startswith(PREFIX) else "segment", ref, access)
     if source.startswith(PREFIX):
         if include or room or fs != "erofs" or page_class is not PageClass.SR:
             raise InvalidInput(

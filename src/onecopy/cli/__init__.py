@@ -142,15 +142,14 @@ def _fail(args: list[str], found: Exception) -> int:
     # Whoever asks once more to end it is told the same.
     signals.ignore()
     from onecopy.cli.failures import explained
+    from onecopy.cli.output import tell_error
 
     error = explained(found)
     if os.environ.get("ONECOPY_DEBUG") == "1":
         import traceback
 
         traceback.print_exception(found)
-    print(f"onecopy: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"onecopy: {error.hint}", file=sys.stderr)
+    tell_error(error)
     return _code(args, error.exit_code)
 
 

@@ -4,7 +4,7 @@ import click
 
 from onecopy.cli.output import print_json, print_table
 from onecopy.cli.params import json_option
-from onecopy.model import format_size
+from onecopy.model import format_size, in_order
 
 
 @click.command("ls")
@@ -29,7 +29,7 @@ def command(kind: str | None, as_json: bool) -> None:
         for artifact in store.pending()
         if kind in (None, artifact.kind)
     ]
-    found.sort(key=lambda item: (item["name"], item["version"], item["state"]))
+    found.sort(key=lambda item: (*map(in_order, (item["name"], item["version"])), item["state"]))
     if as_json:
         print_json(found)
         return

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+from onecopy.errors import Interrupted, OnecopyError, OutputFailed
+
+_T = TypeVar("_T")
 
 
 def print_json(value: object) -> None:
@@ -56,6 +61,29 @@ def progress() -> Iterator[Callable[[str], None]]:
                 status.console.print(f"onecopy: {escaped}")
 
         yield tell
+
+
+def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
+    """Do ``work`` for each, whatever becomes of the others.
+
+    Errors are told as they come; returns the exit code of the first one, or 0.
+    """
+    codes = []
+    for item in items:
+        try:
+            work(item)
+        except (OutputFailed, Interrupted):
+            raise
+        except OnecopyError as error:
+            tell_error(error)
+            codes.append(error.exit_code)
+    return next(iter(codes), 0)
+
+
+def tell_error(error: OnecopyError) -> None:
+    """Print an error and its hint."""
+    for text in filter(None, (error.message, error.hint)):
+        print(f"onecopy: {text}", file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

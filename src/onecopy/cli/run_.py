@@ -206,7 +206,9 @@ def _cold(
     from onecopy.guest import admission, boot, cold
     from onecopy.guest.folder import no_agent
 
-    prepared = cold.prepare_cold(host, cold_spec(source, **options), tell)
+    # What is run in it by `exec` is a reason to be up.
+    spec = replace(cold_spec(source, **options), idle=needs_agent)
+    prepared = cold.prepare_cold(host, spec, tell)
     if needs_agent and not prepared.agent:
         raise no_agent(str(source))
     tell(f"booting under {prepared.accel.name} ({prepared.accel.reason})")

@@ -4,6 +4,7 @@ import asyncio
 
 import click
 
+from onecopy.cli.output import each_of
 from onecopy.cli.params import GuestType, SecondsType
 from onecopy.errors import InvalidInput
 
@@ -25,7 +26,7 @@ from onecopy.errors import InvalidInput
     is_flag=True,
     help="Do not ask: end them (what they wrote is gone anyway, but for disks).",
 )
-def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> None:
+def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> int:
     """Stop guests: ask, wait, end."""
     from onecopy.guest.host import Host
     from onecopy.guest.stop import stop_guests
@@ -33,8 +34,11 @@ def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> 
     if every == bool(guests):
         raise InvalidInput("say which guests to stop", hint="name them, or give --all")
     host = Host.open()
-    records = host.guests() if every else [host.guest(name).record() for name in guests]
+    records = host.guests() if every else []
+    # One that is not there lets the others run for no longer.
+    code = each_of(guests, lambda name: records.append(host.guest(name).record()))
 
     endings = asyncio.run(stop_guests(host, records, 0 if now else timeout))
     for record, ending in zip(records, endings, strict=True):
         print(f"{record.name} {ending.value}")
+    return code

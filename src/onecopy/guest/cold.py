@@ -17,6 +17,7 @@ from onecopy.build.ranges import SegmentConfig
 from onecopy.build.tools import ensure_tools
 from onecopy.errors import InvalidInput, NotEnough
 from onecopy.guest import machine
+from onecopy.guest.describing import require_room
 from onecopy.guest.disks import DiskSpec
 from onecopy.guest.host import Host
 from onecopy.guest.machine import SystemConfig
@@ -45,7 +46,9 @@ class ColdSpec(msgspec.Struct, frozen=True):
     cpu: str = DEFAULT
     """CPU model (vmm/cpu.py)."""
     command: str | None = None
-    """Run with a minimal init; None: the image's own init, or none if it has none."""
+    """Run with a minimal init, which with "" just stays up; None: the image's own init."""
+    idle: bool = False
+    """An image without an init just stays up: what it is to run comes later."""
     ready: str | None = None
     """A shell command that exits 0 in the guest once it is ready."""
     timeout: float = 300
@@ -105,12 +108,14 @@ def prepare_cold(
     root = host.store.resolve(spec.root, "segment")
     extra = [(host.store.resolve(ref, "segment"), where) for ref, where in spec.segments]
     _require_memory(spec.memory)
+    run = _command(spec, root)
     kernel = ensure_kernel(host.store, kernel=spec.kernel, modules=spec.modules, progress=progress)
     tools = ensure_tools(host.store, progress)
     domain = host.store.access(root.name).domain
     kernel, tools = (in_domain(host.store, each, domain) for each in (kernel, tools))
     accel = _accelerator(host, spec, kernel)
     placed = machine.place(root, tools, kernel, extra)
+    require_room((item.segment.size for item in placed), align_up(spec.memory))
     return Prepared(
         spec=spec,
         root=root,
@@ -121,7 +126,7 @@ def prepare_cold(
         accel=accel,
         hardware=_hardware(host, spec, accel),
         domain=domain,
-        command=_command(spec, root),
+        command=run,
     )
 
 
@@ -206,10 +211,15 @@ def in_domain(store: Store, artifact: Artifact, domain: str) -> Artifact:
 
 
 def _command(spec: ColdSpec, root: Artifact) -> str | None:
-    """None for an image with an init of its own; an image without one just stays up."""
+    """None for the image's own init; raise InvalidInput if there is none, and nothing to run."""
     if spec.command is not None or has_init(root):
         return spec.command
-    return ""
+    if spec.idle:
+        return ""
+    raise InvalidInput(
+        f"{root.ref} has no init to boot (/sbin/init), and no command is given",
+        hint="say what is to run in it: --run CMD; with --run '' the guest just stays up",
+    )
 
 
 def has_init(root: Artifact) -> bool:

@@ -62,6 +62,7 @@ async def commit(
         own = _own(record, item)
         old = host.store.resolve(Reference(item.name, digest=item.digest), "segment")
         target = target or Reference.parse(item.ref)
+        host.store.require_free("segment", target)
         expected = item.digest if str(target) == item.ref else None
         require_disk(host.store.root, sum(device.size for device in own.values()))
         with host.store.workspace() as work:

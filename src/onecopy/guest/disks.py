@@ -21,7 +21,7 @@ from onecopy.errors import InUse, InvalidInput, NotFound, NotPermitted
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.host import image
-from onecopy.model import MIB, align_up, check_guest_name, format_size, parse_size
+from onecopy.model import MIB, align_up, check_guest_name, format_size, in_order, parse_size
 from onecopy.run import run
 from onecopy.store.disk import file_errors, sync_folder
 from onecopy.vmm.tool import run_on_file
@@ -230,7 +230,8 @@ def _enlarge(path: Path, fd: int, size: int) -> None:
 def own_disks(host: Host) -> list[OwnDisk]:
     """All guests' own disks, by name."""
     found = []
-    for path in sorted((host.store.root / "disks").glob(f"*{_SUFFIX}")):
+    disks = (host.store.root / "disks").glob(f"*{_SUFFIX}")
+    for path in sorted(disks, key=lambda path: in_order(path.stem)):
         with contextlib.suppress(FileNotFoundError):
             status = path.stat()
             found.append(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from onecopy.build.kernel import KernelConfig, ensure_kernel
-from onecopy.errors import MissingProgram, NotPermitted, OnecopyError
+from onecopy.errors import MissingProgram, NotPermitted, OnecopyError, as_root
 from onecopy.guest.host import Host
 from onecopy.host import cgroup, ksm, landlock, meminfo, pagemap, prefetch, verity
 from onecopy.model import MIB, format_size
@@ -46,7 +46,8 @@ def _programs() -> Iterator[Finding]:
         except MissingProgram:
             absent.add(package)
     if absent:
-        yield Finding("programs", "missing", f"apt-get install {' '.join(sorted(absent))}")
+        install = as_root(f"apt-get install {' '.join(sorted(absent))}")
+        yield Finding("programs", "missing", install)
     else:
         yield Finding("programs", "ok", f"all {len(PACKAGES)} found")
 

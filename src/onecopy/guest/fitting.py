@@ -13,9 +13,11 @@ from pathlib import Path
 
 import msgspec
 
+from onecopy.build.ranges import SegmentConfig
 from onecopy.errors import GuestFailed, InvalidInput, TooLarge
 from onecopy.guest import script
 from onecopy.guest.attach import attach
+from onecopy.guest.describing import require_room
 from onecopy.guest.disks import DiskSpec, OpenDisk, opened
 from onecopy.guest.folder import Batch, GuestDisk, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
@@ -73,9 +75,13 @@ def require_possible(host: Host, wanted: Fitting, config: SystemConfig, so_far: 
         _require_memory(wanted.memory, config.memory, so_far)
     if wanted.cpus is not None:
         _require_cpus(wanted.cpus, config, so_far)
+    sizes = [item.size for item in config.segments]
     for ref, mountpoint in wanted.segments:
-        host.store.resolve(ref, "segment")
+        segment = host.store.resolve(ref, "segment")
+        sizes += [item.size for item in SegmentConfig.of(segment).ranges]
         _check_mountpoint(mountpoint)
+    if wanted.segments:
+        require_room(sizes, wanted.memory or config.memory)
     for spec in wanted.disks:
         _check_mountpoint(spec.mountpoint)
     mountpoints = [each for _, each in wanted.segments] + [each.mountpoint for each in wanted.disks]

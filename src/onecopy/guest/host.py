@@ -29,6 +29,7 @@ from onecopy.guest.pause import resume
 from onecopy.host import cgroup
 from onecopy.host.lock import alone, is_left
 from onecopy.host.process import is_same
+from onecopy.model import in_order
 from onecopy.sharing import check
 from onecopy.store import Lease, Store
 from onecopy.vmm import logs, resolver
@@ -159,7 +160,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             for path in self._folders()
             if path.name.startswith(POOL) and self.store.is_held(path.name)
         )
-        return sorted(filter(None, found), key=lambda record: record.name)
+        return sorted(filter(None, found), key=lambda record: in_order(record.name))
 
     @contextlib.contextmanager
     def taking(
@@ -266,7 +267,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         for path in folders:
             with contextlib.suppress(NotFound):
                 records.append(GuestFolder(path).record())
-        return sorted(records, key=lambda record: record.name)
+        return sorted(records, key=lambda record: in_order(record.name))
 
     def _folders(self) -> list[Path]:
         found = (path for path in self.run.iterdir() if not path.name.startswith("."))

@@ -18,6 +18,7 @@ from onecopy.errors import AlreadyExists, InvalidInput, NotFound
 from onecopy.guest import fresh
 from onecopy.guest.backing import Backed, backings
 from onecopy.guest.begin import attached
+from onecopy.guest.describing import require_room
 from onecopy.guest.folder import Attached, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import Placed, check_mountpoint, ranges_of
@@ -26,10 +27,6 @@ from onecopy.model import Reference
 from onecopy.store import Artifact
 from onecopy.vmm import hotplug
 from onecopy.vmm.monitor import connect
-
-#: The page descriptors of hot-plugged memory take this share of its size from the guest's own RAM
-#: (64 bytes for 4 KiB), and a loaded segment may take as much of that.
-_DESCRIPTORS, _SHARE = 64, 4
 
 
 async def plug(
@@ -109,10 +106,9 @@ def _kept(record: GuestRecord, artifact: Artifact, placed: Sequence[Placed]) -> 
 
 
 def _require_memory(record: GuestRecord, placed: Sequence[Placed]) -> None:
-    size = sum(item.segment.size for item in placed)
-    if size // _DESCRIPTORS > record.memory // _SHARE:
-        room = record.memory // _SHARE * _DESCRIPTORS
-        raise hotplug.too_large(size, room, f"one segment, having {record.memory >> 20} MiB of RAM")
+    """Raise TooLarge; what the guest has already, also if it is unloaded, is described, too."""
+    there = [device.size for item in record.attached for device in item.devices]
+    require_room([*there, *(item.segment.size for item in placed)], record.memory)
 
 
 async def _plug(

@@ -24,7 +24,7 @@ from onecopy.guest.folder import POOL, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.host import files, reap
 from onecopy.host.lock import locked
-from onecopy.model import Reference
+from onecopy.model import Reference, in_order
 from onecopy.store import Artifact
 
 _SIZES = ".pools.json"
@@ -47,7 +47,7 @@ def pools(host: Host) -> list[Pool]:
     current = {artifact.ref: artifact for artifact, _ in _wanted(host).values()}
     return [
         Pool(ref, size, tuple(_of(host, current[ref])) if ref in current else ())
-        for ref, size in sorted(_sizes(host).items())
+        for ref, size in sorted(_sizes(host).items(), key=lambda item: in_order(item[0]))
     ]
 
 

@@ -70,6 +70,7 @@ async def save_system(
     Raises what prepare_cold raises, GuestFailed, NotReady, and NotEnough for disk. Nothing of the
     guest or of its files is left, whatever happens.
     """
+    _require_free(host, ref, spec.root.name)
     prepared = prepare_cold(host, spec, progress)
     if not prepared.agent:
         raise InvalidInput(
@@ -123,6 +124,7 @@ async def save_guest(
     """
     async with changing(host, name) as folder:
         record = folder.record()
+        host.store.require_free("system", ref, Access(domain=record.domain))
         config = msgspec.structs.replace(SystemConfig.read(folder.path), qemu=host.qemu.version)
         _require_fixed(config.segments)
         _require_unfitted(record, config)
@@ -139,6 +141,11 @@ async def save_guest(
             progress("storing its memory")
             layers = _layers(host.store.held(name), config, taken)
             return await _stored(host, ref, config, layers, taken, record.domain)
+
+
+def _require_free(host: Host, ref: Reference, root: str) -> None:
+    """Raise unless a guest of ``root`` can be saved as ``ref``, before it is booted."""
+    host.store.require_free("system", ref, Access(domain=host.store.access(root).domain))
 
 
 def _launched(host: Host, prepared: Prepared, folder: Path, name: str, card: Card | None) -> Launch:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.errors import Incompatible
+from onecopy.errors import Incompatible, as_root
 from onecopy.host import zoneinfo
 from onecopy.host.files import ROOT
 from onecopy.host.files import read as read_file
@@ -82,5 +82,7 @@ def read(root: Path = ROOT) -> MemInfo:
     """The host's memory now. Raises Incompatible when /proc is not mounted, NotPermitted."""
     text = read_file(root / "proc/meminfo")
     if text is None:
-        raise Incompatible(f"there is no {root / 'proc/meminfo'}", hint="mount /proc")
+        raise Incompatible(
+            f"there is no {root / 'proc/meminfo'}", hint=as_root("mount -t proc proc /proc")
+        )
     return replace(parse(text), on_lists=zoneinfo.free_on_lists(root))

@@ -13,7 +13,7 @@ import socket
 import struct
 from pathlib import Path
 
-from onecopy.errors import NotFound, NotPermitted
+from onecopy.errors import NotFound, NotPermitted, as_root
 
 _TUN = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA
@@ -41,7 +41,7 @@ def open_tap(bridge: str) -> int:
             hint="leave --bridge out: the guest then has a user-mode network (-p forwards ports)",
         ) from error
     except FileNotFoundError as error:
-        raise NotFound(f"this host has no {_TUN}", hint="`modprobe tun` makes it") from error
+        raise NotFound(f"this host has no {_TUN}", hint=as_root("modprobe tun")) from error
     return fd
 
 

@@ -15,7 +15,7 @@ import msgspec
 
 from onecopy.errors import NotFound, NotPermitted
 from onecopy.host import files, ksm, process
-from onecopy.model import PAGE_SIZE
+from onecopy.model import PAGE_SIZE, in_order
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -92,7 +92,7 @@ SORTS = ("cpu", "own", "shared", "merged", "name")
 def ordered(found: Iterable[Row], by: str) -> list[Row]:
     """Rows sorted by one of ``SORTS``; what is unknown comes last."""
     if by == "name":
-        return sorted(found, key=lambda row: row.sample.name)
+        return sorted(found, key=lambda row: in_order(row.sample.name))
 
     def key(row: Row) -> tuple[bool, float]:
         figure = row.cpu if by == "cpu" else getattr(row.sample, by)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.errors import NotEnough, NotPermitted, StoreDamaged
+from onecopy.errors import NotEnough, NotPermitted, StoreDamaged, as_root
 
 # The records of one change (config, manifest, index, lease) fit in this; bytes.
 _RECORDS = 1 << 20
@@ -62,7 +62,7 @@ def file_errors(root: Path) -> Iterator[None]:
             ) from error
         if error.errno == errno.EIO:
             raise StoreDamaged(
-                f"the disk under the store {root} failed: {error}", hint="read dmesg"
+                f"the disk under the store {root} failed: {error}", hint=as_root("dmesg")
             ) from error
         raise
 

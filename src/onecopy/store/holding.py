@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from onecopy.errors import AlreadyExists, NotFound, StoreDamaged
 from onecopy.host.lock import is_held
+from onecopy.model import in_order
 from onecopy.store import collect, lease, loading, names, oci
 from onecopy.store.artifact import Artifact
 from onecopy.store.layout import Layout
@@ -121,7 +122,7 @@ def pending(layout: Layout, index: oci.Index) -> list[oci.Descriptor]:
         for digest, ref in record.names.items():
             if digest not in named:
                 found[digest] = _entry(layout, digest, ref)
-    return sorted((e for e in found.values() if e), key=lambda entry: entry.ref)
+    return sorted((e for e in found.values() if e), key=lambda entry: in_order(entry.ref))
 
 
 def _entry(layout: Layout, digest: str, ref: str) -> oci.Descriptor | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from onecopy.errors import AlreadyExists, InvalidInput, NameMoved, NotFound
-from onecopy.model import Reference
+from onecopy.model import Reference, in_order
 from onecopy.store.oci import INDEX_TYPE, Descriptor, Index
 
 
@@ -27,7 +27,7 @@ def reference(entry: Descriptor) -> Reference | None:
 def ours(index: Index, kind: str | None = None) -> list[Descriptor]:
     """Our entries (of ``kind``), by name and version."""
     named = [(ref, entry) for entry in index.manifests if (ref := reference(entry))]
-    named.sort(key=lambda pair: (pair[0].name, pair[0].version))
+    named.sort(key=lambda pair: (in_order(pair[0].name), in_order(pair[0].version)))
     return [entry for _, entry in named if kind in (None, entry.kind)]
 
 
@@ -43,7 +43,7 @@ def find(index: Index, ref: Reference, kind: str | None = None) -> list[Descript
         raise NotFound(f"there is no {kind or 'artifact'} {ref}", hint=_near(entries, ref, kind))
     right = [entry for entry in found if kind in (None, entry.kind)]
     if not right:
-        raise NotFound(f"{ref} is a {found[0].kind}, not a {kind}", hint=_near(entries, ref, kind))
+        require_kind(str(ref), found[0].kind, kind)
     return right
 
 
@@ -70,7 +70,18 @@ def is_digest_of(ref: Reference, name: str, digest: str) -> bool:
 def require_kind(ref: str, found: str, kind: str | None) -> None:
     """Raise NotFound unless what is ``found`` is a ``kind``; None wants no certain one."""
     if kind not in (None, found):
-        raise NotFound(f"{ref} is a {found}, not a {kind}", hint="`onecopy ls` shows what there is")
+        hint = _USES.get((found, kind or ""), "`onecopy ls` shows what there is")
+        raise NotFound(f"{ref} is a {found}, not a {kind}", hint=hint.format(ref))
+
+
+#: (what it is, what was wanted) -> what can be done with it.
+_USES = {
+    ("segment", "system"): "`onecopy run --cold {0}` boots it; `onecopy save NAME --root {0}` "
+    "boots and saves it, for guests that start at once",
+    ("system", "segment"): "`onecopy run {0}`, without --cold, starts guests from a saved system; "
+    "`onecopy ls --kind segment` shows segments",
+    ("kernel", "system"): "`onecopy run --cold {0}` boots a kernel by itself",
+}
 
 
 def _means(ref: Reference, entry: Descriptor) -> bool:
@@ -120,14 +131,10 @@ def claim(index: Index, entry: Descriptor, *, replace: bool) -> Descriptor:
     Raises AlreadyExists if the name means something of another kind, or, without ``replace``,
     another digest.
     """
+    require_same_kind(index, entry.ref, entry.kind)
     for old in index.manifests:
         if old.ref != entry.ref:
             continue
-        if old.kind != entry.kind:
-            raise AlreadyExists(
-                f"{entry.ref} is a {old.kind or 'manifest of another tool'}",
-                hint="choose another name, or `onecopy rm` it first",
-            )
         if old.digest == entry.digest:
             return old
         if not replace:
@@ -136,6 +143,16 @@ def claim(index: Index, entry: Descriptor, *, replace: bool) -> Descriptor:
                 hint="choose another version, or allow to replace it",
             )
     return entry
+
+
+def require_same_kind(index: Index, ref: str, kind: str) -> None:
+    """Raise AlreadyExists if ``ref`` (NAME:VERSION) means something that is not a ``kind``."""
+    for old in index.manifests:
+        if old.ref == ref and old.kind != kind:
+            raise AlreadyExists(
+                f"{ref} is a {old.kind or 'manifest of another tool'}",
+                hint="choose another name, or `onecopy rm` it first",
+            )
 
 
 def bind(index: Index, entry: Descriptor) -> Index:

@@ -38,8 +38,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
 def put(layout: Layout, wanted: Wanted, config: bytes, layers: Sequence[NewLayer]) -> Artifact:
     """See `Store.put`."""
-    if wanted.ref.digest:
-        raise InvalidInput(f"{wanted.ref} cannot be a new name", hint="use NAME:VERSION")
+    require_name(wanted.ref)
     oci.artifact_type(wanted.kind)
     domain = _domain(layout, wanted)
     with file_errors(layout.root), ExitStack() as clean:
@@ -50,6 +49,20 @@ def put(layout: Layout, wanted: Wanted, config: bytes, layers: Sequence[NewLayer
         config = ingest.follow(config, layers, blobs)
         with change(layout):
             return _name(layout, wanted, domain, config, list(zip(mine, blobs, strict=True)))
+
+
+def require_name(ref: Reference) -> None:
+    """Raise InvalidInput unless ``ref`` can be a new name."""
+    if ref.digest:
+        raise InvalidInput(f"{ref} cannot be a new name", hint="use NAME:VERSION")
+
+
+def require_free(layout: Layout, wanted: Wanted) -> None:
+    """See `Store.require_free`."""
+    require_name(wanted.ref)
+    index = loading.index(layout)
+    names.require_same_kind(index, str(wanted.ref), wanted.kind)
+    _with_access(index, wanted, _domain(layout, wanted))
 
 
 def _name(

@@ -16,7 +16,7 @@ from msgspec import structs
 
 from onecopy.errors import InUse, NotFound, StoreDamaged
 from onecopy.host.lock import is_held
-from onecopy.model import Reference, check_name
+from onecopy.model import Reference, check_name, in_order
 from onecopy.store import access as who
 from onecopy.store import collect, holding, lease, live, loading, names, oci, putting, workspace
 from onecopy.store.access import Access
@@ -80,6 +80,13 @@ class Store:
         """
         wanted = Wanted(kind, ref, replace, expected, access)
         return putting.put(self._layout, wanted, config, layers)
+
+    def require_free(self, kind: str, ref: Reference, access: Access | None = None) -> None:
+        """Raise what `put` would for the name alone, before there is anything to put.
+
+        AlreadyExists (it means another kind), OtherDomain, InvalidInput, StoreDamaged.
+        """
+        putting.require_free(self._layout, Wanted(kind, ref, access=access))
 
     def tag(self, source: Reference, target: Reference, *, domain: str | None = None) -> Artifact:
         """Give what ``source`` means a further name; into another trust domain it is copied.
@@ -229,7 +236,8 @@ class Store:
 
     def users(self, digest: str) -> list[str]:
         """Who holds ``digest`` (of a manifest or any blob) now, sorted; raise StoreDamaged."""
-        return sorted({each.holder for each in self.leases() if digest in each.blobs})
+        found = {each.holder for each in self.leases() if digest in each.blobs}
+        return sorted(found, key=in_order)
 
     def collect(self) -> list[str]:
         """Remove blobs that are neither named nor leased; return their digests.

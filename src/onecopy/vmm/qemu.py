@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import Incompatible
+from onecopy.errors import Incompatible, as_root
 from onecopy.host import files
 from onecopy.run import find_program, run
 
@@ -57,7 +57,9 @@ def _ask(binary: str) -> Qemu:
     machines = run([binary, "-machine", "help"])
     newest = re.search(r"^q35\s.*\(alias of (\S+)\)", machines, re.MULTILINE)
     if not version or not newest:
-        raise Incompatible(f"{binary} has no q35 machine", hint="install qemu-system-x86")
+        raise Incompatible(
+            f"{binary} has no q35 machine", hint=as_root("apt-get install qemu-system-x86")
+        )
     options = run([binary, "-object", "memory-backend-file,help"])
     return Qemu(
         binary=binary,
