@@ -27,6 +27,7 @@ _GUEST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SIZE = re.compile(r"0*([0-9]{1,19})([KMGT]?)(i?B)?", re.IGNORECASE)
 #: What the kernel can count in a file, or in memory (off_t, loff_t).
 _LARGEST = (1 << 63) - 1
+_MOST_SHOWN = 1 << 100
 
 
 def check_name(text: str) -> str:
@@ -180,7 +181,8 @@ def _short(text: str) -> str:
 
 def format_size(size: int) -> str:
     """``size`` bytes for a reader, in binary units: ``1.5 GiB``."""
-    value = float(size)
+    # What a record says may be more than a float holds.
+    value = float(max(-_MOST_SHOWN, min(size, _MOST_SHOWN)))
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

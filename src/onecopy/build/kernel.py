@@ -22,6 +22,7 @@ from onecopy.errors import BadSource
 from onecopy.model import Reference
 from onecopy.run import run
 from onecopy.store import Artifact, NewLayer, Store
+from onecopy.store.artifact import decode_config
 
 KERNEL_NAME = "onecopy-kernel"
 #: Newest first; the first that the suite has is taken.
@@ -56,8 +57,8 @@ class KernelConfig(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, artifact: Artifact) -> KernelConfig:
-        """The config of a kernel artifact."""
-        return msgspec.json.decode(artifact.config, type=cls)
+        """The config of a kernel artifact; raise StoreDamaged."""
+        return decode_config(artifact, cls, "then run what needs it: it is fetched again")
 
 
 def ensure_kernel(

@@ -12,7 +12,7 @@ import msgspec
 
 from onecopy.errors import InvalidInput, StoreDamaged
 from onecopy.model import HUGE_PAGE_SIZE, PageClass, align_up, format_size
-from onecopy.store.artifact import Artifact, Layer
+from onecopy.store.artifact import Artifact, Layer, decode_config
 
 #: Media type of an image layer, without its file system's name.
 MEDIA_TYPE = "application/vnd.onecopy.image.v1"
@@ -44,11 +44,11 @@ class SegmentConfig(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, artifact: Artifact) -> SegmentConfig:
         """The record of a segment; raise StoreDamaged."""
+        config = decode_config(artifact, cls, "then make it again")
+        ranges = config.ranges or _whole(artifact)
         try:
-            config = msgspec.json.decode(artifact.config, type=cls)
-            ranges = config.ranges or _whole(artifact)
             check(ranges)
-        except (msgspec.MsgspecError, InvalidInput) as error:
+        except InvalidInput as error:
             raise StoreDamaged(
                 f"the record of {artifact.ref} cannot be read: {error}",
                 hint=f"`onecopy rm {artifact.ref}`, then make it again",

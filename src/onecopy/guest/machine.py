@@ -16,6 +16,7 @@ from onecopy.errors import Incompatible, InvalidInput, NoSlot, StoreDamaged
 from onecopy.guest.backing import Needed
 from onecopy.model import PageClass
 from onecopy.store import Artifact, Layer
+from onecopy.store.artifact import decode_config
 from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
 
 #: 3: the state has no section about the machine; the guest has a card with an address of its own.
@@ -76,12 +77,7 @@ class SystemConfig(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, artifact: Artifact) -> SystemConfig:
         """The config of a saved system; raise StoreDamaged, or Incompatible if it is too old."""
-        try:
-            config = msgspec.json.decode(artifact.config, type=cls)
-        except msgspec.MsgspecError as error:
-            raise StoreDamaged(
-                f"the record of {artifact.ref} cannot be read: {error}", hint="save it again"
-            ) from error
+        config = decode_config(artifact, cls, "then save it again")
         if config.schema != _SCHEMA:
             raise Incompatible(
                 f"{artifact.ref} was saved by another version of onecopy, whose machines differ",
@@ -98,7 +94,7 @@ class SystemConfig(msgspec.Struct, frozen=True):
         """What the guest of a run folder would be saved as; raise Incompatible."""
         try:
             return msgspec.json.decode((folder / _FILE).read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise Incompatible(
                 f"another version of onecopy started {folder.name}",
                 hint="start it anew with this one",

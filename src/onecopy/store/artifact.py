@@ -7,12 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from onecopy.errors import StoreDamaged
 from onecopy.model import PAGE_SIZE
 from onecopy.store.oci import ROLE
+
+_T = TypeVar("_T")
+
+
+def decode_config(artifact: Artifact, into: type[_T], remedy: str) -> _T:
+    """The config record of an artifact; raise StoreDamaged, whose hint ends with ``remedy``."""
+    try:
+        return msgspec.json.decode(artifact.config, type=into)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise StoreDamaged(
+            f"the record of {artifact.ref} cannot be read: {error}",
+            hint=f"`onecopy rm {artifact.ref}`, {remedy}",
+        ) from error
 
 
 class NewLayer(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ _KIND_TYPE = re.compile(r"application/vnd\.onecopy\.([a-z]+)\.v1\+json")
 # A digest becomes a path: nothing but this may be read from disk.
 _DIGEST = r"\Asha256:[0-9a-f]{64}\Z"
 Digest = Annotated[str, msgspec.Meta(pattern=_DIGEST)]
-Size = Annotated[int, msgspec.Meta(ge=0)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _T = TypeVar("_T")
 
 
