@@ -15,7 +15,7 @@ import sys
 import click
 
 from onecopy import __version__
-from onecopy.cli import signals, streams
+from onecopy.cli import streams
 from onecopy.errors import Interrupted, OutputFailed
 
 _COMMANDS = {
@@ -139,8 +139,6 @@ def _end_politely() -> None:
 
 
 def _fail(args: list[str], found: Exception) -> int:
-    # Whoever asks once more to end it is told the same.
-    signals.ignore()
     from onecopy.cli.failures import explained
     from onecopy.cli.output import tell_error
 
