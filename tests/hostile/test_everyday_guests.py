@@ -1,0 +1,121 @@
+"""Everyday ends with a real guest: streams, odd bytes, and what is refused before a boot."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from onecopy.build.create import NewRange, create_segment
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.model import MIB, PageClass, Reference
+from onecopy.store import Artifact
+
+_QUARTER = 128 * MIB // 4 * 64
+
+
+def _onecopy(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of bash in which ``onecopy`` is ours."""
+    argv = ["bash", "-c", f'onecopy() {{ "{sys.executable}" -m onecopy "$@"; }}; {line}']
+    env = {**os.environ, **environment}
+    return subprocess.run(argv, env=env, capture_output=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def segments(host: Host, busybox_root: Artifact) -> Iterator[None]:
+    """Segments without content: one that just fits a guest of 128 MiB, and one that fits none."""
+    there = host.store
+    own = 512 * MIB
+    create_segment(there, Reference("fits"), [NewRange(PageClass.SN, _QUARTER - own)])
+    create_segment(there, Reference("huge"), [NewRange(PageClass.SN, 20 << 30)])
+    yield
+    for name in ("fits", "huge"):
+        there.remove(Reference(name), in_use=True)
+
+
+@pytest.fixture(scope="module")
+def guest(
+    host: Host, busybox_root: Artifact, segments: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GuestRecord]:
+    """A guest that has as much to describe as it may."""
+    line = f"onecopy run --cold {busybox_root.ref} --run '' --name ends --memory 128M"
+    done = _onecopy(f"{line} --segment fits")
+    assert done.returncode == 0, done.stderr
+    (found,) = [each for each in host.guests() if each.name == "ends"]
+    yield found
+    host.end(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "out", "told"),
+    [
+        ("onecopy exec ends -- printf '%s' $'a\\xff'", 0, b"a\xff", ""),
+        ("onecopy exec ends -- cat <&-", 0, b"", ""),
+        ("onecopy exec -i ends -- cat <&-", 125, b"", "standard input cannot be read"),
+        ("onecopy exec ends -- echo x >/dev/full", 125, b"", "No space left on device"),
+        ("onecopy exec ends -- yes | head -1; exit ${PIPESTATUS[0]}", 141, b"y\n", ""),
+        ("onecopy logs ends | head -c 1 >/dev/null; exit ${PIPESTATUS[0]}", None, b"", ""),
+        ("onecopy logs ends >/dev/full", 23, b"", "No space left"),
+        ("echo x >$'b\\xff'; onecopy cp $'b\\xff' ends:$'/c\\xff'", 0, b"", ""),
+        ("onecopy cp ends:$'/c\\xff' $'d\\xff' && cat $'d\\xff'", 0, b"x\n", ""),
+        ("mkdir gone; cd gone; rmdir ../gone; onecopy exec ends -- echo x", 0, b"x\n", ""),
+        ("ulimit -n 20; onecopy exec ends -- echo x", 0, b"x\n", ""),
+        ("onecopy attach ends huge", 19, b"", "320.0 MiB of the guest's RAM"),
+    ],
+)
+def test_a_guest_is_used(
+    guest: GuestRecord, tmp_path: Path, line: str, code: int | None, out: bytes, told: str
+) -> None:
+    where = tmp_path.parent / "shared"
+    where.mkdir(exist_ok=True)
+    done = _onecopy(f"cd {where}; {line}")
+    assert (done.returncode, done.stdout) == (done.returncode if code is None else code, out), done
+    assert code is not None or done.returncode in (0, 141)
+    assert told in done.stderr.decode()
+    assert bool(told) == bool(done.stderr)
+    assert b"Traceback" not in done.stderr
+
+
+def test_what_the_guest_describes_leaves_it_room(guest: GuestRecord) -> None:
+    done = _onecopy("onecopy exec ends -- grep MemAvailable /proc/meminfo")
+    assert int(done.stdout.split()[1]) > 20 << 10
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        ("run --cold {root}", 2, "has no init to boot"),
+        ("save x --root {root}", 2, "say what is to run in it: --run CMD"),
+        ("save {root} --root {root} --run ''", 5, "is a segment"),
+        ("run --cold {root} --run '' --segment huge --memory 256M", 19, "--memory 1280M or more"),
+        ("save x --root {root} --run '' --segment huge", 19, "64.0 MiB"),
+        ("run {system} --segment huge", 19, "describe their pages"),
+        ("run {root}", 3, "`onecopy run --cold {root}` boots it"),
+        ("run --cold {system}", 3, "without --cold"),
+        ("stop nobody ends-too", 3, "no guest 'ends-too'"),
+        ("rm nobody:1 nobody:2", 3, "nobody:2"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_boots(
+    host: Host,
+    busybox_root: Artifact,
+    saved: Artifact,
+    segments: None,
+    line: str,
+    code: int,
+    told: str,
+) -> None:
+    words = {"root": busybox_root.ref, "system": saved.ref}
+    done = _onecopy(f"onecopy {line.format(**words)}")
+    said = done.stderr.decode()
+    assert (done.returncode, told.format(**words) in said) == (code, True), said
+    assert "booting" not in said
+    assert done.stdout == b""
+
+
+def test_a_command_for_an_image_without_init(busybox_root: Artifact) -> None:
+    done = _onecopy(f"onecopy run --cold {busybox_root.ref} --memory 128M -- echo hello")
+    assert (done.returncode, done.stdout) == (0, b"hello\n"), done.stderr
