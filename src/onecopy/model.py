@@ -153,6 +153,18 @@ def parse_mount(text: str) -> tuple[Reference, str]:
     return Reference.parse(ref), "/" + mountpoint.rstrip("/")
 
 
+def require_text(text: str) -> str:
+    """Return what can be told to a guest; raise InvalidInput for what came as other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"{_short(text)} is not UTF-8, and the guest agent takes nothing else",
+            hint="name it in the guest by a pattern: onecopy exec GUEST -- sh -c 'cat /srv/*'",
+        ) from error
+    return text
+
+
 def check_ports(host: int, guest: int) -> tuple[int, int]:
     """A port of the host, 0 for any, and one of a guest; raise InvalidInput."""
     if not (0 <= host < 65536 and 0 < guest < 65536):

@@ -58,12 +58,12 @@ def _replies(data: bytes, _: Path) -> None:
 
 def archive(form: int = tarfile.GNU_FORMAT) -> bytes:
     """A folder with a file, links, a long name and a folder."""
-    out = io.BytesIO()
+    out, long = io.BytesIO(), "top/" + "n" * (90 if form == tarfile.USTAR_FORMAT else 150)
     with tarfile.open(fileobj=out, mode="w", format=form) as made:
         for name, kind, link in (
             *(("top", tarfile.DIRTYPE, ""), ("top/file", tarfile.REGTYPE, "")),
             *(("top/link", tarfile.SYMTYPE, "file"), ("top/hard", tarfile.LNKTYPE, "top/file")),
-            *(("top/" + "n" * 150, tarfile.REGTYPE, ""), ("top/deep", tarfile.DIRTYPE, "")),
+            *((long, tarfile.REGTYPE, ""), ("top/deep", tarfile.DIRTYPE, "")),
             ("top/deep/x", tarfile.REGTYPE, ""),
         ):
             info = tarfile.TarInfo(name)

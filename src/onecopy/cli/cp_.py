@@ -6,6 +6,7 @@ import re
 import click
 
 from onecopy.errors import InvalidInput
+from onecopy.model import require_text
 
 _IN_GUEST = re.compile(r"([a-z0-9][a-z0-9-]*):(.*)", re.DOTALL)
 
@@ -31,6 +32,8 @@ def command(source: str, target: str) -> None:
         )
     host = Host.open()
     if there:
-        asyncio.run(copy_out(host.guest_with_agent(there[1]).path, there[2], target))
+        folder = host.guest_with_agent(there[1]).path
+        asyncio.run(copy_out(folder, require_text(there[2]), target))
     elif here:
-        asyncio.run(copy_in(host.guest_with_agent(here[1]).path, source, here[2]))
+        folder = host.guest_with_agent(here[1]).path
+        asyncio.run(copy_in(folder, source, require_text(here[2])))

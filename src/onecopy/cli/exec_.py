@@ -9,6 +9,7 @@ import click
 
 from onecopy.cli import streams
 from onecopy.cli.params import GuestType, SecondsType
+from onecopy.model import require_text
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": False})
@@ -32,6 +33,8 @@ def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None
     from onecopy.guest.host import Host
 
     folder = Host.open().guest_with_agent(guest).path
+    for word in cmd:
+        require_text(word)
 
     async def run() -> int:
         source = await _stdin() if stdin else None
