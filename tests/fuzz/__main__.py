@@ -6,8 +6,9 @@ import argparse
 import os
 import secrets
 import sys
+from collections.abc import Callable, Sequence
 
-from onecopy.cli.output import print_table
+from onecopy.cli.output import print_table, progress
 from tests.fuzz.campaign import Failure, Tally, one, run
 from tests.fuzz.readers import Reader, readers
 
@@ -30,21 +31,24 @@ def main() -> int:
         return int(what != "as documented")
     chosen = [known[arguments.reader]] if arguments.reader else list(known.values())
     print(f"seed {seed}", flush=True)
-    tallies = fuzz(seed, chosen, arguments.inputs, tell=sys.stderr.isatty())
+    with progress() as tell:
+        tallies = fuzz(seed, chosen, arguments.inputs, tell)
     return show(seed, tallies)
 
 
-def fuzz(seed: int, chosen: list[Reader], inputs: int, *, tell: bool = False) -> dict[str, Tally]:
-    """Read ``inputs`` in all, by the readers' shares."""
+def fuzz(
+    seed: int,
+    chosen: Sequence[Reader],
+    inputs: int,
+    tell: Callable[[str], object] = lambda _: None,
+) -> dict[str, Tally]:
+    """Read ``inputs`` in all, by the readers' shares; ``tell`` is told each reader's name."""
     whole = sum(reader.share for reader in chosen)
     tallies = {}
     for reader in chosen:
-        if tell:
-            print(f"\r\033[K{reader.name}", end="", file=sys.stderr, flush=True)
+        tell(reader.name)
         count = -(-inputs * reader.share // whole)
         tallies[reader.name] = run(seed, reader, count, os.cpu_count() or 1)
-    if tell:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
     return tallies
 
 
