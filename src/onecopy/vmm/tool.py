@@ -14,6 +14,7 @@ import os
 import selectors
 import shlex
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -36,6 +37,9 @@ from onecopy.vmm.user import User, new_user
 READ_TREE = READ_FILE | READ_DIR
 #: CAP_DAC_READ_SEARCH: read files of any owner, as far as ``rights`` go.
 READ_ANY = 1 << 2
+#: What it takes to give files to others, with all attributes: CAP_CHOWN, CAP_DAC_OVERRIDE,
+#: CAP_FOWNER, CAP_FSETID, CAP_SYS_ADMIN (for trusted.*), CAP_SETFCAP.
+OWNER = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 21 | 1 << 31
 
 _PROGRAMS = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 #: Bytes kept of standard error: the first half of it, and the last.
@@ -83,6 +87,10 @@ class Task(msgspec.Struct, frozen=True):
     capabilities: int = 0
     """What it keeps of ours (capabilities(7))."""
     environment: Mapping[str, str] = {}
+    owns: bool = False
+    """Whether it may change modes and attributes of files."""
+    kvm: bool = False
+    """Whether it uses /dev/kvm, for which ``rights`` must have it, too."""
     limits: Limits = Limits()
 
 
@@ -131,10 +139,10 @@ def running(task: Task) -> Iterator[Tool]:
     Raises what `run_tool` raises, but for its failing: that is told by `Tool.finish`.
     """
     line = [find_program(task.argv[0]), *task.argv[1:]]
-    user = new_user("tcg")
+    user = new_user("kvm" if task.kvm else "tcg")
     with ExitStack() as ends:
         if user:
-            for fd in (fd for fd, right in task.rights.items() if right & WRITE_FILE):
+            for fd in filter(_is_regular, [fd for fd, r in task.rights.items() if r & WRITE_FILE]):
                 before = os.fstat(fd)
                 user.own(fd)
                 ends.callback(os.fchown, fd, before.st_uid, before.st_gid)
@@ -221,7 +229,7 @@ class Tool:
             prctl(PR_SET_NO_NEW_PRIVS, 1)
             if self._rules:
                 self._rules.restrict_self()
-            seccomp.install(_filter(), listen=False)
+            seccomp.install(_filter(owns=self._task.owns), listen=False)
         except OSError as error:
             raise Incompatible(
                 f"{self._task.argv[0]} cannot be confined on this host: {error.strerror}",
@@ -293,6 +301,11 @@ class Tool:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
 
+def _is_regular(fd: int) -> bool:
+    """Whether it is a file: a device stays its owner's, and so does a folder."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
 def _ruleset(task: Task) -> Ruleset | None:
     """Landlock's rules for it, to be closed; None on a kernel without it."""
     version = landlock.abi()
@@ -316,8 +329,8 @@ def _ruleset(task: Task) -> Ruleset | None:
     return rules
 
 
-def _filter() -> bytes:
-    denied = (*_DENIED, *seccomp.CHANGE_RIGHTS)
+def _filter(*, owns: bool) -> bytes:
+    denied = (*_DENIED, *(() if owns else seccomp.CHANGE_RIGHTS))
     return seccomp.program(*(seccomp.deny(number, errno.EPERM) for number in denied))
 
 

@@ -1,0 +1,197 @@
+"""Asking a reader: a guest of our own in which a disk image is mounted (files/reader).
+
+Whoever made the image may have taken the guest over with it, so nothing that it says is believed:
+answers are bounded, parsed strictly, and have deadlines. Not here: its QEMU (vmm/reader.py), what
+is asked in which order (disk.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import msgspec
+
+from onecopy.errors import BadSource, CommandFailed, NotEnough
+from onecopy.vmm.reader import Disk, Parts, Running, reading
+
+#: Seconds that it may take to boot, and to answer: a journal may have to be replayed.
+_BOOT, _PATIENCE = 300.0, 600.0
+#: Seconds in which something must come while files are sent.
+_STALL = 120.0
+_ANSWER = 1 << 20
+_CHUNK = 1 << 20
+_PLAIN = [(chr(b).isalnum() and b < 128) or chr(b) in "/._-=,@:+" for b in range(256)]
+_HEAD = re.compile(rb"([0-9]{1,3}) ([0-9]{1,7})\n")
+_TOTAL = re.compile(r"^Total bytes written: ([0-9]{1,20}) ", re.MULTILINE)
+#: What a line of the console has that tells why the guest's kernel gave up.
+_TELLING = re.compile(r"panic|EXT[234]-fs|JBD2|XFS|BTRFS|I/O error|BUG|Oops|onecopy:|qemu", re.I)
+_T = TypeVar("_T")
+_HINT = "check and repair the image with its own tools (e2fsck, xfs_repair, btrfs check)"
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What the reader said."""
+
+    ok: bool
+    text: str
+    """At most a MiB; bytes that are no UTF-8 are replaced."""
+
+    @property
+    def lines(self) -> list[str]:
+        """Its lines."""
+        return self.text.splitlines()
+
+
+@contextmanager
+def reader(parts: Parts, disk: Disk) -> Iterator[Reader]:
+    """A reader that has booted; raises BadSource if it does not, MissingProgram, Incompatible."""
+    with reading(parts, disk) as running:
+        found = Reader(running)
+        found.ask("hello", patience=_BOOT)
+        yield found
+
+
+class Reader:
+    """A reader that runs."""
+
+    def __init__(self, running: Running) -> None:
+        self._tool = running.tool
+        self._control, self._data = running.control, running.data
+        self._buffer = bytearray()
+
+    def ask(self, command: str, *words: str, patience: float = _PATIENCE) -> Answer:
+        """What it answers; raise BadSource if it ends instead, or does not within ``patience``."""
+        self._request(command, words)
+        return self._answer(time.monotonic() + patience)
+
+    def copy(self, leave_out: Sequence[str], out: int, patience: float, most: int) -> Answer:
+        """Write the tree's files to the pipe ``out``, as a tar archive, and return what tar said.
+
+        At most ``most`` bytes in ``patience`` seconds. Raises BadSource, NotEnough (disk), and
+        BrokenPipeError if nobody reads on.
+        """
+        self._request("copy", leave_out)
+        deadline, news, sent = time.monotonic() + patience, time.monotonic(), 0
+        total: int | None = None
+        answer: Answer | None = None
+        with selectors.DefaultSelector() as selector:
+            for end in (self._control, self._data):
+                selector.register(end, selectors.EVENT_READ)
+            while total is None or sent < total:
+                now = time.monotonic()
+                if now > deadline or now - news > _STALL:
+                    raise self._broken("it sends no more" if now <= deadline else "it takes long")
+                ready = [key.fileobj for key, _ in selector.select(1)]
+                if self._data in ready:
+                    moved = self._move(out)
+                    sent, news = sent + moved, now
+                    if sent > most:
+                        raise NotEnough("disk", needed=sent, available=most)
+                elif self._control in ready:
+                    answer = self._answer(now + 10)
+                    total = _total(answer, sent)
+                    selector.unregister(self._control)
+        if sent > total or answer is None:
+            raise self._broken("it sends more than it says")
+        return answer
+
+    def _move(self, out: int) -> int:
+        """Pass on what has come; return how many bytes."""
+        try:
+            data = self._data.recv(_CHUNK)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            data = b""
+        if not data:
+            raise self._broken("it ended")
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(out, rest) :]
+        return len(data)
+
+    def _request(self, command: str, words: Sequence[str]) -> None:
+        line = " ".join([command, *map(_word, words)]) + "\n"
+        if len(line) > 32 << 10:
+            raise BadSource("names in it are too long", hint=_HINT)
+        self._control.setblocking(True)
+        self._control.settimeout(30)
+        try:
+            self._control.sendall(line.encode())
+        except OSError as error:
+            raise self._broken("it ended") from error
+        finally:
+            self._control.setblocking(False)
+
+    def _answer(self, deadline: float) -> Answer:
+        head = self._until(lambda: _HEAD.match(self._buffer), deadline)
+        code, size = int(head[1]), int(head[2])
+        if size > _ANSWER:
+            raise self._broken("its answer is too long")
+        begin, end = head.end(), head.end() + size
+        self._until(lambda: len(self._buffer) >= end or None, deadline)
+        text = self._buffer[begin:end].decode(errors="replace")
+        del self._buffer[:end]
+        return Answer(code == 0, text)
+
+    def _until(self, found: Callable[[], _T | None], deadline: float) -> _T:
+        while (result := found()) is None:
+            if len(self._buffer) > _ANSWER + 64:
+                raise self._broken("its answer is too long")
+            if not _HEAD.match(self._buffer) and len(self._buffer) > 16:
+                raise self._broken("its answer makes no sense")
+            if not _readable(self._control, deadline):
+                raise self._broken("it does not answer")
+            try:
+                data = self._control.recv(64 << 10)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                raise self._broken("it ended")
+            self._buffer += data
+        return result
+
+    def _broken(self, what: str) -> BadSource:
+        """End it; the error says ``what`` is wrong, and what its kernel or QEMU said last."""
+        self._control.close()
+        if what != "it ended":
+            self._tool.end()
+        try:
+            printed = self._tool.finish(fine=range(-64, 256))
+            text = f"{printed.out}\n{printed.err}"
+        except CommandFailed as error:
+            text = error.output
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        telling = [line for line in lines if _TELLING.search(line)] or lines
+        said = "\n".join(f"  {line[:300]}" for line in telling[-6:])
+        return BadSource(
+            f"the guest that reads it failed ({what}); its last words were:\n{said}", hint=_HINT
+        )
+
+
+def _word(text: str) -> str:
+    """``text`` as one word for the reader: an argument of printf(1)'s %b."""
+    data = text.encode(errors="surrogateescape") or b"\0"
+    return "".join(chr(b) if _PLAIN[b] else f"\\0{b:03o}" for b in data)
+
+
+def _total(answer: Answer, sent: int) -> int:
+    """Bytes of an archive; where tar failed before it could say, those that came."""
+    found = _TOTAL.search(answer.text)
+    return int(found[1]) if found else sent
+
+
+def _readable(end: socket.socket, deadline: float) -> bool:
+    poll = select.poll()
+    poll.register(end, select.POLLIN)
+    return bool(poll.poll(max(0, deadline - time.monotonic()) * 1000))
