@@ -117,17 +117,19 @@ def run_tool(task: Task, *, fine: Sequence[int] = (0,)) -> Ran:
         return tool.finish(fine)
 
 
-def run_on_file(argv: Sequence[str], file: int, *, fine: Sequence[int] = (0,)) -> None:
+def run_on_file(
+    argv: Sequence[str], file: int, *, fine: Sequence[int] = (0,), rights: int = WRITE
+) -> Ran:
     """Run a program on an open file, whose name becomes its last argument; it changes no other.
 
-    Raises what `run_tool` raises.
+    With ``rights`` `READ` it does not change that either. Raises what `run_tool` raises.
     """
     # Programs for file systems look there whether it is mounted.
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         limits = Limits(seconds=3600, memory=4 << 30, file_size=os.fstat(file).st_size)
-        rights = {file: WRITE, proc: READ}
-        run_tool(Task([*argv, named(file)], rights, limits=limits), fine=fine)
+        task = Task([*argv, named(file)], {file: rights, proc: READ}, limits=limits)
+        return run_tool(task, fine=fine)
     finally:
         os.close(proc)
 
