@@ -8,6 +8,7 @@ descriptor, and is told the driver. Not here: what the disk holds (partitions.py
 from __future__ import annotations
 
 import os
+import re
 import struct
 
 import msgspec
@@ -68,14 +69,17 @@ def find_format(fd: int) -> DiskFormat:
 
     Raises BadSource (damaged, encrypted, needs other files), MissingProgram, Incompatible.
     """
-    driver = _driver(os.pread(fd, 4096, 0).ljust(4096, b"\0"))
-    size = os.fstat(fd).st_size
+    head = os.pread(fd, 4096, 0).ljust(4096, b"\0")
+    driver, size = _driver(head), os.fstat(fd).st_size
+    if driver == "vdi" and _vdi_end(head) > size:
+        raise BadSource("it is truncated", hint=DAMAGED)
     if driver != "raw":
         try:
             size = _ask(fd, driver)
             _check(fd, driver)
         except CommandFailed as error:
-            raise BadSource(said(error), hint=f"{DAMAGED}; `qemu-img check` tells more") from error
+            text = re.sub(r"'json:[^']*'", "it", said(error))
+            raise BadSource(text, hint=f"{DAMAGED}; `qemu-img check` tells more") from error
     if size > _LARGEST:
         raise BadSource(
             f"it is {format_size(size)}, and can be {format_size(_LARGEST)} at most", hint=DAMAGED
@@ -124,6 +128,13 @@ def _vpc(head: bytes) -> None:
     # struct VHDFooter of QEMU's block/vpc.c.
     if struct.unpack_from(">I", head, 60)[0] == 4:
         raise _not_alone("it needs a parent (a differencing VHD)")
+
+
+def _vdi_end(head: bytes) -> int:
+    """Bytes that the file has: QEMU does not look (struct VdiHeader of its block/vdi.c)."""
+    (data,) = struct.unpack_from("<I", head, 0x158)
+    block, _, _, allocated = struct.unpack_from("<4I", head, 0x178)
+    return int(data + block * allocated)
 
 
 _ALONE = {"qcow2": _qcow2, "qed": _qed, "vmdk": _vmdk, "vpc": _vpc}
