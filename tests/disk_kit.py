@@ -52,7 +52,7 @@ def make_tree(tree: Path) -> Path:
     os.link(tree / "ping", tree / "usr/ping")
     os.mknod(tree / "null", 0o20666, os.makedev(1, 3))
     os.mkfifo(tree / "pipe")
-    (tree / ("n" * 255)).touch()
+    (tree / ("n" * 254)).touch()
     Path(os.fsdecode(os.fsencode(tree) + b"/odd \xff\n*")).touch()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tree / "socket"))

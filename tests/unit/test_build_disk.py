@@ -229,14 +229,15 @@ def test_a_name_with_a_number_sign(tmp_path: Path, store: Store) -> None:
 TABLE = """\
 disk 67108864
 ID_PART_TABLE_TYPE=gpt
-partition 1 2048 1048576 1d6974ae-9138-2a4b-8c22-0b841d6d25e6 my\\x20esp
+partition 1 2048 1048576 0xef 1d6974ae-9138-2a4b-8c22-0b841d6d25e6 my\\x20esp
 ID_FS_UUID_ENC=4A2B-1C3D
 ID_FS_TYPE=vfat
-partition 2 4096 20971520 c26ad6ae-e1c6-6b4e-8f55-869d200148dc
+partition 2 4096 20971520 0fc63daf-8483-4772-8e79-3d69d8477de4 c26ad6ae-e1c6-6b4e-8f55-869d200148dc
 ID_FS_TYPE=ext4
 ID_FS_UUID_ENC=a9026023-fd63-4506-ac3f-2324136ac19a
 ID_FS_LABEL_ENC=the\\x20root
-partition 5 49152 4096
+partition 3 0 4096 0x5
+partition 5 49152 4096 0x83
 """
 
 

@@ -175,8 +175,9 @@ def two_roots(
     (here / "link").mkdir()
     (here / "link/@").symlink_to("/")
     contents = [file_system(here / "top", "btrfs", subvolumes="@"), None, file_system(tree, "xfs")]
-    contents += [file_system(here / "link", "btrfs")]
-    table = "label: dos\n{}, type=L\ntype=5\n{}, type=L\n{}, type=L\n"
+    (here / "damaged/etc").mkdir(parents=True)
+    contents += [file_system(here / "link", "btrfs"), damaged(here / "damaged", "continue")]
+    table = "label: dos\n{}, type=L\ntype=5\n{}, type=L\n{}, type=L\n{}, type=L\n"
     raw = disk(here / "raw", table, contents)
     image = here / "disk.qcow2"
     subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", raw, image], check=True)
@@ -192,8 +193,8 @@ def test_two_roots(two_roots: tuple[Path, Reader]) -> None:
     assert "#1 (128.0 MiB): btrfs, a root\n" in caught.value.message
     assert "#6 (128.0 MiB): btrfs, not a root" in caught.value.message
     assert "disk:FILE#NUMBER" in caught.value.hint
-    with pytest.raises(BadSource, match="partition 7 is not there"):
-        DiskTree(guest, 7)
+    with pytest.raises(BadSource, match="partition 9 is not there"):
+        DiskTree(guest, 9)
 
 
 def test_each_gives_the_same_image(two_roots: tuple[Path, Reader]) -> None:
@@ -203,7 +204,7 @@ def test_each_gives_the_same_image(two_roots: tuple[Path, Reader]) -> None:
     for number in (1, 5):
         tree, left_out = copied(guest, number, here / str(number))
         assert facts(tree) == facts(here / "tree")
-        assert "1 socket" in left_out and "#6 (128.0 MiB): btrfs, not a root" in left_out
+        assert "1 socket" in left_out and "#6 (128.0 MiB): btrfs" in left_out
         make_image(tree, here / f"{number}.image", "erofs")
         digests.add(hashlib.sha256((here / f"{number}.image").read_bytes()).digest())
     assert len(digests) == 1
@@ -225,13 +226,12 @@ def test_a_disk_that_is_full(two_roots: tuple[Path, Reader]) -> None:
     assert caught.value.what == "disk"
 
 
-def test_damage_that_makes_a_kernel_panic(host: Host, tmp_path: Path) -> None:
-    """An ext4 that says so, and a block of its journal's list of folders is bad."""
-    tree = make_tree(tmp_path / "tree")
+def damaged(tree: Path, then: str) -> Path:
+    """An ext4 in which the blocks of one folder are bad, and what it says to do ``then``."""
     for number in range(40):
         (tree / f"etc/{'x' * 200}{number}").touch()
     image = file_system(tree, "ext4")
-    subprocess.run(["tune2fs", "-e", "panic", image], check=True, capture_output=True)
+    subprocess.run(["tune2fs", "-e", then, image], check=True, capture_output=True)
     asked = ["debugfs", "-R", "blocks /etc", str(image)]
     blocks = subprocess.run(asked, check=True, capture_output=True).stdout.split()
     size = int(known(image, "BLOCK_SIZE"))
@@ -239,6 +239,18 @@ def test_damage_that_makes_a_kernel_panic(host: Host, tmp_path: Path) -> None:
         for block in blocks:
             file.seek(int(block) * size)
             file.write(b"\xff" * size)
+    return image
+
+
+def test_damage(two_roots: tuple[Path, Reader]) -> None:
+    here, guest = two_roots
+    with pytest.raises(BadSource, match="it is damaged") as caught:
+        copied(guest, 7, here / "7")
+    assert "EXT4-fs error (device vda7)" in caught.value.message
+
+
+def test_damage_that_makes_a_kernel_panic(host: Host, tmp_path: Path) -> None:
+    image = damaged(make_tree(tmp_path / "tree"), "panic")
     vmdk = tmp_path / "disk.vmdk"
     subprocess.run(["qemu-img", "convert", "-O", "vmdk", image, vmdk], check=True)
     with pytest.raises(BadSource, match="the guest that reads it failed") as caught:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from onecopy.build.partitions import Partition
+from onecopy.build.partitions import Partition, shown
 
 #: Kernel file systems, and others whose content is nobody's files.
 _VIRTUAL = {
@@ -43,7 +43,7 @@ class Entry(msgspec.Struct, frozen=True):
     options: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.target or self.kind} ({self.device})"
+        return shown(f"{self.target or self.kind} ({self.device})")
 
     @property
     def subvolume(self) -> str:

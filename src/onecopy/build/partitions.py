@@ -7,7 +7,7 @@ and which partition is the root (disk.py).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -32,7 +32,9 @@ _HINT = "the image may be truncated or damaged: compare it with where it came fr
 _SECTOR = 512
 # What protects a GPT from programs that know none: alone if the GPT does not hold.
 _PROTECTIVE = "PMBR"
-_ROW = re.compile(r"partition (\d{1,5}) (\d{1,19}) (\d{1,19})(?: (\S+))?(?: (\S+))?")
+_ROW = re.compile(r"partition (\d{1,5}) (\d{1,19}) (\d{1,19})(?: (\S+))?(?: (\S+))?(?: (\S+))?")
+#: Types of partitions that hold others, and nothing themselves.
+_EXTENDED = ("0x5", "0xf", "0x85")
 _KNOWN = re.compile(r"(ID_[A-Z_]{1,40})=(.{0,512})")
 _ESCAPED = re.compile(r"\\x([0-9a-fA-F]{2})")
 
@@ -64,7 +66,7 @@ class Partition(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         where = f"#{self.number}" if self.number else "the whole disk"
-        return f"{where} ({format_size(self.size)}): {ascii_only(_OTHERS.get(self.fs, self.fs))}"
+        return f"{where} ({format_size(self.size)}): {shown(_OTHERS.get(self.fs, self.fs))}"
 
 
 def parse_table(lines: Sequence[str]) -> list[Partition]:
@@ -76,7 +78,7 @@ def parse_table(lines: Sequence[str]) -> list[Partition]:
     whole, *rows = blocks
     fs = whole[1].get("ID_FS_TYPE")
     if fs is not None:
-        return [_partition("partition 0 0 0", whole[1], size)]
+        return [_known(0, size, whole[1])]
     kind = whole[1].get("ID_PART_TABLE_TYPE")
     if kind == _PROTECTIVE:
         raise BadSource("its partition table (GPT) does not fit it: it is truncated", hint=_HINT)
@@ -89,7 +91,8 @@ def parse_table(lines: Sequence[str]) -> list[Partition]:
         raise BadSource("its partition table is empty, or cannot be read", hint=_HINT)
     if len(rows) > MOST:
         raise BadSource(f"it has more than {MOST} partitions", hint=_HINT)
-    return [_partition(row, known, size) for row, known in rows]
+    found = [_partition(row, known, size) for row, known in rows]
+    return [each for each in found if each]
 
 
 def _split(lines: Sequence[str]) -> tuple[int, list[tuple[str, dict[str, str]]]]:
@@ -105,24 +108,33 @@ def _split(lines: Sequence[str]) -> tuple[int, list[tuple[str, dict[str, str]]]]
     return size, blocks
 
 
-def _partition(row: str, known: dict[str, str], whole: int) -> Partition:
+def _partition(row: str, known: Mapping[str, str], whole: int) -> Partition | None:
+    """The partition of one row; None if it does but hold others."""
     match = _ROW.fullmatch(row.strip())
     if not match:
         raise BadSource("its partition table cannot be read", hint=_HINT)
-    number, start, size = int(match[1]), int(match[2]) * _SECTOR, int(match[3]) or whole
+    number, start, size = int(match[1]), int(match[2]) * _SECTOR, int(match[3])
     if start + size > whole:
         raise BadSource(
             f"it is truncated: partition {number} ends at byte {start + size}, the disk at {whole}",
             hint=_HINT,
         )
+    if match[4] in _EXTENDED:
+        return None
+    return _known(number, size, known, match[5] or "", unescape(match[6] or ""))
+
+
+def _known(
+    number: int, size: int, known: Mapping[str, str], uuid: str = "", label: str = ""
+) -> Partition:
     return Partition(
         number=number,
         size=size,
         fs=known.get("ID_FS_TYPE", ""),
         uuid=unescape(known.get("ID_FS_UUID_ENC", "")),
         label=unescape(known.get("ID_FS_LABEL_ENC", "")),
-        part_uuid=match[4] or "",
-        part_label=unescape(match[5] or ""),
+        part_uuid=uuid,
+        part_label=label,
     )
 
 
@@ -131,6 +143,6 @@ def unescape(text: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
 
 
-def ascii_only(text: str) -> str:
-    """What an image says, fit for a terminal."""
-    return text if text.isascii() and text.isprintable() else ascii(text)
+def shown(text: str) -> str:
+    """What an image says, fit for a terminal, and cut."""
+    return "".join(char if char.isprintable() else "?" for char in text[:300])

@@ -19,11 +19,12 @@ from typing import TypeVar
 
 import msgspec
 
+from onecopy.build.partitions import shown
 from onecopy.errors import BadSource, CommandFailed, NotEnough
 from onecopy.vmm.reader import Disk, Parts, Running, reading
 
-#: Seconds that it may take to boot, and to answer: a journal may have to be replayed.
-_BOOT, _PATIENCE = 300.0, 600.0
+#: Seconds that it may take to boot, and for all answers together: journals may have to be replayed.
+_BOOT, _PATIENCE = 300.0, 1800.0
 #: Seconds in which something must come while files are sent.
 _STALL = 120.0
 _ANSWER = 1 << 20
@@ -66,11 +67,15 @@ class Reader:
         self._tool = running.tool
         self._control, self._data = running.control, running.data
         self._buffer = bytearray()
+        self._left = _PATIENCE
 
     def ask(self, command: str, *words: str, patience: float = _PATIENCE) -> Answer:
         """What it answers; raise BadSource if it ends instead, or does not within ``patience``."""
+        begin = time.monotonic()
         self._request(command, words)
-        return self._answer(time.monotonic() + patience)
+        answer = self._answer(begin + min(patience, self._left))
+        self._left -= time.monotonic() - begin
+        return answer
 
     def copy(self, leave_out: Sequence[str], out: int, patience: float, most: int) -> Answer:
         """Write the tree's files to the pipe ``out``, as a tar archive, and return what tar said.
@@ -173,7 +178,7 @@ class Reader:
             text = error.output
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         telling = [line for line in lines if _TELLING.search(line)] or lines
-        said = "\n".join(f"  {line[:300]}" for line in telling[-6:])
+        said = "\n".join(f"  {shown(line)}" for line in telling[-6:])
         return BadSource(
             f"the guest that reads it failed ({what}); its last words were:\n{said}", hint=_HINT
         )

@@ -14,7 +14,7 @@ import msgspec
 
 from onecopy.build.diskformat import DAMAGED, OPEN_HINT, said
 from onecopy.build.fstab import Entry, find_partition, parse_fstab
-from onecopy.build.partitions import MOST, Partition, ascii_only, parse_table
+from onecopy.build.partitions import MOST, Partition, parse_table, shown
 from onecopy.build.reader import Reader
 from onecopy.build.space import disk_is_full, disk_space
 from onecopy.build.untar import unpacking
@@ -25,6 +25,8 @@ _LOOKED = re.compile(rf"(-|\.|@|@rootfs|root) {_USAGE}")
 #: Copying takes this many seconds, at most, and so many for each MiB and each thousand files.
 _PATIENCE, _EACH = 900.0, 1.0
 _SHOWN = 8
+#: Subvolumes that are told.
+_MOST = 64
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -132,7 +134,7 @@ class DiskTree:
     def _mount(self, entry: Entry, partition: Partition) -> None:
         words = (str(partition.number), partition.fs, entry.subvolume, entry.target)
         answer = self._guest.ask("add", *words)
-        why = ascii_only(answer.text.strip())[:400]
+        why = shown(answer.text.strip())
         if not answer.ok and why in ("a link is in the way", "there is no such folder"):
             self._missed.append(f"{entry}: {why} in the root")
             return
@@ -179,7 +181,7 @@ class DiskTree:
             lines = [line for line in failed.splitlines() if "Total bytes" not in line]
             wrong = [*lines[:_SHOWN], *wrong]
         if wrong:
-            text = "\n".join(ascii_only(line)[:300] for line in wrong)
+            text = "\n".join(shown(line) for line in wrong)
             raise BadSource(f"it is damaged:\n{text}", hint=DAMAGED)
         lost = [line for line in warned.splitlines() if "Cannot " in line]
         if lost:
@@ -195,7 +197,7 @@ class DiskTree:
         found += [f"what lies in {path}" for path in self._found if self._holds(path)]
         for each in self._used:
             if each.fs == "btrfs":
-                found += [f"the subvolume {ascii_only(name)}" for name in self._beside(each)]
+                found += [f"the subvolume {shown(name)}" for name in self._beside(each)]
         return found
 
     def _holds(self, path: str) -> bool:
@@ -203,7 +205,7 @@ class DiskTree:
 
     def _beside(self, partition: Partition) -> list[str]:
         lines = self._guest.ask("subvolumes", str(partition.number)).lines
-        return [name for name in lines if name not in self._subvolumes]
+        return [name for name in lines[:_MOST] if name not in self._subvolumes]
 
 
 def _look(guest: Reader, partition: Partition) -> Seen:
@@ -212,7 +214,7 @@ def _look(guest: Reader, partition: Partition) -> Seen:
     match = _LOOKED.fullmatch(text)
     if not answer.ok or not match:
         lines = text.splitlines() or ["it says nothing"]
-        return Seen(partition, error="\n".join(ascii_only(line)[:300] for line in lines[-_SHOWN:]))
+        return Seen(partition, error="\n".join(shown(line) for line in lines[-_SHOWN:]))
     return Seen(partition, match[1], _usage(text.partition(" ")[2]))
 
 
