@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from onecopy.build.reader import Reader
 from onecopy.build.reading import DiskTree
-from onecopy.errors import BadSource, NotEnough
+from onecopy.errors import BadSource
 from onecopy.model import MIB
 from onecopy.vmm.reader import Running
 from onecopy.vmm.tool import Limits, Task, running
@@ -124,34 +124,39 @@ def test_a_flood_of_answers_takes_no_memory() -> None:
         tracemalloc.stop()
 
 
-def test_a_flood_of_files_ends_where_it_must(tmp_path: Path) -> None:
+def test_a_flood_of_files_is_taken_as_it_is_read() -> None:
     def serve(control: socket.socket, data: socket.socket) -> None:
         control.recv(65536)
         while True:
             data.sendall(b"x" * MIB)
 
-    with lying(serve) as guest, (tmp_path / "out").open("wb") as out:
-        with pytest.raises(NotEnough):
-            guest.copy([], out.fileno(), 60, 8 * MIB)
-        assert out.tell() <= 10 * MIB
+    with lying(serve) as guest:
+        files = guest.files([], 60)
+        tracemalloc.start()
+        try:
+            assert sum(len(files.read(MIB) or b"") for _ in range(100)) > MIB
+            assert tracemalloc.get_traced_memory()[1] < 16 * MIB
+        finally:
+            tracemalloc.stop()
 
 
-def test_files_that_never_end(tmp_path: Path) -> None:
+def test_files_that_never_end() -> None:
     def serve(control: socket.socket, data: socket.socket) -> None:
         control.recv(65536)
         while True:
             data.sendall(b"x")
             time.sleep(0.01)
 
-    with (
-        lying(serve) as guest,
-        (tmp_path / "out").open("wb") as out,
-        pytest.raises(BadSource, match="takes long"),
-    ):
-        guest.copy([], out.fileno(), 1, MIB)
+    with lying(serve) as guest, pytest.raises(BadSource, match="takes too long"):
+        guest.files([], 1).readall()
 
 
-def test_more_files_than_it_says(tmp_path: Path) -> None:
+def test_files_that_do_not_come() -> None:
+    with lying(saying(b"")) as guest, pytest.raises(BadSource, match="sends no more"):
+        guest.files([], 1).readall()
+
+
+def test_more_files_than_it_says() -> None:
     said = b"Total bytes written: 10 (10B, 1B/s)\n"
 
     def serve(control: socket.socket, data: socket.socket) -> None:
@@ -161,12 +166,8 @@ def test_more_files_than_it_says(tmp_path: Path) -> None:
         control.sendall(b"0 %d\n%b" % (len(said), said))
         control.recv(65536)
 
-    with (
-        lying(serve) as guest,
-        (tmp_path / "out").open("wb") as out,
-        pytest.raises(BadSource, match="more than it says"),
-    ):
-        guest.copy([], out.fileno(), 30, MIB)
+    with lying(serve) as guest, pytest.raises(BadSource, match="more than it says"):
+        guest.files([], 30).readall()
 
 
 def honest(overrides: dict[str, bytes], archive: bytes = b"") -> Serve:

@@ -7,20 +7,19 @@ is asked in which order (disk.py).
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import select
-import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from onecopy.build.partitions import shown
-from onecopy.errors import BadSource, CommandFailed, NotEnough
+from onecopy.errors import BadSource, CommandFailed
 from onecopy.vmm.reader import Disk, Parts, Running, reading
 
 #: Seconds that it may take to boot, and for all answers together: journals may have to be replayed.
@@ -28,7 +27,8 @@ _BOOT, _PATIENCE = 300.0, 1800.0
 #: Seconds in which something must come while files are sent.
 _STALL = 120.0
 _ANSWER = 1 << 20
-_CHUNK = 1 << 20
+#: Seconds from the beginning of an answer to its end.
+_REST = 30.0
 _PLAIN = [(chr(b).isalnum() and b < 128) or chr(b) in "/._-=,@:+" for b in range(256)]
 _HEAD = re.compile(rb"([0-9]{1,3}) ([0-9]{1,7})\n")
 _TOTAL = re.compile(r"^Total bytes written: ([0-9]{1,20}) ", re.MULTILINE)
@@ -77,51 +77,28 @@ class Reader:
         self._left -= time.monotonic() - begin
         return answer
 
-    def copy(self, leave_out: Sequence[str], out: int, patience: float, most: int) -> Answer:
-        """Write the tree's files to the pipe ``out``, as a tar archive, and return what tar said.
-
-        At most ``most`` bytes in ``patience`` seconds. Raises BadSource, NotEnough (disk), and
-        BrokenPipeError if nobody reads on.
-        """
+    def files(self, leave_out: Sequence[str], patience: float) -> Files:
+        """The tree's files, which come as a tar archive; in ``patience`` seconds, or never."""
         self._request("copy", leave_out)
-        deadline, news, sent = time.monotonic() + patience, time.monotonic(), 0
-        total: int | None = None
-        answer: Answer | None = None
-        with selectors.DefaultSelector() as selector:
-            for end in (self._control, self._data):
-                selector.register(end, selectors.EVENT_READ)
-            while total is None or sent < total:
-                now = time.monotonic()
-                if now > deadline or now - news > _STALL:
-                    raise self._broken("it sends no more" if now <= deadline else "it takes long")
-                ready = [key.fileobj for key, _ in selector.select(1)]
-                if self._data in ready:
-                    moved = self._move(out)
-                    sent, news = sent + moved, now
-                    if sent > most:
-                        raise NotEnough("disk", needed=sent, available=most)
-                elif self._control in ready:
-                    answer = self._answer(now + 10)
-                    total = _total(answer, sent)
-                    selector.unregister(self._control)
-        if sent > total or answer is None:
-            raise self._broken("it sends more than it says")
-        return answer
+        return Files(self, time.monotonic() + patience)
 
-    def _move(self, out: int) -> int:
-        """Pass on what has come; return how many bytes."""
+    def receive(self, buffer: Any, until: float) -> int | Answer:
+        """Wait for files, which go into ``buffer``, or for the answer to what was asked.
+
+        Raises BadSource if neither comes until then.
+        """
+        ready = _ready((self._data, self._control), until)
+        if not ready:
+            raise self.broken("it sends no more")
+        if self._data not in ready:
+            return self._answer(time.monotonic() + _REST)
         try:
-            data = self._data.recv(_CHUNK)
-        except BlockingIOError:
-            return 0
+            size = self._data.recv_into(buffer)
         except OSError:
-            data = b""
-        if not data:
-            raise self._broken("it ended")
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(out, rest) :]
-        return len(data)
+            size = 0
+        if not size:
+            raise self.broken("it ended")
+        return size
 
     def _request(self, command: str, words: Sequence[str]) -> None:
         line = " ".join([command, *map(_word, words)]) + "\n"
@@ -132,7 +109,7 @@ class Reader:
         try:
             self._control.sendall(line.encode())
         except OSError as error:
-            raise self._broken("it ended") from error
+            raise self.broken("it ended") from error
         finally:
             self._control.setblocking(False)
 
@@ -140,7 +117,7 @@ class Reader:
         head = self._until(lambda: _HEAD.match(self._buffer), deadline)
         code, size = int(head[1]), int(head[2])
         if size > _ANSWER:
-            raise self._broken("its answer is too long")
+            raise self.broken("its answer is too long")
         begin, end = head.end(), head.end() + size
         self._until(lambda: len(self._buffer) >= end or None, deadline)
         text = self._buffer[begin:end].decode(errors="replace")
@@ -150,11 +127,11 @@ class Reader:
     def _until(self, found: Callable[[], _T | None], deadline: float) -> _T:
         while (result := found()) is None:
             if len(self._buffer) > _ANSWER + 64:
-                raise self._broken("its answer is too long")
+                raise self.broken("its answer is too long")
             if not _HEAD.match(self._buffer) and len(self._buffer) > 16:
-                raise self._broken("its answer makes no sense")
-            if not _readable(self._control, deadline):
-                raise self._broken("it does not answer")
+                raise self.broken("its answer makes no sense")
+            if not _ready((self._control,), deadline):
+                raise self.broken("it does not answer")
             try:
                 data = self._control.recv(64 << 10)
             except BlockingIOError:
@@ -162,11 +139,11 @@ class Reader:
             except OSError:
                 data = b""
             if not data:
-                raise self._broken("it ended")
+                raise self.broken("it ended")
             self._buffer += data
         return result
 
-    def _broken(self, what: str) -> BadSource:
+    def broken(self, what: str) -> BadSource:
         """End it; the error says ``what`` is wrong, and what its kernel or QEMU said last."""
         self._control.close()
         if what != "it ended":
@@ -184,19 +161,51 @@ class Reader:
         )
 
 
+class Files(io.RawIOBase):
+    """A tar archive as it comes, up to its end."""
+
+    def __init__(self, guest: Reader, deadline: float) -> None:
+        self._guest, self._deadline = guest, deadline
+        self._sent = 0
+        self._total: int | None = None
+        self.answer: Answer | None = None
+        """What tar said, once it has ended."""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for what comes next; raise BadSource if nothing does, or it takes too long."""
+        while self._total is None or self._sent < self._total:
+            now = time.monotonic()
+            if now > self._deadline:
+                raise self._guest.broken("it takes too long")
+            got = self._guest.receive(buffer, min(self._deadline, now + _STALL))
+            if isinstance(got, int):
+                self._sent += got
+                return got
+            if self.answer:
+                raise self._guest.broken("it answers twice")
+            self.answer = got
+            found = _TOTAL.search(got.text)
+            # Where tar failed before it could say: what has come.
+            self._total = int(found[1]) if found else self._sent
+        if self._sent > self._total:
+            raise self._guest.broken("it sends more than it says")
+        return 0
+
+
 def _word(text: str) -> str:
     """``text`` as one word for the reader: an argument of printf(1)'s %b."""
     data = text.encode(errors="surrogateescape") or b"\0"
     return "".join(chr(b) if _PLAIN[b] else f"\\0{b:03o}" for b in data)
 
 
-def _total(answer: Answer, sent: int) -> int:
-    """Bytes of an archive; where tar failed before it could say, those that came."""
-    found = _TOTAL.search(answer.text)
-    return int(found[1]) if found else sent
-
-
-def _readable(end: socket.socket, deadline: float) -> bool:
+def _ready(ends: Sequence[socket.socket], until: float) -> list[socket.socket]:
+    """Those of ``ends`` at which something has come, once it has; none if nothing does by then."""
     poll = select.poll()
-    poll.register(end, select.POLLIN)
-    return bool(poll.poll(max(0, deadline - time.monotonic()) * 1000))
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    found = dict(poll.poll(max(0, until - time.monotonic()) * 1000))
+    return [end for end in ends if end.fileno() in found]

@@ -5,26 +5,32 @@ Not here: asking (reader.py), the disk image as a file (disk.py).
 
 from __future__ import annotations
 
+import io
+import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from onecopy.build.diskformat import DAMAGED, OPEN_HINT, said
+from onecopy.build.diskformat import DAMAGED, OPEN_HINT
 from onecopy.build.fstab import Entry, find_partition, parse_fstab
+from onecopy.build.leftout import LeftOut
 from onecopy.build.partitions import MOST, Partition, parse_table, shown
-from onecopy.build.reader import Reader
-from onecopy.build.space import disk_is_full, disk_space
-from onecopy.build.untar import unpacking
-from onecopy.errors import BadSource, CommandFailed
+from onecopy.build.paxheader import BadMember
+from onecopy.build.reader import Answer, Reader
+from onecopy.build.space import disk_space
+from onecopy.build.tarformat import TarReader
+from onecopy.build.unpack import unpack
+from onecopy.errors import BadSource
 
 _USAGE = r"(\d{1,19}) (\d{1,19}) (\d{1,19}) (\d{1,19}) (\d{1,19})"
 _LOOKED = re.compile(rf"(-|\.|@|@rootfs|root) {_USAGE}")
 #: Copying takes this many seconds, at most, and so many for each MiB and each thousand files.
 _PATIENCE, _EACH = 900.0, 1.0
 _SHOWN = 8
+_BUFFER = 1 << 20
+_KEPT_HINT = "remove it in its machine, or leave it out by building from dir:PATH"
 #: Subvolumes that are told.
 _MOST = 64
 
@@ -78,6 +84,7 @@ class DiskTree:
         self._used = {self._root.partition}
         self._subvolumes = {self._root.folder}
         self._missed: list[str] = []
+        self._lost = LeftOut()
         self._found = ["/lost+found"]
         folder = self._root.folder if self._root.is_root else "."
         guest.ask("root", str(self._root.partition.number), folder)
@@ -148,52 +155,39 @@ class DiskTree:
         self._found.append(f"{entry.target}/lost+found")
 
     def copy(self, into: Path) -> None:
-        """Copy the files into the folder ``into``; raise BadSource, NotEnough."""
+        """Copy the files into the empty folder ``into``; raise BadSource, NotEnough, OSError."""
         usage = self._usage
         seconds = _PATIENCE + _EACH * (usage.size / (1 << 20) + usage.files / 1000)
         with disk_space(into, usage.size):
-            most = shutil.disk_usage(into).free
-            with unpacking(into, seconds, most) as (sink, tool):
-                answer = None
-                try:
-                    with sink:
-                        left_out = [f".{path}" for path in self._found]
-                        answer = self._guest.copy(left_out, sink.fileno(), seconds, most)
-                except BrokenPipeError:
-                    # The other side says why.
-                    pass
-                try:
-                    warned = tool.finish().err
-                except CommandFailed as error:
-                    if disk_is_full(error):
-                        raise
-                    raise BadSource(f"unpacking it failed:\n{said(error)}") from error
-        self._require_whole(answer.text if answer and not answer.ok else "", warned)
-        sockets = len(re.findall(r": socket ignored$", answer.text if answer else "", re.MULTILINE))
+            files = self._guest.files([f".{path}" for path in self._found], seconds)
+            try:
+                unpack(TarReader(io.BufferedReader(files, _BUFFER), self._lost.add), into)
+            except BadMember as error:
+                self._require_whole(files.answer)
+                where = f"{os.fsdecode(error.name[:4096])!a}: " if error.name else ""
+                raise BadSource(f"{where}{error.what}", hint=_KEPT_HINT) from error
+        self._require_whole(files.answer)
+        text = files.answer.text if files.answer else ""
+        sockets = len(re.findall(r": socket ignored$", text, re.MULTILINE))
         if sockets:
             self._missed.append(f"{sockets} socket{'s' if sockets > 1 else ''}")
 
-    def _require_whole(self, failed: str, warned: str) -> None:
-        """Raise BadSource if something could not be read, or was lost on the way."""
-        names = "|".join(sorted(each.device for each in self._used))
-        wrong = self._guest.ask("wrong", names).lines if self._used else []
-        if failed:
-            lines = [line for line in failed.splitlines() if "Total bytes" not in line]
-            wrong = [*lines[:_SHOWN], *wrong]
+    def _require_whole(self, answer: Answer | None) -> None:
+        """Raise BadSource if something could not be read: tar fails, or the kernel says so."""
+        wrong: list[str] = []
+        if answer and not answer.ok:
+            wrong = [line for line in answer.lines if "Total bytes" not in line][:_SHOWN]
+        if answer:
+            names = "|".join(sorted(each.device for each in self._used))
+            wrong += self._guest.ask("wrong", names).lines[:_SHOWN]
         if wrong:
             text = "\n".join(shown(line) for line in wrong)
             raise BadSource(f"it is damaged:\n{text}", hint=DAMAGED)
-        lost = [line for line in warned.splitlines() if "Cannot " in line]
-        if lost:
-            raise BadSource(
-                "attributes would be lost:\n" + "\n".join(lost[:_SHOWN]),
-                hint="remove them, or use a file system that can hold them (--fs erofs)",
-            )
 
     def left_out(self) -> list[str]:
         """What of the disk was not copied, in a user's words."""
         found = [str(self._seen.get(p, p)) for p in self._partitions if p not in self._used]
-        found += self._missed
+        found += self._missed + self._lost.lines()
         found += [f"what lies in {path}" for path in self._found if self._holds(path)]
         for each in self._used:
             if each.fs == "btrfs":

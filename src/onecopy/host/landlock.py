@@ -21,8 +21,6 @@ READ_FILE = 1 << 2
 READ_DIR = 1 << 3
 TRUNCATE = 1 << 14
 IOCTL_DEV = 1 << 15
-#: All that a tree is made with but sockets, and to execute nothing.
-TREE = ((1 << 15) - 1) & ~EXECUTE & ~(1 << 9)
 #: What makes sense for something that is no folder.
 _FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 #: All file system rights up to the ABI in which they came.

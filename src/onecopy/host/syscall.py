@@ -11,7 +11,6 @@ import ctypes
 import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 PR_GET_DUMPABLE = 3
 PR_SET_DUMPABLE = 4
@@ -29,9 +28,6 @@ _SETGROUPS, _SETRESUID, _SETRESGID, _CAPSET, _UNSHARE = 116, 117, 119, 126, 272
 _PIDFD_GETFD = 438
 _FALLOCATE, _KEEP_SIZE, _PUNCH_HOLE = 285, 1, 2
 _CLONE_FS = 0x200
-_OPEN_TREE, _MOUNT_SETATTR = 428, 442
-_AT_FDCWD, _AT_EMPTY_PATH, _OPEN_TREE_CLONE = -100, 0x1000, 1
-_NOSUID, _NODEV, _NOEXEC = 2, 4, 8
 _PERSONALITY, _ADDR_NO_RANDOMIZE, _PERSONALITY_NOW = 135, 0x0040000, 0xFFFFFFFF
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -65,23 +61,6 @@ def become(uid: int, gid: int, groups: Sequence[int]) -> None:
 def unshare_folder() -> None:
     """Have a working directory, root and umask apart from the process's other threads."""
     syscall(_UNSHARE, _CLONE_FS)
-
-
-def open_without_devices(folder: Path) -> int:
-    """Open a folder as a mount of its own, which nobody else sees and in which no device opens.
-
-    open_tree(2), mount_setattr(2), Linux 5.12; raises OSError. Ends when it is closed.
-    """
-    name = buffer(os.fsencode(folder) + b"\0")
-    fd = syscall(_OPEN_TREE, _AT_FDCWD, name, _OPEN_TREE_CLONE | os.O_CLOEXEC)
-    try:
-        attributes = struct.pack("4Q", _NOSUID | _NODEV | _NOEXEC, 0, 0, 0)
-        empty = buffer(b"\0")
-        syscall(_MOUNT_SETATTR, fd, empty, _AT_EMPTY_PATH, buffer(attributes), len(attributes))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def randomize_no_addresses() -> None:

@@ -37,9 +37,6 @@ from onecopy.vmm.user import User, new_user
 READ_TREE = READ_FILE | READ_DIR
 #: CAP_DAC_READ_SEARCH: read files of any owner, as far as ``rights`` go.
 READ_ANY = 1 << 2
-#: What it takes to give files to others, with all attributes: CAP_CHOWN, CAP_DAC_OVERRIDE,
-#: CAP_FOWNER, CAP_FSETID, CAP_SYS_ADMIN (for trusted.*), CAP_SETFCAP.
-OWNER = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 21 | 1 << 31
 
 _PROGRAMS = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
 #: Bytes kept of standard error: the first half of it, and the last.
@@ -87,8 +84,6 @@ class Task(msgspec.Struct, frozen=True):
     capabilities: int = 0
     """What it keeps of ours (capabilities(7))."""
     environment: Mapping[str, str] = {}
-    owns: bool = False
-    """Whether it may change modes and attributes of files."""
     kvm: bool = False
     """Whether it uses /dev/kvm, for which ``rights`` must have it, too."""
     limits: Limits = Limits()
@@ -231,7 +226,7 @@ class Tool:
             prctl(PR_SET_NO_NEW_PRIVS, 1)
             if self._rules:
                 self._rules.restrict_self()
-            seccomp.install(_filter(owns=self._task.owns), listen=False)
+            seccomp.install(_filter(), listen=False)
         except OSError as error:
             raise Incompatible(
                 f"{self._task.argv[0]} cannot be confined on this host: {error.strerror}",
@@ -331,8 +326,8 @@ def _ruleset(task: Task) -> Ruleset | None:
     return rules
 
 
-def _filter(*, owns: bool) -> bytes:
-    denied = (*_DENIED, *(() if owns else seccomp.CHANGE_RIGHTS))
+def _filter() -> bytes:
+    denied = (*_DENIED, *seccomp.CHANGE_RIGHTS)
     return seccomp.program(*(seccomp.deny(number, errno.EPERM) for number in denied))
 
 
