@@ -66,12 +66,20 @@ class Unpacked(msgspec.Struct, frozen=True):
     said: list[str]
 
 
-def unpack(host: Host, source: str, work: Path) -> Unpacked:
+def unpack(
+    host: Host, source: str, work: Path, meanwhile: Callable[[], object] = lambda: None
+) -> Unpacked:
     into, said = work / "tree", list[str]()
     into.mkdir(parents=True)
     opened = open_disk(source, host.store)
+
+    def progress(text: str) -> None:
+        said.append(text)
+        if text.startswith("looking"):
+            meanwhile()
+
     try:
-        opened.unpack(into, said.append)
+        opened.unpack(into, progress)
     finally:
         assert [path.name for path in work.iterdir()] == ["tree"]
         assert str(work) not in Path("/proc/mounts").read_text()
@@ -123,8 +131,14 @@ def machine(host: Host, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     (here / "luks").write_bytes(LUKS.ljust(MIB, b"\0"))
     image = disk(here / "disk", GPT, [None, *contents])
     before = hashlib.sha256(image.read_bytes()).digest()
-    found = unpack(host, str(image), here / "work")
-    assert hashlib.sha256(image.read_bytes()).digest() == before
+    (here / "same").hardlink_to(image)
+    # It is one that leads elsewhere by the time that it is read.
+    other = here / "other"
+    create = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "/etc/shadow", "-F", "raw"]
+    subprocess.run([*create, other, "4M"], check=True)
+    found = unpack(host, str(image), here / "work", lambda: other.replace(image))
+    assert image.stat().st_size < MIB
+    assert hashlib.sha256((here / "same").read_bytes()).digest() == before
     return here, found
 
 

@@ -27,7 +27,7 @@ from onecopy.errors import BadSource
 _USAGE = r"(\d{1,19}) (\d{1,19}) (\d{1,19}) (\d{1,19}) (\d{1,19})"
 _LOOKED = re.compile(rf"(-|\.|@|@rootfs|root) {_USAGE}")
 #: Copying takes this many seconds, at most, and so many for each MiB and each thousand files.
-_PATIENCE, _EACH = 900.0, 1.0
+_PATIENCE, _FOR_MIB, _FOR_FILES = 900.0, 1.0, 10.0
 _SHOWN = 8
 _BUFFER = 1 << 20
 _KEPT_HINT = "remove it in its machine, or leave it out by building from dir:PATH"
@@ -157,7 +157,7 @@ class DiskTree:
     def copy(self, into: Path) -> None:
         """Copy the files into the empty folder ``into``; raise BadSource, NotEnough, OSError."""
         usage = self._usage
-        seconds = _PATIENCE + _EACH * (usage.size / (1 << 20) + usage.files / 1000)
+        seconds = _PATIENCE + _FOR_MIB * usage.size / (1 << 20) + _FOR_FILES * usage.files / 1000
         with disk_space(into, usage.size):
             files = self._guest.files([f".{path}" for path in self._found], seconds)
             try:
