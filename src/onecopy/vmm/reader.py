@@ -123,7 +123,7 @@ def _machine(parts: Parts, modules: int) -> list[str]:
         *(parts.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         *("-machine", f"{parts.machine},{options}", "-accel", accel),
-        *("-cpu", qemu_cpu(DEFAULT, parts.accel), "-smp", "2"),
+        *("-cpu", qemu_cpu("host" if parts.accel == "kvm" else DEFAULT, parts.accel), "-smp", "2"),
         *("-m", f"size={_MEMORY}B,slots=1,maxmem={ceiling}B", "-serial", "stdio"),
     ]
 
