@@ -27,9 +27,6 @@ from onecopy.host.removal import remove_tree
 from onecopy.run import find_program
 from onecopy.vmm.tool import Limits, Task, Tool, running
 
-#: What makes tar keep all that a tree holds.
-TAR_OPTIONS = ("--xattrs", "--xattrs-include=*", "--acls", "--numeric-owner")
-
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HINT = "make it again with GNU tar from inside the folder: tar -C FOLDER -cf FILE ."
 #: Seconds that reading takes at most, and so many for each MiB of the archive.
@@ -123,16 +120,6 @@ def _finish(stream: Stream, tool: Tool | None) -> None:
 
 def _program(start: bytes) -> str:
     return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
-
-
-def require_kept(said: str) -> None:
-    """Raise BadSource if tar ``said`` that it lost attributes or ACLs: it only warns of that."""
-    lost = [line for line in said.splitlines() if "Cannot set " in line]
-    if lost:
-        raise BadSource(
-            "attributes would be lost:\n" + "\n".join(lost[:8]),
-            hint="remove them, or use a file system that can hold them (--fs erofs)",
-        )
 
 
 def open_archive(text: str) -> ArchiveSource:

@@ -58,7 +58,7 @@ def build_segment(
     check([Range(page_class, HUGE_PAGE_SIZE, fs)])
     if room and fs == "erofs":
         raise InvalidInput("an EROFS image has no free room", hint="use --fs ext2")
-    opened = open_source(source, include)
+    opened = open_source(source, include, store=store)
     with store.workspace() as work:
         into = work / "tree"
         into.mkdir()

@@ -16,6 +16,7 @@ from onecopy.build.debian import open_debian
 from onecopy.build.disk import open_disk
 from onecopy.build.folder import open_folder
 from onecopy.errors import InvalidInput, NotPermitted
+from onecopy.store import Store
 
 
 class Source(Protocol):
@@ -39,8 +40,10 @@ class Source(Protocol):
         ...
 
 
-def open_source(text: str, include: Sequence[str] = ()) -> Source:
+def open_source(text: str, include: Sequence[str] = (), *, store: Store | None = None) -> Source:
     """The source that ``text`` means; ``include`` are Debian packages.
+
+    What it takes to read one comes from ``store`` (default: this user's).
 
     Raises InvalidInput (not of a known form), BadSource (not there, not readable), NotPermitted.
     """
@@ -63,4 +66,4 @@ def open_source(text: str, include: Sequence[str] = ()) -> Source:
             f"{kind}: can be built by root only, because it sets owners",
             hint="run as root, or unpack it yourself and build from dir:PATH",
         )
-    return open_disk(rest) if kind == "disk" else open_archive(rest)
+    return open_disk(rest, store or Store()) if kind == "disk" else open_archive(rest)

@@ -28,6 +28,7 @@ from onecopy.run import run
 from onecopy.store import Artifact, Layer, NewLayer, require_disk
 from onecopy.store.disk import file_errors
 from onecopy.store.oci import ROLE
+from onecopy.vmm.tool import run_on_file
 
 
 class Committed(msgspec.Struct, frozen=True):
@@ -128,15 +129,16 @@ def _check(image: Path, fs: str, segment: str) -> None:
     if not fs:
         return
     try:
-        run(["e2fsck", "-f", "-p", image])
+        with image.open("r+b") as file:
+            # 1: what a freeze leaves open (that it is mounted) was closed (e2fsck(8)).
+            run_on_file(["e2fsck", "-f", "-p"], file.fileno(), fine=(0, 1))
     except CommandFailed as error:
-        # 1: what a freeze leaves open (that it is mounted) was closed (e2fsck(8)).
-        if error.returncode != 1:
-            said = "\n".join(error.output.strip().splitlines()[-5:])
-            raise StoreDamaged(
-                f"the guest's file system on {segment} is not whole; nothing was stored:\n{said}",
-                hint="repair it in the guest, or detach it and attach it anew",
-            ) from error
+        output = error.message if error.limit else error.output
+        said = "\n".join(output.strip().splitlines()[-5:])
+        raise StoreDamaged(
+            f"the guest's file system on {segment} is not whole; nothing was stored:\n{said}",
+            hint="repair it in the guest, or detach it and attach it anew",
+        ) from error
 
 
 def _put(

@@ -17,6 +17,8 @@ from onecopy.errors import InvalidInput
 
 _FLOCK = "hhqqi4x"
 _FIRST, _COUNT = 100, 200
+#: Where in there the bytes for "does not share" begin, and the permissions' numbers.
+_UNSHARED, _WRITES, _RESIZES = 100, 1, 3
 
 #: QEMU docs/interop/qcow2.txt: magic, version, backing file's offset, ..., encryption, ...,
 #: incompatible features.
@@ -36,14 +38,34 @@ def lock(fd: int) -> bool:
     return True
 
 
+def lock_for_reading(fd: int) -> bool:
+    """Have nobody write to an image that is open for reading, while it is; False if somebody does.
+
+    QEMU's permissions (include/block/block-common.h) are a byte each, and so is what one does not
+    share with others: writing and resizing.
+    """
+    for byte in (_FIRST + _UNSHARED + _WRITES, _FIRST + _UNSHARED + _RESIZES):
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _range(fcntl.F_RDLCK, byte, 1))
+        except BlockingIOError:
+            return False
+    return not any(
+        _is_locked(fd, _range(fcntl.F_WRLCK, _FIRST + kind, 1)) for kind in (_WRITES, _RESIZES)
+    )
+
+
 def is_used(fd: int) -> bool:
     """Whether somebody uses an image that is open here, but not locked through this descriptor."""
-    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _range())
+    return _is_locked(fd, _range())
+
+
+def _is_locked(fd: int, lock: bytes) -> bool:
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, lock)
     return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
-def _range() -> bytes:
-    return struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _FIRST, _COUNT, 0)
+def _range(kind: int = fcntl.F_WRLCK, first: int = _FIRST, count: int = _COUNT) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, first, count, 0)
 
 
 def form_of(fd: int, name: str) -> str:

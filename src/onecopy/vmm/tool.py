@@ -14,6 +14,7 @@ import os
 import selectors
 import shlex
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -90,6 +91,8 @@ class Task(msgspec.Struct, frozen=True):
     capabilities: int = 0
     """What it keeps of ours (capabilities(7))."""
     environment: Mapping[str, str] = {}
+    kvm: bool = False
+    """Whether it uses /dev/kvm, for which ``rights`` must have it, too."""
     limits: Limits = Limits()
 
 
@@ -116,17 +119,19 @@ def run_tool(task: Task, *, fine: Sequence[int] = (0,)) -> Ran:
         return tool.finish(fine)
 
 
-def run_on_file(argv: Sequence[str], file: int, *, fine: Sequence[int] = (0,)) -> None:
+def run_on_file(
+    argv: Sequence[str], file: int, *, fine: Sequence[int] = (0,), rights: int = WRITE
+) -> Ran:
     """Run a program on an open file, whose name becomes its last argument; it changes no other.
 
-    Raises what `run_tool` raises.
+    With ``rights`` `READ` it does not change that either. Raises what `run_tool` raises.
     """
     # Programs for file systems look there whether it is mounted.
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         limits = Limits(seconds=3600, memory=4 << 30, file_size=os.fstat(file).st_size)
-        rights = {file: WRITE, proc: READ}
-        run_tool(Task([*argv, named(file)], rights, limits=limits), fine=fine)
+        task = Task([*argv, named(file)], {file: rights, proc: READ}, limits=limits)
+        return run_tool(task, fine=fine)
     finally:
         os.close(proc)
 
@@ -138,10 +143,10 @@ def running(task: Task) -> Iterator[Tool]:
     Raises what `run_tool` raises, but for its failing: that is told by `Tool.finish`.
     """
     line = [find_program(task.argv[0]), *task.argv[1:]]
-    user = new_user("tcg")
+    user = new_user("kvm" if task.kvm else "tcg")
     with ExitStack() as ends:
         if user:
-            for fd in (fd for fd, right in task.rights.items() if right & WRITE_FILE):
+            for fd in filter(_is_regular, [fd for fd, r in task.rights.items() if r & WRITE_FILE]):
                 before = os.fstat(fd)
                 user.own(fd)
                 ends.callback(os.fchown, fd, before.st_uid, before.st_gid)
@@ -300,6 +305,11 @@ class Tool:
         if self._process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _is_regular(fd: int) -> bool:
+    """Whether it is a file: a device stays its owner's, and so does a folder."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
 def _ruleset(task: Task) -> Ruleset | None:
