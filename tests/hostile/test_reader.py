@@ -147,7 +147,7 @@ def test_files_that_never_end() -> None:
             data.sendall(b"x")
             time.sleep(0.01)
 
-    with lying(serve) as guest, pytest.raises(BadSource, match="takes too long|sends no more"):
+    with lying(serve) as guest, pytest.raises(BadSource, match=r"takes too long|sends no more"):
         guest.files([], 1).readall()
 
 
