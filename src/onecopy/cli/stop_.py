@@ -28,12 +28,13 @@ from onecopy.errors import InvalidInput
 def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> None:
     """Stop guests: ask, wait, end."""
     from onecopy.guest.host import Host
+    from onecopy.guest.lost import find, shown
     from onecopy.guest.stop import stop_guests
 
     if every == bool(guests):
         raise InvalidInput("say which guests to stop", hint="name them, or give --all")
     host = Host.open()
-    records = host.guests() if every else [host.guest(name).record() for name in guests]
+    records = shown(host) if every else [find(host, name) for name in guests]
 
     endings = asyncio.run(stop_guests(host, records, 0 if now else timeout))
     for record, ending in zip(records, endings, strict=True):
