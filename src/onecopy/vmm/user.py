@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,10 +17,13 @@ import msgspec
 
 from onecopy.host.files import ROOT, read_number
 from onecopy.host.syscall import become, set_capabilities
+from onecopy.vmm.numbers import MANY, unused
 
 #: Numbers that nothing else gives out (systemd docs/UIDS-GIDS.md): for guests that are closed to
 #: this host (closed.py), and for those that may reach it.
 CLOSED, OPEN = range(0x70000000, 0x78000000), range(0x78000000, 0x7F000000)
+#: Numbers that nothing but guests has.
+GUESTS = range(CLOSED.start, OPEN.stop)
 #: Those of systemd's dynamic users, where there are no others.
 _SHARED = range(61184, 65520)
 KVM = Path("/dev/kvm")
@@ -60,9 +62,8 @@ def new_user(accel: str, *, allow_host: bool = False) -> User | None:
     """A user for one new guest; None if it has to run as whoever starts it."""
     if os.geteuid() != 0 or why_not(accel):
         return None
-    return User(
-        secrets.choice(_usable_range(wanted=OPEN if allow_host else CLOSED)), _groups(accel)
-    )
+    usable = _usable_range(wanted=OPEN if allow_host else CLOSED)
+    return User(unused(usable), _groups(accel))
 
 
 def why_not(accel: str, root: Path = ROOT) -> str:
@@ -79,6 +80,12 @@ def why_not(accel: str, root: Path = ROOT) -> str:
 def have_own_numbers(root: Path = ROOT) -> bool:
     """Whether guests get numbers that are nobody else's, by which rules can tell them."""
     return os.geteuid() == 0 and not why_not("tcg", root) and _usable_range(root) == CLOSED
+
+
+def few(root: Path = ROOT) -> int:
+    """How many numbers there are for guests, if they are few; else 0."""
+    count = len(_usable_range(root))
+    return count if count < MANY else 0
 
 
 def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
