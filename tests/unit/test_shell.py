@@ -18,7 +18,6 @@ TYPED = {
     ("run.py", "command"),
     ("guest/boot.py", "loop"),
     ("guest/boot.py", "script"),
-    ("build/disk.py", "script"),
 }
 
 
