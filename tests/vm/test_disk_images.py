@@ -184,6 +184,7 @@ def two_roots(
     """A qcow2 with an MBR: a root in a subvolume, another root, no root; and its reader."""
     here = tmp_path_factory.mktemp("two")
     tree = make_tree(here / "tree")
+    (tree / "etc/fstab").symlink_to("/etc/shadow")
     (here / "top/@").mkdir(parents=True)
     subprocess.run(["cp", "-a", f"{tree}/.", here / "top/@"], check=True)
     (here / "link").mkdir()
@@ -219,6 +220,7 @@ def test_each_root_as_it_is(two_roots: tuple[Path, Reader]) -> None:
         tree, left_out = copied(guest, number, here / f"{turn}")
         assert facts(tree) == facts(here / "tree")
         assert "1 socket" in left_out and "#6 (128.0 MiB): btrfs" in left_out
+        assert "what /etc/fstab, which is a link, mounts" in left_out
         make_image(tree, here / f"{turn}.image", "erofs")
         digests.append(hashlib.sha256((here / f"{turn}.image").read_bytes()).digest())
     assert digests[0] == digests[2]

@@ -124,8 +124,11 @@ class DiskTree:
     def _mount_others(self) -> None:
         """Put what fstab mounts of this disk in its place."""
         root = self._root
-        text = self._guest.ask("fstab", str(root.partition.number), root.folder).text
-        for entry in parse_fstab(text):
+        fstab = self._guest.ask("fstab", str(root.partition.number), root.folder)
+        if not fstab.ok:
+            self._missed.append("what /etc/fstab, which is a link, mounts")
+            return
+        for entry in parse_fstab(fstab.text):
             partition = find_partition(entry.device, self._partitions)
             if partition is None or not entry.target:
                 if entry.target:
