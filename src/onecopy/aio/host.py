@@ -85,6 +85,7 @@ class Host:
         name: str | None = None,
         publish: Iterable[tuple[int, int]] = (),
         bridge: str = "",
+        allow_host: bool = False,
         accel: str = "auto",
         ksm: str = "ram",
         memory: int | str | None = None,
@@ -97,11 +98,12 @@ class Host:
 
         ``publish`` are (port of 127.0.0.1, port of the guest) pairs. The host's ports count up from
         guest to guest; 0 is any free one, which `Guest.port` tells. With ``bridge`` they are ports
-        of this bridge of the host's. ``memory`` and ``cpus`` are more than was saved, ``segments``
-        further ones, ``disks`` as `onecopy run --disk` has them; they are synced at the end of the
-        block, unless it ends by an exception. ``ksm`` is what KSM may merge: ``none``, ``ram`` or
-        ``all``, QEMU's own memory included. With ``overcommit`` the host need not have the memory
-        for all.
+        of this bridge of the host's. Guests reach the outside only; with ``allow_host`` also what
+        listens on the host (127.0.0.1 is their 198.18.0.2). ``memory`` and ``cpus`` are more than
+        was saved, ``segments`` further ones, ``disks`` as `onecopy run --disk` has them; they are
+        synced at the end of the block, unless it ends by an exception. ``ksm`` is what KSM may
+        merge: ``none``, ``ram`` or ``all``, QEMU's own memory included. With ``overcommit`` the
+        host need not have the memory for all.
         """
         host, specs = self._swept(), _disks(disks, name, count)
         fitting = Fitting(
@@ -114,7 +116,7 @@ class Host:
         source = await asyncio.to_thread(start.template, host, found, choice(accel))
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-            spec = start.CloneSpec(ports, bridge, mergeable(ksm), fitting)
+            spec = start.CloneSpec(ports, bridge, mergeable(ksm), fitting, allow_host)
             return start.start_clone(host, source, name, spec, batch)
 
         names = many.names_for(found.name, name, count)

@@ -103,6 +103,7 @@ def noted(
         mac=card.mac if card else "",
         address=address,
         bridge=bridge,
+        allow_host=card is not None and card.allow_host,
         attached=tuple(_attached(placed, backed)),
         domain=domain,
         listener=vmm.listener,

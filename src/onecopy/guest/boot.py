@@ -32,7 +32,7 @@ from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.fitting import Fitting, fit, require_possible
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
-from onecopy.guest.network import new_card, settings, shown_card
+from onecopy.guest.network import Network, new_card, settings, shown_card
 from onecopy.guest.ports import published, require_free
 from onecopy.store import Artifact, Lease
 from onecopy.vmm.agent import Agent
@@ -73,7 +73,7 @@ def dry_run(host: Host, prepared: Prepared, name: str) -> list[str]:
     """The exact command line, but for the numbers of inherited sockets, and addresses."""
     _require_possible(host, prepared)
     folder = host.run / name
-    card = shown_card(prepared.spec.bridge, network=prepared.spec.network)
+    card = shown_card(network_of(prepared.spec))
     spec = launch_spec(host, prepared, folder, name, card)
     return command(with_segments(prepared.hardware, described(prepared.placed)), spec)
 
@@ -158,7 +158,7 @@ async def run_cold(
     require_mergeable(prepared.domain, wanted.ksm)
     host.store.require_access(segment_names(prepared.placed), name, prepared.domain)
     with (
-        new_card(host, wanted.bridge, wanted.publish, network=wanted.network) as card,
+        new_card(host, network_of(wanted)) as card,
         host.starting(batch) as mine,
         host.claim(name, prepared.digests, mine) as (folder, lease),
     ):
@@ -188,6 +188,11 @@ async def run_cold(
             fitting = Fitting(disks=wanted.disks)
             record = await unless_ended(vmm, fit(host, mine, folder, record, fitting))
             return handed_out(folder, vmm, record, began)
+
+
+def network_of(spec: ColdSpec) -> Network:
+    """What is asked for of its network."""
+    return Network(spec.network, spec.bridge, spec.publish, spec.allow_host)
 
 
 def _require_possible(host: Host, prepared: Prepared) -> None:

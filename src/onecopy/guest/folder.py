@@ -140,6 +140,8 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """Of IP, when it was handed out: in a network of its own, or in that of the bridge."""
     bridge: str = ""
     """Of the host, that it is a port of; "" for user-mode network."""
+    allow_host: bool = False
+    """Whether its user-mode network reaches what listens on the host (vmm/closed.py)."""
     listener: int | None = None
     """Descriptor of QEMU's where it asks for files (vmm/answering.py); None if it needs not."""
     agent: bool = True

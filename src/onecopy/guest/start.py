@@ -30,7 +30,7 @@ from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.identity import new_identity
 from onecopy.guest.machine import Placed, SystemConfig
-from onecopy.guest.network import new_card, shown_card
+from onecopy.guest.network import Network, new_card, shown_card
 from onecopy.guest.ports import Ports, forward, need_rights, published, require_free
 from onecopy.host import process
 from onecopy.model import Mergeable
@@ -51,11 +51,14 @@ class CloneSpec(msgspec.Struct, frozen=True):
     ksm: Mergeable = Mergeable.RAM
     """A guest of a trust domain is closed to it all the same."""
     fitting: Fitting = NOTHING
+    allow_host: bool = False
+    """Whether its user-mode network reaches what listens on the host."""
 
     @property
     def can_be_prepared(self) -> bool:
         """Whether all of it can be had of a VMM that was started before it was known."""
-        return self.ksm is Mergeable.RAM and not (self.bridge or need_rights(self.publish))
+        special = self.bridge or self.allow_host or need_rights(self.publish)
+        return self.ksm is Mergeable.RAM and not special
 
 
 _PLAIN = CloneSpec()
@@ -134,7 +137,7 @@ def launch_spec(
 def dry_run(host: Host, source: Template, name: str, spec: CloneSpec) -> list[str]:
     """The exact command line, but for the numbers of inherited sockets, and addresses."""
     _require_possible(host, source, spec)
-    card = shown_card(spec.bridge, network=source.config.network)
+    card = shown_card(_network(source, spec))
     launched = launch_spec(host, source, host.run / name, spec, card)
     return command(with_segments(source.hardware, described(source.placed)), launched)
 
@@ -222,7 +225,7 @@ async def _launched(
 ) -> AsyncIterator[_Up]:
     """A new VMM with the saved state."""
     with (
-        new_card(host, spec.bridge, spec.publish, network=source.config.network) as card,
+        new_card(host, _network(source, spec)) as card,
         host.claim(name, [source.artifact.digest], batch) as (folder, lease),
         # Not before it is leased: another command may remove it until then.
         state.checked(source.artifact) as devices,
@@ -259,3 +262,7 @@ async def _launched(
 
 def _require_possible(host: Host, source: Template, spec: CloneSpec) -> None:
     require_possible(host, spec.fitting, source.config, f"{source.artifact.ref} was saved")
+
+
+def _network(source: Template, spec: CloneSpec) -> Network:
+    return Network(source.config.network, spec.bridge, spec.publish, spec.allow_host)

@@ -121,6 +121,13 @@ class Card(msgspec.Struct, frozen=True):
     """In QEMU's user-mode network; "" with a tap device, whose network gives one."""
     tap: int | str | None = None
     """Descriptor of a tap device that the VMM inherits; None for user-mode network."""
+    allow_host: bool = False
+    """Whether a user-mode network reaches the host's 127.0.0.1, as its gateway, and addresses."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether what QEMU sends is to be kept from this host (closed.py)."""
+        return self.tap is None and not self.allow_host
 
 
 class Launch(msgspec.Struct, frozen=True):

@@ -22,13 +22,13 @@ from onecopy.errors import GuestFailed
 from onecopy.host import cgroup, reap, seccomp
 from onecopy.host.process import stat, wait_for_end
 from onecopy.model import Mergeable
-from onecopy.vmm import bounds, logs, resolver
+from onecopy.vmm import bounds, closed, logs, resolver
 from onecopy.vmm.answering import Answers
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.given import given
 from onecopy.vmm.spawn import start
-from onecopy.vmm.user import new_user, port_capabilities
+from onecopy.vmm.user import new_user, port_capabilities, why_not
 
 #: Seconds from losing QEMU's connections to its end.
 _ENDING = 0.2
@@ -171,7 +171,10 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
     live as long as the VMM, which may open their files for reading. Some QEMUs are answered from
     the running event loop (answering.py). Raises Incompatible.
     """
-    user = new_user(spec.accel)
+    card = spec.card
+    user = new_user(spec.accel, allow_host=card is not None and card.allow_host)
+    if card and card.closed:
+        closed.require(user, why_not(spec.accel))
     with contextlib.ExitStack() as stack:
         machine, named, files = stack.enter_context(given(hardware, spec, user, inherit))
         monitor = stack.enter_context(_listen(spec.folder / "monitor.sock"))

@@ -19,9 +19,11 @@ import msgspec
 from onecopy.host.files import ROOT, read_number
 from onecopy.host.syscall import become, set_capabilities
 
-#: Ranges for guests, best first. Nothing else gives out numbers of the first; the second is that of
-#: systemd's dynamic users (systemd docs/UIDS-GIDS.md).
-_RANGES = (range(0x70000000, 0x78000000), range(61184, 65520))
+#: Numbers that nothing else gives out (systemd docs/UIDS-GIDS.md): for guests that are closed to
+#: this host (closed.py), and for those that may reach it.
+CLOSED, OPEN = range(0x70000000, 0x78000000), range(0x78000000, 0x7F000000)
+#: Those of systemd's dynamic users, where there are no others.
+_SHARED = range(61184, 65520)
 KVM = Path("/dev/kvm")
 
 _BIND_SERVICE = 1 << 10  # CAP_NET_BIND_SERVICE
@@ -54,16 +56,16 @@ class User(msgspec.Struct, frozen=True):
         set_capabilities(capabilities)
 
 
-def new_user(accel: str) -> User | None:
+def new_user(accel: str, *, allow_host: bool = False) -> User | None:
     """A user for one new guest; None if it has to run as whoever starts it."""
     if os.geteuid() != 0 or why_not(accel):
         return None
-    return User(secrets.choice(_usable_range()), _groups(accel))
+    return User(secrets.choice(_usable_range(OPEN if allow_host else CLOSED)), _groups(accel))
 
 
 def why_not(accel: str, root: Path = ROOT) -> str:
     """What keeps root from running guests as users of their own; "" if nothing does."""
-    if not _usable_range(root):
+    if not _usable_range(CLOSED, root):
         return "this container has no user numbers for guests"
     if capabilities(root) & _NEEDED != _NEEDED:
         return "this root may not become another user"
@@ -79,12 +81,12 @@ def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
     return _BIND_SERVICE & capabilities(root) if low else 0
 
 
-def _usable_range(root: Path = ROOT) -> range:
-    """The best range that exists in this user namespace (user_namespaces(7)); it may be empty."""
+def _usable_range(wanted: range, root: Path = ROOT) -> range:
+    """``wanted``, or what exists of others in this user namespace (user_namespaces(7)), if any."""
     maps = [(root / f"proc/self/{name}").read_text() for name in ("uid_map", "gid_map")]
-    for wanted in _RANGES:
-        if all(_is_mapped(wanted, text) for text in maps):
-            return wanted
+    for each in (wanted, _SHARED):
+        if all(_is_mapped(each, text) for text in maps):
+            return each
     return range(0)
 
 
