@@ -34,7 +34,7 @@ def tcp(address, port):
 def udp(address, port):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        s.settimeout(3)
+        s.settimeout(1)
         s.connect((address, port))
         s.send(b"?")
         return s.recv(100).decode()
@@ -142,7 +142,6 @@ def test_a_guest_reaches_nothing_of_the_host(
             guest,
             # slirp makes 127.0.0.1 of each address of its network, and the resolver of one.
             ("tcp", gateway, PORT),
-            ("tcp", second, PORT),
             ("tcp", gateway, published),
             ("tcp", str(NAME_SERVER), 80),
             ("tcp", HOST, PORT),
@@ -151,7 +150,7 @@ def test_a_guest_reaches_nothing_of_the_host(
             ("udp", HOST, PORT),
             ("udp", METADATA, PORT),
             ("udp", str(NAME_SERVER), PORT),
-            ("udp", "10.213.48.255", PORT),
+            ("forged", second, PORT),
             ("forged", "127.0.0.1", PORT),
             ("forged", RESOLVER, 80),
             ("forged", HOST, PORT),
@@ -228,7 +227,8 @@ CANNOT = {
 
 @pytest.mark.parametrize("reason", CANNOT)
 def test_what_cannot_be_enforced_is_refused(here: World, saved: Artifact, reason: str) -> None:
-    here.run("nft", "delete", "table", "inet", "onecopy")
+    for change in ("add", "delete"):  # whether it is there or not
+        here.run("nft", change, "table", "inet", "onecopy")
     run = [*CANNOT[reason], sys.executable, "-m", "onecopy", "run", saved.ref]
     with pytest.raises(CommandFailed, match=reason) as failed:
         here.run(*run)

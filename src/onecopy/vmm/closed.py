@@ -17,6 +17,7 @@ import hashlib
 import ipaddress
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from onecopy.errors import CommandFailed, Incompatible, MissingProgram, OnecopyError
@@ -68,7 +69,7 @@ def why_not(user: User | None, reason: str) -> str:
     return ""
 
 
-def resolvers(root: Path = ROOT) -> list[str]:
+def resolvers(root: Path = ROOT) -> tuple[str, ...]:
     """The name servers of this host that QEMU may ask for a guest, which are IPv4 ones."""
     found = []
     with contextlib.suppress(OSError):
@@ -78,7 +79,7 @@ def resolvers(root: Path = ROOT) -> list[str]:
             if words[:1] == ["nameserver"]:
                 with contextlib.suppress(ValueError, IndexError):
                     found.append(str(ipaddress.IPv4Address(words[1])))
-    return found[:_RESOLVERS]
+    return tuple(found[:_RESOLVERS])
 
 
 def _cannot(why: str, hint: str) -> Incompatible:
@@ -97,13 +98,14 @@ def _is_in_force(rules: list[tuple[str, str]], mark: str) -> bool:
     return False
 
 
-def _marked(servers: list[str]) -> tuple[list[tuple[str, str]], str]:
+@cache
+def _marked(servers: tuple[str, ...]) -> tuple[list[tuple[str, str]], str]:
     """The rules, and what tells them from others, such as those for other name servers."""
     rules = list(_rules(servers))
     return rules, hashlib.sha256(repr(rules).encode()).hexdigest()[:32]
 
 
-def _rules(servers: list[str]) -> Iterator[tuple[str, str]]:
+def _rules(servers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """(chain, rule), in order; no sets, so that each rule is as a whole where its mark is."""
     # Before the host's own rules redirect anything (-100): to a container, for example.
     yield "output", f"meta skuid {CLOSED.start}-{CLOSED.stop - 1} jump closed"
