@@ -10,14 +10,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import onecopy
 from onecopy.errors import CommandFailed
 from tests.conftest import cannot_run
+from tests.unit.other_user import NOBODY
 
 #: The host's own address, and what listens outside of it.
 HOST, OUTSIDE = "10.213.48.1", "10.213.48.2"
@@ -29,7 +33,19 @@ PORT = 7001
 _HOST_NET = f"""
     set -e
     mount --make-rprivate /
-    mount --bind "$1" /etc/resolv.conf
+    mount --bind "$1/resolv.conf" /etc/resolv.conf
+    # What other users reach, too: this Python, what it runs, and tap devices.
+    for each in python:"$3" code:"$4" site:"$5"; do
+        mkdir "$1/${{each%%:*}}"
+        mount --bind "${{each#*:}}" "$1/${{each%%:*}}"
+    done
+    if [ -n "$6" ]; then
+        mount -t tmpfs -o mode=755 none "$6"
+        mkdir -p "$3"
+        mount --bind "$1/python" "$3"
+    fi
+    mknod -m 666 "$1/tun" c 10 200
+    mount --bind "$1/tun" /dev/net/tun
     ip link set lo up
     ip link add octest0 type veth peer name octest1 netns "$2"
     ip addr add {HOST}/24 dev octest0
@@ -73,16 +89,30 @@ _SERVE = """
 class World:
     """The namespaces, by the processes that keep them."""
 
-    def __init__(self, host: int, outside: int) -> None:
-        self.host, self.outside = host, outside
+    def __init__(self, folder: Path, host: int, outside: int) -> None:
+        self.folder, self.host, self.outside = folder, host, outside
 
     def inside(self, *argv: str) -> list[str]:
         """A command line that runs on the host of the test's own."""
         return _enter(self.host, "net", "mnt") + list(argv)
 
-    def onecopy(self, *arguments: str) -> str:
-        """What a command of ours prints there; raise CommandFailed."""
-        return self.run(sys.executable, "-m", "onecopy", *arguments)
+    def onecopy(self, *arguments: str, home: Path | None = None) -> str:
+        """What a command of ours prints there; raise CommandFailed.
+
+        With ``home``, which has a store and is of an ordinary user, it is that user's.
+        """
+        if home is None:
+            return self.run(sys.executable, "-m", "onecopy", *arguments)
+        environment = {
+            "HOME": home,
+            "ONECOPY_HOME": home / "store",
+            "XDG_RUNTIME_DIR": home / "run",
+            "PYTHONPATH": f"{self.folder}/code:{self.folder}/site",
+        }
+        user = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups --inh-caps=-all".split()
+        given = [f"{key}={value}" for key, value in environment.items()]
+        line = ["env", "--chdir=/", *given, f"{sys.base_prefix}/bin/python3", "-m", "onecopy"]
+        return self.run("setpriv", *user, *line, *arguments)
 
     def run(self, *argv: str) -> str:
         """What a program prints there; raise CommandFailed."""
@@ -93,18 +123,26 @@ class World:
 
 
 @contextmanager
-def world(folder: Path) -> Iterator[World]:
+def world() -> Iterator[World]:
     """A host that has an address, services on all addresses, a name server, and an outside."""
     if os.geteuid() != 0:
         cannot_run("only root makes network namespaces with a way from one to the other")
-    resolv = folder / "resolv.conf"
-    resolv.write_text(f"nameserver {RESOLVER}\n")
-    with _kept(["unshare", "--net", "--mount"]) as host, _kept(["unshare", "--net"]) as outside:
-        setup = ["sh", "-c", _HOST_NET, "sh", str(resolv), str(outside)]
+    with (
+        tempfile.TemporaryDirectory(prefix="onecopy-world-") as name,
+        _kept(["unshare", "--net", "--mount"]) as host,
+        _kept(["unshare", "--net"]) as outside,
+    ):
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "resolv.conf").write_text(f"nameserver {RESOLVER}\n")
+        setup = ["sh", "-ec", _HOST_NET, "sh", name, str(outside), sys.base_prefix]
+        setup += [str(Path(onecopy.__file__).parents[1]), sysconfig.get_path("purelib")]
+        above = reversed(Path(sys.base_prefix).parents)
+        setup.append(str(next((each for each in above if not each.stat().st_mode & 1), "")))
         made = subprocess.run(_enter(host, "net", "mnt") + setup, capture_output=True, text=True)
         if made.returncode:
             cannot_run(f"no network of the test's own can be made: {made.stderr}")
-        here = World(host, outside)
+        here = World(folder, host, outside)
         serve = [sys.executable, "-c", textwrap.dedent(_SERVE)]
         ports = [f"{PORT},80", f"{PORT},53"]
         with (

@@ -6,20 +6,34 @@ the host itself. Not here: guests in a bridge (tests/vm/test_network.py).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import os
+import signal
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from onecopy.errors import CommandFailed, Incompatible
+from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
-from onecopy.store import Artifact
+from onecopy.store import Artifact, Store
 from onecopy.vmm.argv import GATEWAY, NAME_SERVER, NETWORK
 from tests.hostile.net_world import HOST, METADATA, OUTSIDE, PORT, RESOLVER, World, world
-from tests.vm.conftest import RunIn
+from tests.unit.other_user import NOBODY
+from tests.vm.test_bad_luck import copy
+
+Try = tuple[str, str, int]
+#: What listens on the host's 127.0.0.1, as a guest gets there.
+GATEWAY_PORT: Try = ("tcp", str(GATEWAY), PORT)
+SAVED = "saved:latest"
 
 #: Tries what its argument lists, [kind, address, port], and prints how each ended and after how
 #: many seconds. "forged" is a TCP connection that the guest's own kernel would not make: its frames
@@ -55,7 +69,7 @@ def forged(address, port):
     ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as s:
         s.bind(("eth0", 0x0800))
-        s.settimeout(20)
+        s.settimeout(5)
         # To whatever plays the gateway: it takes all frames that it is sent.
         s.send(b"\\x52\\x55\\xc6\\x12\\x00\\x02" + s.getsockname()[4] + b"\\x08\\x00" + ip + tcp)
         while True:
@@ -75,50 +89,88 @@ for kind, address, port in json.loads(sys.argv[1]):
 REFUSED = {"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "EACCES", "EPERM", "reset"}
 
 
+class Trial:
+    """Somebody who runs guests on the host of the test's own: root, or an ordinary user."""
+
+    def __init__(self, here: World, host: Host, home: Path | None) -> None:
+        self.here, self.host, self._home = here, host, home
+
+    def onecopy(self, *arguments: str) -> str:
+        return self.here.onecopy(*arguments, home=self._home)
+
+    @contextmanager
+    def running(self, *options: str) -> Iterator[list[GuestRecord]]:
+        """Clones, started with options of `run`."""
+        started = json.loads(self.onecopy("run", SAVED, *options, "--json"))["guests"]
+        records = [self.host.guest(each["name"]).record() for each in started]
+        try:
+            yield records
+        finally:
+            self.host.end(*records)
+
+    def tried(self, guest: GuestRecord, *what: Try) -> dict[Try, str]:
+        """How each try ended; those that were refused were refused at once."""
+        line = ["python3", "-c", PROBE, json.dumps(what), json.dumps(guest.address)]
+        done = asyncio.run(run_captured(self.host.run / guest.name, line, timeout=120))
+        assert done.exit_code == 0, done
+        results = [json.loads(line) for line in done.text.splitlines()]
+        for one, (how, seconds) in zip(what, results, strict=True):
+            assert how not in REFUSED or seconds < 5, (one, how, seconds)
+        return dict(zip(what, (how for how, _ in results), strict=True))
+
+    def fetched(self, guest: GuestRecord) -> str:
+        """What the guest answers at its published port."""
+        ((port, _),) = guest.publish
+        return self.here.run("wget", "-qO-", "-T", "60", f"http://127.0.0.1:{port}/").strip()
+
+
 @pytest.fixture(scope="module")
-def here(host: Host, saved: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with world(tmp_path_factory.mktemp("world")) as made:
+def here(host: Host, saved: Artifact) -> Iterator[World]:
+    with world() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def two(here: World, host: Host, saved: Artifact) -> Iterator[list[GuestRecord]]:
+def root(here: World, host: Host, saved: Artifact) -> Trial:
+    return Trial(here, host, None)
+
+
+@pytest.fixture(scope="module")
+def user(here: World, saved: Artifact) -> Iterator[Trial]:
+    """An ordinary user, whose store has the saved system."""
+    with tempfile.TemporaryDirectory(prefix="onecopy-user-") as folder:
+        home = Path(folder)
+        store = Store(home / "store")
+        copy(saved, store)
+        (home / "run").mkdir(mode=0o700)
+        told = store.root.stat()
+        for path in (home, *home.rglob("*")):
+            os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+        run = home / f"run/onecopy/{told.st_dev:x}-{told.st_ino:x}"
+        yield Trial(here, Host(store, run), home)
+
+
+@pytest.fixture(scope="module", params=["root", "user"])
+def who(request: pytest.FixtureRequest) -> Trial:
+    found: Trial = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(who: Trial) -> Iterator[list[GuestRecord]]:
     """Two closed clones with a published port each."""
-    with _running(here, host, saved.ref, "-n", "2", "--name", "closed", "-p", "0:80") as guests:
+    with who.running("-n", "2", "--name", "closed", "-p", "0:80") as guests:
         yield guests
 
 
-@contextmanager
-def _running(here: World, host: Host, *options: str) -> Iterator[list[GuestRecord]]:
-    started = json.loads(here.onecopy("run", *options, "--json"))["guests"]
-    records = [host.guest(each["name"]).record() for each in started]
-    try:
-        yield records
-    finally:
-        host.end(*records)
-
-
-def _tried(
-    run_in: RunIn, guest: GuestRecord, *what: tuple[str, str, int]
-) -> dict[tuple[str, str, int], str]:
-    """How each try ended; those that were refused were refused at once."""
-    done = run_in(guest, "python3", "-c", PROBE, json.dumps(what), json.dumps(guest.address))
-    assert done.exit_code == 0, done
-    results = [json.loads(line) for line in done.text.splitlines()]
-    for one, (how, seconds) in zip(what, results, strict=True):
-        assert how not in REFUSED or seconds < 5, (one, how, seconds)
-    return dict(zip(what, (how for how, _ in results), strict=True))
-
-
-def _from_host(here: World, address: str, port: int, kind: str = "tcp") -> str:
+def _from_host(here: World, kind: str, address: str, port: int) -> str:
     """What the host itself gets there: else no refusal would prove anything."""
     line = PROBE.replace("json.loads(sys.argv[2])", '"0.0.0.0"')
-    what = json.dumps([[kind, address, port]])
-    how, _ = json.loads(here.run("python3", "-c", line, what))
+    how, _ = json.loads(here.run("python3", "-c", line, json.dumps([[kind, address, port]])))
     return str(how)
 
 
-def _assert_closed(tried: Mapping[tuple[str, str, int], str]) -> None:
+def _assert_closed(tried: Mapping[Try, str]) -> None:
     got = {one: how for one, how in tried.items() if how not in {*REFUSED, "timeout"}}
     assert not got, "reached from a guest"
     late = [one for one, how in tried.items() if how == "timeout" and one[0] != "udp"]
@@ -126,101 +178,106 @@ def _assert_closed(tried: Mapping[tuple[str, str, int], str]) -> None:
 
 
 def test_a_guest_reaches_nothing_of_the_host(
-    here: World, two: list[GuestRecord], run_in: RunIn
+    here: World, who: Trial, two: list[GuestRecord]
 ) -> None:
     guest, other = two
     ((published, _),) = other.publish
-    targets = [("127.0.0.1", PORT), (HOST, PORT), (METADATA, PORT), (RESOLVER, 80)]
-    for address, port in targets:
-        assert _from_host(here, address, port) in ("host", "outside")
     for address in ("127.0.0.1", HOST, METADATA):
-        assert _from_host(here, address, PORT, "udp") in ("host", "outside")
-    gateway, second = str(GATEWAY), str(NETWORK[9])
+        for kind in ("tcp", "udp"):
+            assert _from_host(here, kind, address, PORT) in ("host", "outside")
+    assert _from_host(here, "tcp", RESOLVER, 80) == "host"
     _assert_closed(
-        _tried(
-            run_in,
+        who.tried(
             guest,
-            # slirp makes 127.0.0.1 of each address of its network, and the resolver of one.
-            ("tcp", gateway, PORT),
-            ("tcp", gateway, published),
+            GATEWAY_PORT,
+            ("tcp", str(GATEWAY), published),
             ("tcp", str(NAME_SERVER), 80),
             ("tcp", HOST, PORT),
+            ("tcp", HOST, published),
             ("tcp", METADATA, PORT),
-            ("udp", gateway, PORT),
+            ("udp", str(GATEWAY), PORT),
             ("udp", HOST, PORT),
             ("udp", METADATA, PORT),
             ("udp", str(NAME_SERVER), PORT),
-            ("forged", second, PORT),
-            ("forged", "127.0.0.1", PORT),
-            ("forged", RESOLVER, 80),
             ("forged", HOST, PORT),
         )
     )
+    # What no kernel sends may also be dropped. slirp makes 127.0.0.1 of all its network.
+    odd = [("127.0.0.1", PORT), (RESOLVER, 80), (str(NETWORK[9]), PORT)]
+    tried = who.tried(guest, *(("forged", *each) for each in odd))
+    assert set(tried.values()) <= {"reset", "timeout"}
 
 
 def test_a_guest_reaches_the_outside_and_its_name_server(
-    here: World, two: list[GuestRecord], run_in: RunIn
+    who: Trial, two: list[GuestRecord]
 ) -> None:
     outside = ("tcp", OUTSIDE, PORT), ("udp", OUTSIDE, PORT), ("forged", OUTSIDE, PORT)
     names = ("udp", str(NAME_SERVER), 53)
-    tried = _tried(run_in, two[0], *outside, names)
+    tried = who.tried(two[0], *outside, names)
     assert [tried[each] for each in outside] == ["outside", "outside", "answered"]
     assert tried[names] == "host"
 
 
-def test_published_ports_answer(here: World, two: list[GuestRecord]) -> None:
-    for guest in two:
-        ((port, _),) = guest.publish
-        fetched = here.run("wget", "-qO-", f"http://127.0.0.1:{port}/")
-        assert fetched.strip() == guest.name
+def test_published_ports_answer(who: Trial, two: list[GuestRecord]) -> None:
+    assert [who.fetched(guest) for guest in two] == [guest.name for guest in two]
 
 
-def test_rules_that_were_flushed_are_put_back(
-    here: World, host: Host, two: list[GuestRecord], saved: Artifact, run_in: RunIn
-) -> None:
-    """And nothing else is touched; the user's number says whether a guest is closed."""
+def test_allow_host_opens_it(who: Trial) -> None:
+    """What was prepared is closed, and stays so."""
+    who.onecopy("pool", SAVED, "1")
+    (waiting,) = who.host.prepared()
+    with who.running("--allow-host") as (guest,):
+        assert (guest.allow_host, waiting.allow_host) == (True, False)
+        assert guest.pid != waiting.pid
+        tried = who.tried(guest, GATEWAY_PORT, ("tcp", HOST, PORT), ("tcp", OUTSIDE, PORT))
+        assert list(tried.values()) == ["host", "host", "outside"]
+    with who.running("-p", "0:80") as (guest,):
+        assert guest.pid == waiting.pid
+        _assert_closed(who.tried(guest, GATEWAY_PORT))
+        assert who.fetched(guest) == guest.name
+    who.onecopy("pool", SAVED, "0")
+
+
+def test_rules_that_were_flushed_are_put_back(here: World, root: Trial, saved: Artifact) -> None:
+    """For guests that run, too, and nobody else's are touched."""
     here.run("nft", "add", "table", "inet", "other")
-    before = here.run("nft", "list", "table", "inet", "onecopy")
-    for removal in (
-        ["delete", "table", "inet", "onecopy"],
-        ["flush", "chain", "inet", "onecopy", "closed"],
-    ):
-        here.run("nft", *removal)
-        gateway = ("tcp", str(GATEWAY), PORT)
-        assert _tried(run_in, two[0], gateway) == {gateway: "host"}
-        with _running(here, host, saved.ref) as (clone,):
-            for guest in (clone, two[0]):
-                _assert_closed(_tried(run_in, guest, gateway))
-        assert here.run("nft", "list", "table", "inet", "onecopy") == before
+    with root.running() as (guest,):
+        before = here.run("nft", "list", "table", "inet", "onecopy")
+        for removal in ("delete table inet onecopy", "flush chain inet onecopy closed"):
+            here.run("nft", *removal.split())
+            assert root.tried(guest, GATEWAY_PORT) == {GATEWAY_PORT: "host"}
+            with root.running() as (clone,):
+                for each in (clone, guest):
+                    _assert_closed(root.tried(each, GATEWAY_PORT))
+            assert here.run("nft", "list", "table", "inet", "onecopy") == before
     assert "other" in here.run("nft", "list", "tables")
 
 
-def test_allow_host_opens_it(
-    here: World, host: Host, two: list[GuestRecord], saved: Artifact, run_in: RunIn
-) -> None:
-    """What was prepared is closed, and stays so."""
-    here.onecopy("pool", saved.ref, "1")
-    (waiting,) = host.prepared()
-    with _running(here, host, saved.ref, "--allow-host") as (guest,):
-        assert (guest.allow_host, waiting.allow_host) == (True, False)
-        assert guest.pid != waiting.pid
-        tried = _tried(
-            run_in, guest, ("tcp", str(GATEWAY), PORT), ("tcp", HOST, PORT), ("tcp", OUTSIDE, PORT)
-        )
-        assert list(tried.values()) == ["host", "host", "outside"]
-    with _running(here, host, saved.ref, "-p", "0:80") as (guest,):
-        assert guest.pid == waiting.pid
-        _assert_closed(_tried(run_in, guest, ("tcp", str(GATEWAY), PORT)))
-        ((port, _),) = guest.publish
-        fetched = here.run("wget", "-qO-", f"http://127.0.0.1:{port}/")
-        assert fetched.strip() == guest.name
-    here.onecopy("pool", saved.ref, "0")
+def test_what_takes_a_users_guest_outside_ends_with_it(user: Trial) -> None:
+    with user.running() as (guest,):
+        name = f"--api-socket={user.host.run}/{guest.name}/".encode()
+        assert len(_with_argument(name)) == 1
+        os.kill(guest.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while _with_argument(name) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _with_argument(name)
 
 
-#: Hides nft from a command, and takes its right to set rules.
-HIDDEN = 'mount --bind /dev/null "$(command -v nft)" && exec "$@"'
+def _with_argument(start: bytes) -> list[int]:
+    """Processes with such an argument."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and b"\0" + start in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+#: Hides a program from a command, and takes its right to set rules.
+HIDDEN = 'mount --bind /dev/null "$(command -v {})" && exec "$@"'
 CANNOT = {
-    "'nft' is not installed": ["unshare", "--mount", "sh", "-c", HIDDEN, "sh"],
+    "'nft' is not installed": ["unshare", "--mount", "sh", "-c", HIDDEN.format("nft"), "sh"],
     "not permitted": ["setpriv", "--bounding-set=-net_admin"],
 }
 

@@ -158,15 +158,15 @@ async def run_cold(
     require_mergeable(prepared.domain, wanted.ksm)
     host.store.require_access(segment_names(prepared.placed), name, prepared.domain)
     with (
-        new_card(host, network_of(wanted)) as card,
         host.starting(batch) as mine,
         host.claim(name, prepared.digests, mine) as (folder, lease),
+        new_card(host, folder.path, network_of(wanted)) as card,
     ):
         spec = launch_spec(host, prepared, folder.path, name, card)
         async with booted(host, prepared, spec, lease) as (vmm, backed):
             # A bare machine is up once QEMU answers.
             async with connect(folder.path / "monitor.sock") as monitor:
-                ports = await published(monitor, wanted.publish)
+                ports = await published(monitor, folder.path, wanted.publish)
             address = card.address or await _given_address(folder.path) if card else ""
             record = noted(
                 folder,

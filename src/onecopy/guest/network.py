@@ -11,6 +11,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -19,6 +20,7 @@ from onecopy.guest.host import Host
 from onecopy.guest.ports import Ports
 from onecopy.host.tap import open_tap
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Card
+from onecopy.vmm.router import way_out
 
 #: How many user-mode guests there can be before an address comes a second time.
 _ADDRESSES = int(NETWORK.broadcast_address) - int(FIRST_ADDRESS)
@@ -56,19 +58,27 @@ class Network(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def new_card(host: Host, wanted: Network) -> Iterator[Card | None]:
-    """A card for a new guest; None if it has none. Raises NotFound, NotPermitted, InvalidInput."""
+def new_card(host: Host, folder: Path, wanted: Network) -> Iterator[Card | None]:
+    """A card for a new guest with this run folder; None if it has none.
+
+    Raises NotFound, NotPermitted, InvalidInput, Incompatible.
+    """
     wanted.require_sense()
     if not wanted.card:
         yield None
-    elif wanted.bridge:
+        return
+    if wanted.bridge:
         tap = open_tap(wanted.bridge)
         try:
             yield Card(_mac(), "", tap)
         finally:
             os.close(tap)
+        return
+    address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
+    if _has_router(wanted):
+        with way_out(address, folder) as way:
+            yield Card(_mac(), address, way.tap, way.life)
     else:
-        address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
         yield Card(_mac(), address, allow_host=wanted.allow_host)
 
 
@@ -77,12 +87,17 @@ def shown_card(wanted: Network) -> Card | None:
     wanted.require_sense()
     if not wanted.card:
         return None
-    return Card("52:54:00:12:34:56", *(("", "FD") if wanted.bridge else (str(FIRST_ADDRESS), None)))
+    tap = "FD" if wanted.bridge or _has_router(wanted) else None
+    return Card("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), tap)
+
+
+def _has_router(wanted: Network) -> bool:
+    return os.geteuid() != 0 and not wanted.allow_host
 
 
 def inherited(card: Card | None) -> Sequence[int]:
     """The descriptors that the VMM needs for its card."""
-    return [card.tap] if card and isinstance(card.tap, int) else []
+    return [fd for fd in (card.tap, card.life) if isinstance(fd, int)] if card else []
 
 
 def settings(card: Card | None) -> str:

@@ -84,9 +84,9 @@ async def save_system(
     name = f"saving-{secrets.token_hex(4)}"
     with (
         host.store.workspace() as work,
-        new_card(host, network_of(spec)) as card,
         host.batch() as batch,
         host.claim(name, prepared.digests, batch) as (folder, lease),
+        new_card(host, folder.path, network_of(spec)) as card,
     ):
         progress(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
         launched = _launched(host, prepared, folder.path, name, card)

@@ -213,9 +213,9 @@ async def _woken(folder: GuestFolder, record: GuestRecord, spec: CloneSpec) -> A
         raise GuestFailed("QEMU ended while it waited", hint="try again") from error
     async with or_killed(vmm):
         async with connect(folder.path / "monitor.sock") as monitor:
-            await forward(monitor, spec.publish)
+            await forward(monitor, folder.path, spec.publish)
             await monitor.execute("cont")
-            ports = await published(monitor, spec.publish)
+            ports = await published(monitor, folder.path, spec.publish)
         yield folder, vmm, replace(record, name=folder.name, publish=ports)
 
 
@@ -225,8 +225,8 @@ async def _launched(
 ) -> AsyncIterator[_Up]:
     """A new VMM with the saved state."""
     with (
-        new_card(host, _network(source, spec)) as card,
         host.claim(name, [source.artifact.digest], batch) as (folder, lease),
+        new_card(host, folder.path, _network(source, spec)) as card,
         # Not before it is leased: another command may remove it until then.
         state.checked(source.artifact) as devices,
     ):
@@ -240,7 +240,7 @@ async def _launched(
                 await monitor.incoming(devices)
                 if runs:
                     await monitor.execute("cont")
-                ports = await published(monitor, spec.publish)
+                ports = await published(monitor, folder.path, spec.publish)
             record = noted(
                 folder,
                 vmm,

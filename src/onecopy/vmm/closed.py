@@ -26,9 +26,10 @@ from onecopy.host.files import ROOT
 from onecopy.vmm.user import CLOSED, User
 
 TABLE = "onecopy"
+LINK_LOCAL = "169.254.0.0/16"
 #: What clouds tell their machines about themselves, secrets included, beside the link-local ones:
 #: Azure, Alibaba, Oracle.
-_METADATA = ("168.63.129.16", "100.100.100.200", "192.0.0.192")
+METADATA = ("168.63.129.16", "100.100.100.200", "192.0.0.192")
 #: How many name servers resolv.conf(5) may have.
 _RESOLVERS = 3
 _HINT = (
@@ -46,18 +47,18 @@ def require(user: User | None, why_not: str) -> None:
         why_not = "QEMU runs as you, and only what has a user number of its own can be told apart"
     if user is None or user.id not in CLOSED:
         why_not = why_not or "this container has too few user numbers to tell guests by"
-        raise _cannot(why_not, "start it with --allow-host, or with --no-network")
+        raise cannot(why_not, "start it with --allow-host, or with --no-network")
     rules, mark = _marked(resolvers())
     if _is_in_force(rules, mark):
         return
     try:
         nftables.load(_text(rules, mark))
     except MissingProgram as error:
-        raise _cannot(error.message, _HINT) from error
+        raise cannot(error.message, _HINT) from error
     except CommandFailed as error:
-        raise _cannot(f"nft refused the rules: {_reason(error)}", _HINT) from error
+        raise cannot(f"nft refused the rules: {_reason(error)}", _HINT) from error
     if not _is_in_force(rules, mark):
-        raise _cannot("nft took the rules, and the kernel has them not", _HINT)
+        raise cannot("nft took the rules, and the kernel has them not", _HINT)
 
 
 def why_not(user: User | None, reason: str) -> str:
@@ -82,7 +83,8 @@ def resolvers(root: Path = ROOT) -> tuple[str, ...]:
     return tuple(found[:_RESOLVERS])
 
 
-def _cannot(why: str, hint: str) -> Incompatible:
+def cannot(why: str, hint: str) -> Incompatible:
+    """What a start ends with that cannot close its guest."""
     return Incompatible(f"this host cannot keep a guest from reaching it: {why}", hint=hint)
 
 
@@ -122,7 +124,7 @@ def _rules(servers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     yield "closed", "meta oiftype loopback goto refused"
     for kind in ("local", "broadcast", "multicast", "anycast"):
         yield "closed", f"fib daddr type {kind} goto refused"
-    for address in ("169.254.0.0/16", *_METADATA):
+    for address in (LINK_LOCAL, *METADATA):
         yield "closed", f"ip daddr {address} goto refused"
     yield "refused", "meta l4proto tcp reject with tcp reset"
     yield "refused", "reject with icmpx type admin-prohibited"
