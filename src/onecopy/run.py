@@ -44,6 +44,7 @@ PACKAGES = {
     "resize2fs": "e2fsprogs",
     "setpriv": "util-linux",
     "tar": "tar",
+    "unshare": "util-linux",
     "xz": "xz-utils",
     "zstd": "zstd",
 }

@@ -96,13 +96,13 @@ class World:
         """A command line that runs on the host of the test's own."""
         return _enter(self.host, "net", "mnt") + list(argv)
 
-    def onecopy(self, *arguments: str, home: Path | None = None) -> str:
-        """What a command of ours prints there; raise CommandFailed.
+    def onecopy(self, *arguments: str, home: Path | None = None, before: Sequence[str] = ()) -> str:
+        """What a command of ours prints there, which ``before`` starts; raise CommandFailed.
 
         With ``home``, which has a store and is of an ordinary user, it is that user's.
         """
         if home is None:
-            return self.run(sys.executable, "-m", "onecopy", *arguments)
+            return self.run(*before, sys.executable, "-m", "onecopy", *arguments)
         environment = {
             "HOME": home,
             "ONECOPY_HOME": home / "store",
@@ -112,7 +112,7 @@ class World:
         user = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups --inh-caps=-all".split()
         given = [f"{key}={value}" for key, value in environment.items()]
         line = ["env", "--chdir=/", *given, f"{sys.base_prefix}/bin/python3", "-m", "onecopy"]
-        return self.run("setpriv", *user, *line, *arguments)
+        return self.run(*before, "setpriv", *user, *line, *arguments)
 
     def run(self, *argv: str) -> str:
         """What a program prints there; raise CommandFailed."""

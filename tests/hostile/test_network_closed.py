@@ -11,10 +11,9 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,11 +34,11 @@ Try = tuple[str, str, int]
 GATEWAY_PORT: Try = ("tcp", str(GATEWAY), PORT)
 SAVED = "saved:latest"
 
-#: Tries what its argument lists, [kind, address, port], and prints how each ended and after how
+#: Tries what its argument lists, [kind, address, port], at once, and prints how each ended and after how
 #: many seconds. "forged" is a TCP connection that the guest's own kernel would not make: its frames
 #: go to the gateway, whatever the address.
 PROBE = """
-import errno, json, socket, struct, sys, time
+import concurrent.futures, errno, json, socket, struct, sys, time
 
 def tcp(address, port):
     with socket.create_connection((address, port), 20) as s:
@@ -77,13 +76,17 @@ def forged(address, port):
             if packet[9] == 6 and packet[12:16] == theirs:
                 return "answered" if packet[33] & 2 else "reset"
 
-for kind, address, port in json.loads(sys.argv[1]):
+def tried(what):
+    kind, address, port = what
     began = time.monotonic()
     try:
         how = globals()[kind](address, port)
     except OSError as error:
         how = errno.errorcode.get(error.errno, "timeout")
-    print(json.dumps([how, time.monotonic() - began]))
+    return json.dumps([how, time.monotonic() - began])
+
+with concurrent.futures.ThreadPoolExecutor(20) as pool:
+    print(*pool.map(tried, json.loads(sys.argv[1])), sep="\n")
 """
 
 REFUSED = {"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "EACCES", "EPERM", "reset"}
@@ -94,9 +97,10 @@ class Trial:
 
     def __init__(self, here: World, host: Host, home: Path | None) -> None:
         self.here, self.host, self._home = here, host, home
+        self.is_root = home is None
 
-    def onecopy(self, *arguments: str) -> str:
-        return self.here.onecopy(*arguments, home=self._home)
+    def onecopy(self, *arguments: str, before: Sequence[str] = ()) -> str:
+        return self.here.onecopy(*arguments, home=self._home, before=before)
 
     @contextmanager
     def running(self, *options: str) -> Iterator[list[GuestRecord]]:
@@ -231,6 +235,8 @@ def test_allow_host_opens_it(who: Trial) -> None:
         assert guest.pid != waiting.pid
         tried = who.tried(guest, GATEWAY_PORT, ("tcp", HOST, PORT), ("tcp", OUTSIDE, PORT))
         assert list(tried.values()) == ["host", "host", "outside"]
+    if who.is_root:
+        who.here.run("nft", "delete", "table", "inet", "onecopy")
     with who.running("-p", "0:80") as (guest,):
         assert guest.pid == waiting.pid
         _assert_closed(who.tried(guest, GATEWAY_PORT))
@@ -286,9 +292,27 @@ CANNOT = {
 def test_what_cannot_be_enforced_is_refused(here: World, saved: Artifact, reason: str) -> None:
     for change in ("add", "delete"):  # whether it is there or not
         here.run("nft", change, "table", "inet", "onecopy")
-    run = [*CANNOT[reason], sys.executable, "-m", "onecopy", "run", saved.ref]
     with pytest.raises(CommandFailed, match=reason) as failed:
-        here.run(*run)
+        here.onecopy("run", saved.ref, before=CANNOT[reason])
     assert "--allow-host" in failed.value.output
     assert failed.value.returncode == Incompatible.exit_code
-    here.run(*run, "--allow-host", "--", "true")
+    here.onecopy("run", saved.ref, "--allow-host", "--", "true", before=CANNOT[reason])
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("$(command -v slirp4netns)", "'slirp4netns' is not installed"),
+        ("$(command -v nft)", "'nft' is not installed"),
+        ("/dev/net/tun", "/dev/net/tun|tap"),
+        ("$(command -v unshare)", "'unshare' is not installed"),
+    ],
+)
+def test_what_an_ordinary_user_lacks_is_told(user: Trial, place: str, reason: str) -> None:
+    hide = f'mount --bind /dev/null "{place}" && exec "$@"'
+    lacking = ["unshare", "--mount", "sh", "-c", hide, "sh"]
+    with pytest.raises(CommandFailed, match=reason) as failed:
+        user.onecopy("run", SAVED, "--name", "lacking", before=lacking)
+    assert "--allow-host" in failed.value.output
+    assert failed.value.returncode == Incompatible.exit_code
+    assert not (user.host.run / "lacking").exists()

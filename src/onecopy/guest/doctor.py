@@ -14,7 +14,7 @@ from onecopy.guest.host import Host
 from onecopy.host import cgroup, ksm, landlock, meminfo, pagemap, prefetch, verity
 from onecopy.model import MIB, format_size
 from onecopy.run import PACKAGES, find_program
-from onecopy.vmm import answering, closed, resolver, user
+from onecopy.vmm import answering, closed, resolver, router, user
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
@@ -112,8 +112,12 @@ def _limits() -> Finding:
 
 
 def _network(accel: str) -> Finding:
-    """Whether guests can be kept from the host; the rules that do it are in force afterwards."""
-    if why_not := closed.why_not(user.new_user(accel), user.why_not(accel)):
+    """Whether guests can be kept from the host: root's rules for it are in force afterwards."""
+    if os.geteuid() == 0:
+        why_not = closed.why_not(user.new_user(accel), user.why_not(accel))
+    else:
+        why_not = router.why_not()
+    if why_not:
         return Finding("network", "limited", f"guests need --allow-host or --no-network: {why_not}")
     return Finding("network", "ok", "guests reach the outside, and nothing of this host")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
@@ -164,14 +164,19 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
     @contextlib.contextmanager
     def taking(
-        self, digest: str, name: str, batch: Batch
+        self,
+        digest: str,
+        name: str,
+        batch: Batch,
+        suits: Callable[[GuestRecord], bool] = lambda _: True,
     ) -> Iterator[tuple[GuestFolder, GuestRecord] | None]:
-        """What was prepared from ``digest``, in the run folder of a new guest; None if nothing is.
+        """What was prepared from ``digest``, and suits, in the run folder of a new guest, or None.
 
         If that ends in an error nothing is left behind, but for the VMM, which the caller ends.
         """
         with self.locked():
-            taken = self._take(digest, name, batch)
+            suiting = (each for each in self.prepared() if each.digest == digest and suits(each))
+            taken = self._take(next(suiting, None), name, batch)
         try:
             yield taken
         except BaseException:
@@ -179,9 +184,9 @@ class Host(msgspec.Struct, frozen=True, dict=True):
                 self.drop(taken[0])
             raise
 
-    def _take(self, digest: str, name: str, batch: Batch) -> tuple[GuestFolder, GuestRecord] | None:
-        found = (record for record in self.prepared() if record.digest == digest)
-        record = next(found, None)
+    def _take(
+        self, record: GuestRecord | None, name: str, batch: Batch
+    ) -> tuple[GuestFolder, GuestRecord] | None:
         if not record or self.store.is_held(name):
             return None
         # Killed after this, we leave it to the next command, by whatever name it goes then.

@@ -16,11 +16,13 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import InvalidInput
+from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.ports import Ports
 from onecopy.host.tap import open_tap
+from onecopy.vmm import closed, router
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Card
-from onecopy.vmm.router import way_out
+from onecopy.vmm.user import User
 
 #: How many user-mode guests there can be before an address comes a second time.
 _ADDRESSES = int(NETWORK.broadcast_address) - int(FIRST_ADDRESS)
@@ -76,7 +78,7 @@ def new_card(host: Host, folder: Path, wanted: Network) -> Iterator[Card | None]
         return
     address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
     if _has_router(wanted):
-        with way_out(address, folder) as way:
+        with router.way_out(address, folder) as way:
             yield Card(_mac(), address, way.tap, way.life)
     else:
         yield Card(_mac(), address, allow_host=wanted.allow_host)
@@ -93,6 +95,18 @@ def shown_card(wanted: Network) -> Card | None:
 
 def _has_router(wanted: Network) -> bool:
     return os.geteuid() != 0 and not wanted.allow_host
+
+
+def can_be_closed(host: Host, record: GuestRecord) -> bool:
+    """Whether a prepared guest, which an older onecopy may have prepared, is kept from the host."""
+    there = router.is_there(host.run / record.name)
+    return there or not record.mac or closed.is_closed(User.of(record.pid))
+
+
+def require_closed(record: GuestRecord, folder: Path) -> None:
+    """Have in force what keeps a guest that is woken from this host; raise Incompatible."""
+    if record.mac and not router.is_there(folder):
+        closed.require(User.of(record.pid), "")
 
 
 def inherited(card: Card | None) -> Sequence[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -30,7 +31,7 @@ from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.identity import new_identity
 from onecopy.guest.machine import Placed, SystemConfig
-from onecopy.guest.network import Network, new_card, shown_card
+from onecopy.guest.network import Network, can_be_closed, new_card, require_closed, shown_card
 from onecopy.guest.ports import Ports, forward, need_rights, published, require_free
 from onecopy.host import process
 from onecopy.model import Mergeable
@@ -194,7 +195,8 @@ async def _running(
 ) -> AsyncIterator[_Up]:
     """A clone that runs on as what was saved; on any error its VMM is ended."""
     if spec.can_be_prepared:
-        with host.taking(source.artifact.digest, name, batch) as prepared:
+        suits = partial(can_be_closed, host)
+        with host.taking(source.artifact.digest, name, batch, suits) as prepared:
             if prepared:
                 async with _woken(*prepared, spec) as up:
                     yield up
@@ -212,6 +214,7 @@ async def _woken(folder: GuestFolder, record: GuestRecord, spec: CloneSpec) -> A
     except (NotFound, ProcessLookupError) as error:
         raise GuestFailed("QEMU ended while it waited", hint="try again") from error
     async with or_killed(vmm):
+        require_closed(record, folder.path)
         async with connect(folder.path / "monitor.sock") as monitor:
             await forward(monitor, folder.path, spec.publish)
             await monitor.execute("cont")

@@ -18,8 +18,10 @@ import json
 import os
 import re
 import select
+import shlex
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from onecopy.errors import Incompatible, InUse, MissingProgram
 from onecopy.host import reap
 from onecopy.host.files import ROOT
 from onecopy.run import Detached, find_program
-from onecopy.vmm.argv import GATEWAY, NAME_SERVER, NETWORK
+from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK
 from onecopy.vmm.closed import LINK_LOCAL, METADATA, cannot
 
 #: In the run folder.
@@ -40,9 +42,10 @@ _OUTER, _OUTER_SELF, _OUTER_NAMES = "10.0.2.0/24", "10.0.2.100", "10.0.2.3"
 #: The gateway's in QEMU's user-mode network, which clones may know (libslirp, special_ethaddr).
 _MAC = f"5255{GATEWAY.packed.hex()}"
 #: Seconds that each of the two processes may take.
-_PATIENCE = 20.0
+_PATIENCE = 10.0
 _HINT = (
-    "apt-get install slirp4netns nftables; or start the guest with --no-network, or with "
+    "that takes user namespaces, /dev/net/tun, and slirp4netns and nftables, which root installs "
+    "(apt-get install slirp4netns nftables); or start the guest with --no-network, or with "
     "--allow-host, which lets it reach all that listens on this host"
 )
 
@@ -112,7 +115,7 @@ def _connected(program: str, pid: int, folder: Path, ends: contextlib.ExitStack)
             os.close(ready_end)
             ready_end = -1
             if not select.select([ready], [], [], _PATIENCE)[0] or os.read(ready, 1) != b"1":
-                raise cannot("slirp4netns did not start", _HINT)
+                raise cannot(f"it does not start: {shlex.join(line)}", _HINT)
             process.keep()
             reap.adopt(process.pid)
     finally:
@@ -165,6 +168,16 @@ table inet onecopy {{
     }}
 }}
 """
+
+
+def why_not() -> str:
+    """Why this user's guests cannot be closed; "" if they can, which is tried."""
+    with tempfile.TemporaryDirectory(prefix="onecopy-") as folder:
+        try:
+            with way_out(str(FIRST_ADDRESS), Path(folder)):
+                return ""
+        except Incompatible as error:
+            return error.message
 
 
 def is_there(folder: Path) -> bool:
