@@ -34,9 +34,9 @@ Try = tuple[str, str, int]
 GATEWAY_PORT: Try = ("tcp", str(GATEWAY), PORT)
 SAVED = "saved:latest"
 
-#: Tries what its argument lists, [kind, address, port], at once, and prints how each ended and after how
-#: many seconds. "forged" is a TCP connection that the guest's own kernel would not make: its frames
-#: go to the gateway, whatever the address.
+#: Tries what its argument lists, [kind, address, port], at once, and prints how each ended and
+#: after how many seconds. "forged" is a TCP connection that the guest's own kernel would not make:
+#: its frames go to the gateway, whatever the address.
 PROBE = """
 import concurrent.futures, errno, json, socket, struct, sys, time
 
