@@ -86,7 +86,8 @@ def tried(what):
     return json.dumps([how, time.monotonic() - began])
 
 with concurrent.futures.ThreadPoolExecutor(20) as pool:
-    print(*pool.map(tried, json.loads(sys.argv[1])), sep="\n")
+    for line in pool.map(tried, json.loads(sys.argv[1])):
+        print(line)
 """
 
 REFUSED = {"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "EACCES", "EPERM", "reset"}
@@ -151,7 +152,9 @@ def user(here: World, saved: Artifact) -> Iterator[Trial]:
         for path in (home, *home.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
         run = home / f"run/onecopy/{told.st_dev:x}-{told.st_ino:x}"
-        yield Trial(here, Host(store, run), home)
+        host = Host(store, run)
+        yield Trial(here, host, home)
+        host.end(*host.guests(), *host.prepared())
 
 
 @pytest.fixture(scope="module", params=["root", "user"])
@@ -228,8 +231,22 @@ def test_published_ports_answer(who: Trial, two: list[GuestRecord]) -> None:
 
 def test_allow_host_opens_it(who: Trial) -> None:
     """What was prepared is closed, and stays so."""
+    with _prepared(who) as waiting:
+        _assert_open_apart(who, waiting)
+
+
+@contextmanager
+def _prepared(who: Trial) -> Iterator[GuestRecord]:
+    """One guest that waits."""
     who.onecopy("pool", SAVED, "1")
-    (waiting,) = who.host.prepared()
+    try:
+        (waiting,) = who.host.prepared()
+        yield waiting
+    finally:
+        who.onecopy("pool", SAVED, "0")
+
+
+def _assert_open_apart(who: Trial, waiting: GuestRecord) -> None:
     with who.running("--allow-host") as (guest,):
         assert (guest.allow_host, waiting.allow_host) == (True, False)
         assert guest.pid != waiting.pid
@@ -241,7 +258,6 @@ def test_allow_host_opens_it(who: Trial) -> None:
         assert guest.pid == waiting.pid
         _assert_closed(who.tried(guest, GATEWAY_PORT))
         assert who.fetched(guest) == guest.name
-    who.onecopy("pool", SAVED, "0")
 
 
 def test_rules_that_were_flushed_are_put_back(here: World, root: Trial, saved: Artifact) -> None:
