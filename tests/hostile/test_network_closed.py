@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.store import Artifact, Store
 from onecopy.vmm.argv import GATEWAY, NAME_SERVER, NETWORK
+from onecopy.vmm.user import User
 from tests.hostile.net_world import HOST, METADATA, OUTSIDE, PORT, RESOLVER, World, world
 from tests.unit.other_user import NOBODY
 from tests.vm.test_bad_luck import copy
@@ -104,9 +106,10 @@ class Trial:
         return self.here.onecopy(*arguments, home=self._home, before=before)
 
     @contextmanager
-    def running(self, *options: str) -> Iterator[list[GuestRecord]]:
+    def running(self, *options: str, before: Sequence[str] = ()) -> Iterator[list[GuestRecord]]:
         """Clones, started with options of `run`."""
-        started = json.loads(self.onecopy("run", SAVED, *options, "--json"))["guests"]
+        said = self.onecopy("run", SAVED, *options, "--json", before=before)
+        started = json.loads(said)["guests"]
         records = [self.host.guest(each["name"]).record() for each in started]
         try:
             yield records
@@ -273,6 +276,37 @@ def test_rules_that_were_flushed_are_put_back(here: World, root: Trial, saved: A
                     _assert_closed(root.tried(each, GATEWAY_PORT))
             assert here.run("nft", "list", "table", "inet", "onecopy") == before
     assert "other" in here.run("nft", "list", "tables")
+
+
+#: Runs what its arguments say as root of a container that has 65,536 user numbers.
+CONTAINER = """
+import ctypes, os, sys
+ready, made = os.pipe(), os.pipe()
+child = os.fork()
+if not child:
+    if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+        os._exit(99)
+    os.write(ready[1], b".")
+    os.read(made[0], 1)
+    os.execvp(sys.argv[1], sys.argv[1:])
+os.read(ready[0], 1)
+for name in ("uid_map", "gid_map"):
+    with open(f"/proc/{child}/{name}", "w") as file:
+        file.write("0 0 65536")
+os.write(made[1], b".")
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_root_of_a_container_whose_numbers_others_have_too(root: Trial) -> None:
+    contained = [sys.executable, "-c", CONTAINER]
+    with root.running("-p", "0:80", before=contained) as (guest,):
+        user = User.of(guest.pid)
+        assert user and user.id < 65536
+        tried = root.tried(guest, GATEWAY_PORT, ("tcp", HOST, PORT), ("tcp", OUTSIDE, PORT))
+        assert tried.popitem()[1] == "outside"
+        _assert_closed(tried)
+        assert root.fetched(guest) == guest.name
 
 
 def test_what_takes_a_users_guest_outside_ends_with_it(user: Trial) -> None:

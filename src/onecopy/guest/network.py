@@ -22,7 +22,7 @@ from onecopy.guest.ports import Ports
 from onecopy.host.tap import open_tap
 from onecopy.vmm import closed, router
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Card
-from onecopy.vmm.user import User
+from onecopy.vmm.user import User, have_own_numbers
 
 #: How many user-mode guests there can be before an address comes a second time.
 _ADDRESSES = int(NETWORK.broadcast_address) - int(FIRST_ADDRESS)
@@ -94,7 +94,7 @@ def shown_card(wanted: Network) -> Card | None:
 
 
 def _has_router(wanted: Network) -> bool:
-    return os.geteuid() != 0 and not wanted.allow_host
+    return not (wanted.bridge or wanted.allow_host or have_own_numbers())
 
 
 def can_be_closed(host: Host, record: GuestRecord) -> bool:

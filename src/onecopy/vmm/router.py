@@ -1,9 +1,9 @@
-"""The way out of a closed guest whose QEMU is an ordinary user's: a router of its own.
+"""The way out of a closed guest whose QEMU has no user of its own: a router of the guest's.
 
-Rules go by users, and the user is who they protect (closed.py). So the guest's card is a tap
-device in new namespaces of user and network, where rules of our own let through what is for the
-outside, and slirp4netns takes it there: one process, which ends with the guest. QEMU itself needs
-no socket.
+An ordinary user's guests are that user, and in some containers root's have numbers that others
+have, too: rules that go by users (closed.py) would hit these. So the guest's card is a tap device
+in new namespaces of user and network, where rules of our own let through what is for the outside,
+and slirp4netns takes it there: one process, which ends with the guest. QEMU itself needs no socket.
 
     guest - QEMU - tap "guest" - [ rules, NAT ] - "tap0" - slirp4netns - the host's sockets
 

@@ -74,6 +74,11 @@ def why_not(accel: str, root: Path = ROOT) -> str:
     return ""
 
 
+def have_own_numbers(root: Path = ROOT) -> bool:
+    """Whether guests get numbers that are nobody else's, by which rules can tell them."""
+    return os.geteuid() == 0 and not why_not("tcg", root) and _usable_range(CLOSED, root) == CLOSED
+
+
 def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
     """What it takes to publish ``ports`` of the host, as far as we have it (ip(7))."""
     first = read_number(root / "proc/sys/net/ipv4/ip_unprivileged_port_start")
