@@ -147,7 +147,7 @@ def host(root: Path, maps: str, capabilities: str = ROOT_HAS) -> Path:
 )
 def test_users_are_those_that_exist_here(tmp_path: Path, maps: str, expected: int | None) -> None:
     root = host(tmp_path, maps)
-    found = user._usable_range(user.CLOSED, root)
+    found = user._usable_range(root)
     assert (found.start if found else None) == expected
     assert bool(user.why_not("tcg", root)) == (expected is None)
 

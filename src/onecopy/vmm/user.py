@@ -60,12 +60,14 @@ def new_user(accel: str, *, allow_host: bool = False) -> User | None:
     """A user for one new guest; None if it has to run as whoever starts it."""
     if os.geteuid() != 0 or why_not(accel):
         return None
-    return User(secrets.choice(_usable_range(OPEN if allow_host else CLOSED)), _groups(accel))
+    return User(
+        secrets.choice(_usable_range(wanted=OPEN if allow_host else CLOSED)), _groups(accel)
+    )
 
 
 def why_not(accel: str, root: Path = ROOT) -> str:
     """What keeps root from running guests as users of their own; "" if nothing does."""
-    if not _usable_range(CLOSED, root):
+    if not _usable_range(root):
         return "this container has no user numbers for guests"
     if capabilities(root) & _NEEDED != _NEEDED:
         return "this root may not become another user"
@@ -76,7 +78,7 @@ def why_not(accel: str, root: Path = ROOT) -> str:
 
 def have_own_numbers(root: Path = ROOT) -> bool:
     """Whether guests get numbers that are nobody else's, by which rules can tell them."""
-    return os.geteuid() == 0 and not why_not("tcg", root) and _usable_range(CLOSED, root) == CLOSED
+    return os.geteuid() == 0 and not why_not("tcg", root) and _usable_range(root) == CLOSED
 
 
 def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
@@ -86,7 +88,7 @@ def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
     return _BIND_SERVICE & capabilities(root) if low else 0
 
 
-def _usable_range(wanted: range, root: Path = ROOT) -> range:
+def _usable_range(root: Path = ROOT, wanted: range = CLOSED) -> range:
     """``wanted``, or what exists of others in this user namespace (user_namespaces(7)), if any."""
     maps = [(root / f"proc/self/{name}").read_text() for name in ("uid_map", "gid_map")]
     for each in (wanted, _SHARED):
