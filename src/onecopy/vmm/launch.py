@@ -184,7 +184,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         inet = spec.card is not None and spec.card.tap is None
         confinement = Confinement(
             user=user,
-            capabilities=port_capabilities(host for host, _ in spec.publish),
+            capabilities=port_capabilities(host for host, _ in spec.publish if inet),
             rights=files.rights,
             kvm=spec.accel == "kvm",
             asks=asks,
