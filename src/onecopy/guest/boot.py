@@ -20,7 +20,6 @@ from onecopy.guest.begin import (
     handed_out,
     noted,
     open_to,
-    or_killed,
     require_mergeable,
     segment_names,
     started,
@@ -87,8 +86,7 @@ async def booted(
     if prepared.tools:
         _write_initrd(prepared, prepared.tools, spec)
     prepare(spec.folder)
-    vmm, backed = await started(host, prepared.placed, prepared.hardware, spec, lease)
-    async with or_killed(vmm):
+    async with started(host, prepared.placed, prepared.hardware, spec, lease) as (vmm, backed):
         if prepared.agent:
             await unless_ended(vmm, _ready(vmm.folder, prepared.spec), _ENDED)
             (spec.folder / "initrd").unlink()

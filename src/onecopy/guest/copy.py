@@ -110,7 +110,9 @@ async def copy_out(folder: Path, source: str, target: StrPath) -> None:
     with host_errors(target):
         final = place(target, posixpath.basename(where.rstrip("/")))
         with hidden(final.parent) as work:
-            unpacker = Unpacker(work / "content")
+            # No link that a guest sends leads to a name that it cannot know.
+            content = work / secrets.token_hex(16)
+            unpacker = Unpacker(content)
             streams = Streams(unpacker.feed, err.extend)
             try:
                 code = await run_streaming(folder, [*_RUN, _SEND, "cp", where], streams)
@@ -122,7 +124,7 @@ async def copy_out(folder: Path, source: str, target: StrPath) -> None:
                     f"{where} of {folder.name} cannot be copied: {error}",
                     hint="copy what is in it one by one, or run tar in the guest",
                 ) from error
-            finish(work / "content", final)
+            finish(content, final)
 
 
 class _Packed(asyncio.StreamReader):

@@ -84,6 +84,11 @@ def _confinement(accel: str) -> Finding:
         says.append("QEMU runs as you")
     elif why_not := user.why_not(accel):
         limits.append(f"QEMU runs as root, without capabilities: {why_not}")
+    elif count := user.few():
+        limits.append(
+            f"each guest's QEMU is a user of its own, of only {count} numbers, which others on "
+            "this host may have, too"
+        )
     else:
         says.append("each guest's QEMU is a user of its own")
     if version := landlock.abi():

@@ -2,16 +2,13 @@
 
 First the file systems of a segment are frozen (FIFREEZE: what is written is on the device, and
 whoever writes waits), then the processors are stopped. Whoever is killed meanwhile leaves a mark;
-the next command lets the guest go on (`resume`), and its own watchdog thaws the file systems.
+the next command lets the guest go on (resuming.py), and its own watchdog thaws the file systems.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from onecopy.errors import GuestFailed, NotFound, OnecopyError
 from onecopy.guest import script
@@ -84,15 +81,3 @@ def copying(name: str) -> Iterator[None]:
         raise GuestFailed(
             f"{name} ended meanwhile; nothing was stored", hint="`onecopy ps`"
         ) from error
-
-
-async def _go_on(folder: Path) -> None:
-    async with connect(folder / "monitor.sock") as monitor:
-        await monitor.execute("cont")
-
-
-def resume(folder: Path) -> None:
-    """Let a guest go on whose command was killed; also from within an event loop."""
-    with ThreadPoolExecutor(1) as one, contextlib.suppress(GuestFailed):
-        one.submit(lambda: asyncio.run(_go_on(folder))).result()
-    (folder / "paused").unlink(missing_ok=True)

@@ -231,8 +231,7 @@ async def _launched(
         prepare(folder.path)
         launched = launch_spec(host, source, folder.path, spec, card)
         launched = replace(launched, ports_later=not runs)
-        vmm, backed = await started(host, source.placed, source.hardware, launched, lease)
-        async with or_killed(vmm):
+        async with started(host, source.placed, source.hardware, launched, lease) as (vmm, backed):
             async with connect(folder.path / "monitor.sock") as monitor:
                 await monitor.incoming(devices)
                 if runs:

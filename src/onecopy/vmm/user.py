@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +17,10 @@ import msgspec
 
 from onecopy.host.files import ROOT, read_number
 from onecopy.host.syscall import become, set_capabilities
+from onecopy.vmm.numbers import MANY, unused
 
+#: Numbers that nothing but guests has.
+GUESTS = range(0x70000000, 0x7F000000)
 #: Ranges for guests, best first. Nothing else gives out numbers of the first; the second is that of
 #: systemd's dynamic users (systemd docs/UIDS-GIDS.md).
 _RANGES = (range(0x70000000, 0x78000000), range(61184, 65520))
@@ -58,7 +60,7 @@ def new_user(accel: str) -> User | None:
     """A user for one new guest; None if it has to run as whoever starts it."""
     if os.geteuid() != 0 or why_not(accel):
         return None
-    return User(secrets.choice(_usable_range()), _groups(accel))
+    return User(unused(_usable_range()), _groups(accel))
 
 
 def why_not(accel: str, root: Path = ROOT) -> str:
@@ -70,6 +72,12 @@ def why_not(accel: str, root: Path = ROOT) -> str:
     if accel == "kvm" and not _may_use_kvm(KVM.stat()):
         return "/dev/kvm belongs to no group that may use it"
     return ""
+
+
+def few(root: Path = ROOT) -> int:
+    """How many numbers there are for guests, if they are few; else 0."""
+    count = len(_usable_range(root))
+    return count if count < MANY else 0
 
 
 def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
