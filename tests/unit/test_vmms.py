@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import Incompatible, InUse
-from onecopy.guest import sweep
 from onecopy.guest.host import Host
 from onecopy.host import runbase, vmms
 from onecopy.host.process import stat
 from onecopy.host.vmms import Process
 from onecopy.model import Reference
-from onecopy.store import Store
+from onecopy.store import Store, leftovers
 from onecopy.vmm import numbers
 from tests.unit.store_kit import put
 
@@ -146,7 +145,7 @@ def test_what_cannot_be_swept_is_told_and_is_nobody_else_s_fault(
         remove(self, *folders)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Host, "remove", failing)
-    monkeypatch.setattr(sweep, "_told", set())
+    monkeypatch.setattr(leftovers, "_told", set())
     for _ in range(2):
         Host.open(tmp_path / "store")
     assert [path.name for path in host.folders()] == ["bad"]
