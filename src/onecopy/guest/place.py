@@ -66,7 +66,7 @@ def hidden(parent: Path) -> Iterator[Path]:
     way = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         _sweep(parent, way)
-        name, fd = _make(way)
+        name, fd = _make(parent, way)
     finally:
         os.close(way)
     work = f"/proc/self/fd/{fd}"
@@ -104,11 +104,15 @@ def _remove(path: Path, fd: int) -> None:
             remove_tree(path)
 
 
-def _make(way: int) -> tuple[str, int]:
-    """A new folder in the folder ``way``, and the descriptor that locks it."""
+def _make(parent: Path, way: int) -> tuple[str, int]:
+    """A new folder in ``parent``, open as ``way``, and the descriptor that locks it."""
     while True:
         name = f"{_HIDDEN}{secrets.token_hex(8)}"
-        os.mkdir(name, 0o700, dir_fd=way)
+        try:
+            os.mkdir(name, 0o700, dir_fd=way)
+        except OSError as error:
+            error.filename = str(parent / name)
+            raise
         # Somebody who sweeps may have been faster.
         with suppress(FileNotFoundError, BlockingIOError):
             fd = _locked(name, way)
