@@ -349,7 +349,7 @@ def copy(artifact: Artifact, into: Store) -> None:
             file = work / layer.digest
             subprocess.run(["cp", layer.path, file], check=True)
             layers.append(NewLayer(file, layer.media_type, layer.annotations))
-        into.put(artifact.kind, Reference.parse(artifact.ref), artifact.config, layers)
+        into.put(artifact.kind, Reference.parse(artifact.ref), artifact.config, layers, own=True)
 
 
 def test_a_full_disk(small: Host, busybox_root: Artifact, tmp_path: Path) -> None:

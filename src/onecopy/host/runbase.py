@@ -32,10 +32,8 @@ def _runtime() -> Path | None:
 def make_run_base() -> Path:
     """`run_base`, made if missing, 0700; raise NotPermitted if it is not this user's alone."""
     base = run_base()
-    if os.geteuid() and not _runtime():
+    if os.geteuid():
         make_own(base.parent)
-    else:
-        require_own(base.parent)
     return make_own(base)
 
 
