@@ -7,6 +7,7 @@ demand, its name taken and its blobs held.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -82,8 +83,12 @@ def shown(name: str, home: Path | None = None) -> dict[str, object] | None:
 
 def leases(pid: int) -> list[int]:
     """The descriptors of a process that are of leases."""
-    folder = Path(f"/proc/{pid}/fd")
-    return [int(each.name) for each in folder.iterdir() if "/leases/" in str(each.readlink())]
+    found = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # QEMU closes files meanwhile
+            if "/leases/" in str(each.readlink()):
+                found.append(int(each.name))
+    return found
 
 
 def shed(inject: Inject, pid: int) -> None:
