@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from onecopy.host import syscall
 from tests.fuzz.mutate import make
 from tests.fuzz.readers import Reader
 
@@ -33,6 +34,7 @@ _CPU, _WALL = 2.0, 30.0
 #: Bytes of address space beyond what a child begins with, and of a file that it writes.
 _MEMORY, _FILE = 512 << 20, 64 << 20
 _CHUNK = 2000
+_PR_SET_PDEATHSIG = 1
 _MEMORY_FOLDER = Path("/dev/shm")
 
 
@@ -131,6 +133,8 @@ def _begin(seed: int, reader: Reader, start: int, end: int, folder: Path) -> _Ch
 
 
 def _limit() -> None:
+    # None goes on without the watchdog.
+    syscall.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + _MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import signal
 import sys
 
@@ -140,13 +139,10 @@ def _end_politely() -> None:
 
 def _fail(args: list[str], found: Exception) -> int:
     from onecopy.cli.failures import explained
-    from onecopy.cli.output import tell_error
+    from onecopy.cli.output import show_place, tell_error
 
     error = explained(found)
-    if os.environ.get("ONECOPY_DEBUG") == "1":
-        import traceback
-
-        traceback.print_exception(found)
+    show_place(found)
     tell_error(error)
     return _code(args, error.exit_code)
 

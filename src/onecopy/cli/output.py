@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,9 +76,18 @@ def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
         except (OutputFailed, Interrupted):
             raise
         except OnecopyError as error:
+            show_place(error)
             tell_error(error)
             codes.append(error.exit_code)
     return next(iter(codes), 0)
+
+
+def show_place(error: Exception) -> None:
+    """Print where an error comes from, for who has asked for that (ONECOPY_DEBUG=1)."""
+    if os.environ.get("ONECOPY_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
 
 
 def tell_error(error: OnecopyError) -> None:

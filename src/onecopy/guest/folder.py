@@ -200,7 +200,7 @@ class GuestFolder:
             )
         try:
             return msgspec.json.decode(text, type=GuestRecord)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise Incompatible(
                 f"{self.path}/guest.json cannot be read: another version of onecopy started "
                 f"{self.name}",
@@ -225,7 +225,7 @@ class GuestFolder:
 
     def prepared(self) -> GuestRecord | None:
         """What was set aside; None if nothing was, or by another version of onecopy."""
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
+        with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError, RecursionError):
             text = (self.path / "prepared.json").read_bytes()
             return msgspec.json.decode(text, type=GuestRecord)
         return None
