@@ -22,7 +22,7 @@ from onecopy.guest.host import Host
 from onecopy.host import process, vmms
 from onecopy.host.runbase import run_base
 from onecopy.host.vmms import Entry, Process
-from onecopy.model import check_name
+from onecopy.model import check_name, in_order
 from onecopy.vmm.user import GUESTS
 
 #: The kind of a guest of which no more than its process is known.
@@ -38,7 +38,7 @@ def shown(host: Host) -> list[GuestRecord]:
     A guest of which only the VMM is left is of the kind ``lost``.
     """
     guests = [_noted(host, record) for record in host.guests()]
-    return sorted(guests + lost(host), key=lambda record: record.name)
+    return sorted(guests + lost(host), key=lambda record: in_order(record.name))
 
 
 def find(host: Host, name: str) -> GuestRecord:
