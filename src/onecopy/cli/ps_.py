@@ -4,7 +4,7 @@ import time
 
 import click
 
-from onecopy.cli.output import duration, print_json, print_table
+from onecopy.cli.output import duration, print_json, print_line, print_table
 from onecopy.cli.params import json_option
 
 
@@ -38,4 +38,4 @@ def command(as_json: bool) -> None:
     ]
     print_table(["NAME", "KIND", "SOURCE", "ACCEL", "PID", "UP", "STARTED IN", "PORTS"], rows)
     for reason in sorted({f"{guest.accel}: {guest.accel_reason}" for guest in guests}):
-        print(reason)
+        print_line(reason)
