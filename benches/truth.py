@@ -25,6 +25,7 @@ from onecopy.host import ksm, meminfo, peek
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.sharing import report
 from onecopy.sharing.check import Before, Check, check
+from onecopy.sharing.contents import Image
 from onecopy.sharing.survey import Sources, Survey, survey
 
 Tell = Callable[[str], None]
@@ -87,7 +88,7 @@ async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Tr
         clones_check = rested.check
     tell(f"{plain} plain guests, and advice for them")
     async with _guests(setup, plain, start_one_plain) as plainly:
-        root = [("root", setup.image)]
+        root = [Image("root", setup.image)]
         found = survey([guest.maps for guest in plainly.guests], Sources(root_images=root))
         before = ksm.read()
         # While it stands its counts have what has ended since.

@@ -23,7 +23,10 @@ def main() -> None:
 
 
 def _told_shortly(kind: type[BaseException], error: BaseException, _: object) -> None:
-    print(f"onecopy: internal error: {kind.__name__}: {error}", file=sys.stderr)
+    from onecopy.printable import printable
+
+    said = printable(str(error))
+    print(f"onecopy: internal error: {kind.__name__}: {said}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ OnecopyError
 ├── ProgramFailed      a program in a guest ran and failed
 ├── OutputFailed       standard output cannot be written
 ├── HostFailed         the host's kernel refused something that nobody foresaw
+├── Unreadable         the kernel's account of a process is too large, late or cut off
 └── Interrupted        Ctrl-C or SIGTERM
 
 Each class owns a stable ``id`` (shown by ``--json``) and an exit code; each instance says what
@@ -298,6 +299,13 @@ class HostFailed(OnecopyError):
 
     id = "host-failed"
     exit_code = 24
+
+
+class Unreadable(OnecopyError):
+    """The kernel's account of a process is too large, too late or cut off."""
+
+    id = "unreadable"
+    exit_code = 25
 
 
 class Interrupted(OnecopyError):

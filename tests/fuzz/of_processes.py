@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from onecopy.host import meminfo, process, smaps
-from onecopy.vmm import foreign
+from onecopy.vmm import cmdline
 from tests.fuzz.readers import Reader, text
 
 _DATA = Path(__file__).parents[1] / "unit/data"
@@ -15,12 +14,7 @@ _PROC = _DATA / "6.12.117+deb12-cloud-amd64/proc"
 
 def _command_lines(data: bytes, _: Path) -> None:
     argv = [text(arg) for arg in data.split(b"\0")]
-    if find_spec("onecopy.vmm.cmdline"):
-        from onecopy.vmm import cmdline  # type: ignore[attr-defined,unused-ignore]
-
-        found = cmdline.parse(argv)
-    else:
-        found = foreign.parse(1, argv)
+    found = cmdline.parse(argv)
     assert found is None or found.ram_bytes >= 0
 
 

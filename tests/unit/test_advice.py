@@ -19,14 +19,16 @@ from msgspec.structs import replace
 
 from onecopy.errors import InvalidInput, NotFound
 from onecopy.guest import advising
+from onecopy.guest.host import Host
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.sharing import contents
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.advice import KINDS, WAYS, Advice, FileFound, advise
-from onecopy.sharing.contents import Contents
+from onecopy.sharing.contents import Contents, Image
 from onecopy.sharing.page import page
 from onecopy.sharing.scan import ZERO, Scan, hash_pages, scan
 from onecopy.sharing.survey import LeftOut, Sources, Survey, survey
+from onecopy.store import Store
 from tests.conftest import cannot_run
 from tests.unit.other_user import as_nobody
 
@@ -225,8 +227,8 @@ def test_contents_of_files(tree: Path) -> None:
     owners = found.find(pages)
     assert Path(found.names[owners[0]]).name == "tail" and owners[1] == -1
     # As an image it is the same pages.
-    assert len(contents.of([("image", tree / "sub/whole")]).hashes) == 64
-    assert len(contents.of([("gone", tree / "gone")]).names) == 0
+    assert len(contents.of([Image("image", tree / "sub/whole")]).hashes) == 64
+    assert len(contents.of([Image("gone", tree / "gone")]).names) == 0
     for wrong, error in ((tree / "gone", NotFound), (tree / "sub/whole", InvalidInput)):
         with pytest.raises(error):
             contents.of([], [wrong])
@@ -371,3 +373,19 @@ def test_a_stored_segment_is_attached_as_it_is() -> None:
     advice = replace(advise([]), take=("extra",), files=found)
     (step,) = advising._steps(advice, "n", (), [], [])
     assert step.argv[1:] == ("attach", "GUEST", "python:latest:/MOUNTPOINT")
+
+
+def test_a_disk_that_became_another_file_is_not_built_from(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(PAGE_SIZE))
+    found = path.stat()
+    source = f"disk:{path}"
+    advised = advising.Advised(
+        survey([], Sources()),
+        (advising.Step(("onecopy",), "", "new", source),),
+        disks={source: (found.st_dev, found.st_ino)},
+    )
+    path.unlink()
+    path.symlink_to("/etc/shadow")
+    with pytest.raises(NotFound, match="another file"):
+        advising.apply(Host(Store(tmp_path / "store"), tmp_path / "run"), advised)

@@ -14,6 +14,7 @@ from onecopy.model import MIB
 from onecopy.sharing import check, report
 from onecopy.sharing.account import GuestMaps
 from tests.conftest import cannot_run
+from tests.unit.other_user import as_nobody
 
 RECORDED = Path(__file__).parent / "data/6.18.44-fc-v669"
 COLD = GuestMaps("cold", 1001, None, 256 * MIB)
@@ -115,3 +116,25 @@ def test_a_real_process_is_what_the_host_lost() -> None:
         if both.share is not None and abs(both.share) < 0.03:
             return
     pytest.fail(f"never agreed: {shares}")
+
+
+def test_others_that_may_not_be_read_are_left_out() -> None:
+    pid = os.getpid()
+
+    def left_out() -> int:
+        found = report.collect([], [GuestMaps("root's", pid, None, 0, regular={})])
+        assert found.others[0].note
+        return check.check(check.Before(0, meminfo.read()), found).left_out
+
+    assert as_nobody(left_out) == 1
+    found = report.collect([], [GuestMaps("mine", pid, None, 0, regular={})], left_out=["more"])
+    told = check.check(check.Before(0, meminfo.read()), found)
+    assert told.left_out == 1 and told.processes > MIB
+
+
+def test_a_guest_that_ended_is_told() -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        found = report.collect([GuestMaps("guest", process.pid, None, 0)])
+        process.kill()
+    with pytest.raises(NotFound):
+        check.check(check.Before(0, meminfo.read()), found)

@@ -8,30 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.maps import other_maps
+from onecopy.guest.maps import vmm_maps
 from onecopy.model import MIB
 from onecopy.sharing import report
-from onecopy.sharing.account import GuestMaps
-from onecopy.vmm import foreign
+from onecopy.vmm import cmdline, foreign
+from onecopy.vmm.cmdline import Told
 from tests.conftest import cannot_run
 
 LIBVIRT_RAM = json.dumps({"qom-type": "memory-backend-ram", "id": "pc.ram", "size": 512 * MIB})
 
 
-def parse(*argv: str) -> foreign.Vmm:
-    found = foreign.parse(7, ["qemu-system-x86_64", *argv])
+def parse(*argv: str) -> Told:
+    found = cmdline.parse(["qemu-system-x86_64", *argv])
     assert found
     return found
 
 
 def test_nothing_said() -> None:
-    assert parse() == foreign.Vmm(7, "pid 7", 128 * MIB, None, {})
+    assert parse() == Told("", 128 * MIB, None, {})
 
 
 def test_a_probe_and_a_process_that_ends_are_no_guests() -> None:
-    assert foreign.parse(7, ["qemu-system-x86_64", "-M", "none"]) is None
-    assert foreign.parse(7, ["qemu-system-x86_64", "-machine", "type=none,accel=tcg"]) is None
-    assert foreign.parse(7, []) is None
+    assert cmdline.parse(["qemu-system-x86_64", "-M", "none"]) is None
+    assert cmdline.parse(["qemu-system-x86_64", "-machine", "type=none,accel=tcg"]) is None
+    assert cmdline.parse([]) is None
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_sizes_of_ram(value: str, size: int) -> None:
     [
         ("web", "web"),
         ("guest=web,debug-threads=on", "web"),
-        ("debug-threads=on", "pid 7"),
+        ("debug-threads=on", ""),
         ("a,,b", "a,b"),
     ],
 )
@@ -127,11 +127,13 @@ def test_a_real_one_is_found_and_accounted(tmp_path: Path) -> None:
             while str(extra) not in Path(f"/proc/{process.pid}/maps").read_text():
                 assert process.poll() is None and time.monotonic() < until
                 time.sleep(0.05)
-            (vmm,) = (each for each in foreign.find(()) if each.pid == process.pid)
+            (vmm,) = (each for each in foreign.find(()).vmms if each.pid == process.pid)
             assert vmm.disks == (str(tmp_path / "disk"),)
-            (maps,) = (each for each in other_maps([]) if each.pid == process.pid)
-            assert maps == GuestMaps("theirs", process.pid, str(ram), 64 * MIB, {str(extra): "nv"})
-            assert process.pid not in {each.pid for each in other_maps([maps])}
+            assert set(vmm.regular) == {str(tmp_path / "disk"), str(ram), str(extra)}
+            maps = vmm_maps(vmm)
+            assert maps.segments == {str(extra): "nv"}
+            assert (maps.name, maps.ram_path, maps.ram_bytes) == ("theirs", str(ram), 64 * MIB)
+            assert process.pid not in {each.pid for each in foreign.find({process.pid}).vmms}
             found = report.collect([], [maps])
         finally:
             process.kill()

@@ -17,7 +17,8 @@ GONE = 2**22 + 1  # above the kernel's largest pid
 
 
 def test_recorded_process() -> None:
-    assert process.stat(1001, RECORDED) == process.Stat("T", 8, 5, 194845)
+    recorded = process.Stat("T", 8, 5, 194845, flags=0x8400180, virtual=525307904)
+    assert process.stat(1001, RECORDED) == recorded
     assert process.cmdline(1001, RECORDED)[-4:] == ["-M", "q35", "-m", "256M"]
     assert process.page_table_bytes(1001, RECORDED) == 212 << 10
     assert process.exists(1001, RECORDED)

@@ -141,7 +141,7 @@ def onecopy(*args: str) -> str:
 def wait_until_found(pid: int) -> None:
     """Between fork and exec it is no QEMU."""
     deadline = time.monotonic() + 60
-    while pid not in {each.pid for each in foreign.find(())}:
+    while pid not in {each.pid for each in foreign.find(()).vmms}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -15,6 +15,7 @@ import click
 
 from onecopy import __version__
 from onecopy.cli import streams
+from onecopy.cli.output import escaping, show_place, tell_error
 from onecopy.errors import Interrupted, OutputFailed
 
 _COMMANDS = {
@@ -90,7 +91,11 @@ def onecopy() -> None:
 def main(args: list[str] | None = None) -> int:
     """Run one command; return its exit code. Raises nothing, whatever happens."""
     streams.secure()
-    args = sys.argv[1:] if args is None else args
+    with escaping():
+        return _main(sys.argv[1:] if args is None else args)
+
+
+def _main(args: list[str]) -> int:
     _end_politely()
     code = _run(args)
     try:
@@ -139,7 +144,6 @@ def _end_politely() -> None:
 
 def _fail(args: list[str], found: Exception) -> int:
     from onecopy.cli.failures import explained
-    from onecopy.cli.output import show_place, tell_error
 
     error = explained(found)
     show_place(found)

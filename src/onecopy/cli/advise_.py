@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import print_json, print_table, progress
+from onecopy.cli.output import print_json, print_line, print_table, progress
 from onecopy.cli.params import NameType, json_option
 from onecopy.errors import InvalidInput
 
@@ -104,9 +104,9 @@ def _print(found: Advised) -> None:
     ]
     print_table(["GUEST", "RAM", "OWN", "SHARED", "MERGED", "SWAPPED"], rows)
     for left in found.survey.left_out:
-        print(f"{left.name} was left out: {left.reason}")
+        print_line(f"{left.name} was left out: {left.reason}")
     for note in sorted({each.note for each in advice.guests if each.note}):
-        print(note)
+        print_line(note)
     print(
         "OWN: what the guest has alone, and was compared; what is shared or merged costs nothing.\n"
     )
@@ -127,9 +127,9 @@ def _print(found: Advised) -> None:
         names = [[_mib(f.copies), str(f.guests), f.name] for f in advice.files[:10]]
         print_table(["COPIES", "GUESTS", "FILE"], names)
         print()
-    print(f"Take: {' and '.join(advice.take) or 'nothing'}. {advice.reason}.")
+    print_line(f"Take: {' and '.join(advice.take) or 'nothing'}. {advice.reason}.")
     for step in found.steps:
-        print(f"    {shlex.join(step.argv)}    # {step.why}")
+        print_line(f"    {shlex.join(step.argv)}    # {step.why}")
 
 
 def _cost(name: str, survey: Survey) -> str:

@@ -20,13 +20,16 @@ def command(name: Reference) -> None:
     from onecopy.guest.artifacts import describe_fully
     from onecopy.guest.host import Host
     from onecopy.guest.maps import guest_maps
-    from onecopy.sharing.account import measure
+    from onecopy.host.files import no_process
+    from onecopy.sharing.report import collect
 
     host = Host.open()
     guest = next((each for each in host.guests() if each.name == name.name), None)
     if guest and not name.digest:
-        (maps,) = guest_maps([guest])
-        account = msgspec.to_builtins(measure(maps))
+        accounts = collect(guest_maps([guest])).guests
+        if not accounts:
+            raise no_process(guest.pid)
+        account = msgspec.to_builtins(accounts[0])
         print_json(msgspec.to_builtins(guest) | {"account": account})
     else:
         print_json(describe_fully(host.store, host.store.resolve(name)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import print_json, print_table
+from onecopy.cli.output import print_json, print_line, print_table
 from onecopy.cli.params import GuestType, SecondsType, json_option
 from onecopy.errors import InvalidInput
 
@@ -137,7 +138,7 @@ def _auto(below: int, interval: float) -> None:
     """
     from onecopy.guest import tuning
 
-    tuning.run(interval, below / 100, lambda text: print(f"onecopy: {text}", flush=True))
+    tuning.run(interval, below / 100, lambda text: print_line(f"onecopy: {text}", sys.stdout))
 
 
 @command.command("open")

@@ -1,23 +1,90 @@
-"""How commands speak: tables and JSON on standard output, progress on standard error."""
+"""How commands speak: tables and JSON on standard output, progress on standard error.
+
+What guests, files and other processes say, or are called, never reaches a terminal as it is: `main`
+puts both streams behind `escaping`, whoever writes to them. Bytes that go to ``sys.stdout.buffer``
+are not touched (exec, console, logs --raw).
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 from onecopy.errors import Interrupted, OnecopyError, OutputFailed
+from onecopy.printable import escape, printable
 
 _T = TypeVar("_T")
+_NOT_ASCII = re.compile("[^\0-\x7f]")
+
+
+class _Escaping:
+    """A text stream that shows what it should not obey; lines and tabs stay."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def escaping() -> Iterator[None]:
+    """Let all that is written to standard output and error as text be printable."""
+    before = sys.stdout, sys.stderr
+    # One that is closed is None.
+    sys.stdout, sys.stderr = (cast(TextIO, each and _Escaping(each)) for each in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def as_it_is(stream: TextIO) -> TextIO:
+    """The stream behind `escaping`, for drawing on a terminal what is printable already."""
+    return stream.stream if isinstance(stream, _Escaping) else stream
+
+
+def print_line(text: str, to: TextIO | None = None) -> None:
+    """One line, whatever stands in it: nobody else can begin a new one."""
+    print(printable(text, keep="\t"), file=to or sys.stdout, flush=to is not None)
+
+
+def tell_error(error: OnecopyError, before: str = "") -> None:
+    """What failed, and what to do. What others printed is indented: it is no message of ours."""
+    message = error.message.replace("\n", "\n    ")
+    print(f"onecopy: {before}{message}", file=sys.stderr)
+    if error.hint and not before:
+        print_line(f"onecopy: {error.hint}", sys.stderr)
 
 
 def print_json(value: object) -> None:
-    """One JSON document."""
-    utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
-    print(json.dumps(value, indent=2, sort_keys=False, ensure_ascii=not utf8))
+    """One JSON document, which shows as little to a terminal as any other text."""
+    text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False)
+    text = printable(text, keep="\n", how=_json_escape)
+    if codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8":
+        text = _NOT_ASCII.sub(lambda match: _json_escape(match[0]), text)
+    print(text)
+
+
+def _json_escape(character: str) -> str:
+    """Half a pair, which is what Python makes of bytes that are no UTF-8, is no text in JSON."""
+    if "\ud800" <= character <= "\udfff":
+        return f"\\{escape(character)}"
+    return json.dumps(character)[1:-1]
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -28,7 +95,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """What `print_table` prints."""
-    table = [list(headings), *(list(row) for row in rows)]
+    table = [list(headings), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
     numeric = [
         bool(rows) and all(row[c][:1].isdigit() or row[c] in "-?" for row in rows)
@@ -48,18 +115,20 @@ def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 def progress() -> Iterator[Callable[[str], None]]:
     """A function that tells the present step: live on a terminal, else plain lines."""
     if not sys.stderr.isatty():
-        yield lambda text: print(f"onecopy: {text}", file=sys.stderr, flush=True)
+        yield lambda text: print_line(f"onecopy: {text}", sys.stderr)
         return
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status("...") as status:
+    # Text, since a string may have markup in it: [link=...].
+    with Console(file=as_it_is(sys.stderr)).status(Text("...")) as status:
 
         def tell(text: str) -> None:
-            escaped = text.replace("[", r"\[")
-            status.update(escaped)
+            shown = printable(text)
+            status.update(Text(shown))
             if text.startswith("left out: "):
                 # That stays on the screen.
-                status.console.print(f"onecopy: {escaped}")
+                status.console.print(Text(f"onecopy: {shown}"))
 
         yield tell
 
@@ -88,12 +157,6 @@ def show_place(error: Exception) -> None:
         import traceback
 
         traceback.print_exception(error)
-
-
-def tell_error(error: OnecopyError) -> None:
-    """Print an error and its hint."""
-    for text in filter(None, (error.message, error.hint)):
-        print(f"onecopy: {text}", file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

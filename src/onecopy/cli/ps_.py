@@ -4,7 +4,7 @@ import time
 
 import click
 
-from onecopy.cli.output import duration, print_json, print_table
+from onecopy.cli.output import duration, print_json, print_line, print_table
 from onecopy.cli.params import json_option
 
 
@@ -39,7 +39,7 @@ def command(as_json: bool) -> None:
     ]
     print_table(["NAME", "KIND", "SOURCE", "ACCEL", "PID", "UP", "STARTED IN", "PORTS"], rows)
     for reason in sorted({f"{each.accel}: {each.accel_reason}" for each in guests if each.accel}):
-        print(reason)
+        print_line(reason)
     for guest in guests:
         if guest.note:
-            print(f"{guest.name}: {guest.note}; `onecopy stop {guest.name}` ends it")
+            print_line(f"{guest.name}: {guest.note}; `onecopy stop {guest.name}` ends it")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from msgspec import to_builtins
 
-from onecopy.cli.output import duration, print_json, print_table
+from onecopy.cli.output import duration, print_json, print_line, print_table
 from onecopy.cli.params import json_option
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ def command(checked: bool, as_json: bool) -> None:
     for column in columns:
         print(f"{column.heading}: {column.counts}")
     for note in sorted({each.note for each in every if each.note}):
-        print(f"?: {note}")
+        print_line(f"?: {note}")
+    for each in result.left_out:
+        print_line(f"Left out: {each}.")
     if compared:
         print()
         _print_check(compared)
@@ -80,6 +82,8 @@ def _print_check(compared: Check) -> None:
     ]
     since = duration(compared.seconds)
     print_table(["CHECK", "MiB", "", f"since the first guest started, {since} ago"], rows)
+    if compared.left_out:
+        print(f"{compared.left_out} of others' QEMU processes are not in it: they cannot be read.")
 
 
 def _tells(column: Column, guests: Sequence[GuestAccount]) -> bool:

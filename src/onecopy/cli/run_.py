@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import click
 
 from onecopy.cli import signals, streams
 from onecopy.cli.cold import cold_spec
-from onecopy.cli.output import duration, print_json, progress
+from onecopy.cli.output import duration, print_json, print_line, progress, tell_error
 from onecopy.cli.params import (
     DiskType,
     PublishType,
@@ -292,7 +291,7 @@ def _started(result: tuple[Started, int], as_json: bool, quiet: bool) -> int:
         for guest in started.guests:
             ports = "".join(f" 127.0.0.1:{host}->{port}" for host, port in guest.publish)
             how = f"started in {duration(guest.start_seconds)} under {guest.accel}"
-            print(f"{guest.name} {how} ({guest.accel_reason}){ports}")
+            print_line(f"{guest.name} {how} ({guest.accel_reason}){ports}")
     for name, error in started.failures:
-        print(f"onecopy: {name} did not start: {error.message}", file=sys.stderr)
+        tell_error(error, f"{name} did not start: ")
     return code or (started.failures[0][1].exit_code if started.failures else 0)

@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from onecopy.cli.output import print_line
+
 
 @click.command("serve")
 @click.option("--quiet", is_flag=True, help="Do not print each request.")
@@ -21,7 +23,7 @@ def command(quiet: bool) -> None:
 
     def tell(text: str) -> None:
         if not quiet:
-            print(text, file=sys.stderr, flush=True)
+            print_line(text, sys.stderr)
 
     host = Host.open()
     tell(f"onecopy: answering the guests of {host.store.root}")

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import table_lines
+from onecopy.cli.output import as_it_is, table_lines
 from onecopy.cli.params import SecondsType
 from onecopy.model import format_size
+from onecopy.printable import printable
 
 if TYPE_CHECKING:
     from onecopy.guest.watch import View
@@ -64,12 +65,12 @@ def _live(look: Callable[[], View], sort: str, interval: float) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    console = Console()
+    console = Console(file=as_it_is(sys.stdout))
     with _keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         view = look()
         while True:
             lines = _lines(view, sort, console.height)
-            text = Text("\n".join(lines), no_wrap=True, overflow="crop")
+            text = Text("\n".join(map(printable, lines)), no_wrap=True, overflow="crop")
             live.update(text, refresh=True)
             key = _typed(interval)
             if key == "q":

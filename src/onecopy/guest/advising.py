@@ -5,7 +5,9 @@ Not here: what is compared and how (sharing/survey.py, scan.py, advice.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -15,17 +17,22 @@ from onecopy.build.segment import build_segment
 from onecopy.errors import InvalidInput, NotFound
 from onecopy.guest.host import Host
 from onecopy.guest.maps import guest_maps, vmm_maps
+from onecopy.host.files import Identity, open_regular
 from onecopy.model import Reference
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.advice import Advice
+from onecopy.sharing.contents import Image
 from onecopy.sharing.survey import LeftOut, Sources, Survey, survey
 from onecopy.store import Access, Artifact
 from onecopy.vmm import foreign
+from onecopy.vmm.foreign import Vmm
 
 Tell = Callable[[str], None]
 
 #: What stands in a step where the user knows better.
 _WHERE = "/MOUNTPOINT"
+#: Bytes of others' disks that are read: they can name what takes hours.
+_MOST_OF_DISKS = 256 << 30
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -46,6 +53,8 @@ class Advised(msgspec.Struct, frozen=True):
     steps: tuple[Step, ...]
     domain: str = ""
     """The trust domain of the guests; "" is the default one."""
+    disks: Mapping[str, Identity] = {}
+    """Which files others' disks were, by what steps call them."""
 
     def to_json(self) -> dict[str, object]:
         """As JSON values, all on one level (docs/json.md)."""
@@ -72,9 +81,9 @@ def look(
     domain are compared among themselves, when they are named. Raises NotFound, InvalidInput.
     """
     chosen = _choose(host, names)
-    images = [(disk, Path(disk)) for disk in chosen.disks]
+    mine = [Image(str(path), path) for path in roots if not _is_folder(path)]
     sources = Sources(
-        root_images=[*images, *((str(path), path) for path in roots if not _is_folder(path))],
+        root_images=[*chosen.disks, *mine],
         root_trees=[path for path in roots if _is_folder(path)],
         images=_segments(host, chosen.domain),
         trees=files,
@@ -82,14 +91,23 @@ def look(
     found = survey(chosen.guests, sources, tell)
     found = replace(found, left_out=(*found.left_out, *chosen.left_out))
     roots_of = [f"{'dir' if _is_folder(path) else 'disk'}:{path}" for path in roots]
-    roots_of += [f"disk:{disk}" for disk in chosen.disks]
+    # What stands behind # is a partition's number: such a name would be that of another file.
+    roots_of += [f"disk:{disk.path}" for disk in chosen.disks if "#" not in str(disk.path)]
     steps = _steps(found.advice, name, chosen.ours, roots_of, files)
-    return Advised(found, tuple(steps), chosen.domain)
+    which = {f"disk:{disk.path}": disk.same_as for disk in chosen.disks if disk.same_as}
+    return Advised(found, tuple(steps), chosen.domain, which)
 
 
 def apply(host: Host, advised: Advised, tell: Tell = lambda _: None) -> list[Artifact]:
-    """Build the segments of the steps, in the guests' trust domain. Raises as `build_segment`."""
+    """Build the segments of the steps, in the guests' trust domain.
+
+    Raises as `build_segment`, and NotFound if another file has the name of a disk by now.
+    """
     access = Access(domain=advised.domain)
+    for step in advised.steps:
+        if step.source in advised.disks:
+            path = Path(step.source.removeprefix("disk:"))
+            os.close(open_regular(path, advised.disks[step.source]))
     return [
         build_segment(
             host.store, Reference.parse(step.ref), step.source, access=access, progress=tell
@@ -106,7 +124,7 @@ class _Chosen(msgspec.Struct, frozen=True):
     left_out: Sequence[LeftOut]
     ours: frozenset[str]
     """Which of them can be saved."""
-    disks: Sequence[str]
+    disks: Sequence[Image]
     """Of the others, each once."""
     domain: str
 
@@ -114,26 +132,48 @@ class _Chosen(msgspec.Struct, frozen=True):
 def _choose(host: Host, names: Sequence[str]) -> _Chosen:
     records = host.guests()
     ours = guest_maps(records)
-    others = foreign.find({each.pid for each in [*ours, *guest_maps(host.prepared())]})
-    every = [*ours, *map(vmm_maps, others)]
+    found = foreign.find({each.pid for each in [*ours, *guest_maps(host.prepared())]})
+    theirs = [vmm_maps(vmm) for vmm in found.vmms]
+    every = [*ours, *theirs]
     if unknown := set(names) - {each.name for each in every}:
         raise NotFound(
             f"no guest {', '.join(sorted(unknown))}",
             hint="`onecopy report` lists all, also those of other programs",
         )
     domains = {each.pid: each.domain for each in records}
-    wanted = [each for each in every if not names or each.name in names]
+    # Anybody can call a process as a guest of ours is called.
+    known = {each.name for each in ours}
+    wanted = [*ours, *(each for each in theirs if each.name not in known)] if names else every
+    wanted = [each for each in wanted if not names or each.name in names]
     domain = _domain({domains.get(each.pid, "") for each in wanted} if names else {""})
     guests = [each for each in wanted if domains.get(each.pid, "") == domain]
     pids = {each.pid for each in guests}
-    disks = (path for vmm in others if vmm.pid in pids for path in vmm.disks)
+    disks, large = _disks([vmm for vmm in found.vmms if vmm.pid in pids])
+    left_out = [_of_domain(each) for each in wanted if each.pid not in pids]
+    unseen = () if names else (LeftOut("?", 0, each) for each in found.left_out)
     return _Chosen(
         guests=guests,
-        left_out=[_of_domain(each) for each in wanted if each.pid not in pids],
-        ours=frozenset(each.name for each in ours),
-        disks=list(dict.fromkeys(disks)),
+        left_out=[*left_out, *large, *unseen],
+        ours=frozenset(known),
+        disks=disks,
         domain=domain,
     )
+
+
+def _disks(vmms: Sequence[Vmm]) -> tuple[list[Image], list[LeftOut]]:
+    """Their disks, each once, and those that are too much to read."""
+    images, left_out, room = dict[str, Image](), [], _MOST_OF_DISKS
+    for vmm in vmms:
+        for path in vmm.disks:
+            with suppress(OSError):
+                size = Path(path).stat().st_blocks * 512
+                if size > room:
+                    reason = f"its disk {path} was not read: there are too many and large ones"
+                    left_out.append(LeftOut(vmm.name, vmm.pid, reason))
+                elif path not in images:
+                    images[path] = Image(path, Path(path), vmm.regular[path])
+                    room -= size
+    return list(images.values()), left_out
 
 
 def _is_folder(path: Path) -> bool:
@@ -154,7 +194,7 @@ def _of_domain(guest: GuestMaps) -> LeftOut:
     return LeftOut(guest.name, guest.pid, "it is of a trust domain; name the guests of that one")
 
 
-def _segments(host: Host, domain: str) -> list[tuple[str, Path]]:
+def _segments(host: Host, domain: str) -> list[Image]:
     # By path: a segment may have several names, and is read once.
     names = {
         layer.path: each.ref
@@ -162,7 +202,7 @@ def _segments(host: Host, domain: str) -> list[tuple[str, Path]]:
         if host.store.access(each.name).domain == domain
         for layer in each.layers
     }
-    return [(name, path) for path, name in names.items()]
+    return [Image(name, path) for path, name in names.items()]
 
 
 def _steps(

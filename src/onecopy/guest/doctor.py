@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from onecopy.build.kernel import KernelConfig, ensure_kernel
-from onecopy.errors import MissingProgram, NotPermitted, OnecopyError, as_root
+from onecopy.errors import (
+    MissingProgram,
+    NotFound,
+    NotPermitted,
+    OnecopyError,
+    Unreadable,
+    as_root,
+)
 from onecopy.guest.host import Host
 from onecopy.host import cgroup, ksm, landlock, meminfo, pagemap, prefetch, verity
 from onecopy.model import MIB, format_size
@@ -142,10 +149,13 @@ def _memory() -> Iterator[Finding]:
 def _counters() -> Iterator[Finding]:
     try:
         start = id(object()) & ~0xFFF
-        pagemap.pfn(pagemap.read(os.getpid(), start, 1)[0])
+        for entry in pagemap.read(os.getpid(), start, 1):
+            pagemap.pfn(entry)
         yield Finding("page counters", "ok", "pagemap shows physical pages")
     except NotPermitted:
         yield Finding("page counters", "limited", "physical pages are shown to root only")
+    except (NotFound, Unreadable) as error:
+        yield Finding("page counters", "limited", error.message)
 
 
 def _store(host: Host) -> Iterator[Finding]:

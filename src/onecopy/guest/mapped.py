@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from onecopy.errors import NotFound
+from onecopy.errors import NotFound, Unreadable
 from onecopy.guest.host import Host
 from onecopy.host import pagemap, smaps
 from onecopy.model import PAGE_SIZE
@@ -36,7 +36,7 @@ class Users:
         for pid, mappings in self._maps:
             for mapping in mappings:
                 if mapping.inode == inode and mapping.path.startswith("/"):
-                    with contextlib.suppress(NotFound):
+                    with contextlib.suppress(NotFound, Unreadable):
                         _mark(pages, pid, mapping)
                         found = True
         return bytes(pages) if found else None
@@ -45,12 +45,15 @@ class Users:
 def _maps(host: Host, artifact: Artifact) -> Iterator[tuple[int, list[smaps.Mapping]]]:
     holders = {name for layer in artifact.layers for name in host.store.users(layer.digest)}
     for _, pid in host.vmms(holders):
-        with contextlib.suppress(NotFound):
+        # What nobody can read of one says nothing of the others.
+        with contextlib.suppress(NotFound, Unreadable):
             yield pid, smaps.read(pid)
 
 
 def _mark(pages: bytearray, pid: int, mapping: smaps.Mapping) -> None:
-    entries = pagemap.read(pid, mapping.start, mapping.size // PAGE_SIZE)
-    for page, entry in enumerate(entries, start=mapping.offset // PAGE_SIZE):
+    first = mapping.offset // PAGE_SIZE
+    # A VMM can map more than the file has.
+    count = min(mapping.size // PAGE_SIZE, max(len(pages) - first, 0))
+    for page, entry in enumerate(pagemap.read(pid, mapping.start, count), start=first):
         if page < len(pages) and (pagemap.present(entry) or pagemap.swapped(entry)):
             pages[page] = 1

@@ -22,7 +22,8 @@ _TRIES = 10
 def report_all(host: Host) -> Report:
     """The report of a host: its guests, what is prepared, and other QEMU processes."""
     maps = guest_maps([*host.guests(), *host.prepared()])
-    return collect(maps, other_maps(maps))
+    others = foreign.find({each.pid for each in maps})
+    return collect(maps, map(vmm_maps, others.vmms), left_out=others.left_out)
 
 
 def checked_report(host: Host) -> tuple[Report, Check]:
@@ -49,6 +50,7 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
             ram_bytes=guest.memory,
             ram_added=guest.added,
             mergeable=not guest.domain,
+            start_ticks=guest.start_ticks,
             segments={
                 device.path: f"{item.name}.{number}" if number else item.name
                 for item in guest.attached
@@ -65,11 +67,6 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
     ]
 
 
-def other_maps(guests: Iterable[GuestMaps]) -> list[GuestMaps]:
-    """One GuestMaps for each QEMU of the host that runs none of ``guests``."""
-    return [vmm_maps(vmm) for vmm in foreign.find({each.pid for each in guests})]
-
-
 def vmm_maps(vmm: Vmm) -> GuestMaps:
     """The GuestMaps of another's QEMU."""
     return GuestMaps(
@@ -78,4 +75,7 @@ def vmm_maps(vmm: Vmm) -> GuestMaps:
         ram_path=vmm.ram_path,
         ram_bytes=vmm.ram_bytes,
         segments=vmm.files,
+        start_ticks=vmm.start_ticks,
+        note=vmm.note,
+        regular=vmm.regular,
     )

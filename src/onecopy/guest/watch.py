@@ -16,10 +16,11 @@ import msgspec
 
 from onecopy.errors import InvalidInput, NotFound, NotPermitted
 from onecopy.guest.host import Host
-from onecopy.guest.maps import guest_maps, other_maps
+from onecopy.guest.maps import guest_maps, vmm_maps
 from onecopy.host import ksm, meminfo, process, residency
 from onecopy.model import PAGE_SIZE, format_size
 from onecopy.sharing.live import Row, Sample, rows, sample
+from onecopy.vmm import foreign
 
 #: Looks between two at what seldom changes.
 _SELDOM = 10
@@ -74,12 +75,12 @@ class Watch:
         )
 
     def _find(self, seldom: bool) -> None:
-        changed = self._host.run.stat().st_mtime_ns
+        changed = self._host.run.stat().st_mtime_ns if self._host.run.is_dir() else 0
         if changed == self._folder_changed and not seldom:
             return
         self._folder_changed = changed
         maps = guest_maps([*self._host.guests(), *self._host.prepared()])
-        others = other_maps(maps)
+        others = map(vmm_maps, foreign.find({each.pid for each in maps}).vmms)
         self._guests = [(each.name, each.pid) for each in [*maps, *others]]
         users: Counter[tuple[str, str]] = Counter()
         for each in maps:

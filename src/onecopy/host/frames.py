@@ -38,5 +38,8 @@ def _read(ascending: npt.NDArray[np.uint64], root: Path) -> npt.NDArray[np.uint6
         raise Incompatible(
             f"this kernel has no {path}", hint="it was built without CONFIG_PROC_PAGE_MONITOR"
         ) from error
-    entries = np.frombuffer(data, np.uint64)
+    known = np.frombuffer(data[: len(data) // _ENTRY * _ENTRY], np.uint64)
+    # Of memory of devices, which lies behind the host's own, the kernel tells nothing.
+    entries = np.zeros(last - first + 1, np.uint64)
+    entries[: len(known)] = known
     return entries[(ascending - np.uint64(first)).astype(np.int64)]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import Incompatible, InvalidInput
-from onecopy.host.files import ROOT, not_permitted, read_number, read_of_process
+from onecopy.errors import Incompatible, InvalidInput, NotFound, NotPermitted, Unreadable
+from onecopy.host import process
+from onecopy.host.files import ROOT, not_permitted, number, read_number, read_of_process
 from onecopy.host.files import read as read_file
 
 _FOLDER = "sys/kernel/mm/ksm"
@@ -83,7 +84,7 @@ def setting(name: str, root: Path = ROOT) -> str | None:
     data = read_file(root / _FOLDER / name)
     if data is None:
         return None
-    text = data.decode().strip()
+    text = data.decode(errors="replace").strip()
     chosen = _CHOSEN.search(text)
     return chosen[1] if chosen else text
 
@@ -139,31 +140,34 @@ def write(name: str, value: int | str, root: Path = ROOT) -> None:
 def thread(root: Path = ROOT) -> int | None:
     """The process id of ksmd, the kernel thread that merges; None when it is not to be seen."""
     for path in (root / "proc").glob("[0-9]*/comm"):
-        with suppress(OSError):
-            if path.read_text() == "ksmd\n":
-                return int(path.parent.name)
+        pid = int(path.parent.name)
+        # Any process can take its name, or one that is no text.
+        with suppress(OSError, NotFound, NotPermitted, Unreadable):
+            if path.read_bytes() == b"ksmd\n" and process.stat(pid, root).is_kernel_thread:
+                return pid
     return None
 
 
 def parse_process(text: bytes) -> dict[str, str]:
     """The lines of /proc/PID/ksm_stat, ``NAME VALUE`` or ``NAME: VALUE``."""
-    pairs = (line.split() for line in text.decode().splitlines())
-    return {name.rstrip(":"): value for name, value in pairs}
+    lines = (line.split() for line in text.decode(errors="replace").splitlines())
+    return {words[0].rstrip(":"): words[1] for words in lines if len(words) == 2}
 
 
 def read_process(pid: int, root: Path = ROOT) -> ProcessKsm:
-    """KSM's work on one process. Raises NotFound, and NotPermitted without ptrace rights."""
+    """KSM's work on one process; nothing is known of one that is just ending.
+
+    Raises NotFound, NotPermitted without ptrace rights, Unreadable.
+    """
     told = parse_process(read_of_process(pid, "ksm_stat", root) or b"")
-    merging = told.get("ksm_merging_pages")
+    merging = number(told.get("ksm_merging_pages"))
     if merging is None:
         # ksm_stat came later, and held fewer lines at first.
-        alone = read_of_process(pid, "ksm_merging_pages", root)
-        merging = None if alone is None else alone.decode()
-    zero, profit = told.get("ksm_zero_pages"), told.get("ksm_process_profit")
+        merging = number(read_of_process(pid, "ksm_merging_pages", root))
     merge_any = told.get("ksm_merge_any")
     return ProcessKsm(
-        merging_pages=None if merging is None else int(merging),
-        zero_pages=None if zero is None else int(zero),
-        profit=None if profit is None else int(profit),
+        merging_pages=merging,
+        zero_pages=number(told.get("ksm_zero_pages")),
+        profit=number(told.get("ksm_process_profit")),
         merge_any=None if merge_any is None else merge_any == "yes",
     )

@@ -16,7 +16,7 @@ from onecopy.host import zoneinfo
 from onecopy.host.files import ROOT
 from onecopy.host.files import read as read_file
 
-_LINE = re.compile(rb"^(\w+): +([0-9]+) kB$", re.MULTILINE)
+_LINE = re.compile(rb"^(\w+): +([0-9]{1,15}) kB$", re.MULTILINE)
 
 
 class MemInfo(msgspec.Struct, frozen=True):

@@ -113,9 +113,11 @@ def find(pid: int, name: str, size: int, root: Path = ROOT) -> int | None:
 
 
 def _open(entry: Path, size: int) -> int | None:
-    fd = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
-    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    if seals & _RESIZE == _RESIZE and os.fstat(fd).st_size == size:
-        return fd
+    fd = os.open(entry, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    # Of what only has such a name the kernel tells no seals.
+    with contextlib.suppress(OSError):
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        if seals & _RESIZE == _RESIZE and os.fstat(fd).st_size == size:
+            return fd
     os.close(fd)
     return None

@@ -9,8 +9,8 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 
-from onecopy.errors import InvalidInput, NotPermitted
-from onecopy.host.files import ROOT, no_process, process_folder, read_range
+from onecopy.errors import InvalidInput, NotPermitted, Unreadable
+from onecopy.host.files import ROOT, asking, process_folder, read_range
 from onecopy.model import PAGE_SIZE
 
 _PFN = (1 << 55) - 1
@@ -19,22 +19,25 @@ _FILE_OR_SHARED = 1 << 61
 _SWAPPED = 1 << 62
 _PRESENT = 1 << 63
 _ENTRY = 8
+#: Pages at once: a table of 4 GiB.
+_MOST = 1 << 29
 
 
 def read(pid: int, start: int, pages: int, root: Path = ROOT) -> array[int]:
     """The entries of ``pages`` pages from address ``start`` (bytes, page-aligned) on.
 
     Fewer come back where the address space ends. Raises InvalidInput, NotFound when the process
-    is gone, NotPermitted without ptrace rights over it.
+    is gone, NotPermitted without ptrace rights over it, Unreadable of more than 2 TiB.
     """
     if start % PAGE_SIZE or start < 0 or pages < 0:
         raise InvalidInput(f"{start:#x} is not a page's address, or {pages} not a count of pages")
+    if pages > _MOST:
+        # A process can map more than any host has, and none of it be there.
+        raise Unreadable(f"process {pid} maps {pages * PAGE_SIZE >> 40} TiB at one place")
     path = process_folder(pid, root) / "pagemap"
-    try:
+    with asking(pid, path):
         data = read_range(path, start // PAGE_SIZE * _ENTRY, pages * _ENTRY)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise no_process(pid) from error
-    return array("Q", data)
+    return array("Q", data[: len(data) // _ENTRY * _ENTRY])
 
 
 def present(entry: int) -> bool:

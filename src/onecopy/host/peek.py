@@ -14,8 +14,9 @@ import os
 import numpy as np
 import numpy.typing as npt
 
-from onecopy.errors import NotPermitted
+from onecopy.errors import NotPermitted, Unreadable
 from onecopy.host.files import no_process
+from onecopy.host.patience import going_on
 from onecopy.model import PAGE_SIZE
 
 #: What one call may name (uio.h, UIO_MAXIOV).
@@ -31,13 +32,14 @@ def read(
     """Copy the pages at ``addresses`` (bytes, ascending) to ``into``: shape (pages, PAGE_SIZE).
 
     Returns which pages were there; the others are undefined in ``into``. Raises NotFound when the
-    process is gone, NotPermitted.
+    process is gone, NotPermitted, Unreadable.
     """
     there = np.ones(len(addresses), np.bool_)
     at = 0
     while at < len(addresses):
         ranges, count = _ranges(addresses[at:])
         done = _read(pid, ranges, into[at:])
+        going_on()
         at += done
         if done < count:
             there[at] = False
@@ -78,4 +80,4 @@ def _read(pid: int, ranges: npt.NDArray[np.uint64], into: npt.NDArray[np.uint8])
         raise NotPermitted(
             f"may not read the memory of process {pid}", hint="run as root, or as its user"
         )
-    raise OSError(number, os.strerror(number))
+    raise Unreadable(f"cannot read the memory of process {pid}: {os.strerror(number)}")

@@ -16,7 +16,7 @@ import msgspec
 
 from onecopy.errors import NotFound, NotPermitted
 from onecopy.host import pagemap, smaps
-from onecopy.host.files import ROOT, no_process, process_folder, write_at
+from onecopy.host.files import ROOT, asking, no_process, process_folder, write_at
 from onecopy.model import PAGE_SIZE
 
 _CHUNK = 4 << 20
@@ -73,13 +73,14 @@ def is_own(entry: int) -> bool:
 def copy_out(pid: int, runs: list[Run], out: int) -> None:
     """Write what stands in ``runs`` to the file ``out``, at the same offsets.
 
-    Raises NotFound when the process ends meanwhile, NotPermitted, OSError.
+    Raises NotFound when the process ends meanwhile, NotPermitted, Unreadable; OSError of ``out``.
     """
     with _memory(pid, os.O_RDONLY) as memory:
         for run in runs:
             for at in range(0, run.size, _CHUNK):
                 size = min(_CHUNK, run.size - at)
-                data = os.pread(memory, size, run.address + at)
+                with asking(pid, _path(pid)):
+                    data = os.pread(memory, size, run.address + at)
                 if len(data) < size:
                     raise no_process(pid)
                 write_at(out, data, run.offset + at)
@@ -91,16 +92,16 @@ def put_back(pid: int, runs: list[Run], content: int) -> None:
         for run in runs:
             for at in range(0, run.size, _CHUNK):
                 data = os.pread(content, min(_CHUNK, run.size - at), run.offset + at)
-                write_at(memory, data, run.address + at)
+                with asking(pid, _path(pid)):
+                    write_at(memory, data, run.address + at)
 
 
 @contextmanager
 def _memory(pid: int, flags: int) -> Iterator[int]:
     try:
-        fd = os.open(process_folder(pid) / "mem", flags | os.O_CLOEXEC)
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise no_process(pid) from error
-    except PermissionError as error:
+        with asking(pid, _path(pid)):
+            fd = os.open(_path(pid), flags | os.O_CLOEXEC)
+    except NotPermitted as error:
         raise NotPermitted(
             f"may not look into the memory of QEMU (process {pid})",
             hint="become root; or root allows it: sysctl kernel.yama.ptrace_scope=0",
@@ -109,3 +110,7 @@ def _memory(pid: int, flags: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _path(pid: int) -> Path:
+    return process_folder(pid) / "mem"

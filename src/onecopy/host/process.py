@@ -13,9 +13,17 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import NotFound
-from onecopy.host.files import ROOT, no_process, read_of_process
+from onecopy.host.files import ROOT, no_process, number, read_of_process
 
-_SIZES = re.compile(rb"^(\w+):\s+([0-9]+) kB$", re.MULTILINE)
+#: More than any QEMU's.
+_LONGEST = 1 << 20
+_UIDS = re.compile(rb"^Uid:\t[0-9]+\t([0-9]{1,10})\t", re.MULTILINE)
+_SIZES = re.compile(rb"^(\w+):\s+([0-9]{1,15}) kB$", re.MULTILINE)
+
+
+#: Numbers of fields behind the name: flags, utime, stime, starttime, vsize.
+_FIELDS = (6, 11, 12, 19, 20)
+_PF_KTHREAD = 0x00200000
 
 
 class Stat(msgspec.Struct, frozen=True):
@@ -27,6 +35,15 @@ class Stat(msgspec.Struct, frozen=True):
     system_ticks: int
     #: Clock ticks from the host's boot to this process's start: with the pid, its identity.
     start_ticks: int
+    #: The kernel's PF_ flags (include/linux/sched.h).
+    flags: int = 0
+    #: Bytes of its address space; 0 when it has none: a kernel thread, or one that is ending.
+    virtual: int = 0
+
+    @property
+    def is_kernel_thread(self) -> bool:
+        """Whether it is a thread of the kernel: no process can call itself one."""
+        return bool(self.flags & _PF_KTHREAD)
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -42,24 +59,40 @@ class Memory(msgspec.Struct, frozen=True):
     page_tables: int | None
 
 
-def parse_stat(text: bytes) -> Stat:
-    """The figures in the text of a stat file."""
+def parse_stat(text: bytes) -> Stat | None:
+    """The figures in the text of a stat file; None if it is cut off, as of a process that ends."""
     # The command's name stands in parentheses and may hold any byte, `) ` included.
-    fields = text[text.rindex(b")") + 2 :].split()
-    return Stat(
-        state=fields[0].decode(),
-        user_ticks=int(fields[11]),
-        system_ticks=int(fields[12]),
-        start_ticks=int(fields[19]),
-    )
+    fields = text[text.rfind(b")") + 2 :].split()
+    figures = [number(fields[place]) for place in _FIELDS if place + 1 < len(fields)]
+    if len(figures) < len(_FIELDS) or None in figures or len(fields[0]) != 1:
+        return None
+    flags, user, system, start, virtual = (each or 0 for each in figures)
+    return Stat(fields[0].decode(errors="replace"), user, system, start, flags, virtual)
 
 
 def stat(pid: int, root: Path = ROOT) -> Stat:
-    """The process's state and times. Raises NotFound."""
+    """The process's state and times. Raises NotFound, Unreadable."""
+    text = read_of_process(pid, "stat", root)
+    found = None if text is None else parse_stat(text)
+    if found is None:
+        raise no_process(pid)
+    return found
+
+
+def require(pid: int, start_ticks: int | None = None, root: Path = ROOT) -> None:
+    """Raise NotFound unless the process runs and has memory: what was read of it is then whole.
+
+    With ``start_ticks`` it is the one that started then, and no later one of the same number.
+    """
     text = read_of_process(pid, "stat", root)
     if text is None:
+        # Recorded without it.
+        return
+    found = parse_stat(text)
+    if found is None or found.state in "ZX" or not found.virtual:
         raise no_process(pid)
-    return parse_stat(text)
+    if start_ticks not in (None, found.start_ticks):
+        raise no_process(pid)
 
 
 def exists(pid: int, root: Path = ROOT) -> bool:
@@ -80,7 +113,11 @@ def is_same(pid: int, start_ticks: int, root: Path = ROOT) -> bool:
 
 def cpu_seconds(pid: int, root: Path = ROOT) -> float:
     """CPU time that the process used, user and system, all threads. Raises NotFound."""
-    figures = stat(pid, root)
+    return cpu_seconds_of(stat(pid, root))
+
+
+def cpu_seconds_of(figures: Stat) -> float:
+    """The same, from figures that were read."""
     return (figures.user_ticks + figures.system_ticks) / os.sysconf("SC_CLK_TCK")
 
 
@@ -90,11 +127,26 @@ def start_time(pid: int, root: Path = ROOT) -> float:
 
 
 def cmdline(pid: int, root: Path = ROOT) -> list[str]:
-    """The arguments the process was started with; none for a zombie. Raises NotFound."""
-    text = read_of_process(pid, "cmdline", root)
+    """The arguments the process was started with; none for a zombie. Raises NotFound, NotPermitted.
+
+    It may have changed them: they are its own memory, as much as it says (prctl(2), PR_SET_MM). So
+    no more than the first MiB is read.
+    """
+    text = read_of_process(pid, "cmdline", root, most=_LONGEST, cut=True)
     if text is None:
         raise no_process(pid)
-    return [arg.decode(errors="surrogateescape") for arg in text.split(b"\0")[:-1]]
+    if not text:
+        return []
+    return [arg.decode(errors="surrogateescape") for arg in text.removesuffix(b"\0").split(b"\0")]
+
+
+def owner(pid: int, root: Path = ROOT) -> int | None:
+    """The user that the process acts as (its effective uid); None when not told.
+
+    Not the owner of its folder in /proc: what is not dumpable seems to be root's. Raises NotFound.
+    """
+    found = _UIDS.search(read_of_process(pid, "status", root) or b"")
+    return None if found is None else int(found[1])
 
 
 def memory(pid: int, root: Path = ROOT) -> Memory:

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.errors import InvalidInput, NotFound
-from onecopy.host.files import not_permitted
+from onecopy.errors import InvalidInput
+from onecopy.host.files import Identity, open_regular
 from onecopy.model import PAGE_SIZE
 
 _SYS_CACHESTAT = 451  # the same on every architecture
 _MAP_FAILED = ctypes.c_void_p(-1).value
+#: mincore(2) takes a byte for each page: a sparse file may have more of them than there is memory.
+_LARGEST = 4 << 40
 
 
 class _Range(ctypes.Structure):
@@ -40,12 +42,13 @@ class _Stat(ctypes.Structure):
     )
 
 
-def resident_bytes(path: Path) -> int | None:
+def resident_bytes(path: Path, same_as: Identity | None = None) -> int | None:
     """Bytes of the file in the page cache; None when the kernel does not tell this user.
 
-    Raises NotFound, NotPermitted when the file may not be read, InvalidInput when it is none.
+    Raises NotFound (also when it is not ``same_as``), NotPermitted when the file may not be read,
+    InvalidInput when it is none.
     """
-    with _opened(path) as fd:
+    with _opened(path, same_as) as fd:
         # Of the last page only what belongs to the file.
         size = os.fstat(fd).st_size
         try:
@@ -54,7 +57,7 @@ def resident_bytes(path: Path) -> int | None:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
                 return None
         pages = _mincore(fd)
-    return None if pages is None else min(sum(pages) * PAGE_SIZE, size)
+    return None if pages is None else min(pages.count(1) * PAGE_SIZE, size)
 
 
 def resident_pages(path: Path) -> bytes | None:
@@ -63,18 +66,13 @@ def resident_pages(path: Path) -> bytes | None:
     The kernel tells only who owns the file or may write it (mincore(2)). Raises as
     ``resident_bytes`` does.
     """
-    with _opened(path) as fd:
+    with _opened(path, None) as fd:
         return _mincore(fd)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise NotFound(f"no file {path}") from error
-    except PermissionError as error:
-        raise not_permitted(path) from error
+def _opened(path: Path, same_as: Identity | None) -> Iterator[int]:
+    fd = open_regular(path, same_as)
     try:
         yield fd
     finally:
@@ -98,6 +96,8 @@ def _mincore(fd: int) -> bytes | None:
         return None
     if not file.st_size:
         return b""
+    if file.st_size > _LARGEST:
+        return None
     pages = (ctypes.c_ubyte * -(-file.st_size // PAGE_SIZE))()
     # Python's own mmap gives no address for a read-only mapping.
     libc = ctypes.CDLL(None, use_errno=True)

@@ -13,14 +13,17 @@ from typing import Any
 
 import msgspec
 
-from onecopy.errors import Incompatible
+from onecopy.errors import Incompatible, Unreadable
 from onecopy.host.files import ROOT, no_process, read_of_process
 
 _BLOCK = re.compile(
-    rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) (\S+) ([0-9]+) *(.*)\n((?:[A-Z].*\n)*)",
+    rb"^([0-9a-f]{1,16})-([0-9a-f]{1,16}) ([-a-z]{4}) ([0-9a-f]{1,16}) ([0-9a-f:]{1,20}) "
+    rb"([0-9]{1,20}) *(.*)\n((?:[A-Z].*\n)*)",
     re.MULTILINE,
 )
-_PSS = re.compile(rb"^Pss_(Anon|Shmem|File): +([0-9]+) kB$", re.MULTILINE)
+_PSS = re.compile(rb"^Pss_(Anon|Shmem|File): +([0-9]{1,15}) kB$", re.MULTILINE)
+#: Of 65,530 mappings, which vm.max_map_count allows, there are 50 MiB.
+_MOST = 128 << 20
 _PSS_KINDS = (b"Anon", b"Shmem", b"File")
 #: What each kernel has, in the order of Mapping's fields.
 _FIGURES = (
@@ -105,15 +108,24 @@ class Mapping(msgspec.Struct, frozen=True, gc=False):
 def parse(text: bytes) -> list[Mapping]:
     """All mappings in the text of an smaps file, in address order.
 
-    Raises Incompatible when the kernel left out a field that every kernel since 4.14 has.
+    Raises Incompatible when the kernel left out a field that every kernel since 4.14 has, and
+    Unreadable when the text is cut off.
     """
+    found: list[Mapping] = []
     try:
-        return [_mapping(match) for match in _BLOCK.finditer(text)]
+        found.extend(map(_mapping, _BLOCK.finditer(text)))
     except KeyError as error:
+        if found:
+            raise Unreadable("a memory map is cut off") from error
         raise Incompatible(
             f"this kernel's smaps has no {error.args[0].decode()[:-1]} field",
             hint="onecopy needs a kernel with CONFIG_PROC_PAGE_MONITOR",
         ) from error
+    except ValueError as error:
+        raise Unreadable("a memory map has figures that are none") from error
+    if text and not (text.endswith(b"\n") and found):
+        raise Unreadable("a memory map is cut off")
+    return found
 
 
 def _mapping(match: re.Match[bytes]) -> Mapping:
@@ -155,21 +167,28 @@ class Rollup(msgspec.Struct, frozen=True):
 
 
 def read_rollup(pid: int, root: Path = ROOT) -> Rollup | None:
-    """The kernel's own sums; None when it does not tell them. Raises NotFound, NotPermitted."""
-    text = read_of_process(pid, "smaps_rollup", root) or b""
+    """The kernel's own sums; None when it does not tell them.
+
+    Raises NotFound when the process is gone or a zombie, NotPermitted, Unreadable.
+    """
+    text = read_of_process(pid, "smaps_rollup", root)
+    if text is None:
+        return None
+    if not text:
+        raise no_process(pid)
     kib = dict(_PSS.findall(text))
     if len(kib) < len(_PSS_KINDS):
         return None
     return Rollup(*(int(kib[kind]) << 10 for kind in _PSS_KINDS))
 
 
-def read(pid: int, root: Path = ROOT) -> list[Mapping]:
-    """All mappings of a process, in address order.
+def read(pid: int, root: Path = ROOT, most: int = _MOST) -> list[Mapping]:
+    """All mappings of a process, in address order, if their text has no more than ``most`` bytes.
 
     Raises NotFound when the process is gone or a zombie, NotPermitted without ptrace rights over
-    it (ptrace(2), PTRACE_MODE_READ), and Incompatible as ``parse`` does.
+    it (ptrace(2), PTRACE_MODE_READ), Unreadable, and Incompatible as ``parse`` does.
     """
-    text = read_of_process(pid, "smaps", root)
+    text = read_of_process(pid, "smaps", root, most=most)
     if text is None:
         raise Incompatible(
             "this kernel has no /proc/PID/smaps",

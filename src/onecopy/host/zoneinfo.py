@@ -14,7 +14,7 @@ from onecopy.host.files import ROOT
 from onecopy.host.files import read as read_file
 from onecopy.model import PAGE_SIZE
 
-_COUNT = re.compile(rb"^ +count: +([0-9]+)$", re.MULTILINE)
+_COUNT = re.compile(rb"^ +count: +([0-9]{1,15})$", re.MULTILINE)
 
 
 def free_on_lists(root: Path = ROOT) -> int | None:

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import NotPermitted
+from onecopy.errors import NotPermitted, Unreadable
 from onecopy.host import files, ksm, process, smaps
+from onecopy.host.files import Identity
 from onecopy.host.smaps import Mapping
 from onecopy.model import PAGE_SIZE
 
+#: Bytes of a memory map that are read: 60 times what a QEMU has, and of our own all that the kernel
+#: lets it have.
+_MOST_OF_OTHERS, _MOST = 16 << 20, 128 << 20
 _DELETED = " (deleted)"
 #: What QEMU calls a file that it makes in a folder (system/physmem.c, file_ram_open).
 _MADE = "/qemu_back_mem."
@@ -40,6 +44,12 @@ class GuestMaps(msgspec.Struct, frozen=True):
     ram_added: int = 0
     #: Its RAM is open to KSM; that of a trust domain is not, since KSM knows none.
     mergeable: bool = True
+    #: When the VMM was started: with ``pid``, its identity. None: whatever has this pid.
+    start_ticks: int | None = None
+    #: Why its RAM cannot be told; empty if it can.
+    note: str = ""
+    #: Of another's QEMU: which of these paths may be opened, and which files they are. None: all.
+    regular: MappingOf[str, Identity] | None = None
 
     def file(self, path: str) -> str:
         """The name by which all guests' mappings of a segment's file are known."""
@@ -125,22 +135,26 @@ def account(
         swapped=sum(m.swap for m in mappings),
         huge=sum(m.huge for m in mappings),
         ksm=sum(merged) if merged else ksm_bytes,
-        note="" if ram else "the guest's RAM was not found in its memory map",
+        note="" if ram else maps.note or "the guest's RAM was not found in its memory map",
     )
 
 
 def measure(maps: GuestMaps, root: Path = files.ROOT) -> GuestAccount:
     """Read the kernel's figures for a guest and make its account.
 
-    What this user may not read stays None, and ``note`` says so. Raises NotFound when the
-    process is gone, Incompatible on a kernel without smaps.
+    What this user may not read, or nobody in bounds, stays None, and ``note`` says so. Raises
+    NotFound when the process is gone, Incompatible on a kernel without smaps.
     """
-    page_tables = process.page_table_bytes(maps.pid, root)
+    page_tables = None
     try:
-        mappings = smaps.read(maps.pid, root)
+        page_tables = process.page_table_bytes(maps.pid, root)
+        mappings = smaps.read(maps.pid, root, _MOST if maps.regular is None else _MOST_OF_OTHERS)
         merging = ksm.read_process(maps.pid, root).merging_pages
-    except NotPermitted as error:
-        return _unreadable(maps, page_tables, f"{error.message}: {error.hint}")
+        # One that was ending has told only some of it.
+        process.require(maps.pid, maps.start_ticks, root)
+    except (NotPermitted, Unreadable) as error:
+        hint = f": {error.hint}" if error.hint else ""
+        return unreadable(maps, f"{error.message}{hint}", page_tables)
     return account(
         maps,
         mappings,
@@ -149,7 +163,8 @@ def measure(maps: GuestMaps, root: Path = files.ROOT) -> GuestAccount:
     )
 
 
-def _unreadable(maps: GuestMaps, page_tables: int | None, note: str) -> GuestAccount:
+def unreadable(maps: GuestMaps, note: str, page_tables: int | None = None) -> GuestAccount:
+    """The account of a VMM of which nothing more is known."""
     return GuestAccount(
         name=maps.name,
         pid=maps.pid,
@@ -177,6 +192,8 @@ def find_ram(maps: GuestMaps, mappings: Sequence[Mapping]) -> list[Mapping]:
 
     With ``ram_path`` all mappings of that file, else anonymous ones of its size (_find_anonymous).
     """
+    if maps.note:
+        return []
     if maps.ram_path is None:
         return _find_anonymous(maps, mappings, maps.ram_bytes)
     path = maps.ram_path.removesuffix(_DELETED)

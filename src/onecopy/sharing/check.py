@@ -7,20 +7,25 @@ but from different counters: those of each process and file, and /proc/meminfo.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from onecopy.errors import Incompatible, NotFound
-from onecopy.host import files, meminfo, process, smaps
+from onecopy.errors import Incompatible, NotFound, OnecopyError, Unreadable
+from onecopy.host import files, meminfo, patience, process, smaps
 from onecopy.host.meminfo import MemInfo
+from onecopy.sharing.account import GuestAccount
 from onecopy.sharing.report import Report
 
 _T = TypeVar("_T")
+#: How long one process may keep us waiting, in seconds.
+_PATIENCE = 5.0
 #: Told from Linux 6.1 on, and under KVM only more than 0: before, the difference has it.
 _NEW = "secondary_page_tables"
 #: What the kernel keeps for itself and tells in /proc/meminfo.
@@ -51,6 +56,8 @@ class Check(msgspec.Struct, frozen=True):
     difference: int
     share: float | None
     """The difference by the host's change; None when there is none."""
+    left_out: int = 0
+    """How many QEMU processes of others are not in it: ended, or not to be looked at."""
 
 
 LINES = (
@@ -105,14 +112,17 @@ def read(path: Path) -> Before:
 def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
     """Compare a report with the host's change since ``before``.
 
-    Raises Incompatible when the kernel does not tell one of the figures, NotPermitted for the
-    processes of other users, NotFound when a process ends meanwhile.
+    Raises Incompatible when the kernel does not tell one of the figures, NotFound when a guest ends
+    meanwhile, NotPermitted and Unreadable when one cannot be looked at; others are left out then.
     """
     now = meminfo.read(root)
-    since = [each for each in report.others if process.start_time(each.pid, root) > before.when]
-    vmms = [*report.guests, *since]
-    processes = sum(_own(each.pid, root) for each in vmms)
-    page_tables = sum(_told(each.page_tables, "page tables") for each in vmms)
+    ours = _all(report.guests, None, root)
+    others = _all(report.others, before.when, root)
+    if failed := next((each for each in ours if isinstance(each, OnecopyError)), None):
+        raise failed
+    known = [each for each in (*ours, *others) if isinstance(each, _Part)]
+    processes = sum(each.own for each in known)
+    page_tables = sum(each.page_tables for each in known)
     kernel = _grown(before.memory, now, _KERNELS)
     blobs = _told(report.resident, "resident pages of a file")
     cache = _grown(before.memory, now, _CACHES) - _grown(before.memory, now, ("shmem",))
@@ -128,12 +138,38 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
         host=host,
         difference=parts - host,
         share=(parts - host) / host if host > 0 else None,
+        left_out=sum(isinstance(each, OnecopyError) for each in others) + len(report.left_out),
     )
 
 
-def _own(pid: int, root: Path) -> int:
-    rollup = _told(smaps.read_rollup(pid, root), "a process's share of its pages")
-    return rollup.anonymous + rollup.shared_memory
+class _Part(msgspec.Struct, frozen=True):
+    """What one process adds, in bytes."""
+
+    own: int
+    page_tables: int
+
+
+def _all(
+    accounts: Sequence[GuestAccount], since: float | None, root: Path
+) -> list[_Part | OnecopyError | None]:
+    part = partial(_part, since=since, root=root)
+    return patience.each(part, accounts, _late, seconds=_PATIENCE, at_once=os.cpu_count() or 1)
+
+
+def _part(each: GuestAccount, since: float | None, root: Path) -> _Part | OnecopyError | None:
+    """One process's part, or why it cannot be told; None if it was started before ``since``."""
+    try:
+        if since is not None and process.start_time(each.pid, root) <= since:
+            return None
+        rollup = _told(smaps.read_rollup(each.pid, root), "a process's share of its pages")
+        page_tables = _told(each.page_tables, f"the page tables of process {each.pid}")
+    except OnecopyError as error:
+        return error
+    return _Part(rollup.anonymous + rollup.shared_memory, page_tables)
+
+
+def _late(each: GuestAccount) -> OnecopyError:
+    return Unreadable(f"process {each.pid} ({each.name}) keeps us waiting")
 
 
 def _grown(before: MemInfo, now: MemInfo, fields: Sequence[str]) -> int:

@@ -9,22 +9,24 @@ guests' pages (``scan``), and who has them in common (``advice``).
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from onecopy.errors import InvalidInput, NotFound
+from onecopy.errors import InvalidInput, NotFound, NotPermitted
+from onecopy.host import patience
+from onecopy.host.files import Identity, open_regular
 from onecopy.host.sparse import data_ranges
 from onecopy.model import PAGE_SIZE
 from onecopy.sharing.scan import ZERO, Hashes, Numbers, hash_pages
 
 #: Read at once, in pages.
 _CHUNK = 1024
+#: How long one read may keep us waiting, in seconds.
+_PATIENCE = 30.0
 
 
 class Contents(msgspec.Struct, frozen=True):
@@ -46,49 +48,70 @@ class Contents(msgspec.Struct, frozen=True):
         return np.where(self.hashes[at] == hashes, self.owners[at], -1)
 
 
-def of(images: Sequence[tuple[str, Path]], folders: Sequence[Path] = ()) -> Contents:
-    """Images, (name, file) each, and all regular files below ``folders``, by their paths there.
+class Image(msgspec.Struct, frozen=True):
+    """A file to be looked at whole."""
 
-    Links are not followed; what cannot be read is left out. Raises NotFound, InvalidInput for a
-    folder.
+    name: str
+    path: Path
+    same_as: Identity | None = None
+    """Which file it was when it was chosen: another that has its name by now is left out."""
+
+
+def of(images: Sequence[Image], folders: Sequence[Path] = ()) -> Contents:
+    """Images, and all regular files below ``folders``, by their paths there.
+
+    Links are not followed there; what cannot be read is left out. Raises NotFound, InvalidInput for
+    a folder.
     """
-    below = ((str(path), path) for folder in folders for path in _files(folder))
-    return _collect(chain(images, below))
+    below = (image for folder in folders for image in _files(folder))
+    return _collect([*images, *below])
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path) -> Iterator[Image]:
     if not folder.exists():
         raise NotFound(f"there is no {folder}", hint="name a folder with the files to look for")
     if not folder.is_dir():
         raise InvalidInput(f"{folder} is not a folder", hint="name the folder that has the files")
-    for where, _, names in os.walk(folder):
-        for name in sorted(names):
-            path = Path(where, name)
-            with suppress(OSError):
-                if stat.S_ISREG(path.lstat().st_mode):
-                    yield path
+    # Not by recursion, of which Python allows less than a file system does.
+    left = [str(folder)]
+    while left:
+        with suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in sorted(entries, key=lambda each: each.name):
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    found = entry.stat(follow_symlinks=False)
+                    yield Image(entry.path, Path(entry.path), (found.st_dev, found.st_ino))
 
 
-def _collect(named: Iterable[tuple[str, Path]]) -> Contents:
-    names, sizes, parts = [], [], []
-    for name, path in named:
-        with suppress(OSError):
-            hashes = hash_file(path)
-            parts.append(hashes)
-            names.append(name)
-            sizes.append(len(hashes) * PAGE_SIZE)
+def _collect(images: Sequence[Image]) -> Contents:
+    # A file system may be a program, and keep us waiting.
+    found = patience.each(_hashed, images, lambda _: None, seconds=_PATIENCE)
+    known = [number for number, part in enumerate(found) if part is not None]
+    parts = [part for part in found if part is not None]
     every = np.concatenate([np.empty(0, np.uint64), *parts])
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     # The first of equal ones comes first: the sort behind it is stable.
     unique, first = np.unique(every, return_index=True)
-    known = unique != ZERO
-    return Contents(unique[known], owners[first][known], tuple(names), tuple(sizes))
+    new = unique != ZERO
+    return Contents(
+        hashes=unique[new],
+        owners=owners[first][new],
+        names=tuple(images[number].name for number in known),
+        sizes=tuple(len(part) * PAGE_SIZE for part in parts),
+    )
 
 
-def hash_file(path: Path) -> Hashes:
-    """The contents of a file's pages, holes left out. Raises OSError."""
+def _hashed(image: Image) -> Hashes | None:
+    with suppress(OSError, NotFound, NotPermitted, InvalidInput):
+        return hash_file(image.path, image.same_as)
+    return None
+
+
+def hash_file(path: Path, same_as: Identity | None = None) -> Hashes:
+    """The contents of a file's pages, holes left out. Raises OSError, and as `open_regular`."""
     parts = [np.empty(0, np.uint64)]
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = open_regular(path, same_as)
     try:
         for start, end in data_ranges(fd, os.fstat(fd).st_size):
             parts.extend(_hash_range(fd, start - start % PAGE_SIZE, end))
@@ -100,5 +123,6 @@ def hash_file(path: Path) -> Hashes:
 def _hash_range(fd: int, start: int, end: int) -> Iterator[Hashes]:
     for at in range(start, end, _CHUNK * PAGE_SIZE):
         data = os.pread(fd, min(end - at, _CHUNK * PAGE_SIZE), at)
+        patience.going_on()
         whole = data + bytes(-len(data) % PAGE_SIZE)
         yield hash_pages(np.frombuffer(whole, np.uint8).reshape(-1, PAGE_SIZE))

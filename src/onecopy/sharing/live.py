@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import NotFound, NotPermitted
-from onecopy.host import files, ksm, process
+from onecopy.errors import NotFound, NotPermitted, Unreadable
+from onecopy.host import files, ksm, patience, process
 from onecopy.model import PAGE_SIZE, in_order
+
+#: How long one process may keep us waiting, in seconds.
+_PATIENCE = 1.0
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -31,6 +35,8 @@ class Sample(msgspec.Struct, frozen=True):
     swapped: int | None
     page_tables: int | None
     merged: int | None
+    start_ticks: int = 0
+    """With ``pid``, its identity."""
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -45,30 +51,32 @@ def sample(
     guests: Iterable[tuple[str, int]], *, merging: bool, root: Path = files.ROOT
 ) -> list[Sample]:
     """All ``guests``, (name, pid) each, that still run; without ``merging`` nothing is merged."""
-    found = []
-    for name, pid in guests:
-        with suppress(NotFound):
-            found.append(_sample(name, pid, merging, root))
-    return found
+    one = partial(_sample, merging=merging, root=root)
+    found = patience.each(one, list(guests), lambda _: None, seconds=_PATIENCE)
+    return [each for each in found if each]
 
 
-def _sample(name: str, pid: int, merging: bool, root: Path) -> Sample:
-    told = process.memory(pid, root)
-    mapped = (told.files, told.shared_memory)
-    return Sample(
-        name=name,
-        pid=pid,
-        cpu_seconds=process.cpu_seconds(pid, root),
-        own=told.anonymous,
-        shared=None if None in mapped else sum(filter(None, mapped)),
-        swapped=told.swapped,
-        page_tables=told.page_tables,
-        merged=_merged(pid, root) if merging else 0,
-    )
+def _sample(guest: tuple[str, int], merging: bool, root: Path) -> Sample | None:
+    name, pid = guest
+    with suppress(NotFound, NotPermitted, Unreadable):
+        told, stat = process.memory(pid, root), process.stat(pid, root)
+        mapped = (told.files, told.shared_memory)
+        return Sample(
+            name=name,
+            pid=pid,
+            cpu_seconds=process.cpu_seconds_of(stat),
+            own=told.anonymous,
+            shared=None if None in mapped else sum(filter(None, mapped)),
+            swapped=told.swapped,
+            page_tables=told.page_tables,
+            merged=_merged(pid, root) if merging else 0,
+            start_ticks=stat.start_ticks,
+        )
+    return None
 
 
 def _merged(pid: int, root: Path) -> int | None:
-    with suppress(NotPermitted):
+    with suppress(NotPermitted, Unreadable):
         pages = ksm.read_process(pid, root).merging_pages
         return None if pages is None else pages * PAGE_SIZE
     return None
@@ -76,10 +84,10 @@ def _merged(pid: int, root: Path) -> int | None:
 
 def rows(now: Sequence[Sample], before: Sequence[Sample], seconds: float) -> list[Row]:
     """``now`` with what each guest has done in the ``seconds`` since ``before``."""
-    earlier = {(each.pid, each.name): each.cpu_seconds for each in before}
+    earlier = {(each.pid, each.start_ticks): each.cpu_seconds for each in before}
 
     def cpu(each: Sample) -> float | None:
-        was = earlier.get((each.pid, each.name))
+        was = earlier.get((each.pid, each.start_ticks))
         return None if was is None or seconds <= 0 else (each.cpu_seconds - was) / seconds
 
     return [Row(each, cpu(each)) for each in now]

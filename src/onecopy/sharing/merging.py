@@ -14,7 +14,14 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import Incompatible, InvalidInput, NotEnough, NotFound, NotPermitted
+from onecopy.errors import (
+    Incompatible,
+    InvalidInput,
+    NotEnough,
+    NotFound,
+    NotPermitted,
+    Unreadable,
+)
 from onecopy.host import files, ksm, meminfo, process
 from onecopy.host.files import ROOT, not_permitted
 from onecopy.host.ksm import Ksm, ProcessKsm
@@ -102,7 +109,7 @@ def status(guests: Iterable[tuple[str, int]], root: Path = ROOT) -> Status:
         unshared=_bytes(now.pages_unshared),
         volatile=_bytes(now.pages_volatile),
         full_scans=now.full_scans,
-        cpu_seconds=None if thread is None else process.cpu_seconds(thread, root),
+        cpu_seconds=_cpu_seconds(thread, root),
         unmerge=saved,
         changed=_read(root),
         guests=tuple(each for name, pid in guests if (each := _guest(name, pid, root))),
@@ -200,10 +207,16 @@ def _guest(name: str, pid: int, root: Path) -> GuestMerging | None:
         told = ksm.read_process(pid, root)
     except NotFound:
         return None
-    except NotPermitted:
+    except (NotPermitted, Unreadable):
         told = ProcessKsm(None, None, None, None)
     merged = _bytes(told.merging_pages, told.zero_pages)
     return GuestMerging(name, pid, merged, told.profit, told.merge_any)
+
+
+def _cpu_seconds(thread: int | None, root: Path) -> float | None:
+    with suppress(NotFound):
+        return None if thread is None else process.cpu_seconds(thread, root)
+    return None
 
 
 def _saved(now: Ksm) -> int | None:

@@ -5,11 +5,12 @@ Not here: what the figures are (``advice``).
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Sequence
-from html import escape
 from string import Template
 
 from onecopy.model import format_size
+from onecopy.printable import printable
 from onecopy.sharing.advice import KINDS, WAYS, Looked
 from onecopy.sharing.survey import Survey
 
@@ -49,6 +50,11 @@ $left_out
 $files
 </body></html>
 """)
+
+
+def escape(text: str) -> str:
+    """Text of others for HTML, in which control characters are no text either."""
+    return html.escape(printable(text))
 
 
 def page(survey: Survey, steps: Sequence[tuple[str, str]]) -> str:

@@ -7,20 +7,22 @@ from them. Not here: one guest's account (``account``), and printing (``onecopy.
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
-from onecopy.errors import NotFound, NotPermitted
-from onecopy.host import files, residency
-from onecopy.sharing.account import GuestAccount, GuestMaps, measure
+from onecopy.errors import InvalidInput, NotFound, NotPermitted
+from onecopy.host import files, patience, residency
+from onecopy.sharing.account import GuestAccount, GuestMaps, measure, unreadable
 
 #: Grows when a field of ``Report.to_json`` changes its meaning or goes; new fields do not count.
 JSON_VERSION = 1
+#: How long one process, or one file, may keep us waiting, in seconds.
+_PATIENCE = 5.0
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -141,6 +143,8 @@ class Report(msgspec.Struct, frozen=True):
     blobs: tuple[Blob, ...]
     #: Other QEMU processes of the host.
     others: tuple[GuestAccount, ...] = ()
+    #: What could not be looked at at all, one sentence each.
+    left_out: tuple[str, ...] = ()
 
     @property
     def totals(self) -> dict[str, int | None]:
@@ -162,7 +166,7 @@ class Report(msgspec.Struct, frozen=True):
         ``COLUMNS`` and ``ram_path``, where ``segments`` is a list of the fields of ``SegmentUse``;
         ``others``: the same of other QEMU processes; ``blobs``: one object per file with the keys
         of ``BLOB_COLUMNS``; ``totals``: the sums over guests; ``blobs_resident``: the sum over the
-        blobs that guests map.
+        blobs that guests map; ``left_out``: what could not be looked at, one sentence each.
         """
         return {
             "version": JSON_VERSION,
@@ -171,6 +175,7 @@ class Report(msgspec.Struct, frozen=True):
             "blobs": [msgspec.to_builtins(blob) for blob in self.blobs],
             "totals": self.totals,
             "blobs_resident": self.resident,
+            "left_out": list(self.left_out),
         }
 
 
@@ -193,23 +198,29 @@ def totals(guests: Iterable[GuestAccount]) -> dict[str, int | None]:
 
 
 def collect(
-    guests: Iterable[GuestMaps], others: Iterable[GuestMaps] = (), *, root: Path = files.ROOT
+    guests: Iterable[GuestMaps],
+    others: Iterable[GuestMaps] = (),
+    *,
+    left_out: Sequence[str] = (),
+    root: Path = files.ROOT,
 ) -> Report:
     """Read the kernel's figures for all ``guests``, and for ``others`` beside them.
 
-    Those that end meanwhile are left out. Raises Incompatible on a kernel without smaps.
+    Those that end meanwhile are left out; of those that cannot be looked at nothing is known but
+    why. ``left_out`` is passed on. Raises Incompatible on a kernel without smaps.
     """
     known, beside = list(guests), list(others)
     every = [*known, *beside]
+    measured = partial(_measured, root=root)
     # Half of the time is the kernel's, which counts for several at once.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(zip(every, pool.map(partial(_measured, root=root), every), strict=True))
-    alive = [(maps, account) for maps, account in found if account]
+    accounts = patience.each(measured, every, _late, seconds=_PATIENCE, at_once=os.cpu_count() or 1)
+    alive = [(maps, account) for maps, account in zip(every, accounts, strict=True) if account]
     pids = {maps.pid for maps in known}
     return Report(
         tuple(account for maps, account in alive if maps.pid in pids),
         tuple(_blobs(alive, pids, root)),
         tuple(account for maps, account in alive if maps.pid not in pids),
+        tuple(left_out),
     )
 
 
@@ -219,49 +230,89 @@ def _measured(maps: GuestMaps, root: Path) -> GuestAccount | None:
     return None
 
 
+def _late(maps: GuestMaps) -> GuestAccount:
+    return unreadable(maps, "the process kept us waiting for its memory map")
+
+
 def _blobs(
     alive: Sequence[tuple[GuestMaps, GuestAccount]], pids: Container[int], root: Path
-) -> Iterator[Blob]:
+) -> list[Blob]:
     """The files that these map; ``pids`` are the guests', the rest is others'."""
     segments: dict[str, str] = {}
     ram: dict[str, list[GuestMaps]] = {}
+    which: dict[str, files.Identity | None] = {}
     for maps, _ in alive:
-        segments.update((maps.file(path), name) for path, name in maps.segments.items())
-        if maps.ram_path is not None and _is_file(maps.ram_path, root):
-            ram.setdefault(maps.ram_path, []).append(maps)
-    accounts = [account for _, account in alive]
-    both = [a for a in accounts if a.pid in pids], [a for a in accounts if a.pid not in pids]
+        for path, name in maps.segments.items():
+            # What others call it comes after what we do.
+            if _is_known(maps, path):
+                which.setdefault(maps.file(path), _identity(maps, path))
+                segments.setdefault(maps.file(path), name)
+        if backing := _shared_ram(maps, root):
+            which.setdefault(backing, _identity(maps, backing))
+            ram.setdefault(backing, []).append(maps)
+    both = [a for a in alive if a[0].pid in pids], [a for a in alive if a[0].pid not in pids]
+    hidden = any(account.segments is None for _, account in both[1])
+    found = []
     for path, name in sorted(segments.items()):
         guests, others = (_mapping_guests(path, some) for some in both)
-        yield _blob(name, "segment", path, guests, others, root)
+        found.append(Blob(name, "segment", path, None, None, guests, others))
     for path, users in sorted(ram.items()):
         names = ", ".join(maps.name for maps in users)
         guests = sum(maps.pid in pids for maps in users)
-        yield _blob(names, "ram", path, guests, len(users) - guests, root)
+        others = None if hidden else len(users) - guests
+        found.append(Blob(names, "ram", path, None, None, guests, others))
+    measured = partial(_with_sizes, which=which, root=root)
+    return patience.each(measured, found, lambda blob: blob, seconds=_PATIENCE)
 
 
-def _is_file(path: str, root: Path) -> bool:
-    """Whether others could map it by its path: no memfd, whose name many have, and no folder."""
-    return not path.startswith("/memfd:") and not (root / path.lstrip("/")).is_dir()
+def _shared_ram(maps: GuestMaps, root: Path) -> str | None:
+    """The file of its RAM if others could map it by its path.
+
+    That is no memfd, whose name many have, and no folder.
+    """
+    path = maps.ram_path
+    if path is None or path.startswith("/memfd:") or not _is_known(maps, path):
+        return None
+    # What others have was looked at.
+    return None if maps.regular is None and _is_folder(root / path.lstrip("/")) else path
 
 
-def _mapping_guests(path: str, accounts: list[GuestAccount]) -> int | None:
-    uses = [account.segments for account in accounts]
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):
+        return path.is_dir()
+    return False
+
+
+def _identity(maps: GuestMaps, path: str) -> files.Identity | None:
+    return None if maps.regular is None else maps.regular[path]
+
+
+def _mapping_guests(path: str, some: Sequence[tuple[GuestMaps, GuestAccount]]) -> int | None:
     return _sum(
-        None if use is None else sum(s.path == path and s.mapped > 0 for s in use) for use in uses
+        None
+        if account.segments is None
+        else sum(
+            use.path == path and use.mapped > 0 and _is_known(maps, path)
+            for use in account.segments
+        )
+        for maps, account in some
     )
 
 
-def _blob(
-    name: str, kind: str, path: str, guests: int | None, others: int | None, root: Path
-) -> Blob:
-    """The file's own figures; a file that is gone or closed to this user has none."""
-    real = root / path.lstrip("/")
-    size = resident = None
-    with suppress(OSError, NotFound, NotPermitted):
-        size = real.stat().st_size
-        resident = residency.resident_bytes(real)
-    return Blob(name, kind, path, size, resident, guests, others)
+def _is_known(maps: GuestMaps, path: str) -> bool:
+    """Whether what others have under this name is the regular file that has it here, too."""
+    return maps.regular is None or path in maps.regular
+
+
+def _with_sizes(blob: Blob, which: Mapping[str, files.Identity | None], root: Path) -> Blob:
+    """With the file's own figures; a file that is gone or closed to this user has none."""
+    real, same_as = root / blob.path.lstrip("/"), which[blob.path]
+    with suppress(OSError, NotFound, NotPermitted, InvalidInput):
+        found = real.stat()
+        if same_as in (None, (found.st_dev, found.st_ino)):
+            blob = replace(blob, size=found.st_size)
+            blob = replace(blob, resident=residency.resident_bytes(real, same_as))
+    return blob
 
 
 def _sum(figures: Iterable[int | None]) -> int | None:

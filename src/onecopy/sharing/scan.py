@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from onecopy.errors import NotFound, NotPermitted
-from onecopy.host import files, frames, pagemap, peek, smaps
+from onecopy.errors import NotFound, NotPermitted, Unreadable
+from onecopy.host import files, frames, meminfo, pagemap, peek, process, smaps
 from onecopy.host.kpage import Flags
 from onecopy.host.smaps import Mapping
-from onecopy.model import PAGE_SIZE
+from onecopy.model import PAGE_SIZE, format_size
 from onecopy.sharing.account import GuestMaps, find_ram
 
 Hashes = npt.NDArray[np.uint64]
@@ -30,6 +30,8 @@ Marks = npt.NDArray[np.bool_]
 ZERO = np.uint64(xxhash.xxh3_64_intdigest(bytes(PAGE_SIZE)))
 #: Pages that are read at once: they are hashed while they are in the processor's cache.
 _CHUNK = 512
+#: Bytes of RAM whose pages are looked for at once, and how often the host's memory RAM may be.
+_AT_ONCE, _TIMES = 1 << 30, 8
 #: Bits of a pagemap entry; the last: the page is mapped here and nowhere else (pagemap.rst).
 _PRESENT, _FILE, _SWAPPED, _EXCLUSIVE = (np.uint64(1 << bit) for bit in (63, 61, 62, 56))
 _FRAME = np.uint64((1 << 55) - 1)
@@ -75,15 +77,22 @@ def hash_pages(data: npt.NDArray[np.uint8]) -> Hashes:
 def scan(maps: GuestMaps, root: Path = files.ROOT) -> Scan:
     """Read a guest's RAM.
 
-    Raises NotFound when it is gone, ends meanwhile, or its RAM is not found; NotPermitted.
+    Raises NotFound when it is gone, ends meanwhile, or its RAM is not found; NotPermitted;
+    Unreadable when that is more than this host could have.
     """
     ram = find_ram(maps, smaps.read(maps.pid, root))
     if not ram:
-        raise NotFound(f"the RAM of {maps.name} was not found in the memory of its QEMU")
+        raise NotFound(
+            maps.note or f"the RAM of {maps.name} was not found in the memory of its QEMU"
+        )
+    _require_sensible(sum(mapping.size for mapping in ram))
     first, parts = 0, []
     for mapping in ram:
-        parts.append(_scan(maps.pid, mapping, first, root))
-        first += mapping.size // PAGE_SIZE
+        for start in range(mapping.start, mapping.end, _AT_ONCE):
+            size = min(_AT_ONCE, mapping.end - start)
+            parts.append(_scan(maps.pid, mapping, start, size, first, root))
+            first += size // PAGE_SIZE
+    process.require(maps.pid, maps.start_ticks, root)
     merged = _sum([part.merged for part in parts])
     return Scan(
         name=maps.name,
@@ -115,10 +124,17 @@ class _Part(msgspec.Struct, frozen=True):
     missed: int
 
 
-def _scan(pid: int, mapping: Mapping, first: int, root: Path) -> _Part:
-    """``first`` is the number of the mapping's first page in RAM."""
-    count = mapping.size // PAGE_SIZE
-    entries = np.frombuffer(pagemap.read(pid, mapping.start, count, root), np.uint64)
+def _require_sensible(size: int) -> None:
+    """A process can map what takes hours to look through, and costs it nothing."""
+    memory = meminfo.read()
+    most = _TIMES * ((memory.total or 0) + (memory.swap_total or 0))
+    if size > most:
+        raise Unreadable(f"its RAM, {format_size(size)}, is {_TIMES} times more than this host has")
+
+
+def _scan(pid: int, mapping: Mapping, start: int, size: int, first: int, root: Path) -> _Part:
+    """``size`` bytes from ``start`` on, whose first page is the one numbered ``first`` in RAM."""
+    entries = np.frombuffer(pagemap.read(pid, start, size // PAGE_SIZE, root), np.uint64)
     present = (entries & _PRESENT) != 0
     private = mapping.perms.endswith("p")
     own, elsewhere = present, np.zeros_like(present)
@@ -129,7 +145,7 @@ def _scan(pid: int, mapping: Mapping, first: int, root: Path) -> _Part:
         elsewhere = ours & ~own
     merged = _merged(entries[elsewhere] & _FRAME, root)
     pages = np.flatnonzero(own)
-    hashes, there = _read(pid, mapping.start, pages)
+    hashes, there = _read(pid, start, pages)
     missed = len(pages) - np.count_nonzero(there)
     pages = pages[there]
     huge = mapping.hugetlb_private + mapping.hugetlb_shared

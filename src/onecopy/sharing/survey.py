@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import Incompatible, NotFound, NotPermitted
+from onecopy.errors import Incompatible, NotFound, NotPermitted, Unreadable
+from onecopy.host import meminfo, patience
 from onecopy.sharing import contents
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.advice import Advice, advise
-from onecopy.sharing.contents import Contents
+from onecopy.sharing.contents import Contents, Image
 from onecopy.sharing.scan import Scan, scan
+
+#: How long one process may keep us waiting for a part of its memory, in seconds.
+_PATIENCE = 5.0
+_LATE = "it keeps us waiting for its memory"
 
 
 class LeftOut(msgspec.Struct, frozen=True):
@@ -28,11 +34,11 @@ class LeftOut(msgspec.Struct, frozen=True):
 
 
 class Sources(msgspec.Struct, frozen=True):
-    """Files in which to look for what guests have; (name, file) of images."""
+    """Files in which to look for what guests have."""
 
-    root_images: Sequence[tuple[str, Path]] = ()
+    root_images: Sequence[Image] = ()
     root_trees: Sequence[Path] = ()
-    images: Sequence[tuple[str, Path]] = ()
+    images: Sequence[Image] = ()
     trees: Sequence[Path] = ()
 
 
@@ -56,22 +62,41 @@ def survey(
     root = _contents(sources.root_images, sources.root_trees, tell)
     extra = _contents(sources.images, sources.trees, tell)
     began = time.process_time()
-    for maps in guests:
-        tell(f"reading the memory of {maps.name}")
-        try:
-            scans.append(scan(maps))
-        except (NotFound, NotPermitted, Incompatible) as error:
-            left_out.append(LeftOut(maps.name, maps.pid, error.message))
+    room = [2 * (meminfo.read().total or 0)]
+    one = partial(_scan, room=room, tell=tell)
+    looked = patience.each(one, guests, lambda _: _LATE, seconds=_PATIENCE)
+    for maps, found in zip(guests, looked, strict=True):
+        if isinstance(found, Scan):
+            scans.append(found)
+        else:
+            left_out.append(LeftOut(maps.name, maps.pid, found))
     spent = time.process_time() - began
     tell("comparing")
     known = [sum(each.sizes) for each in (root, extra) if each]
     return Survey(advise(scans, root, extra), tuple(left_out), spent, sum(known))
 
 
+def _scan(maps: GuestMaps, room: list[int], tell: Callable[[str], None]) -> Scan | str:
+    """One guest, or why it is left out.
+
+    Many processes can show the same memory as if each had it: in all no more is read than twice
+    what the host has.
+    """
+    tell(f"reading the memory of {maps.name}")
+    if room[0] <= 0:
+        return "those before it had twice as much memory as the host"
+    try:
+        found = scan(maps)
+    except (NotFound, NotPermitted, Incompatible, Unreadable) as error:
+        return error.message
+    room[0] -= found.own
+    return found
+
+
 def _contents(
-    images: Sequence[tuple[str, Path]], trees: Sequence[Path], tell: Callable[[str], None]
+    images: Sequence[Image], trees: Sequence[Path], tell: Callable[[str], None]
 ) -> Contents | None:
-    names = [*(name for name, _ in images), *map(str, trees)]
+    names = [*(image.name for image in images), *map(str, trees)]
     if not names:
         return None
     tell(f"reading {', '.join(dict.fromkeys(names))}")

@@ -1,66 +1,110 @@
 """QEMU processes that others started: libvirt's, hand-started ones, those of another store.
 
-What a command line says about RAM and files (qemu-system(1): -name, -m, -object, -machine, -numa,
--mem-path); nothing is asked of the QEMU itself. Not here: our own command line (argv.py).
+Anybody can start a process with any name and arguments, and let it be anything: so what a command
+line says (cmdline.py) is a name for what the kernel says, and no file is taken from it that the
+process does not have open. Nothing is asked of the QEMU itself.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+import stat
+from collections import defaultdict
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
 
 import msgspec
-from msgspec.structs import replace
 
-from onecopy.errors import InvalidInput, NotFound
-from onecopy.host import process
-from onecopy.host.files import ROOT, process_folder
-from onecopy.model import MIB, parse_size
+from onecopy.errors import NotFound, NotPermitted, OnecopyError, Unreadable
+from onecopy.host import patience, process
+from onecopy.host.files import ROOT, Identity, asking, process_folder
+from onecopy.vmm import cmdline
+from onecopy.vmm.cmdline import Told
 
 #: Debian's names, Red Hat's, and that of old packages.
 _PROGRAM = re.compile(r"qemu-system-[a-z0-9_]+|qemu-kvm|kvm")
-#: What QEMU gives a machine that does not say (qemu-system(1), -m).
-_DEFAULT_RAM = 128 * MIB
-#: A comma, doubled, is part of a value (QEMU util/keyval.c).
-_PART = re.compile(r"(?:[^,]|,,)+")
+#: What QEMU calls a file that it makes in a folder (system/physmem.c, file_ram_open).
+_MADE = "/qemu_back_mem."
+_DELETED = " (deleted)"
+_OF_ITSELF = "/proc/self/"
+#: PATH_MAX: no file has a longer one.
+_LONGEST_PATH = 4096
+#: Descriptors of one process that are looked at.
+_MOST_FDS = 8192
+#: Processes that are looked at, as many of one user as of the next.
+MOST = 256
+#: How long one may keep us waiting, in seconds.
+_PATIENCE = 2.0
 
 
 class Vmm(msgspec.Struct, frozen=True):
-    """A QEMU process, and what its command line says."""
+    """A QEMU process of another."""
 
     pid: int
-    #: As `-name` has it, else ``pid PID``.
+    #: With ``pid``, its identity; None if it was not told.
+    start_ticks: int | None
+    #: As `-name` has it, else ``pid PID``; anything that its user likes.
     name: str
     #: The RAM that its guest sees, in bytes.
     ram_bytes: int
-    #: The file that backs it; a folder where QEMU makes one (hugetlbfs); None when anonymous.
-    ram_path: str | None
+    #: The file that backs it, or a folder in which QEMU made one (hugetlbfs); None when anonymous.
+    ram_path: str | None = None
     #: Other files that it maps as memory (virtio-pmem, NVDIMM): path -> the backend's id.
-    files: Mapping[str, str]
+    files: Mapping[str, str] = {}
     #: Files of its disks.
     disks: tuple[str, ...] = ()
+    #: Which of all these are regular files, and which ones; the others are not to be opened.
+    regular: Mapping[str, Identity] = {}
+    #: Why its RAM cannot be told; empty if it can.
+    note: str = ""
 
 
-def find(known: Container[int], root: Path = ROOT) -> list[Vmm]:
-    """All QEMU processes with a machine, but those whose process id is in ``known``, by pid."""
-    return sorted(_find(known, root), key=lambda vmm: vmm.pid)
+class Found(msgspec.Struct, frozen=True):
+    """All of a host."""
+
+    #: By pid.
+    vmms: tuple[Vmm, ...]
+    #: What else there is, one sentence each.
+    left_out: tuple[str, ...] = ()
 
 
-def _find(known: Container[int], root: Path) -> Iterator[Vmm]:
-    for folder in (root / "proc").glob("[1-9]*"):
-        pid = int(folder.name)
-        if pid in known:
-            continue
-        with suppress(NotFound):
-            if _PROGRAM.fullmatch(_program(pid, root)) and (
-                vmm := parse(pid, process.cmdline(pid, root))
-            ):
-                yield _resolved(vmm, root)
+class _Process(msgspec.Struct, frozen=True):
+    """One that is called as QEMU is, and its user; or one that does not say how it is called."""
+
+    pid: int
+    owner: int | None
+    silent: bool = False
+
+
+def find(known: Container[int], root: Path = ROOT) -> Found:
+    """All QEMU processes with a machine, but those whose process id is in ``known``."""
+    pids = [int(folder.name) for folder in (root / "proc").glob("[1-9]*")]
+    pids = [pid for pid in pids if pid not in known]
+    candidate, look = partial(_candidate, root=root), partial(_look, root=root)
+    answers = patience.each(candidate, pids, _silent, seconds=_PATIENCE)
+    processes = [each for each in answers if each]
+    chosen = _some([each for each in processes if not each.silent])
+    vmms = patience.each(look, [each.pid for each in chosen], _unknown, seconds=_PATIENCE)
+    left_out = [f"process {each.pid} keeps us waiting" for each in processes if each.silent]
+    if more := len(processes) - len(left_out) - len(chosen):
+        left_out.append(f"there are {more} more processes that are called as QEMU is")
+    found = sorted((vmm for vmm in vmms if vmm), key=lambda vmm: vmm.pid)
+    return Found(tuple(found), tuple(left_out))
+
+
+def _candidate(pid: int, root: Path) -> _Process | None:
+    with suppress(NotFound, NotPermitted, Unreadable):
+        if _PROGRAM.fullmatch(_program(pid, root)):
+            return _Process(pid, process.owner(pid, root))
+    return None
+
+
+def _silent(pid: int) -> _Process:
+    return _Process(pid, None, silent=True)
 
 
 def _program(pid: int, root: Path) -> str:
@@ -69,121 +113,123 @@ def _program(pid: int, root: Path) -> str:
         path = str((process_folder(pid, root) / "exe").readlink())
     except OSError:
         path = next(iter(process.cmdline(pid, root)), "")
-    return PurePath(path.removesuffix(" (deleted)")).name
+    return PurePath(path.removesuffix(_DELETED)).name
 
 
-def parse(pid: int, argv: Sequence[str]) -> Vmm | None:
-    """What a command line says; None if there is no machine: a probe, or a process that ends."""
-    options = _options(argv)
-    machines = _last(options, ("machine", "M"), "type")
-    if not argv or machines.get("type") == "none":
-        return None
-    backends = {str(each.get("id")): each for each in _all(options, "object", "qom-type")}
-    backends = {
-        name: each
-        for name, each in backends.items()
-        if str(each.get("qom-type")).startswith("memory-backend-")
-    }
-    ram = {machines.get("memory-backend")}
-    ram |= {each.get("memdev") for each in _all(options, "numa", "type")}
-    paths = {_path(backends[name]) for name in ram if name in backends}
-    files = {
-        path: name
-        for name, each in backends.items()
-        if name not in ram and (path := _path(each)) is not None
-    }
-    named = _last(options, ("name",), "guest")
-    default = next(iter(options.get("mem-path", [])[-1:]), None)
-    return Vmm(
-        pid=pid,
-        name=str(named.get("guest", f"pid {pid}")),
-        ram_bytes=_ram_bytes(_last(options, ("m",), "size")),
-        ram_path=(paths.pop() if len(paths) == 1 else None) if paths else default,
-        files=files,
-        disks=tuple(dict.fromkeys(_disks(options))),
-    )
+def _some(processes: Sequence[_Process]) -> list[_Process]:
+    """Up to ``MOST``: who starts many does not hide those of others."""
+    turns: dict[int | None, int] = defaultdict(int)
+    ordered = []
+    for each in sorted(processes, key=lambda each: each.pid):
+        ordered.append((turns[each.owner], each.pid, each))
+        turns[each.owner] += 1
+    return [each for _, _, each in sorted(ordered, key=lambda item: item[:2])[:MOST]]
 
 
-def _disks(options: Mapping[str, list[str]]) -> Iterator[str]:
-    for name in ("hda", "hdb", "hdc", "hdd", "cdrom"):
-        yield from options.get(name, [])
-    for each in (*_all(options, "drive", "file"), *_all(options, "blockdev", "driver")):
-        yield from _filenames(each)
+def _look(pid: int, root: Path) -> Vmm | None:
+    """What one says, as far as the kernel confirms it; None if it has no machine, or has ended."""
+    with suppress(NotFound, NotPermitted, Unreadable):
+        started = process.stat(pid, root).start_ticks
+        told = cmdline.parse(process.cmdline(pid, root))
+        return _confirmed(pid, started, told, root) if told else None
+    return None
 
 
-def _filenames(block: Mapping[str, Any]) -> Iterator[str]:
-    """A block device may stand on another one, given inside it or by the name of a node."""
-    for key, value in block.items():
-        if isinstance(value, dict):
-            yield from _filenames(value)
-        elif key in ("file", "filename", "file.filename") and "/" in value:
-            yield str(value)
+def _unknown(pid: int) -> Vmm:
+    return Vmm(pid, None, f"pid {pid}", 0, note="the process kept us waiting")
 
 
-def _resolved(vmm: Vmm, root: Path) -> Vmm:
-    """With paths as the kernel shows them: absolute, and without symbolic links."""
-    own = process_folder(vmm.pid, root)
-    folder = Path()
-    with suppress(OSError):
-        folder = (own / "cwd").readlink()
-
-    def real(path: str) -> str:
-        # A descriptor of its own.
-        return os.path.realpath(folder / path.replace("/proc/self/", f"{own}/", 1))
-
-    return replace(
+def _confirmed(pid: int, started: int, told: Told, root: Path) -> Vmm:
+    vmm = Vmm(pid, started, told.name or f"pid {pid}", told.ram_bytes)
+    try:
+        files = _Files(pid, root)
+    except OnecopyError as error:
+        return msgspec.structs.replace(vmm, note=error.message)
+    ram = None if told.ram_path is None else files.ram(told.ram_path)
+    missing = told.ram_path is not None and ram is None
+    named = {files.find(path): name for path, name in told.files.items()}
+    disks = dict.fromkeys(map(files.find, told.disks))
+    return msgspec.structs.replace(
         vmm,
-        ram_path=None if vmm.ram_path is None else real(vmm.ram_path),
-        files={real(path): name for path, name in vmm.files.items()},
-        disks=tuple(map(real, vmm.disks)),
+        ram_path=ram,
+        files={path: name for path, name in named.items() if path is not None},
+        disks=tuple(path for path in disks if path in files.regular),
+        regular=files.regular,
+        note="the file that its command line names for RAM is not open in it" if missing else "",
     )
 
 
-def _options(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Option without its dashes -> its values, in order."""
-    found: dict[str, list[str]] = {}
-    for option, value in zip(argv, [*argv[1:], ""], strict=False):
-        if option.startswith("-") and not value.startswith("-"):
-            found.setdefault(option.lstrip("-"), []).append(value)
-    return found
+class _Files:
+    """What a process has open, by the kernel's word. Raises NotFound, NotPermitted, Unreadable."""
 
+    def __init__(self, pid: int, root: Path) -> None:
+        self._root, self._own = root, process_folder(pid, root)
+        #: Those that were found, and are regular files.
+        self.regular: dict[str, Identity] = {}
+        self._names: dict[Path, str] = {}
+        self._ids: dict[Identity, list[Path]] = defaultdict(list)
+        folder = self._own / "fd"
+        with asking(pid, folder):
+            self._folder = (self._own / "cwd").readlink()
+            for entry in islice(folder.iterdir(), _MOST_FDS):
+                self._add(entry)
 
-def _all(options: Mapping[str, list[str]], name: str, first: str) -> list[dict[str, Any]]:
-    return [_properties(value, first) for value in options.get(name, [])]
+    def _add(self, entry: Path) -> None:
+        with suppress(OSError):
+            name = str(entry.readlink())
+            # Others are sockets, pipes and what else has no name.
+            if name.startswith("/"):
+                found = entry.stat()
+                self._names[entry] = name.removesuffix(_DELETED)
+                self._ids[found.st_dev, found.st_ino].append(entry)
 
+    def find(self, path: str) -> str | None:
+        """The name by which the kernel knows an open file; None if it is not open."""
+        with suppress(OSError, ValueError):
+            found = self._place(path).stat()
+            identity = found.st_dev, found.st_ino
+            for entry in self._ids.get(identity, ()):
+                if self._is_open(entry):
+                    self._note(self._names[entry], found)
+                    return self._names[entry]
+        return self._by_name(path)
 
-def _last(options: Mapping[str, list[str]], names: Sequence[str], first: str) -> dict[str, Any]:
-    """The properties of an option that may be given several times, later ones in preference."""
-    merged: dict[str, Any] = {}
-    for name in names:
-        for each in _all(options, name, first):
-            merged |= each
-    return merged
+    def _note(self, name: str, found: os.stat_result) -> None:
+        """In another mount namespace that name may be that of another file."""
+        if stat.S_ISREG(found.st_mode):
+            with suppress(OSError):
+                if os.path.samestat(found, (self._root / name.lstrip("/")).stat()):
+                    self.regular[name] = found.st_dev, found.st_ino
 
+    def ram(self, path: str) -> str | None:
+        """The same; or a folder in which QEMU made a file."""
+        if found := self.find(path):
+            return found
+        with suppress(OSError, ValueError):
+            folder = os.path.realpath(self._place(path))
+            if any(name.startswith(folder + _MADE) for name in self._names.values()):
+                return folder
+        return None
 
-def _properties(text: str, first: str) -> dict[str, Any]:
-    """``first`` is the name of a leading value that has none."""
-    if text.startswith("{"):
-        with suppress(ValueError):
-            return dict(json.loads(text))
-    found: dict[str, Any] = {}
-    for index, part in enumerate(_PART.findall(text)):
-        name, separator, value = part.replace(",,", ",").partition("=")
-        if separator:
-            found[name] = value
-        elif not index:
-            found[first] = name
-    return found
+    def _by_name(self, path: str) -> str | None:
+        """What was removed meanwhile has its name all the same."""
+        name = os.path.normpath(self._folder / path)
+        known = (entry for entry, each in self._names.items() if each == name)
+        return name if any(map(self._is_open, known)) else None
 
+    def _place(self, path: str) -> Path:
+        """Where it lies for that process. Raises ValueError if that is no path."""
+        if len(path) > _LONGEST_PATH:
+            raise ValueError(path)
+        if path.startswith(_OF_ITSELF):
+            return self._own / path.removeprefix(_OF_ITSELF)
+        if path.startswith("/"):
+            return Path(f"{self._own}/root{path}")
+        return self._own / "cwd" / path
 
-def _path(backend: Mapping[str, Any]) -> str | None:
-    path = backend.get("mem-path")
-    return None if path is None else str(path)
-
-
-def _ram_bytes(memory: Mapping[str, Any]) -> int:
-    text = str(memory.get("size", ""))
-    with suppress(InvalidInput):
-        # Without a unit it is MiB.
-        return parse_size(text) * (MIB if text.isdecimal() else 1)
-    return _DEFAULT_RAM
+    def _is_open(self, entry: Path) -> bool:
+        """Whether it can be read or written: O_PATH (open(2)) names what nobody may open."""
+        with suppress(OSError, ValueError, IndexError):
+            told = (entry.parent.parent / "fdinfo" / entry.name).read_bytes()
+            return not int(told.partition(b"flags:")[2].split()[0][:12], 8) & os.O_PATH
+        return False
