@@ -41,8 +41,9 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import AgentFailed, Incompatible, NotFound
+from onecopy.errors import AgentFailed, Incompatible, NotFound, OnecopyError
 from onecopy.host import files, process
+from onecopy.host.files import process_folder
 from onecopy.host.lock import is_held, is_left
 from onecopy.host.removal import remove_tree
 from onecopy.host.runbase import run_base
@@ -310,18 +311,19 @@ def find_vmms(folders: Iterable[Path]) -> list[tuple[str, Process]]:
     wanted, found = set(folders), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            with contextlib.suppress(NotFound, OSError):
-                began = process.stat(int(entry.name)).start_ticks
-                if folder := _guest_of(entry, wanted):
-                    found.append((folder.name, Process(int(entry.name), began)))
+            pid = int(entry.name)
+            # What cannot be read of it, or ends meanwhile, is none.
+            with contextlib.suppress(OnecopyError, OSError):
+                began = process.stat(pid).start_ticks
+                if folder := _guest_of(pid, wanted):
+                    found.append((folder.name, Process(pid, began)))
     return found
 
 
-def _guest_of(process: Path, wanted: Container[Path]) -> Path | None:
-    with contextlib.suppress(OSError):
-        folder = (process / "cwd").readlink()
-        if folder in wanted and b"\0-name\0guest=" in (process / "cmdline").read_bytes():
-            return folder
+def _guest_of(pid: int, wanted: Container[Path]) -> Path | None:
+    folder = (process_folder(pid) / "cwd").readlink()
+    if folder in wanted and "\0-name\0guest=" in "\0".join(process.cmdline(pid)):
+        return folder
     return None
 
 

@@ -27,7 +27,7 @@ from onecopy.vmm.user import GUESTS
 
 #: The kind of a guest of which no more than its process is known.
 LOST = "lost"
-_GUEST = re.compile(rb"\0-name\0guest=([^,\0]{1,63})")
+_GUEST = re.compile("\0-name\0guest=([^,\0]{1,63})")
 #: A VMM has a mount namespace of its own.
 _NAMESPACES = ("root", "ns/pid")
 
@@ -99,11 +99,11 @@ def _strays(known: set[Process]) -> list[GuestRecord]:
 def _of_guests() -> Iterator[tuple[str, Process]]:
     """(name, process) of what runs as a user that only guests of this host have."""
     for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, NotFound):
+        with contextlib.suppress(OSError, ValueError, OnecopyError):
             pid = int(folder.name)
             uid = folder.stat().st_uid
             if uid in GUESTS and _is_here(folder) and not _has_run_folder(folder):
-                name, began = _name_of(folder), process.stat(pid).start_ticks
+                name, began = _name_of(pid), process.stat(pid).start_ticks
                 # Programs that read what guests wrote are such users, too, but somebody's children.
                 if name or b"\nPPid:\t1\n" in (folder / "status").read_bytes():
                     yield name or f"uid-{uid}", Process(pid, began)
@@ -125,11 +125,11 @@ def _has_run_folder(folder: Path) -> bool:
     return where.is_relative_to(run_base()) and where.is_dir()
 
 
-def _name_of(folder: Path) -> str:
+def _name_of(pid: int) -> str:
     """What a VMM was started as; "" if it says no name that one can have."""
-    match = _GUEST.search((folder / "cmdline").read_bytes())
-    with contextlib.suppress(OnecopyError, UnicodeDecodeError):
-        return check_name(match[1].decode("ascii")) if match else ""
+    match = _GUEST.search("\0".join(process.cmdline(pid)))
+    with contextlib.suppress(OnecopyError):
+        return check_name(match[1]) if match else ""
     return ""
 
 
