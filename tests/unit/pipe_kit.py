@@ -14,12 +14,13 @@ class Peer:
         flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
         self._from = os.open(folder / f"{name}.in", flags)
         self._to = os.open(folder / f"{name}.out", flags)
+        self._open = [self._from, self._to]
         self._held = b""
 
     def close(self) -> None:
         """As when QEMU ends."""
-        os.close(self._from)
-        os.close(self._to)
+        while self._open:
+            os.close(self._open.pop())
 
     async def line(self) -> bytes:
         """The next line that came, without its end."""

@@ -25,7 +25,7 @@ from onecopy.vmm.monitor import GRACE, TIMEOUT, Monitor, connect
 #: Seconds after which the guest thaws by itself.
 _WATCHDOG = 60
 _TIMEOUT = 30.0
-#: Seconds that thawing may take when something else went wrong: the guest would do it by itself.
+#: Seconds that thawing may take for who does not want to wait: the guest would do it by itself.
 _THAWING = 1.0
 #: Seconds that a guest may take to go on whose command was killed, and another command to end.
 _RESUMING, _WAITING = 1.0, 60.0
@@ -49,10 +49,11 @@ async def paused(folder: GuestFolder, segment: str) -> AsyncIterator[None]:
             raise GuestFailed(f"{folder.name} could not freeze {segment}: {script.said(frozen)}")
         async with stopped(folder):
             yield
-    except BaseException:
+    except BaseException as error:
         # If the guest is gone there is nothing to thaw, and the first error is the one to tell.
+        seconds = _TIMEOUT if isinstance(error, Exception) else _THAWING
         with contextlib.suppress(OnecopyError):
-            await script.segment(folder.path, "thaw", segment, timeout=_THAWING)
+            await script.segment(folder.path, "thaw", segment, timeout=seconds)
         raise
     thawed = await script.segment(folder.path, "thaw", segment, timeout=_TIMEOUT)
     if thawed.exit_code:

@@ -231,16 +231,19 @@ async def connect(path: Path, deadline: Deadline | None = None) -> AsyncIterator
 
 
 async def _disconnect(client: QMPClient, connection: socket.socket) -> None:
-    """Let go of QEMU, which may not take what it was sent."""
-    # Whatever it sent that could not be read is told here once more.
-    with contextlib.suppress(Exception):
-        try:
-            async with asyncio.timeout(GRACE):
-                await client.disconnect()
-        except TimeoutError:
-            connection.shutdown(socket.SHUT_RDWR)
-            async with asyncio.timeout(GRACE):
-                await client.disconnect()
+    """Let go of QEMU; also of one that takes nothing any more, and when it is time to leave."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    ending = asyncio.ensure_future(client.disconnect())
+    try:
+        await asyncio.wait({ending}, timeout=GRACE)
+    except asyncio.CancelledError:
+        await asyncio.wait({ending}, timeout=GRACE)
+        raise
+    finally:
+        if ending.done() and not ending.cancelled():
+            # What QEMU sent that could not be read has been told to who waited for it.
+            ending.exception()
 
 
 async def _greeted(path: Path) -> tuple[QMPClient, socket.socket]:
