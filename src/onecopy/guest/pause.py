@@ -19,7 +19,7 @@ from onecopy.deadline import Deadline
 from onecopy.errors import GuestFailed, NotFound, OnecopyError
 from onecopy.guest import script
 from onecopy.guest.folder import GuestFolder
-from onecopy.host.lock import locked
+from onecopy.host.lock import locked_within
 from onecopy.vmm.monitor import GRACE, TIMEOUT, Monitor, connect
 
 #: Seconds after which the guest thaws by itself.
@@ -101,15 +101,11 @@ async def _marked(folder: GuestFolder) -> AsyncIterator[contextlib.ExitStack]:
     What this yields is to be emptied if the mark has to stay.
     """
     mark = folder.path / "paused"
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            async with asyncio.timeout(_WAITING):
-                await stack.enter_async_context(locked(mark))
-        except TimeoutError:
-            raise GuestFailed(
-                f"another command has let {folder.name} stand still for {_WAITING:g} s",
-                hint="try again when it has ended",
-            ) from None
+    late = GuestFailed(
+        f"another command has let {folder.name} stand still for {_WAITING:g} s",
+        hint="try again when it has ended",
+    )
+    async with locked_within(mark, _WAITING, late):
         with contextlib.ExitStack() as removal:
             removal.callback(mark.unlink, missing_ok=True)
             yield removal

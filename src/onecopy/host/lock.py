@@ -9,8 +9,10 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+
+from onecopy.errors import OnecopyError
 
 
 def is_held(path: Path) -> bool:
@@ -72,6 +74,18 @@ async def locked(path: Path) -> AsyncIterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@asynccontextmanager
+async def locked_within(path: Path, seconds: float, late: OnecopyError) -> AsyncIterator[int]:
+    """The same for who waits ``seconds`` at most, and raises ``late`` then."""
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(seconds):
+                fd = await stack.enter_async_context(locked(path))
+        except TimeoutError:
+            raise late from None
+        yield fd
 
 
 def _try(fd: int) -> bool:

@@ -19,7 +19,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from onecopy.errors import AgentFailed
-from onecopy.host.lock import locked
+from onecopy.host.lock import locked, locked_within
 from onecopy.vmm.pipe import Pipe
 from onecopy.vmm.reply import Nothing, read, shown
 
@@ -91,15 +91,11 @@ async def silent(folder: Path, timeout: float = TIMEOUT) -> AsyncIterator[None]:
 
     Raises AgentFailed if one is for ``timeout`` seconds.
     """
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            async with asyncio.timeout(timeout):
-                await stack.enter_async_context(locked(folder / "agent.lock"))
-        except TimeoutError:
-            raise AgentFailed(
-                f"other commands have talked to the agent of {folder.name} for {timeout:g} s",
-                hint="try again when they have ended",
-            ) from None
+    late = AgentFailed(
+        f"other commands have talked to the agent of {folder.name} for {timeout:g} s",
+        hint="try again when they have ended",
+    )
+    async with locked_within(folder / "agent.lock", timeout, late):
         yield
 
 
