@@ -213,6 +213,10 @@ def plugging(request: dict[str, Any], chardevs: object, error: str = "") -> byte
     return done(request)
 
 
+async def nothing() -> None:
+    """No program runs."""
+
+
 @pytest.mark.parametrize(
     "label",
     [
@@ -236,7 +240,7 @@ def test_a_label_is_no_path(tmp_path: Path, label: str) -> None:
     async def main() -> None:
         async with (
             qemu(tmp_path / "folder", lambda r: plugging(r, [{"label": label}])),
-            plugged(tmp_path / "folder", "f" * 16, False, Deadline.after(STUCK)),
+            plugged(tmp_path / "folder", "f" * 16, False, Deadline.after(STUCK), nothing),
         ):
             pass
 
@@ -255,7 +259,7 @@ def test_ports_of_killed_commands_are_taken_out(tmp_path: Path) -> None:
     async def main() -> None:
         async with (
             qemu(tmp_path, answer),
-            plugged(tmp_path, "f" * 16, False, Deadline()) as ports,
+            plugged(tmp_path, "f" * 16, False, Deadline(), nothing) as ports,
         ):
             assert set(ports) == {"out", "err"}
 
@@ -266,7 +270,7 @@ def test_ports_of_killed_commands_are_taken_out(tmp_path: Path) -> None:
 
 def test_who_finds_no_port_waits_for_one(tmp_path: Path) -> None:
     tries: list[None] = []
-    full = "virtio-serial-bus: Maximum port limit for this device reached"
+    full = "virtio-serial-bus: Out-of-range port id specified, max. allowed: 30"
 
     def answer(request: dict[str, Any]) -> bytes:
         tries.extend([None] * (request["execute"] == "device_add"))
@@ -274,11 +278,15 @@ def test_who_finds_no_port_waits_for_one(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with qemu(tmp_path, answer):
-            async with plugged(tmp_path, "f" * 16, False, Deadline()) as ports:
+            async with plugged(tmp_path, "f" * 16, False, Deadline(), nothing) as ports:
                 assert set(ports) == {"out", "err"}
             tries[:] = []
             with pytest.raises(NoSlot, match="no port left"):
-                async with plugged(tmp_path, "f" * 16, True, Deadline.after(0.06)):
+                deadline = Deadline.after(0.06)
+                async with (
+                    deadline.scope(),
+                    plugged(tmp_path, "f" * 16, True, deadline, nothing),
+                ):
                     pass
         assert [path.name for path in tmp_path.iterdir()] == ["monitor.lock"]
 

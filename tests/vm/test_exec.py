@@ -237,10 +237,11 @@ def test_more_at_once_than_there_are_ports_for(
         ]
         await asyncio.sleep(0.5)
         assert not any(each.done() for each in waiting)
-        # Cancelled, they leave at once, and those that wait take their places.
+        # Cancelled, they leave at once, and those that wait take their places. One by one: the agent
+        # kills one program at a time.
         for each in holding:
             each.cancel()
-        await asyncio.gather(*holding, return_exceptions=True)
+            await asyncio.gather(each, return_exceptions=True)
         done = await asyncio.gather(*waiting)
         assert [each.exit_code for each in done] == [1, 2, 3, 4]
 

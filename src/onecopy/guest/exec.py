@@ -20,7 +20,7 @@ import msgspec
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.deadline import Deadline
 from onecopy.errors import AgentFailed, GuestFailed, OnecopyError
-from onecopy.guest.execports import Ports, plugged
+from onecopy.guest.execports import HURRY, Ports, plugged
 from onecopy.guest.streams import SAID, Kept, Sink, Streams, Tail, give
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.reply import Nothing, shown
@@ -30,8 +30,6 @@ from onecopy.vmm.reply import Nothing, shown
 _PATIENCE = 300.0
 #: Seconds after the end of a program's output within which it ends.
 _ENDING = 60.0
-#: Seconds that ending a program may take, when it is time for nothing else.
-_GRACE = 1.0
 #: Exit code that a program gets whose time was up, as timeout(1) has it.
 TIMED_OUT = 124
 
@@ -98,18 +96,13 @@ async def run_streaming(
     deadline, program = Deadline.after(timeout), _Program(folder, argv, streams)
     scope = deadline.scope()
     try:
-        async with scope, plugged(folder, program.tag, program.stdin, deadline) as ports:
-            return await program.run(ports)
+        ports = plugged(folder, program.tag, program.stdin, deadline, program.end)
+        async with scope, ports as plugged_in:
+            await program.run(plugged_in)
     except TimeoutError:
         if not scope.expired():  # then it is one of whoever takes the output
             raise
-        if not program.killed:
-            raise AgentFailed(
-                f"{folder.name} did not answer within {timeout:g} s: whether {shown(argv[0])} runs "
-                "is not known",
-                hint="`onecopy logs` shows its console; `onecopy stop` ends it all the same",
-            ) from None
-        return TIMED_OUT
+    return program.outcome(timeout or 0)
 
 
 class _Program:
@@ -118,23 +111,40 @@ class _Program:
     def __init__(self, folder: Path, argv: Sequence[str], streams: Streams) -> None:
         self.tag = secrets.token_hex(8)
         self.stdin = streams.stdin is not None
-        self.killed = False
+        self._folder = folder
+        self._begun = self._killed = False
+        self._code: int | None = None
         self._agent = Agent(folder)
         self._argv = argv
         self._streams = streams
         self._pid: int | None = None
 
-    async def run(self, ports: Ports) -> int:
-        """Run it; whatever ends that, but the end of the guest, kills it."""
-        try:
-            self._pid = await self._spawn()
-            await _transfer(ports, self.tag, self._streams, self._agent, self._pid)
-            return await _exit_code(self._agent, self._pid)
-        except GuestFailed:
-            raise
-        except BaseException:
-            await self._kill()
-            raise
+    async def run(self, ports: Ports) -> None:
+        """Run it; whatever ends that leaves it to `end`."""
+        self._begun = True
+        self._pid = await self._spawn()
+        await _transfer(ports, self.tag, self._streams, self._agent, self._pid)
+        self._code = await _exit_code(self._agent, self._pid)
+
+    async def end(self) -> None:
+        """Kill it if it may still run, in vain if the guest has ended."""
+        if self._begun and self._code is None:
+            with contextlib.suppress(OnecopyError):
+                await self._kill()
+                self._killed = True
+
+    def outcome(self, timeout: float) -> int:
+        """Its exit code; raise AgentFailed if nobody knows what it did when its time was up."""
+        if self._code is not None:
+            return self._code
+        if self._killed:
+            return TIMED_OUT
+        known = "it may still run" if self._begun else "it was not started"
+        raise AgentFailed(
+            f"{self._folder.name} did not answer within {timeout:g} s, the time of "
+            f"{shown(self._argv[0])}: {known}",
+            hint="`onecopy logs` shows its console; `onecopy stop` ends it all the same",
+        )
 
     async def _spawn(self) -> int:
         words = [f"{TOOLS_MOUNTPOINT}/exec", self.tag, "1" if self.stdin else "0", *self._argv]
@@ -146,9 +156,7 @@ class _Program:
     async def _kill(self) -> None:
         known = ["kill", "-9", f"-{self._pid}"]
         argv = known if self._pid else ["sh", "-c", _KILL, self.tag]
-        with contextlib.suppress(OnecopyError):
-            await self._agent.call("guest-exec", _Started, timeout=_GRACE, path=_BUSYBOX, arg=argv)
-            self.killed = True
+        await self._agent.call("guest-exec", _Started, timeout=HURRY, path=_BUSYBOX, arg=argv)
 
 
 async def _exit_code(agent: Agent, pid: int) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import re
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,17 +19,18 @@ from onecopy.deadline import Deadline
 from onecopy.errors import GuestFailed, NoSlot
 from onecopy.host.lock import is_held, locked
 from onecopy.vmm.hotplug import EXEC_PORT
-from onecopy.vmm.monitor import GRACE, Monitor, connect
+from onecopy.vmm.monitor import Monitor, connect
 
-#: Seconds that taking the ports of a program out may take.
-_PATIENCE = 10.0
+#: Seconds that taking the ports of a program out may take, and when it is time for nothing else.
+_PATIENCE, HURRY = 10.0, 1.5
 #: Seconds between looks for a port that has become free: the first ones, and the later ones.
 _SOON, _LATER = 0.05, 1.0
 #: QEMU's words when there is none (hw/char/virtio-serial-bus.c).
-_FULL = "Maximum port limit"
+_FULL = ("Maximum port limit", "Out-of-range port id")
 _LABEL = re.compile(r"(exec\.[0-9a-f]{16})\.(?:in|out|err)", re.ASCII)
 
 Ports = dict[str, socket.socket]
+Ending = Callable[[], Awaitable[None]]
 
 
 class _Chardev(msgspec.Struct, frozen=True):
@@ -37,8 +38,10 @@ class _Chardev(msgspec.Struct, frozen=True):
 
 
 @contextlib.asynccontextmanager
-async def plugged(folder: Path, tag: str, stdin: bool, deadline: Deadline) -> AsyncIterator[Ports]:
-    """Plug in one port for each stream, and take them out again.
+async def plugged(
+    folder: Path, tag: str, stdin: bool, deadline: Deadline, ending: Ending
+) -> AsyncIterator[Ports]:
+    """Plug in one port for each stream, and take them out again, while ``ending`` is done.
 
     Meanwhile the file of this tag is locked: that tells its ports from those of a killed command.
     Raises NoSlot when ``deadline`` comes before there is a port, GuestFailed.
@@ -50,28 +53,34 @@ async def plugged(folder: Path, tag: str, stdin: bool, deadline: Deadline) -> As
             await _plug_all(folder, names, ours, deadline)
             yield {name.rpartition(".")[2]: port for name, port in ours.items()}
         except BaseException:
-            patience = GRACE
+            patience = HURRY
             raise
         finally:
-            await _take_out(folder, list(ours), patience)
-            mark.unlink(missing_ok=True)
-            for port in ours.values():
-                port.close()
+            try:
+                await asyncio.gather(_take_out(folder, list(ours), patience), ending())
+            finally:
+                mark.unlink(missing_ok=True)
+                for port in ours.values():
+                    port.close()
 
 
 async def _plug_all(folder: Path, names: Sequence[str], ours: Ports, deadline: Deadline) -> None:
     """Have all of ``names`` in ``ours``, or none of them: half of them would help nobody."""
-    delay = _SOON
-    while not await _try(folder, names, ours):
-        left = deadline.left()
-        if left is not None and left <= _SOON:
-            raise NoSlot(
-                f"{folder.name} has no port left for the streams of a program: other programs run "
-                "in it by exec, and none of them ended in time",
-                hint="wait for them, or give a longer --timeout",
-            )
-        await asyncio.sleep(delay if left is None else min(delay, left - _SOON / 2))
-        delay = min(2 * delay, _LATER)
+    delay, found_none = _SOON, False
+    try:
+        while not await _try(folder, names, ours):
+            found_none = True
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _LATER)
+    except asyncio.CancelledError:
+        if not found_none or deadline.left() != 0:
+            raise
+        # Its time is up, and this is why.
+        raise NoSlot(
+            f"{folder.name} has no port left for the streams of a program: other programs run in "
+            "it by exec, and none of them ended in time",
+            hint="wait for them, or give a longer --timeout",
+        ) from None
 
 
 async def _try(folder: Path, names: Sequence[str], ours: Ports) -> bool:
@@ -82,7 +91,7 @@ async def _try(folder: Path, names: Sequence[str], ours: Ports) -> bool:
             for name in names:
                 await _plug(monitor, name, ours)
         except GuestFailed as error:
-            if _FULL not in error.message:
+            if not any(words in error.message for words in _FULL):
                 raise
             await _unplug(monitor, list(ours))
             while ours:
