@@ -237,8 +237,8 @@ def test_more_at_once_than_there_are_ports_for(
         ]
         await asyncio.sleep(0.5)
         assert not any(each.done() for each in waiting)
-        # Cancelled, they leave at once, and those that wait take their places. One by one: the agent
-        # kills one program at a time.
+        # Cancelled, they leave at once, and those that wait take their places. One after another:
+        # the agent kills one program at a time.
         for each in holding:
             each.cancel()
             await asyncio.gather(each, return_exceptions=True)

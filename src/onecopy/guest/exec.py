@@ -206,8 +206,11 @@ def _failed(task: asyncio.Future[Any]) -> bool:
 
 async def _watch(agent: Agent, pid: int) -> None:
     """Return when the program has ended; raise AgentFailed when the guest does not tell."""
+    pause = 1.0
     while True:
-        await asyncio.sleep(1)
+        await asyncio.sleep(pause)
+        # Others have something to ask, too.
+        pause = min(pause * 1.5, 10.0)
         # The status of an ended program can be asked for once only: look for the process instead.
         try:
             handle = await agent.call(

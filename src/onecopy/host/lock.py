@@ -60,17 +60,18 @@ def alone(path: Path) -> Iterator[int]:
 
 
 @asynccontextmanager
-async def locked(path: Path) -> AsyncIterator[int]:
+async def locked(path: Path, pause: float = 0.05) -> AsyncIterator[int]:
     """Hold the exclusive lock on ``path``, made if missing; yields its descriptor.
 
-    Waits without holding up other tasks. Raises OSError.
+    Waits without holding up other tasks, and looks again after at most ``pause`` seconds. Raises
+    OSError.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         delay = 0.001
         while not _try(fd):
             await asyncio.sleep(delay)
-            delay = min(delay * 2, 0.05)
+            delay = min(delay * 2, pause)
         yield fd
     finally:
         os.close(fd)

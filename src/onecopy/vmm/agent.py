@@ -64,7 +64,7 @@ class Agent:
         request: dict[str, object] = {"execute": command, "arguments": arguments}
         what = f"the guest agent's answer to {command}"
         try:
-            async with asyncio.timeout(timeout), _exchange(self._folder) as pipe:
+            async with asyncio.timeout(timeout), _exchange(self._folder, timeout) as pipe:
                 await pipe.write(json.dumps(request).encode() + b"\n")
                 reply = read(await _line(pipe), _Reply, what)
         except TimeoutError:
@@ -100,13 +100,14 @@ async def silent(folder: Path, timeout: float = TIMEOUT) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _exchange(folder: Path) -> AsyncIterator[Pipe]:
+async def _exchange(folder: Path, timeout: float) -> AsyncIterator[Pipe]:
     """The pipes, locked. A note in the lock file says that an exchange is under way.
 
     Whoever finds the note of another, whose exchange never ended, first lets the agent discard what
     is left of it.
     """
-    async with locked(folder / "agent.lock") as lock:
+    # Who has little time looks more often whether it is free.
+    async with locked(folder / "agent.lock", min(0.05, timeout / 1000)) as lock:
         with Pipe(folder, "agent") as pipe:
             if os.fstat(lock).st_size:
                 await _synchronize(pipe)
