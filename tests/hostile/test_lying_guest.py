@@ -54,7 +54,7 @@ def tell(host: Host, guest: GuestRecord, mode: Mode) -> None:
     while True:
         # The real one knows no such command.
         with contextlib.suppress(AgentFailed):
-            assert asyncio.run(agent.call("lie", dict, mode=mode, timeout=10)) == {"liar": True}
+            assert asyncio.run(agent.call("lie", dict, mode=mode, timeout=3)) == {"liar": True}
             return
         assert time.monotonic() < deadline
         time.sleep(0.2)

@@ -20,7 +20,8 @@ from onecopy.model import require_text
     "--timeout",
     type=SecondsType(0.1),
     metavar="SECONDS",
-    help="Kill the program after this time and exit with 124.",
+    help="Kill the program after this time and exit with 124; with 125 if the guest does not "
+    "confirm that within 2 s.",
 )
 def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None) -> int:
     """Run a program in a guest.
