@@ -91,9 +91,6 @@ async def booted(
     vmm, backed = await started(host, prepared.placed, prepared.hardware, spec, lease)
     async with or_killed(vmm):
         if prepared.agent:
-            # Once it answers it has its pipes open.
-            async with connect(spec.folder / "monitor.sock"):
-                pass
             await unless_ended(vmm, _ready(vmm.folder, prepared.spec), _ENDED)
             (spec.folder / "initrd").unlink()
         yield vmm, backed
@@ -117,6 +114,9 @@ def _write_initrd(prepared: Prepared, tools: Artifact, spec: Launch) -> None:
 async def _ready(folder: Path, spec: ColdSpec) -> None:
     """Wait for the agent, then for the sign of readiness; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
+    # Once QEMU answers it has its pipes open.
+    async with connect(folder / "monitor.sock"):
+        pass
     try:
         await Agent(folder).ping(spec.timeout)
     except AgentFailed:
