@@ -3,7 +3,6 @@
 import asyncio
 import select
 import sys
-from functools import partial
 
 import click
 

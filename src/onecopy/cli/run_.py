@@ -6,12 +6,11 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onecopy.cli import signals, streams
+from onecopy.cli import signals
 from onecopy.cli.cold import cold_spec
 from onecopy.cli.output import duration, print_json, progress
 from onecopy.cli.params import (

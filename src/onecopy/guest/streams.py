@@ -7,13 +7,14 @@ the guest wait. Not here: how they come and go (exec.py).
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from onecopy.errors import TooLarge
+from onecopy.errors import OutputFailed, TooLarge
 from onecopy.model import MIB, format_size
 from onecopy.vmm.pipe import writable
 
@@ -71,7 +72,8 @@ class Tail(bytearray):
 def to_file(fd: int) -> Sink:
     """A sink that writes to a descriptor, and lets the program wait for who reads it.
 
-    Nothing else waits for them: neither other tasks, nor the end of the program's time.
+    Nothing else waits for them: neither other tasks, nor the end of the program's time. It raises
+    OutputFailed when nobody takes what is written.
     """
     poll, alone = select.poll(), asyncio.Lock()
     poll.register(fd, select.POLLOUT)
@@ -83,9 +85,18 @@ def to_file(fd: int) -> Sink:
                 # least so much (pipe(7)); files, which event loops do not take, always are.
                 if not poll.poll(0):
                     await writable(fd)
-                data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+                data = data[_some(fd, data[: select.PIPE_BUF]) :]
 
     return write
+
+
+def _some(fd: int, data: bytes) -> int:
+    try:
+        return os.write(fd, data)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        raise OutputFailed(fd, error.errno or errno.EIO) from error
 
 
 async def give(sink: Sink, data: bytes) -> None:
