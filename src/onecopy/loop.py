@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Coroutine, Iterator
 from concurrent.futures import Future, wait
@@ -11,6 +12,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
+
+NOT_OPEN = "this Host is not open, or was closed: use it in a with block, or call open() first"
 
 
 class LoopThread:
@@ -21,30 +24,56 @@ class LoopThread:
     """
 
     def __init__(self) -> None:
-        self._thread = threading.Thread(target=self._serve, name="onecopy-loop", daemon=True)
+        self._thread: threading.Thread | None = None
         self._ready = threading.Event()
+        self._entered: list[AbstractAsyncContextManager[Any]] = []
         self._closed: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
 
     def __enter__(self) -> LoopThread:
+        self._ready.clear()
+        self._thread = threading.Thread(target=self._serve, name="onecopy-loop", daemon=True)
         self._thread.start()
         self._ready.wait()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._closed.set)
-        self._thread.join()
+        self.stop()
+
+    def stop(self, patience: float | None = None) -> None:
+        """Cancel what runs, and end; wait up to ``patience`` seconds for that."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self._closed.set)
+            thread.join(patience)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it takes work."""
+        # After a fork(2) it is there, but does not run.
+        return self._thread is not None and self._thread.is_alive()
 
     def _serve(self) -> None:
-        asyncio.run(self._until_closed())
+        # Python makes no new threads while it ends, as asyncio would for its own.
+        with contextlib.suppress(RuntimeError):
+            asyncio.run(self._until_closed())
 
     async def _until_closed(self) -> None:
         self._loop, self._closed = asyncio.get_running_loop(), asyncio.Event()
         self._ready.set()
         await self._closed.wait()
+        # In this order, and not as asyncio would end generators: all at once.
+        while self._entered:
+            with contextlib.suppress(BaseException):
+                error = asyncio.CancelledError()
+                await self._entered.pop().__aexit__(type(error), error, None)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """What comes of ``work``."""
+        """What comes of ``work``; raise RuntimeError if it does not run."""
+        if not self.runs:
+            work.close()
+            raise RuntimeError(NOT_OPEN)
         if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("what onecopy calls back must not wait for onecopy")
@@ -58,6 +87,10 @@ class LoopThread:
         self._loop.call_soon_threadsafe(begin)
         try:
             return result.result()
+        except asyncio.CancelledError:
+            if self.runs:
+                raise
+            raise RuntimeError(NOT_OPEN) from None
         finally:
             if not result.done():
                 self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
@@ -66,14 +99,24 @@ class LoopThread:
     @contextmanager
     def entered(self, manager: AbstractAsyncContextManager[_T]) -> Iterator[_T]:
         """``manager`` as a context manager of the caller's."""
+        if not self.runs:
+            raise RuntimeError(NOT_OPEN)
         value = self.run(_awaited(manager.__aenter__()))
+        self._entered.append(manager)
         try:
             yield value
         except BaseException as error:
             # Whether it passes the error on or not, it is the caller's own.
-            self.run(_awaited(manager.__aexit__(type(error), error, error.__traceback__)))
+            self._exit(manager, error)
             raise
-        self.run(_awaited(manager.__aexit__(None, None, None)))
+        self._exit(manager, None)
+
+    def _exit(self, manager: AbstractAsyncContextManager[Any], error: BaseException | None) -> None:
+        if not self.runs or manager not in self._entered:
+            return  # all was closed before, or is another process's
+        self._entered.remove(manager)
+        kind, trace = (type(error), error.__traceback__) if error else (None, None)
+        self.run(_awaited(manager.__aexit__(kind, error, trace)))
 
 
 async def _awaited(work: Awaitable[_T]) -> _T:

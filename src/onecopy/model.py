@@ -18,6 +18,10 @@ HUGE_PAGE_SIZE = 2 << 20
 MIB = 1 << 20
 DEFAULT_VERSION = "latest"
 
+#: How holders begin that are no guests, or not yet: pinned blobs, what is about to be saved.
+RESERVED = ("pinned-", "saving-")
+#: How kernel and tools of guests begin.
+_OWN = "onecopy-"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 # What git shows of its digests is 7 digits; less is more often a slip than meant.
@@ -40,12 +44,26 @@ def check_name(text: str) -> str:
     return text
 
 
+def check_new_name(text: str) -> None:
+    """Raise InvalidInput for a name that only onecopy itself gives."""
+    if text.startswith(_OWN):
+        raise InvalidInput(
+            f"{text!r} cannot be given: names that begin with {_OWN} are onecopy's own",
+            hint="choose another name",
+        )
+
+
 def check_guest_name(text: str) -> str:
     """Return ``text`` if it can name a guest (a hostname label); raise InvalidInput."""
     if not _GUEST.fullmatch(text):
         raise InvalidInput(
             f"{_short(text)} is not a valid guest name",
             hint="use 1-63 of a-z 0-9 - and begin and end with a letter or digit",
+        )
+    if text.startswith(RESERVED):
+        raise InvalidInput(
+            f"{text!r} is not a valid guest name: onecopy itself uses {', '.join(RESERVED)}",
+            hint="begin it with something else",
         )
     return text
 

@@ -36,6 +36,7 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "mkfs.erofs": "erofs-utils",
     "mmdebstrap": "mmdebstrap",
+    "nft": "nftables",
     "partx": "util-linux",
     "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
@@ -43,6 +44,7 @@ PACKAGES = {
     "resize2fs": "e2fsprogs",
     "setpriv": "util-linux",
     "tar": "tar",
+    "unshare": "util-linux",
     "xz": "xz-utils",
     "zstd": "zstd",
 }

@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
-    ExitStack,
     contextmanager,
 )
 from functools import wraps
@@ -18,12 +17,19 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from onecopy import aio
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.place import StrPath
+from onecopy.leaving import at_exit
 from onecopy.loop import LoopThread
 from onecopy.store import Artifact
 
+#: Seconds that what runs may take to be undone when the program leaves.
+_PATIENCE = 10.0
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _A = TypeVar("_A", covariant=True)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Blocking(Protocol[_A]):
@@ -111,17 +117,39 @@ class Host:
         """``home`` is the store's folder; default: that of the commands."""
         self._async = aio.Host(home)
         self._loop = LoopThread()
-        self._stack = ExitStack()
+        self._forget: Callable[[], None] = _nothing
 
-    def __enter__(self) -> Host:
-        with ExitStack() as stack:
-            stack.enter_context(self._loop)
-            stack.enter_context(self._loop.entered(self._async))
-            self._stack = stack.pop_all()
+    def open(self) -> Host:
+        """Begin to use it, without a ``with`` block; `close` ends that. Raises RuntimeError.
+
+        A program that leaves without closing it ends its guests all the same.
+        """
+        self._async.require_closed()
+        self._loop.__enter__()
+        try:
+            self._loop.run(self._async.open())
+        except BaseException:
+            self._loop.stop()
+            raise
+        self._forget = at_exit(self._leave)
         return self
 
+    def close(self) -> None:
+        """End its guests, and what still runs; as often as you like."""
+        self._forget()
+        if self._loop.runs:
+            self._loop.run(self._async.close())
+            self._loop.stop()
+
+    def _leave(self) -> None:
+        self._loop.stop(_PATIENCE)
+        self._async.leave()
+
+    def __enter__(self) -> Host:
+        return self.open()
+
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self.close()
 
     def guests(self) -> list[Guest]:
         """All guests that run, also those that others have started."""

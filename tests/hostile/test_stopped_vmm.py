@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import AgentFailed, GuestFailed
-from onecopy.guest import pause
 from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
+from onecopy.guest.resuming import go_on
 from onecopy.vmm.monitor import connect
 from tests.vm.conftest import Clones, RunIn
 
@@ -108,11 +108,13 @@ def test_a_guest_left_paused_holds_up_nobody(host: Host, clones: Clones, run_in:
     (folder / "paused").touch()
     with stopped(guest):
         began = time.monotonic()
-        pause.resume(folder)
+        go_on([folder])
         assert time.monotonic() - began < BEYOND
         # It is still to go on, when that can be.
         assert (folder / "paused").exists()
-    pause.resume(folder)
+    # The next commands ask again after a while.
+    os.utime(folder / "paused", (0, 0))
+    go_on([folder])
     assert not (folder / "paused").exists()
     assert run_in(guest, "true").exit_code == 0
 

@@ -63,6 +63,12 @@ def test_the_filter(asks: bool) -> None:
         (SOCKET, socket.AF_UNIX): failing(errno.EACCES),
         (SOCKET, socket.AF_NETLINK): failing(errno.EACCES),
         (SOCKET, socket.AF_UNIX | 1 << 32): failing(errno.EACCES),
+        (SOCKET, socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP): seccomp.ALLOW,
+        (SOCKET, socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_ICMP): seccomp.ALLOW,
+        (SOCKET, socket.AF_UNIX, socket.SOCK_STREAM, 0): failing(errno.EACCES),
+        # MPTCP and SMC.
+        (SOCKET, socket.AF_INET, socket.SOCK_STREAM, 262): failing(errno.EACCES),
+        (SOCKET, socket.AF_INET6, socket.SOCK_STREAM, 256): failing(errno.EACCES),
         (53, socket.AF_UNIX): failing(errno.EACCES),
         (425,): failing(errno.ENOSYS),
         (91, 3, 0o666): failing(errno.EPERM),

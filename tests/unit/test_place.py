@@ -1,13 +1,19 @@
 """Where copies go on the host: names, and what killed copies leave."""
 
+import fcntl
+import io
+import os
+import secrets
+import tarfile
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from onecopy.errors import AlreadyExists, InvalidInput, NotEnough, NotFound
+from onecopy.guest.packing import Unpacker, Unusable
 from onecopy.guest.place import finish, hidden, host_errors, place
-from tests.unit.other_user import as_nobody
+from tests.unit.other_user import NOBODY, as_nobody
 
 
 def test_names_are_cp_s(tmp_path: Path) -> None:
@@ -62,3 +68,74 @@ def test_errors_say_which_file(tmp_path: Path, number: int, kind: type[Exception
         raise OSError(number, "why", "which")
     with pytest.raises(ConnectionError), host_errors(tmp_path):
         raise ConnectionResetError(104, "by the peer")
+
+
+def test_what_others_leave_in_a_shared_folder_is_nothing_to_a_copy(tmp_path: Path) -> None:
+    """Their locks, links, pipes and folders: nothing waits for them, and none of them goes."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kept").touch()
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / ".onecopy-link").symlink_to(mine)
+    (shared / ".onecopy-nowhere").symlink_to("nowhere")
+    os.mkfifo(shared / ".onecopy-pipe")
+    theirs = shared / ".onecopy-theirs"
+    theirs.mkdir()
+    os.chown(theirs, NOBODY, NOBODY) if os.geteuid() == 0 else None
+    lock = os.open(shared, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with hidden(shared) as work:
+            (work / "content").write_text("whole")
+            finish(work / "content", shared / "copy")
+    finally:
+        os.close(lock)
+    assert (shared / "copy").read_text() == "whole"
+    assert (mine / "kept").exists()
+    left = {".onecopy-link", ".onecopy-nowhere", ".onecopy-pipe", "copy"}
+    left |= {theirs.name} if os.geteuid() == 0 else set()
+    assert {path.name for path in shared.iterdir()} == left
+
+
+def test_a_hidden_folder_that_is_moved_and_replaced_is_written_all_the_same(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with hidden(tmp_path) as work:
+        name = work.readlink()
+        name.rename(tmp_path / "moved")
+        name.symlink_to(tmp_path / "elsewhere")
+        (work / "content").mkdir()
+        finish(work / "content", tmp_path / "copy")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert (tmp_path / "copy").is_dir()
+
+
+def test_errors_name_the_folder_as_the_user_does(tmp_path: Path) -> None:
+    with pytest.raises(NotFound) as caught, host_errors(tmp_path), hidden(tmp_path) as work:
+        (work / "no/content").mkdir()
+    assert "/proc/" not in caught.value.message and str(tmp_path) in caught.value.message
+
+
+@pytest.mark.parametrize("link", ["../content/x", "../copy/x", "sub/../../content/x"])
+def test_a_link_leads_nowhere_by_the_copy_s_later_name(tmp_path: Path, link: str) -> None:
+    (tmp_path / "content").mkdir()
+    (tmp_path / "content/x").write_text("the host's")
+    with hidden(tmp_path) as work, pytest.raises(Unusable):
+        unpacker = Unpacker(work / secrets.token_hex(16))
+        unpacker.feed(_archive_with_link(link))
+        unpacker.finish()
+
+
+def _archive_with_link(target: str) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name in (".", "./sub"):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(folder)
+        link = tarfile.TarInfo("./link")
+        link.type, link.linkname = tarfile.SYMTYPE, target
+        archive.addfile(link)
+    return stream.getvalue()

@@ -13,6 +13,7 @@ import os
 import random
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,10 +27,12 @@ import pytest
 from onecopy import errors
 from onecopy.build.kernel import ensure_kernel
 from onecopy.build.tools import ensure_tools
-from onecopy.errors import AgentFailed, OnecopyError
+from onecopy.errors import AgentFailed, InUse, OnecopyError
+from onecopy.guest import ports
 from onecopy.guest.boot import run_cold
 from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.host import Host
+from onecopy.host.vmms import of_store as vmms_on_record
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact, NewLayer, Store
 from onecopy.vmm.agent import Agent
@@ -67,7 +70,9 @@ def assert_nothing_left(host: Host, names: set[str]) -> None:
     """After one next command, only ``names`` are in the store, and nothing is anywhere else."""
     assert onecopy("ps", "--json", home=host.store.root).stdout.strip() == "[]"
     assert vmms(host) == []
-    assert [path.name for path in host.run.iterdir() if not path.name.endswith("lock")] == []
+    left = [path.name for path in host.run.iterdir() if not path.name.endswith("lock")]
+    assert left == [".store"]
+    assert vmms_on_record(host.run.name) == []
     assert list((host.store.root / "leases").iterdir()) == []
     assert list((host.store.root / "tmp").iterdir()) == []
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -534,3 +539,24 @@ def again(host: Host, saved: Artifact, number: int) -> None:
                 fields = layer.media_type, layer.annotations, layer.digest, layer.size
                 layers.append(NewLayer(None, *fields))
         host.store.put("system", Reference("race"), saved.config, layers)
+
+
+def test_a_port_that_is_lost_to_another_program_meanwhile(
+    host: Host, busybox_root: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was free when it was looked at: QEMU finds it taken, and does not say which."""
+    free = ports.require_free
+
+    def lose(publish: ports.Ports) -> None:
+        free(publish)
+        monkeypatch.setattr("onecopy.guest.boot.require_free", free)
+        taken.bind(("127.0.0.1", publish[0][0]))
+        taken.listen()
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr("onecopy.guest.boot.require_free", lose)
+    spec = ColdSpec(root=Reference.parse(busybox_root.ref), publish=((port, 80),))
+    with socket.socket() as taken, pytest.raises(InUse, match=f"port {port} on 127.0.0.1 is taken"):
+        asyncio.run(run_cold(host, prepare_cold(host, spec), "late"))

@@ -395,13 +395,14 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
     os.environ["HOME"] = str(home)
     host = Host.open()
     build_segment(host.store, Reference("root"), f"dir:{home / 'root'}")
-    spec = ColdSpec(root=Reference("root"), memory=128 * MIB, command="")
+    # Not everywhere may other users have tap devices.
+    spec = ColdSpec(root=Reference("root"), memory=128 * MIB, command="", allow_host=True)
     system = (await save_system(host, Reference("user"), spec)).artifact
     source = template(host, system)
     started = await start_many(
         host,
         ["user-1", "user-2"],
-        lambda name, batch: start_clone(host, source, name, batch=batch),
+        lambda name, batch: start_clone(host, source, name, CloneSpec(allow_host=True), batch),
     )
     try:
         return await _what_they_do(host, system, started.guests, rogue)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -20,6 +20,8 @@ from onecopy.guest.host import Host as GuestHost
 from onecopy.guest.maps import report_all
 from onecopy.guest.place import StrPath
 from onecopy.guest.ports import Ports, numbered
+from onecopy.leaving import at_exit
+from onecopy.loop import NOT_OPEN
 from onecopy.model import Reference, check_ports, parse_mount, parse_size
 from onecopy.sharing.report import Report
 from onecopy.store import Artifact
@@ -35,19 +37,41 @@ class Host:
     def __init__(self, home: StrPath | None = None) -> None:
         """``home`` is the store's folder; default: that of the commands."""
         self._home = None if home is None else Path(home)
-        self._stack = AsyncExitStack()
+        self._stack = ExitStack()
         self._opened: tuple[GuestHost, Path] | None = None
 
-    async def __aenter__(self) -> Host:
+    async def open(self) -> Host:
+        """Begin to use it, without an ``async with`` block; `close` ends that.
+
+        A program that leaves without closing it ends its guests all the same. Raises RuntimeError
+        if it is open.
+        """
+        self.require_closed()
         host = await asyncio.to_thread(GuestHost.open, self._home)
         self._opened = host, self._stack.enter_context(host.owner())
+        self._stack.callback(at_exit(self.leave))
         return self
 
+    async def close(self) -> None:
+        """End its guests; as often as you like."""
+        self.leave()
+
+    def leave(self) -> None:
+        """The same, from any thread, and without an event loop."""
+        stack, self._stack, self._opened = self._stack, ExitStack(), None
+        # Nothing is awaited, so that nothing interrupts it.
+        stack.close()
+
+    def require_closed(self) -> None:
+        """Raise RuntimeError if it is open."""
+        if self._opened is not None:
+            raise RuntimeError("this Host is open already: close() it first")
+
+    async def __aenter__(self) -> Host:
+        return await self.open()
+
     async def __aexit__(self, *_: object) -> None:
-        host, owner = self._both()
-        self._opened = None
-        async with self._stack:
-            host.end(*host.owned(owner))
+        await self.close()
 
     def guests(self) -> list[Guest]:
         """All guests that run, also those that others have started."""
@@ -85,6 +109,7 @@ class Host:
         name: str | None = None,
         publish: Iterable[tuple[int, int]] = (),
         bridge: str = "",
+        allow_host: bool = False,
         accel: str = "auto",
         ksm: str = "ram",
         memory: int | str | None = None,
@@ -97,11 +122,12 @@ class Host:
 
         ``publish`` are (port of 127.0.0.1, port of the guest) pairs. The host's ports count up from
         guest to guest; 0 is any free one, which `Guest.port` tells. With ``bridge`` they are ports
-        of this bridge of the host's. ``memory`` and ``cpus`` are more than was saved, ``segments``
-        further ones, ``disks`` as `onecopy run --disk` has them; they are synced at the end of the
-        block, unless it ends by an exception. ``ksm`` is what KSM may merge: ``none``, ``ram`` or
-        ``all``, QEMU's own memory included. With ``overcommit`` the host need not have the memory
-        for all.
+        of this bridge of the host's. Guests reach the outside only; with ``allow_host`` also what
+        listens on the host (127.0.0.1 is their 198.18.0.2). ``memory`` and ``cpus`` are more than
+        was saved, ``segments`` further ones, ``disks`` as `onecopy run --disk` has them; they are
+        synced at the end of the block, unless it ends by an exception. ``ksm`` is what KSM may
+        merge: ``none``, ``ram`` or ``all``, QEMU's own memory included. With ``overcommit`` the
+        host need not have the memory for all.
         """
         host, specs = self._swept(), _disks(disks, name, count)
         fitting = Fitting(
@@ -114,7 +140,7 @@ class Host:
         source = await asyncio.to_thread(start.template, host, found, choice(accel))
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-            spec = start.CloneSpec(ports, bridge, mergeable(ksm), fitting)
+            spec = start.CloneSpec(ports, bridge, mergeable(ksm), fitting, allow_host)
             return start.start_clone(host, source, name, spec, batch)
 
         names = many.names_for(found.name, name, count)
@@ -123,8 +149,12 @@ class Host:
             if overcommit
             else admission.of_clone(source.accel.name, added_memory(fitting, source.config))
         )
-        async with self._started(names, publish, each, one) as guests:
+        guests = await self._begin(names, publish, each, one)
+        try:
             yield guests
+            await self._sync(guests)
+        finally:
+            self._end(guests)
 
     @asynccontextmanager
     async def boot(
@@ -151,8 +181,12 @@ class Host:
 
         names = many.names_for(prepared.root.name, name, count)
         needed = admission.of_cold(prepared.accel.name, prepared.hardware.memory)
-        async with self._started(names, publish, 0 if overcommit else needed, one) as guests:
+        guests = await self._begin(names, publish, 0 if overcommit else needed, one)
+        try:
             yield guests
+            await self._sync(guests)
+        finally:
+            self._end(guests)
 
     async def save(
         self,
@@ -170,14 +204,13 @@ class Host:
         spec, ref = cold_spec(root, options), Reference.parse(system)
         return await save.save_system(self._swept(), ref, spec, progress, on_clone=on_clone)
 
-    @asynccontextmanager
-    async def _started(
+    async def _begin(
         self,
         names: Sequence[str],
         publish: Iterable[tuple[int, int]],
         each: int,
         one: Callable[[str, Ports, Batch], Awaitable[GuestRecord]],
-    ) -> AsyncIterator[list[Guest]]:
+    ) -> list[Guest]:
         host, owner = self._both()
         pairs = tuple(check_ports(*pair) for pair in publish)
         ports = {guest: numbered(pairs, number) for number, guest in enumerate(names)}
@@ -188,13 +221,19 @@ class Host:
             owner=owner,
             each=each,
         )
-        pids = {record.pid for record in started.guests}
         pool.refill(host)
-        try:
-            yield [Guest(host, record) for record in started.guests]
-            await asyncio.gather(*(stop.sync_disks(host, record) for record in started.guests))
-        finally:
-            # Nothing is awaited, so that nothing interrupts it.
+        return [Guest(host, record) for record in started.guests]
+
+    async def _sync(self, guests: Sequence[Guest]) -> None:
+        if self._opened:
+            host = self._opened[0]
+            await asyncio.gather(*(stop.sync_disks(host, guest.record) for guest in guests))
+
+    def _end(self, guests: Sequence[Guest]) -> None:
+        """End those that were not kept; nothing is awaited, so that nothing interrupts it."""
+        if self._opened:  # else they have ended
+            host, owner = self._opened
+            pids = {guest.record.pid for guest in guests}
             host.end(*(record for record in host.owned(owner) if record.pid in pids))
 
     def _swept(self) -> GuestHost:
@@ -206,7 +245,7 @@ class Host:
 
     def _both(self) -> tuple[GuestHost, Path]:
         if self._opened is None:
-            raise RuntimeError("a Host is to be used in a with block")
+            raise RuntimeError(NOT_OPEN)
         return self._opened
 
 

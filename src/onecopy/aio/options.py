@@ -30,6 +30,8 @@ class BootOptions(TypedDict, total=False):
     timeout: float
     """Seconds that booting and getting ready may take."""
     network: bool
+    allow_host: bool
+    """Whether the guest reaches what listens on the host, and not the outside only."""
     accel: str
     """``auto``, ``kvm`` or ``tcg``."""
     kernel: StrPath

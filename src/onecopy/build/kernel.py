@@ -151,6 +151,7 @@ def _put(
             _layer(archive, "cpio", "boot-modules"),
             _layer(work / "modules.erofs", "erofs", "modules"),
         ],
+        own=True,
     )
 
 

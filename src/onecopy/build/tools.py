@@ -62,6 +62,7 @@ def ensure_tools(
                     annotations={"org.onecopy.role": "busybox"},
                 ),
             ],
+            own=True,
         )
 
 

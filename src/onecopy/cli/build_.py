@@ -4,7 +4,7 @@ import click
 
 from onecopy.cli.output import progress
 from onecopy.cli.params import ReferenceType, SizeType, domain_option, new_access
-from onecopy.model import PageClass, Reference, format_size
+from onecopy.model import PageClass, Reference, check_new_name, format_size
 
 
 @click.command("build")
@@ -58,6 +58,7 @@ def command(
     from onecopy.build.segment import build_segment
     from onecopy.store import Store
 
+    check_new_name(name.name)
     packages = [name for part in include for name in part.split(",") if name]
     with progress() as tell:
         artifact = build_segment(

@@ -6,7 +6,7 @@ import click
 
 from onecopy.cli.output import progress
 from onecopy.cli.params import ReferenceType, domain_option, new_access
-from onecopy.model import Reference, format_size
+from onecopy.model import Reference, check_new_name, format_size
 
 
 @click.command("create")
@@ -31,6 +31,7 @@ def command(name: Reference, ranges: tuple[str, ...], domain: str | None) -> Non
     from onecopy.build.create import NewRange, create_segment
     from onecopy.store import Store
 
+    check_new_name(name.name)
     wanted = [NewRange.parse(text) for text in ranges]
     with progress() as tell:
         artifact = create_segment(Store(), name, wanted, access=new_access(domain), progress=tell)

@@ -218,6 +218,13 @@ def cold_options(command: _F) -> _F:
             help="How long booting and getting ready may take.",
         ),
         click.option("--no-network", is_flag=True, help="Leave the network card out."),
+        click.option(
+            "--allow-host",
+            is_flag=True,
+            help="Let the guest reach what listens on this host: its 127.0.0.1 as 198.18.0.2, its "
+            "other addresses, link-local ones, and other guests' published ports. Without it a "
+            "guest reaches the outside only.",
+        ),
         click.option("--kernel", type=click.Path(path_type=Path), help="Boot this kernel image."),
         click.option(
             "--modules",

@@ -27,8 +27,8 @@ def command(system: Reference | None, size: int | None, fill: bool, as_json: boo
 
     A prepared guest is a QEMU that has loaded the saved system and waits: it costs its memory, as
     `report` shows, and no processor. `run` takes it, with any ports, disks and segments; not with
-    --bridge or --ksm. Once half of a pool is taken it is filled again in the background.
-    Without SYSTEM the pools are listed. JSON: docs/json.md.
+    --bridge, --allow-host or --ksm. Once half of a pool is taken it is filled again in the
+    background. Without SYSTEM the pools are listed. JSON: docs/json.md.
     """
     from onecopy.guest import pool
     from onecopy.guest.host import Host

@@ -18,8 +18,9 @@ def command(as_json: bool) -> None:
     import msgspec
 
     from onecopy.guest.host import Host
+    from onecopy.guest.lost import shown
 
-    guests = Host.open().guests()
+    guests = shown(Host.open())
     if as_json:
         print_json(msgspec.to_builtins(guests))
         return
@@ -27,8 +28,8 @@ def command(as_json: bool) -> None:
         [
             guest.name,
             guest.kind,
-            guest.source,
-            guest.accel,
+            guest.source or "-",
+            guest.accel or "-",
             str(guest.pid),
             duration(max(time.time() - guest.started, 0)),
             duration(guest.start_seconds),
@@ -37,5 +38,8 @@ def command(as_json: bool) -> None:
         for guest in guests
     ]
     print_table(["NAME", "KIND", "SOURCE", "ACCEL", "PID", "UP", "STARTED IN", "PORTS"], rows)
-    for reason in sorted({f"{guest.accel}: {guest.accel_reason}" for guest in guests}):
+    for reason in sorted({f"{each.accel}: {each.accel_reason}" for each in guests if each.accel}):
         print(reason)
+    for guest in guests:
+        if guest.note:
+            print(f"{guest.name}: {guest.note}; `onecopy stop {guest.name}` ends it")

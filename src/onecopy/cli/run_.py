@@ -183,7 +183,8 @@ def _clone(
         raise no_agent(str(source))
 
     def starter(name: str, ports: Ports) -> _Start:
-        spec = start.CloneSpec(ports, options["bridge"], Mergeable(options["ksm"]), fitting)
+        bridge, ksm, allow_host = (options[key] for key in ("bridge", "ksm", "allow_host"))
+        spec = start.CloneSpec(ports, bridge, Mergeable(ksm), fitting, allow_host)
         return _Start(
             lambda: start.dry_run(host, template, name, spec),
             lambda batch: start.start_clone(host, template, name, spec, batch),

@@ -10,7 +10,7 @@ from onecopy.cli.cold import cold_spec
 from onecopy.cli.output import duration, progress
 from onecopy.cli.params import GuestType, ReferenceType, accel_option, cold_options, typed_options
 from onecopy.errors import InvalidInput
-from onecopy.model import Reference, format_size
+from onecopy.model import Reference, check_new_name, format_size
 
 if TYPE_CHECKING:
     from onecopy.guest.host import Host
@@ -47,6 +47,7 @@ def command(
         raise InvalidInput(
             "what is to be saved?", hint="give --root SEGMENT to boot one, or --from GUEST"
         )
+    check_new_name(system.name)
     host = Host.open()
     if guest is not None:
         _require_no_more()

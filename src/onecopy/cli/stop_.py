@@ -29,14 +29,15 @@ from onecopy.errors import InvalidInput
 def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> int:
     """Stop guests: ask, wait, end."""
     from onecopy.guest.host import Host
+    from onecopy.guest.lost import find, shown
     from onecopy.guest.stop import stop_guests
 
     if every == bool(guests):
         raise InvalidInput("say which guests to stop", hint="name them, or give --all")
     host = Host.open()
-    records = host.guests() if every else []
+    records = shown(host) if every else []
     # One that is not there lets the others run for no longer.
-    code = each_of(guests, lambda name: records.append(host.guest(name).record()))
+    code = each_of(guests, lambda name: records.append(find(host, name)))
 
     endings = asyncio.run(stop_guests(host, records, 0 if now else timeout))
     for record, ending in zip(records, endings, strict=True):

@@ -22,7 +22,7 @@ from onecopy.guest.folder import Attached, Device, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import inherited
-from onecopy.guest.ports import Ports
+from onecopy.guest.ports import Ports, require_free
 from onecopy.model import Mergeable
 from onecopy.store import Artifact, Lease
 from onecopy.vmm.accel import Accelerator
@@ -33,6 +33,8 @@ T = TypeVar("T")
 _ENDED = "QEMU ended while starting"
 #: Seconds from losing QEMU's pipes to its end.
 _ENDING = 0.2
+#: QEMU's exit code for a command line that it cannot do, and what it says of a port (net/slirp.c).
+_REFUSED, _NO_PORT = 1, "host forwarding rule"
 
 
 def with_segments(hardware: Hardware, slots: Sequence[Slot]) -> Hardware:
@@ -52,20 +54,24 @@ def described(placed: Sequence[Placed]) -> list[Slot]:
     ]
 
 
+@contextlib.asynccontextmanager
 async def started(
     host: Host, placed: Sequence[Placed], hardware: Hardware, spec: Launch, lease: Lease
-) -> tuple[Vmm, list[Backed]]:
+) -> AsyncIterator[tuple[Vmm, list[Backed]]]:
     """Start the VMM of a guest with the memory of its segments, under its lease.
 
-    Raises NotEnough, NotPermitted, StoreDamaged, Incompatible.
+    On any error it is ended (`or_killed`). Raises NotEnough, NotPermitted, StoreDamaged,
+    Incompatible, InUse (a port was taken meanwhile).
     """
     classes = [item.segment.page_class for item in placed]
-    async with backings(host, classes, lease) as found:
-        backed = [found.back(item.needed) for item in placed]
-        machine = with_segments(hardware, [each.slot for each in backed])
-        return launch(
-            machine, replace(spec, later=lease.files), inherit=[lease.fd, *inherited(spec.card)]
-        ), backed
+    async with contextlib.AsyncExitStack() as life:
+        async with backings(host, classes, lease) as found:
+            backed = [found.back(item.needed) for item in placed]
+            machine = with_segments(hardware, [each.slot for each in backed])
+            given = replace(spec, later=lease.files)
+            vmm = launch(machine, given, inherit=[lease.fd, *inherited(spec.card)])
+            await life.enter_async_context(or_killed(vmm, spec.publish))
+        yield vmm, backed
 
 
 def noted(
@@ -105,6 +111,7 @@ def noted(
         mac=card.mac if card else "",
         address=address,
         bridge=bridge,
+        allow_host=card is not None and card.allow_host,
         attached=tuple(_attached(placed, backed)),
         domain=domain,
         listener=vmm.listener,
@@ -142,12 +149,18 @@ async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _END
 
 
 @contextlib.asynccontextmanager
-async def or_killed(vmm: Vmm) -> AsyncIterator[None]:
-    """On any error end the VMM; that QEMU or the agent failed then says what the guest printed."""
+async def or_killed(vmm: Vmm, publish: Ports = ()) -> AsyncIterator[None]:
+    """On any error end the VMM; that QEMU or the agent failed then says what the guest printed.
+
+    If QEMU ended because a port of ``publish`` was taken since it was looked at, that is InUse.
+    """
     try:
         yield
     except GuestFailed as error:
-        raise await vmm.failed(error) from error
+        failed = await vmm.failed(error)
+        if failed.returncode == _REFUSED and _NO_PORT in failed.output:
+            require_free(publish)
+        raise failed from error
     except AgentFailed as error:
         ended = await vmm.failed(GuestFailed(error.message))
         raise AgentFailed(ended.message, hint=error.hint) from error

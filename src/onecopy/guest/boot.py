@@ -20,7 +20,6 @@ from onecopy.guest.begin import (
     handed_out,
     noted,
     open_to,
-    or_killed,
     require_mergeable,
     segment_names,
     started,
@@ -32,7 +31,7 @@ from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.fitting import Fitting, fit, require_possible
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
-from onecopy.guest.network import new_card, settings, shown_card
+from onecopy.guest.network import Network, new_card, settings, shown_card
 from onecopy.guest.ports import published, require_free
 from onecopy.store import Artifact, Lease
 from onecopy.vmm import reply
@@ -74,7 +73,7 @@ def dry_run(host: Host, prepared: Prepared, name: str) -> list[str]:
     """The exact command line, but for the numbers of inherited sockets, and addresses."""
     _require_possible(host, prepared)
     folder = host.run / name
-    card = shown_card(prepared.spec.bridge, network=prepared.spec.network)
+    card = shown_card(network_of(prepared.spec))
     spec = launch_spec(host, prepared, folder, name, card)
     return command(with_segments(prepared.hardware, described(prepared.placed)), spec)
 
@@ -88,8 +87,7 @@ async def booted(
     if prepared.tools:
         _write_initrd(prepared, prepared.tools, spec)
     prepare(spec.folder)
-    vmm, backed = await started(host, prepared.placed, prepared.hardware, spec, lease)
-    async with or_killed(vmm):
+    async with started(host, prepared.placed, prepared.hardware, spec, lease) as (vmm, backed):
         if prepared.agent:
             await unless_ended(vmm, _ready(vmm.folder, prepared.spec), _ENDED)
             (spec.folder / "initrd").unlink()
@@ -162,15 +160,15 @@ async def run_cold(
     require_mergeable(prepared.domain, wanted.ksm)
     host.store.require_access(segment_names(prepared.placed), name, prepared.domain)
     with (
-        new_card(host, wanted.bridge, wanted.publish, network=wanted.network) as card,
         host.starting(batch) as mine,
         host.claim(name, prepared.digests, mine) as (folder, lease),
+        new_card(host, folder.path, network_of(wanted)) as card,
     ):
         spec = launch_spec(host, prepared, folder.path, name, card)
         async with booted(host, prepared, spec, lease) as (vmm, backed):
             # A bare machine is up once QEMU answers.
             async with connect(folder.path / "monitor.sock") as monitor:
-                ports = await published(monitor, wanted.publish)
+                ports = await published(monitor, folder.path, wanted.publish)
             address = card.address or await _given_address(folder.path) if card else ""
             record = noted(
                 folder,
@@ -192,6 +190,11 @@ async def run_cold(
             fitting = Fitting(disks=wanted.disks)
             record = await unless_ended(vmm, fit(host, mine, folder, record, fitting))
             return handed_out(folder, vmm, record, began)
+
+
+def network_of(spec: ColdSpec) -> Network:
+    """What is asked for of its network."""
+    return Network(spec.network, spec.bridge, spec.publish, spec.allow_host)
 
 
 def _require_possible(host: Host, prepared: Prepared) -> None:

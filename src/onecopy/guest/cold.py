@@ -57,6 +57,8 @@ class ColdSpec(msgspec.Struct, frozen=True):
     bridge: str = ""
     """Of the host, to be a port of; "" for a user-mode network."""
     publish: tuple[tuple[int, int], ...] = ()
+    allow_host: bool = False
+    """Whether a user-mode network reaches what listens on the host."""
     ksm: Mergeable = Mergeable.RAM
     """A guest of a trust domain is closed to it all the same."""
     disks: tuple[DiskSpec, ...] = ()

@@ -118,7 +118,9 @@ async def copy_out(
     with host_errors(target):
         final = place(target, posixpath.basename(where.rstrip("/")))
         with hidden(final.parent) as work:
-            unpacker = Unpacker(work / "content", limits)
+            # No link that a guest sends leads to a name that it cannot know.
+            content = work / secrets.token_hex(16)
+            unpacker = Unpacker(content, limits)
             streams = Streams(unpacker.feed, err)
             try:
                 code = await run_streaming(folder, [*_RUN, _SEND, "cp", where], streams)
@@ -134,7 +136,7 @@ async def copy_out(
                 raise TooLarge(
                     f"{where} of {folder.name} cannot be copied: {error.message}", hint=error.hint
                 ) from error
-            finish(work / "content", final)
+            finish(content, final)
 
 
 class _Packed(asyncio.StreamReader):

@@ -14,7 +14,7 @@ from onecopy.guest.host import Host
 from onecopy.host import cgroup, ksm, landlock, meminfo, pagemap, prefetch, verity
 from onecopy.model import MIB, format_size
 from onecopy.run import PACKAGES, find_program
-from onecopy.vmm import answering, resolver, user
+from onecopy.vmm import answering, closed, resolver, router, user
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
@@ -65,6 +65,7 @@ def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Fin
         yield Finding("accelerator", state, f"{accel.name}: {accel.reason}")
         yield _confinement(accel.name)
         yield _limits()
+        yield _network(accel.name)
     except OnecopyError as error:
         yield Finding("virtualization", "missing", f"{error.message} ({error.hint})")
 
@@ -84,6 +85,11 @@ def _confinement(accel: str) -> Finding:
         says.append("QEMU runs as you")
     elif why_not := user.why_not(accel):
         limits.append(f"QEMU runs as root, without capabilities: {why_not}")
+    elif count := user.few():
+        limits.append(
+            f"each guest's QEMU is a user of its own, of only {count} numbers, which others on "
+            "this host may have, too"
+        )
     else:
         says.append("each guest's QEMU is a user of its own")
     if version := landlock.abi():
@@ -108,6 +114,17 @@ def _limits() -> Finding:
         return Finding("limits", "limited", says)
     says = "memory, threads, files and logs of each QEMU are limited, and it has a control group"
     return Finding("limits", "ok", says)
+
+
+def _network(accel: str) -> Finding:
+    """Whether guests can be kept from the host: root's rules for it are in force afterwards."""
+    if user.have_own_numbers():
+        why_not = closed.why_not(user.new_user(accel), user.why_not(accel))
+    else:
+        why_not = router.why_not()
+    if why_not:
+        return Finding("network", "limited", f"guests need --allow-host or --no-network: {why_not}")
+    return Finding("network", "ok", "guests reach the outside, and nothing of this host")
 
 
 def _memory() -> Iterator[Finding]:

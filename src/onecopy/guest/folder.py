@@ -23,9 +23,11 @@
     RUN/.starting-ID    locked by a command that starts guests; gone when they are handed out
     RUN/.owner-ID       locked by a process as long as it wants its guests (Host.owner)
 
-A guest exists as long as its VMM holds its lease in the store (store/lease.py). A folder without
-a live lease is a leftover; so is a VMM whose mark nobody locks any more: both are swept by the next
-command.
+    RUN/.store          the path of the store
+
+A guest exists as long as its VMM lives, which holds its lease in the store (store/lease.py) and is
+on record (host/vmms.py). A folder without a live lease is a leftover; so is a VMM whose mark nobody
+locks any more: both are swept by the next command.
 """
 
 from __future__ import annotations
@@ -34,18 +36,17 @@ import contextlib
 import fcntl
 import os
 import secrets
-import select
-import signal
-from collections.abc import Callable, Container, Iterable, Iterator
-from itertools import islice
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import msgspec
 
 from onecopy.errors import AgentFailed, Incompatible, NotFound
-from onecopy.host import files
+from onecopy.host import files, process
 from onecopy.host.lock import is_held, is_left
 from onecopy.host.removal import remove_tree
+from onecopy.host.runbase import run_base
+from onecopy.host.vmms import Process, store_id
 from onecopy.model import PageClass
 from onecopy.store import Store
 
@@ -140,6 +141,8 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """Of IP, when it was handed out: in a network of its own, or in that of the bridge."""
     bridge: str = ""
     """Of the host, that it is a port of; "" for user-mode network."""
+    allow_host: bool = False
+    """Whether its user-mode network reaches what listens on the host (vmm/closed.py)."""
     listener: int | None = None
     """Descriptor of QEMU's where it asks for files (vmm/answering.py); None if it needs not."""
     agent: bool = True
@@ -150,7 +153,14 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """Bytes of ``memory`` that came after the saved system was loaded."""
     disks: tuple[GuestDisk, ...] = ()
     """Whose content stays when it ends."""
+    note: str = ""
+    """What is wrong with it now (lost.py); "" as a rule, and always in the file."""
     schema: int = 3
+
+    @property
+    def process(self) -> Process:
+        """Its VMM."""
+        return Process(self.pid, self.start_ticks)
 
 
 def no_agent(name: str) -> AgentFailed:
@@ -163,13 +173,8 @@ def no_agent(name: str) -> AgentFailed:
 
 def run_root(store: Store) -> Path:
     """The run folders of the guests of a store."""
-    if os.geteuid() == 0:
-        base = Path("/run/onecopy")
-    else:
-        base = Path(os.environ.get("XDG_RUNTIME_DIR", f"/tmp/onecopy-{os.geteuid()}")) / "onecopy"  # noqa: S108
-    stat = store.root.stat()
     # Short, since socket paths must be (unix(7): 108 bytes), and one for each store.
-    return base / f"{stat.st_dev:x}-{stat.st_ino:x}"
+    return run_base() / store_id(store.root)
 
 
 class GuestFolder:
@@ -225,6 +230,24 @@ class GuestFolder:
             return msgspec.json.decode(text, type=GuestRecord)
         return None
 
+    def is_of(self, record: GuestRecord) -> bool:
+        """Whether it is the folder of that guest, and not of a later one of the name."""
+        for name in ("guest.json", "prepared.json"):
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                found = msgspec.json.decode((self.path / name).read_bytes(), type=Process)
+                return found == record.process
+        return False
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether a command that lives is starting it."""
+        mark = _target(self._mark)
+        return mark is not None and is_held(mark)
+
+    def belongs_to(self, mark: Path) -> bool:
+        """Whether it is of the batch or of the owner with that mark."""
+        return mark in (_target(self._mark), self.owner)
+
     def _write(self, name: str, record: GuestRecord) -> None:
         files.replace(self.path / name, msgspec.json.encode(record))
 
@@ -266,7 +289,8 @@ class GuestFolder:
 
     def find_vmm(self) -> int | None:
         """Process id of the VMM; None if there is none."""
-        return next(find_vmms([self.path]), (None, None))[1]
+        found = find_vmms([self.path])
+        return found[0][1].pid if found else None
 
 
 def _target(link: Path) -> Path | None:
@@ -276,16 +300,21 @@ def _target(link: Path) -> Path | None:
     return None
 
 
-def find_vmms(folders: Iterable[Path]) -> Iterator[tuple[str, int]]:
-    """(guest, process id) of the VMMs of these run folders.
+def find_vmms(folders: Iterable[Path]) -> list[tuple[str, Process]]:
+    """(guest, process) of the VMMs of these run folders that are not on record (host/vmms.py).
 
-    A VMM is the process that was started as a guest and works in its folder, which nobody else can
-    enter. It may have been started under another name (pool.py).
+    Their command was killed right after it had started them, and a VMM that runs guest code is on
+    record. It is the process that was started as a guest and works in its folder, which nobody else
+    can enter. It may have been started under another name (pool.py).
     """
-    wanted = set(folders)
+    wanted, found = set(folders), []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (folder := _guest_of(entry, wanted)):
-            yield folder.name, int(entry.name)
+        if entry.name.isdigit():
+            with contextlib.suppress(NotFound, OSError):
+                began = process.stat(int(entry.name)).start_ticks
+                if folder := _guest_of(entry, wanted):
+                    found.append((folder.name, Process(int(entry.name), began)))
+    return found
 
 
 def _guest_of(process: Path, wanted: Container[Path]) -> Path | None:
@@ -339,33 +368,3 @@ def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
     fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
     return mark, fd
-
-
-def is_vmm(folder: Path, pid: int) -> bool:
-    """Whether the process is the VMM of this run folder."""
-    return _guest_of(Path(f"/proc/{pid}"), {folder}) is not None
-
-
-def kill(vmms: Iterable[tuple[int, Callable[[], bool]]]) -> None:
-    """End VMMs and wait for them; nothing happens to a process id that is not the VMM any more."""
-    # They end side by side, and hold a descriptor each meanwhile.
-    rest = iter(vmms)
-    while some := list(islice(rest, 64)):
-        with contextlib.ExitStack() as ends:
-            for pidfd in [fd for pid, is_it in some if (fd := _killed(pid, is_it)) is not None]:
-                ends.callback(os.close, pidfd)
-                select.select([pidfd], [], [], 10)
-
-
-def _killed(pid: int, is_it: Callable[[], bool]) -> int | None:
-    """A descriptor that tells the end of a process; None if it is not the one that was meant."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-    with contextlib.suppress(ProcessLookupError):
-        if is_it():
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            return pidfd
-    os.close(pidfd)
-    return None

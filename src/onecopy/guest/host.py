@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.errors import NotFound
+from onecopy.errors import Incompatible, NotFound
 from onecopy.guest.folder import (
     POOL,
     Batch,
     GuestFolder,
     GuestRecord,
     find_vmms,
-    is_mark,
-    is_vmm,
-    kill,
     lock_mark,
     run_root,
 )
-from onecopy.guest.pause import resume
-from onecopy.host import cgroup
-from onecopy.host.lock import alone, is_left
-from onecopy.host.process import is_same
+from onecopy.guest.sweep import sweep
+from onecopy.host import cgroup, files, vmms
+from onecopy.host.lock import alone
+from onecopy.host.runbase import make_own, make_run_base
+from onecopy.host.vmms import Entry, Process
 from onecopy.model import in_order
 from onecopy.sharing import check
 from onecopy.store import Lease, Store
@@ -47,9 +45,10 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     @classmethod
     def open(cls, root: Path | None = None) -> Host:
         """Open the store (default: store.default_root()) and sweep what dead commands left."""
+        make_run_base()
         store = Store(root)
         host = cls(store, run_root(store))
-        host.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+        host.make_run()
         host.sweep()
         return host
 
@@ -76,15 +75,30 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
     def guests(self) -> list[GuestRecord]:
         """All guests that were handed out and whose VMM lives, by name."""
-        return self._records(self._folders())
+        return self._records(self.folders())
 
     def owned(self, owner: Path) -> list[GuestRecord]:
         """The guests that end with an owner."""
-        return self._records(path for path in self._folders() if GuestFolder(path).owner == owner)
+        return self._records(path for path in self.folders() if GuestFolder(path).owner == owner)
 
     def vmms(self, names: Iterable[str]) -> list[tuple[str, int]]:
         """(guest, process id of its VMM) of those of ``names`` that run or are being started."""
-        return list(find_vmms((self.run / name).resolve() for name in names))
+        return [(name, process.pid) for name, process in self.processes(names)]
+
+    def processes(self, names: Iterable[str]) -> list[tuple[str, Process]]:
+        """The same, with the processes."""
+        wanted = set(names)
+        known = [
+            (each.holder, each.process)
+            for each in self.on_record()
+            if each.holder in wanted and each.process.lives()
+        ]
+        rest = wanted - {name for name, _ in known}
+        return known + find_vmms((self.run / name).resolve() for name in rest) if rest else known
+
+    def on_record(self, name: str = "") -> list[Entry]:
+        """The VMMs of this store that were started, and some that have ended; or one guest's."""
+        return vmms.of_holder(self.run.name, name) if name else vmms.of_store(self.run.name)
 
     def unloaded(self, segment: str) -> set[str]:
         """The guests that have a segment (digest of its manifest) but have unloaded it."""
@@ -119,8 +133,22 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         try:
             yield mark
         finally:
-            mark.unlink(missing_ok=True)
-            os.close(fd)
+            try:
+                if mark.exists():
+                    # Whatever was interrupted, and wherever: none of them is left.
+                    self._end_all(mark)
+            finally:
+                mark.unlink(missing_ok=True)
+                os.close(fd)
+
+    def _end_all(self, mark: Path) -> None:
+        """End what belongs to a batch that was not handed out, or to an owner."""
+        theirs = [
+            folder for path in self.folders() if (folder := GuestFolder(path)).belongs_to(mark)
+        ]
+        if theirs:
+            self.drop(*theirs)
+            self.store.sweep()
 
     @contextlib.contextmanager
     def starting(self, batch: Batch | None) -> Iterator[Batch]:
@@ -138,12 +166,11 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     ) -> Iterator[tuple[GuestFolder, Lease]]:
         """A new guest's run folder and lease; raise AlreadyExists if the name is taken.
 
-        Our copy of the lease is closed at the end. If that is an error nothing is left behind, but
-        for the VMM, which is the caller's to end.
+        Our copy of the lease is closed at the end. If that is an error nothing is left behind.
         """
         with contextlib.ExitStack() as stack:
             with self.locked():
-                if not self._folders():
+                if not self.folders():
                     check.note(self.memory_before)
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
                 folder = batch.add(self.run / name)
@@ -157,21 +184,26 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         """What waits to become guests (pool.py), by name."""
         found = (
             GuestFolder(path).prepared()
-            for path in self._folders()
+            for path in self.folders()
             if path.name.startswith(POOL) and self.store.is_held(path.name)
         )
         return sorted(filter(None, found), key=lambda record: in_order(record.name))
 
     @contextlib.contextmanager
     def taking(
-        self, digest: str, name: str, batch: Batch
+        self,
+        digest: str,
+        name: str,
+        batch: Batch,
+        suits: Callable[[GuestRecord], bool] = lambda _: True,
     ) -> Iterator[tuple[GuestFolder, GuestRecord] | None]:
-        """What was prepared from ``digest``, in the run folder of a new guest; None if nothing is.
+        """What was prepared from ``digest``, and suits, in the run folder of a new guest, or None.
 
-        If that ends in an error nothing is left behind, but for the VMM, which the caller ends.
+        If that ends in an error nothing is left behind.
         """
         with self.locked():
-            taken = self._take(digest, name, batch)
+            suiting = (each for each in self.prepared() if each.digest == digest and suits(each))
+            taken = self._take(next(suiting, None), name, batch)
         try:
             yield taken
         except BaseException:
@@ -179,9 +211,9 @@ class Host(msgspec.Struct, frozen=True, dict=True):
                 self.drop(taken[0])
             raise
 
-    def _take(self, digest: str, name: str, batch: Batch) -> tuple[GuestFolder, GuestRecord] | None:
-        found = (record for record in self.prepared() if record.digest == digest)
-        record = next(found, None)
+    def _take(
+        self, record: GuestRecord | None, name: str, batch: Batch
+    ) -> tuple[GuestFolder, GuestRecord] | None:
         if not record or self.store.is_held(name):
             return None
         # Killed after this, we leave it to the next command, by whatever name it goes then.
@@ -194,59 +226,48 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     def end(self, *records: GuestRecord) -> None:
         """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds."""
         # Not by their command lines: these are their own memory, which they may change.
-        kill((each.pid, partial(is_same, each.pid, each.start_ticks)) for each in records)
-        self.drop(*(GuestFolder(self.run / each.name) for each in records))
+        vmms.end(each.process for each in records)
+        ended = {each.process for each in records if not each.process.lives()}
+        with self.locked():
+            folders = [(GuestFolder(self.run / each.name), each) for each in records]
+            # Another one may have the name by now.
+            self.remove(*(folder for folder, record in folders if folder.is_of(record)))
+        for entry in vmms.entries() if ended else ():
+            if entry.process in ended:
+                GuestFolder(self.run.parent / entry.store / entry.holder).remove()
+                entry.forget()
         self.store.sweep()
 
     def sweep(self) -> None:
         """Remove what no living command or VMM owns: folders, and guests never handed out."""
-        with self.locked():
-            abandoned, left = [], []
-            for path in self._folders():
-                folder = GuestFolder(path)
-                if folder.abandoned:
-                    # Its lease may have another name already (_take).
-                    abandoned.append(folder)
-                elif not self.store.is_held(path.name):
-                    left.append(folder)
-                elif folder.left_paused:
-                    resume(path)
-                elif logs.are_filling(path):
-                    self._make_room(folder)
-            if abandoned:
-                vmms = self.vmms(folder.name for folder in abandoned)
-                kill((pid, partial(is_vmm, (self.run / name).resolve(), pid)) for name, pid in vmms)
-            for path in filter(is_mark, self.run.iterdir()):
-                if is_left(path):
-                    path.unlink()
-            self._remove(*left, *abandoned)
-        if abandoned:
-            # Their leases are stale only now.
-            self.store.sweep()
+        sweep(self)
+        for path in self.folders():
+            self.keep_logging(GuestFolder(path))
         cgroup.sweep()
         resolver.refresh(self.run)
-
-    def _make_room(self, folder: GuestFolder) -> None:
-        """Let the logs of a guest go on; under lock."""
-        with contextlib.suppress(NotFound, OSError):
-            logs.make_room(folder.path, folder.record().pid)
 
     def keep_logging(self, folder: GuestFolder) -> None:
         """Let the logs of a guest go on, without what is oldest, if they are full."""
         if logs.are_filling(folder.path):
-            with self.locked():
-                self._make_room(folder)
+            with self.locked(), contextlib.suppress(NotFound, OSError):
+                logs.make_room(folder.path, folder.record().pid)
 
     def drop(self, *folders: GuestFolder) -> None:
-        """Remove the run folders of VMMs that have ended, or are the caller's to end."""
+        """Remove run folders of the caller's; what is left of their VMMs is ended first."""
+        theirs = [each for folder in folders for each in self.on_record(folder.name)]
+        vmms.end(each.process for each in theirs)
         with self.locked():
-            self._remove(*folders)
+            self.remove(*folders)
 
-    def _remove(self, *folders: GuestFolder) -> None:
+    def remove(self, *folders: GuestFolder) -> None:
         """Remove run folders, and with the last what was noted at the first start; under lock."""
         for folder in folders:
             folder.remove()
-        if not self._folders():
+        for entry in [each for folder in folders for each in self.on_record(folder.name)]:
+            # Only now may its user number be given out again.
+            if not entry.process.lives():
+                entry.forget()
+        if not self.folders():
             self.memory_before.unlink(missing_ok=True)
             resolver.forget(self.run)
 
@@ -265,19 +286,38 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     def _records(self, folders: Iterable[Path]) -> list[GuestRecord]:
         records = []
         for path in folders:
-            with contextlib.suppress(NotFound):
+            # What another version of onecopy has written is told by `lost`.
+            with contextlib.suppress(NotFound, Incompatible):
                 records.append(GuestFolder(path).record())
         return sorted(records, key=lambda record: in_order(record.name))
 
-    def _folders(self) -> list[Path]:
+    def folders(self) -> list[Path]:
+        """The run folders that there are."""
         found = (path for path in self.run.iterdir() if not path.name.startswith("."))
-        return [path for path in found if path.is_dir()]
+        return [path for path in found if path.is_dir() and not path.is_symlink()]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[int]:
         """Between claiming a name and having its folder nobody may sweep.
 
-        The lock's file, whose descriptor this yields, has the number of the next guest.
+        The lock's file, whose descriptor this yields, has the number of the next guest. Nothing
+        waits for another process under it.
         """
-        with alone(self.run / ".lock") as fd:
-            yield fd
+        while True:
+            with contextlib.ExitStack() as ends:
+                try:
+                    fd = ends.enter_context(alone(self.run / ".lock"))
+                except FileNotFoundError:
+                    self.make_run()
+                    continue
+                yield fd
+                return
+
+    def make_run(self) -> None:
+        """Make the folder of all run folders, which somebody may have removed."""
+        if not self.run.parent.exists():
+            make_run_base()
+        make_own(self.run)
+        note, root = self.run / vmms.STORE, os.fsencode(self.store.root)
+        if not note.exists() or note.read_bytes() != root:
+            files.replace(note, root)

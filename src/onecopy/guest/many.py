@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ from onecopy.guest.disks import remove_made
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.host.process import exists
-from onecopy.model import check_guest_name
+from onecopy.model import RESERVED, check_guest_name
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -36,6 +36,7 @@ def names_for(source: str, name: str | None, count: int) -> list[str]:
         names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
     else:
         stem = source.replace(".", "-").replace("_", "-")[:50].strip("-")
+        stem = f"of-{stem}" if stem.startswith(RESERVED) else stem
         run = secrets.token_hex(2)
         names = [f"{stem}-{run}"] if count == 1 else [f"{stem}-{run}-{n + 1}" for n in range(count)]
     return [check_guest_name(each) for each in names]
@@ -98,16 +99,18 @@ async def _settle(
 
     Raises what is no OnecopyError.
     """
-    for task in tasks.values():
-        task.cancel()
+    cancelled = await _ended(tasks.values())
+    keep = keep and not cancelled
     results = await asyncio.gather(*tasks.values(), return_exceptions=True)
     outcome = {name: _seen(result) for name, result in zip(tasks, results, strict=True)}
     kept = [each for each in outcome.values() if isinstance(each, GuestRecord)]
-    if len(kept) < len(tasks):
+    if cancelled or len(kept) < len(tasks):
         kept = kept if keep else []
         names = {each.name for each in kept}
         started = [each for each in results if isinstance(each, GuestRecord)]
         undo(host, [each for each in started if each.name not in names])
+    if cancelled:
+        raise cancelled
     failures = []
     for name, each in outcome.items():
         if isinstance(each, OnecopyError):
@@ -115,6 +118,19 @@ async def _settle(
         elif isinstance(each, Exception):
             raise each
     return Started(tuple(kept), tuple(failures))
+
+
+async def _ended(tasks: Iterable[asyncio.Future[GuestRecord]]) -> asyncio.CancelledError | None:
+    """Cancel tasks, and wait for all of them whoever cancels us meanwhile; the last who did."""
+    left, cancelled = set(tasks), None
+    while left:
+        for task in left:
+            task.cancel()
+        try:
+            _, left = await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            cancelled, left = error, {task for task in left if not task.done()}
+    return cancelled
 
 
 def undo(host: Host, records: Sequence[GuestRecord]) -> None:

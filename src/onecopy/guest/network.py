@@ -11,52 +11,107 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
 
 from onecopy.errors import InvalidInput
+from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.ports import Ports
 from onecopy.host.tap import open_tap
+from onecopy.vmm import closed, router
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Card
+from onecopy.vmm.user import User, have_own_numbers
 
 #: How many user-mode guests there can be before an address comes a second time.
 _ADDRESSES = int(NETWORK.broadcast_address) - int(FIRST_ADDRESS)
 
 
-@contextlib.contextmanager
-def new_card(host: Host, bridge: str, publish: Ports, *, network: bool) -> Iterator[Card | None]:
-    """A card for a new guest; None if it has none. Raises NotFound, NotPermitted, InvalidInput."""
-    if not network:
-        if bridge or publish:
+class Network(msgspec.Struct, frozen=True):
+    """What a user asks for of a guest's network."""
+
+    card: bool = True
+    """False: the guest has none."""
+    bridge: str = ""
+    """Of the host, to be a port of; "" for a user-mode network."""
+    publish: Ports = ()
+    allow_host: bool = False
+    """Whether a user-mode network reaches what listens on the host."""
+
+    def require_sense(self) -> None:
+        """Raise InvalidInput for what does not go together."""
+        if not self.card and (self.bridge or self.publish or self.allow_host):
             raise InvalidInput(
                 "the guest has no network card",
-                hint="leave out --bridge and -p; or save it again without --no-network",
+                hint="leave out --bridge, -p and --allow-host; or save it again without "
+                "--no-network",
             )
-        yield None
-    elif bridge:
-        if publish:
+        if self.bridge and self.publish:
             raise InvalidInput(
                 "ports are forwarded to a user-mode network, and not into a bridge",
                 hint="leave -p out: guests in a bridge have addresses of its network",
             )
-        tap = open_tap(bridge)
+        if self.bridge and self.allow_host:
+            raise InvalidInput(
+                "--allow-host opens a user-mode network, and not a bridge",
+                hint="leave it out: a guest in a bridge reaches what its network lets it reach",
+            )
+
+
+@contextlib.contextmanager
+def new_card(host: Host, folder: Path, wanted: Network) -> Iterator[Card | None]:
+    """A card for a new guest with this run folder; None if it has none.
+
+    Raises NotFound, NotPermitted, InvalidInput, Incompatible.
+    """
+    wanted.require_sense()
+    if not wanted.card:
+        yield None
+        return
+    if wanted.bridge:
+        tap = open_tap(wanted.bridge)
         try:
             yield Card(_mac(), "", tap)
         finally:
             os.close(tap)
+        return
+    address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
+    if _has_router(wanted):
+        with router.way_out(address, folder) as way:
+            yield Card(_mac(), address, way.tap, way.life)
     else:
-        yield Card(_mac(), str(FIRST_ADDRESS + host.next_number() % _ADDRESSES))
+        yield Card(_mac(), address, allow_host=wanted.allow_host)
 
 
-def shown_card(bridge: str, *, network: bool) -> Card | None:
-    """The same, as a command line shows it that is not run."""
-    if not network:
+def shown_card(wanted: Network) -> Card | None:
+    """The same, as a command line shows it that is not run; raise InvalidInput."""
+    wanted.require_sense()
+    if not wanted.card:
         return None
-    return Card("52:54:00:12:34:56", *(("", "FD") if bridge else (str(FIRST_ADDRESS), None)))
+    tap = "FD" if wanted.bridge or _has_router(wanted) else None
+    return Card("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), tap)
+
+
+def _has_router(wanted: Network) -> bool:
+    return not (wanted.bridge or wanted.allow_host or have_own_numbers())
+
+
+def can_be_closed(host: Host, record: GuestRecord) -> bool:
+    """Whether a prepared guest, which an older onecopy may have prepared, is kept from the host."""
+    there = router.is_there(host.run / record.name)
+    return there or not record.mac or closed.is_closed(User.of(record.pid))
+
+
+def require_closed(record: GuestRecord, folder: Path) -> None:
+    """Have in force what keeps a guest that is woken from this host; raise Incompatible."""
+    if record.mac and not router.is_there(folder):
+        closed.require(User.of(record.pid), "")
 
 
 def inherited(card: Card | None) -> Sequence[int]:
     """The descriptors that the VMM needs for its card."""
-    return [card.tap] if card and isinstance(card.tap, int) else []
+    return [fd for fd in (card.tap, card.life) if isinstance(fd, int)] if card else []
 
 
 def settings(card: Card | None) -> str:

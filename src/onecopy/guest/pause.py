@@ -2,20 +2,16 @@
 
 First the file systems of a segment are frozen (FIFREEZE: what is written is on the device, and
 whoever writes waits), then the processors are stopped. Whoever is killed meanwhile leaves a mark;
-the next command lets the guest go on (`resume`), and its own watchdog thaws the file systems.
+the next command lets the guest go on (resuming.py), and its own watchdog thaws the file systems.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
 
-from onecopy.deadline import Deadline
 from onecopy.errors import GuestFailed, NotFound, OnecopyError
 from onecopy.guest import script
 from onecopy.guest.folder import GuestFolder
@@ -27,8 +23,8 @@ _WATCHDOG = 60
 _TIMEOUT = 30.0
 #: Seconds that thawing may take for who does not want to wait: the guest would do it by itself.
 _THAWING = 1.0
-#: Seconds that a guest may take to go on whose command was killed, and another command to end.
-_RESUMING, _WAITING = 1.0, 60.0
+#: Seconds that another command may let the guest stand still.
+_WAITING = 60.0
 
 
 class _Run(msgspec.Struct, frozen=True):
@@ -120,21 +116,3 @@ def copying(name: str) -> Iterator[None]:
         raise GuestFailed(
             f"{name} ended meanwhile; nothing was stored", hint="`onecopy ps`"
         ) from error
-
-
-async def _go_on(folder: Path) -> None:
-    async with (
-        asyncio.timeout(_RESUMING),
-        connect(folder / "monitor.sock", Deadline.after(_RESUMING)) as monitor,
-    ):
-        await monitor.execute("cont")
-    (folder / "paused").unlink(missing_ok=True)
-
-
-def resume(folder: Path) -> None:
-    """Let a guest go on whose command was killed; also from within an event loop.
-
-    One whose QEMU does not answer at once keeps its mark, for the next command.
-    """
-    with ThreadPoolExecutor(1) as one, contextlib.suppress(GuestFailed, TimeoutError):
-        one.submit(lambda: asyncio.run(_go_on(folder))).result()

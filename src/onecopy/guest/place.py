@@ -1,7 +1,8 @@
 """Where a copy from a guest goes on the host: whole, or not at all.
 
 It is made in a hidden folder beside its place, locked meanwhile, and then renamed. A killed copy
-leaves that folder; the next one to the same place removes it.
+leaves that folder; the next one to the same place removes it. Others may write to that place, too:
+what they lock or link there is not looked at.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from onecopy.errors import AlreadyExists, InvalidInput, NotEnough, NotFound, NotPermitted
-from onecopy.host.lock import is_held
 from onecopy.host.removal import remove_tree
 from onecopy.store.disk import free_bytes
 
@@ -57,41 +57,93 @@ def place(target: StrPath, name: str) -> Path:
 
 @contextmanager
 def hidden(parent: Path) -> Iterator[Path]:
-    """A folder of ours in ``parent``, gone at the end; those of killed processes go first."""
-    with _locked(parent):
-        for path in parent.glob(f"{_HIDDEN}*"):
-            # A copy that ends meanwhile removes its own.
-            with suppress(FileNotFoundError):
-                if path.stat().st_uid == os.geteuid() and not is_held(path):
-                    remove_tree(path)
-        work = parent / f"{_HIDDEN}{secrets.token_hex(8)}"
-        work.mkdir(0o700)
-        held = _locked(work)
-        held.__enter__()
-    try:
-        yield work
-    finally:
-        remove_tree(work)
-        held.__exit__(None, None, None)
+    """A folder of ours in ``parent``, gone at the end; those of killed processes go first.
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    It is named by its descriptor: whatever others do in ``parent``, it is this folder. Raises
+    OSError.
+    """
+    way = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        _sweep(parent, way)
+        name, fd = _make(way)
     finally:
+        os.close(way)
+    work = f"/proc/self/fd/{fd}"
+    try:
+        yield Path(work)
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(work, str(parent / name))
+        raise
+    finally:
+        _remove(parent / name, fd)
         os.close(fd)
+
+
+def _sweep(parent: Path, way: int) -> None:
+    """Remove what killed copies of ours have left; nobody else's, and through no link."""
+    try:
+        names = [path.name for path in parent.iterdir() if path.name.startswith(_HIDDEN)]
+    except PermissionError:
+        return
+    for name in names:
+        with suppress(OSError):
+            fd = _locked(name, way)
+            try:
+                if os.fstat(fd).st_uid == os.geteuid():
+                    _remove(parent / name, fd)
+            finally:
+                os.close(fd)
+
+
+def _remove(path: Path, fd: int) -> None:
+    """Remove the folder ``fd``, if that is what has the name."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(path.lstat(), os.fstat(fd)):
+            remove_tree(path)
+
+
+def _make(way: int) -> tuple[str, int]:
+    """A new folder in the folder ``way``, and the descriptor that locks it."""
+    while True:
+        name = f"{_HIDDEN}{secrets.token_hex(8)}"
+        os.mkdir(name, 0o700, dir_fd=way)
+        # Somebody who sweeps may have been faster.
+        with suppress(FileNotFoundError, BlockingIOError):
+            fd = _locked(name, way)
+            if os.fstat(fd).st_nlink:
+                return name, fd
+            os.close(fd)
+
+
+def _locked(name: str, way: int) -> int:
+    """Open a folder in the folder ``way``, and lock it, if nobody else has."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=way)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def finish(content: Path, final: Path) -> None:
     """Give what is whole its name; raise OSError."""
+    if not content.is_dir() or content.is_symlink():
+        content.rename(final)
+        return
     mode = content.stat().st_mode & 0o777
     # Who moves a folder must be able to write to it.
-    content.chmod(mode | 0o200)
-    content.rename(final)
-    final.chmod(mode)
+    content.chmod(mode | 0o700)
+    fd = os.open(content, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        content.rename(final)
+        # Not by its name, which others may have given to something else.
+        os.fchmod(fd, mode)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

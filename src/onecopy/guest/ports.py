@@ -1,11 +1,14 @@
-"""Published ports: 127.0.0.1 of the host to a guest in QEMU's user-mode network."""
+"""Published ports: 127.0.0.1 of the host to a guest in a network of its own."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
+from pathlib import Path
 
 from onecopy.errors import InUse, InvalidInput, NotPermitted
+from onecopy.vmm import router
 from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.user import port_capabilities
 
@@ -48,8 +51,10 @@ def require_free(publish: Ports) -> None:
                 ) from None
 
 
-async def forward(monitor: Monitor, publish: Ports) -> None:
+async def forward(monitor: Monitor, folder: Path, publish: Ports) -> None:
     """Publish ports of a guest that has been started without; raise InUse."""
+    if router.is_there(folder):
+        return  # published() does it
     for host, guest in publish:
         # QMP has no command for this; it says nothing if all is well.
         said = await monitor.human(f"hostfwd_add net tcp:127.0.0.1:{host}-:{guest}")
@@ -61,8 +66,10 @@ async def forward(monitor: Monitor, publish: Ports) -> None:
             )
 
 
-async def published(monitor: Monitor, publish: Ports) -> Ports:
-    """The published ports, with those that were left to the kernel."""
+async def published(monitor: Monitor, folder: Path, publish: Ports) -> Ports:
+    """The published ports, with those that were left to the kernel; raise InUse."""
+    if router.is_there(folder):
+        return await asyncio.to_thread(router.publish, folder, publish)
     if all(port for port, _ in publish):
         return publish
     # QMP has no command for this.

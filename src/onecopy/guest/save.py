@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from onecopy.errors import GuestFailed, InvalidInput
 from onecopy.guest import admission, identity, snapshot
 from onecopy.guest.begin import described, with_segments
-from onecopy.guest.boot import booted, launch_spec
+from onecopy.guest.boot import booted, launch_spec, network_of
 from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold, system_config
 from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
@@ -86,9 +86,9 @@ async def save_system(
     name = f"saving-{secrets.token_hex(4)}"
     with (
         host.store.workspace() as work,
-        new_card(host, "", (), network=spec.network) as card,
         host.batch() as batch,
         host.claim(name, prepared.digests, batch) as (folder, lease),
+        new_card(host, folder.path, network_of(spec)) as card,
     ):
         progress(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
         launched = _launched(host, prepared, folder.path, name, card)
@@ -293,6 +293,6 @@ async def _stored(
 
 def dry_run(host: Host, prepared: Prepared) -> list[str]:
     """QEMU's command line, but for names made when it runs."""
-    folder, card = host.run / "saving", shown_card("", network=prepared.spec.network)
+    folder, card = host.run / "saving", shown_card(network_of(prepared.spec))
     spec = _launched(host, prepared, folder, folder.name, card)
     return command(with_segments(prepared.hardware, described(prepared.placed)), spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -30,7 +31,7 @@ from onecopy.guest.folder import Batch, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.identity import new_identity
 from onecopy.guest.machine import Placed, SystemConfig
-from onecopy.guest.network import new_card, shown_card
+from onecopy.guest.network import Network, can_be_closed, new_card, require_closed, shown_card
 from onecopy.guest.ports import Ports, forward, need_rights, published, require_free
 from onecopy.host import process
 from onecopy.model import Mergeable
@@ -51,11 +52,14 @@ class CloneSpec(msgspec.Struct, frozen=True):
     ksm: Mergeable = Mergeable.RAM
     """A guest of a trust domain is closed to it all the same."""
     fitting: Fitting = NOTHING
+    allow_host: bool = False
+    """Whether its user-mode network reaches what listens on the host."""
 
     @property
     def can_be_prepared(self) -> bool:
         """Whether all of it can be had of a VMM that was started before it was known."""
-        return self.ksm is Mergeable.RAM and not (self.bridge or need_rights(self.publish))
+        special = self.bridge or self.allow_host or need_rights(self.publish)
+        return self.ksm is Mergeable.RAM and not special
 
 
 _PLAIN = CloneSpec()
@@ -134,7 +138,7 @@ def launch_spec(
 def dry_run(host: Host, source: Template, name: str, spec: CloneSpec) -> list[str]:
     """The exact command line, but for the numbers of inherited sockets, and addresses."""
     _require_possible(host, source, spec)
-    card = shown_card(spec.bridge, network=source.config.network)
+    card = shown_card(_network(source, spec))
     launched = launch_spec(host, source, host.run / name, spec, card)
     return command(with_segments(source.hardware, described(source.placed)), launched)
 
@@ -191,7 +195,8 @@ async def _running(
 ) -> AsyncIterator[_Up]:
     """A clone that runs on as what was saved; on any error its VMM is ended."""
     if spec.can_be_prepared:
-        with host.taking(source.artifact.digest, name, batch) as prepared:
+        suits = partial(can_be_closed, host)
+        with host.taking(source.artifact.digest, name, batch, suits) as prepared:
             if prepared:
                 async with _woken(*prepared, spec) as up:
                     yield up
@@ -209,10 +214,11 @@ async def _woken(folder: GuestFolder, record: GuestRecord, spec: CloneSpec) -> A
     except (NotFound, ProcessLookupError) as error:
         raise GuestFailed("QEMU ended while it waited", hint="try again") from error
     async with or_killed(vmm):
+        require_closed(record, folder.path)
         async with connect(folder.path / "monitor.sock") as monitor:
-            await forward(monitor, spec.publish)
+            await forward(monitor, folder.path, spec.publish)
             await monitor.execute("cont")
-            ports = await published(monitor, spec.publish)
+            ports = await published(monitor, folder.path, spec.publish)
         yield folder, vmm, replace(record, name=folder.name, publish=ports)
 
 
@@ -222,8 +228,8 @@ async def _launched(
 ) -> AsyncIterator[_Up]:
     """A new VMM with the saved state."""
     with (
-        new_card(host, spec.bridge, spec.publish, network=source.config.network) as card,
         host.claim(name, [source.artifact.digest], batch) as (folder, lease),
+        new_card(host, folder.path, _network(source, spec)) as card,
         # Not before it is leased: another command may remove it until then.
         state.checked(source.artifact) as devices,
     ):
@@ -231,13 +237,12 @@ async def _launched(
         prepare(folder.path)
         launched = launch_spec(host, source, folder.path, spec, card)
         launched = replace(launched, ports_later=not runs)
-        vmm, backed = await started(host, source.placed, source.hardware, launched, lease)
-        async with or_killed(vmm):
+        async with started(host, source.placed, source.hardware, launched, lease) as (vmm, backed):
             async with connect(folder.path / "monitor.sock") as monitor:
                 await monitor.incoming(devices)
                 if runs:
                     await monitor.execute("cont")
-                ports = await published(monitor, spec.publish)
+                ports = await published(monitor, folder.path, spec.publish)
             record = noted(
                 folder,
                 vmm,
@@ -259,3 +264,7 @@ async def _launched(
 
 def _require_possible(host: Host, source: Template, spec: CloneSpec) -> None:
     require_possible(host, spec.fitting, source.config, f"{source.artifact.ref} was saved")
+
+
+def _network(source: Template, spec: CloneSpec) -> Network:
+    return Network(source.config.network, spec.bridge, spec.publish, spec.allow_host)

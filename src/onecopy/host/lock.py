@@ -14,6 +14,9 @@ from pathlib import Path
 
 from onecopy.errors import OnecopyError
 
+#: A link there would have somebody else's file opened, and made.
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 def is_held(path: Path) -> bool:
     """Whether a process holds the exclusive lock on ``path``; gone counts as not held."""
@@ -51,10 +54,37 @@ def _free_links(path: Path) -> int | None:
 @contextmanager
 def alone(path: Path) -> Iterator[int]:
     """The same as `locked` for what is no task, and need not be: it waits for the lock."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = _opened_alone(path)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
         yield fd
+    finally:
+        os.close(fd)
+
+
+def _opened_alone(path: Path) -> int:
+    while True:
+        fd = os.open(path, _FLAGS, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        # It was removed while we waited: others lock a new one.
+        os.close(fd)
+
+
+@contextmanager
+def if_left(path: Path) -> Iterator[int | None]:
+    """The lock on what is left of a holder that is gone (`is_left`), at once; else None."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield fd if _try(fd) and os.fstat(fd).st_nlink else None
     finally:
         os.close(fd)
 
@@ -66,12 +96,11 @@ async def locked(path: Path, pause: float = 0.05) -> AsyncIterator[int]:
     Waits without holding up other tasks, and looks again after at most ``pause`` seconds. Raises
     OSError.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    delay = 0.001
+    while (fd := _taken(path)) is None:
+        await asyncio.sleep(delay)
+        delay = min(delay * 2, pause)
     try:
-        delay = 0.001
-        while not _try(fd):
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, pause)
         yield fd
     finally:
         os.close(fd)
@@ -87,6 +116,15 @@ async def locked_within(path: Path, seconds: float, late: OnecopyError) -> Async
         except TimeoutError:
             raise late from None
         yield fd
+
+
+def _taken(path: Path) -> int | None:
+    """The lock, if it is free now; not that of a file which has just been removed."""
+    fd = os.open(path, _FLAGS, 0o600)
+    if _try(fd) and os.fstat(fd).st_nlink:
+        return fd
+    os.close(fd)
+    return None
 
 
 def _try(fd: int) -> bool:

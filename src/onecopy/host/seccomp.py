@@ -122,6 +122,14 @@ def allow_only(number: int, argument: int, values: Sequence[int], error: int) ->
     return [_op(_EQUAL, number, 0, len(block)), *block]
 
 
+def deny_unless(number: int, argument: int, values: Sequence[int], error: int) -> list[bytes]:
+    """The call fails with ``error`` unless the ``argument`` is listed; later blocks decide then."""
+    last = len(values)
+    tests = [_op(_EQUAL, value, last - place, 0) for place, value in enumerate(values)]
+    block = [_argument(argument), *tests, _op(_RETURN, ERROR | error), _op(_LOAD, _NR)]
+    return [_op(_EQUAL, number, 0, len(block)), *block]
+
+
 def deny_if(number: int, argument: int, value: int, error: int) -> list[bytes]:
     """The call fails with ``error`` if the ``argument`` is ``value``; else it is allowed."""
     return _if(number, argument, value, ERROR | error)

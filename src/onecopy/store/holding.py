@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 
 from onecopy.errors import AlreadyExists, NotFound, StoreDamaged
-from onecopy.host.lock import is_held
 from onecopy.model import in_order
 from onecopy.store import collect, lease, loading, names, oci
 from onecopy.store.artifact import Artifact
@@ -32,7 +31,7 @@ def rename(layout: Layout, holder: str, name: str) -> None:
 
 def _free(layout: Layout, holder: str) -> None:
     """Make room for a new holder; raise AlreadyExists."""
-    if is_held(lease.path_of(layout, holder)):
+    if lease.is_live(layout, holder):
         raise AlreadyExists(
             f"{holder} runs already", hint="choose another name, or `onecopy stop` it"
         )
@@ -43,7 +42,7 @@ def _free(layout: Layout, holder: str) -> None:
 
 def extend(layout: Layout, digests: Sequence[str], holder: str) -> Lease:
     """A further lease of a holder; the store's lock is held."""
-    if not is_held(lease.path_of(layout, holder)):
+    if not lease.is_live(layout, holder):
         raise NotFound(f"{holder} does not run any more", hint="`onecopy ps` lists the guests")
     record = _record(layout, digests, holder, {})
     return lease.create(layout, record, lease.further_path(layout, holder))

@@ -28,6 +28,9 @@ import msgspec
 
 from onecopy.store.disk import sync_folder
 
+#: A link there would have somebody else's file opened.
+_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 def default_root() -> Path:
     """``$ONECOPY_HOME``, else /var/lib/onecopy for root, else onecopy in the XDG data folder."""
@@ -83,7 +86,7 @@ class Layout(msgspec.Struct, frozen=True):
     @contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[bool]:
         """Hold the store's lock; not reentrant. With ``wait=False`` yields False if it is taken."""
-        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(self.root / "lock", _LOCK, 0o600)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

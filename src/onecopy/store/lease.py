@@ -19,6 +19,7 @@ from types import TracebackType
 import msgspec
 from msgspec.structs import replace
 
+from onecopy.host import vmms
 from onecopy.host.lock import is_held
 from onecopy.host.removal import remove_tree
 from onecopy.store import oci
@@ -26,6 +27,7 @@ from onecopy.store.layout import Layout
 from onecopy.store.leftovers import tell
 
 _FILES = ".files"
+_FURTHER = "+"
 #: How holders begin that are no guests but keep blobs in memory (guest/pinning.py).
 PIN = "pinned-"
 
@@ -80,6 +82,9 @@ class Lease(msgspec.Struct):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        if kind and _FURTHER in self.path.name and not is_held(self.path):
+            # Never given to the VMM, which lives: it would keep what it does not use.
+            self.path.unlink(missing_ok=True)
 
 
 def path_of(layout: Layout, holder: str) -> Path:
@@ -89,7 +94,7 @@ def path_of(layout: Layout, holder: str) -> Path:
 
 def further_path(layout: Layout, holder: str) -> Path:
     """Where a new further lease of ``holder`` lies."""
-    return layout.leases / f"{holder}+{secrets.token_hex(6)}.json"
+    return layout.leases / f"{holder}{_FURTHER}{secrets.token_hex(6)}.json"
 
 
 def remains(layout: Layout, holder: str) -> bool:
@@ -122,6 +127,7 @@ def rename(layout: Layout, holder: str, name: str) -> None:
     folder = layout.leases
     (folder / f"{holder}{_FILES}").rename(folder / f"{name}{_FILES}")
     path_of(layout, holder).rename(path_of(layout, name))
+    vmms.rename(layout.root, holder, name)
 
 
 def scan(layout: Layout) -> tuple[list[LeaseRecord], list[Path]]:
@@ -129,18 +135,32 @@ def scan(layout: Layout) -> tuple[list[LeaseRecord], list[Path]]:
 
     Raises StoreDamaged for a held one that cannot be read.
     """
-    live, stale = [], []
-    for path in sorted(_files(layout)):
-        if not is_held(path):
-            stale.append(path)
-        elif record := _read(path):
-            live.append(record)
-    return live, stale
+    held, stale = _sorted_out(layout)
+    return [record for path in held if (record := _read(path))], stale
 
 
 def any_stale(layout: Layout) -> bool:
     """Whether a lease file is left of a holder that ended."""
-    return any(not is_held(path) for path in _files(layout)) or any(_unused_folders(layout))
+    return bool(_sorted_out(layout)[1] or _unused_folders(layout))
+
+
+def is_live(layout: Layout, holder: str) -> bool:
+    """Whether ``holder`` has a live lease."""
+    return is_held(path_of(layout, holder)) or vmms.holds(layout.root, holder)
+
+
+def _sorted_out(layout: Layout) -> tuple[list[Path], list[Path]]:
+    """The lease files that are held, and those that are not."""
+    paths = sorted(_files(layout))
+    free = {path for path in paths if not is_held(path)}
+    if free:
+        living = vmms.holders(layout.root)
+        free = {path for path in free if _holder(path) not in living}
+    return [path for path in paths if path not in free], sorted(free)
+
+
+def _holder(path: Path) -> str:
+    return path.stem.partition(_FURTHER)[0]
 
 
 def remove_folders(layout: Layout) -> None:
@@ -150,11 +170,13 @@ def remove_folders(layout: Layout) -> None:
 
 
 def _unused_folders(layout: Layout) -> list[Path]:
-    return [
-        folder
+    unused = {
+        folder.name.removesuffix(_FILES): folder
         for folder in layout.leases.glob(f"*{_FILES}")
         if not is_held(path_of(layout, folder.name.removesuffix(_FILES)))
-    ]
+    }
+    living = vmms.holders(layout.root) if unused else set()
+    return [folder for holder, folder in unused.items() if holder not in living]
 
 
 def _files(layout: Layout) -> list[Path]:
@@ -169,4 +191,4 @@ def _read(path: Path) -> LeaseRecord | None:
         return None
     hint = "stop the guest of that name, then delete the file"
     record = oci.decode(data, LeaseRecord, path, hint)
-    return replace(record, holder=path.stem.partition("+")[0])
+    return replace(record, holder=_holder(path))

@@ -16,7 +16,7 @@ from msgspec import structs
 
 from onecopy.errors import InUse, NotFound, StoreDamaged
 from onecopy.host.lock import is_held
-from onecopy.model import Reference, check_name, in_order
+from onecopy.model import Reference, check_name, check_new_name, in_order
 from onecopy.store import access as who
 from onecopy.store import collect, holding, lease, live, loading, names, oci, putting, workspace
 from onecopy.store.access import Access
@@ -66,6 +66,7 @@ class Store:
         replace: bool = True,
         expected: str | None = None,
         access: Access | None = None,
+        own: bool = False,
     ) -> Artifact:
         """Store and name an artifact, whole or not at all; files in ``layers`` are moved in.
 
@@ -73,11 +74,15 @@ class Store:
         digest. What the name meant before goes, or is pending purge while leased. A new name gets
         ``access``; one that there is keeps its own.
 
+        Names that begin with ``onecopy-`` are for what is onecopy's ``own``.
+
         Raises AlreadyExists (with ``replace=False`` if the name means another digest; always if it
         means another kind), NameMoved (it does not mean the digest ``expected``), OtherDomain (the
         name is of another trust domain than ``access``), InvalidInput, NotFound, NotEnough,
         NotPermitted, StoreDamaged.
         """
+        if not own:
+            check_new_name(ref.name)
         wanted = Wanted(kind, ref, replace, expected, access)
         return putting.put(self._layout, wanted, config, layers)
 
@@ -232,6 +237,10 @@ class Store:
 
     def is_held(self, holder: str) -> bool:
         """Whether ``holder`` has a live lease."""
+        return lease.is_live(self._layout, holder)
+
+    def is_locked(self, holder: str) -> bool:
+        """Whether ``holder`` has not let go of its lease, as only a VMM that misbehaves does."""
         return is_held(lease.path_of(self._layout, holder))
 
     def users(self, digest: str) -> list[str]:

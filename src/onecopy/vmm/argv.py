@@ -118,9 +118,18 @@ class Card(msgspec.Struct, frozen=True):
     mac: str
     """A clone has it once the guest has set it: QEMU takes the one of the saved state."""
     address: str
-    """In QEMU's user-mode network; "" with a tap device, whose network gives one."""
+    """In the guest's own network; "" in a bridge, whose network gives one."""
     tap: int | str | None = None
-    """Descriptor of a tap device that the VMM inherits; None for user-mode network."""
+    """Descriptor of a tap device that the VMM inherits; None for QEMU's user-mode network."""
+    life: int | None = None
+    """Another that it holds as long as it lives: that of its router (router.py)."""
+    allow_host: bool = False
+    """Whether a user-mode network reaches the host's 127.0.0.1, as its gateway, and addresses."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether what QEMU sends is to be kept from this host (closed.py)."""
+        return self.tap is None and not self.allow_host
 
 
 class Launch(msgspec.Struct, frozen=True):

@@ -148,6 +148,10 @@ def filter_program(confinement: Confinement) -> bytes:
         seccomp.deny_unless_null(seccomp.PRLIMIT, 2, errno.EPERM),
     ]
     if confinement.inet:
+        # Others have the kernel open sockets that are nobody's, so that no rule knows their user
+        # (closed.py): MPTCP, SMC.
+        protocols = (0, socket.IPPROTO_ICMP, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
+        blocks.append(seccomp.deny_unless(seccomp.SOCKET, 2, protocols, errno.EACCES))
         blocks.append(seccomp.allow_only(seccomp.SOCKET, 0, inet, errno.EACCES))
     else:
         blocks.append(seccomp.deny([seccomp.SOCKET], errno.EACCES))

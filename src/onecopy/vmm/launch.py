@@ -19,19 +19,22 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed
-from onecopy.host import cgroup, reap, seccomp
+from onecopy.host import cgroup, reap, seccomp, vmms
 from onecopy.host.process import stat, wait_for_end
+from onecopy.host.vmms import has_ended
 from onecopy.model import Mergeable
-from onecopy.vmm import bounds, logs, resolver
+from onecopy.vmm import bounds, closed, logs, resolver
 from onecopy.vmm.answering import Answers
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.given import given
-from onecopy.vmm.spawn import start
-from onecopy.vmm.user import new_user, port_capabilities
+from onecopy.vmm.spawn import Started, start
+from onecopy.vmm.user import User, new_user, port_capabilities, why_not
 
 #: Seconds from losing QEMU's connections to its end.
 _ENDING = 0.2
+#: Seconds that a killed QEMU gets; the kernel may take longer to give back what it had.
+_KILLING = 10.0
 _PRINTED = "the lines above are QEMU's and the guest's own; `onecopy doctor` checks this host"
 _KILLED = (
     "QEMU was killed: if by the kernel, out of memory, `dmesg` tells; then start fewer guests, "
@@ -104,12 +107,17 @@ class Vmm:
         return self._process.poll() if self._process else None
 
     async def kill(self) -> None:
-        """End the process, unasked."""
+        """End the process, unasked.
+
+        Nothing in it is awaited, so that nobody's cancellation comes between; it takes
+        milliseconds.
+        """
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        await self.wait()
-        self._let_go()
+            if has_ended(self._pidfd, _KILLING) and self._process:
+                self._process.wait()
+        self.detach()
         if self._placing:
             self._placing.undo()
 
@@ -132,10 +140,12 @@ class Vmm:
 
     async def failed(self, error: GuestFailed) -> GuestFailed:
         """End the process; return ``error`` with what QEMU and the guest's console printed."""
-        # What broke may be that it is just ending.
-        await self.wait(_ENDING)
-        returncode = self.returncode
-        await self.kill()
+        try:
+            # What broke may be that it is just ending.
+            await self.wait(_ENDING)
+        finally:
+            returncode = self.returncode
+            await self.kill()
         hint = _KILLED if returncode == -signal.SIGKILL else error.hint or _PRINTED
         return GuestFailed(
             error.message,
@@ -171,7 +181,10 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
     live as long as the VMM, which may open their files for reading. Some QEMUs are answered from
     the running event loop (answering.py). Raises Incompatible.
     """
-    user = new_user(spec.accel)
+    card = spec.card
+    user = new_user(spec.accel, allow_host=card is not None and card.allow_host)
+    if card and card.closed:
+        closed.require(user, why_not(spec.accel))
     with contextlib.ExitStack() as stack:
         machine, named, files = stack.enter_context(given(hardware, spec, user, inherit))
         monitor = stack.enter_context(_listen(spec.folder / "monitor.sock"))
@@ -181,7 +194,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         inet = spec.card is not None and spec.card.tap is None
         confinement = Confinement(
             user=user,
-            capabilities=port_capabilities(host for host, _ in spec.publish),
+            capabilities=port_capabilities(host for host, _ in spec.publish if inet),
             rights=files.rights,
             kvm=spec.accel == "kvm",
             asks=asks,
@@ -194,6 +207,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)
         started = start(command(machine, named), confinement, spec.folder, log, passed)
+        _on_record(started, spec.folder, user)
         answers = None
         if started.listener is not None:
             answers = Answers(files.asked)
@@ -207,6 +221,23 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
 def _ports(spec: Launch) -> tuple[int, ...] | None:
     """Where it may listen: user-mode networks also do at ports that the kernel chooses."""
     return None if spec.ports_later else tuple({0, *(host for host, _ in spec.publish)})
+
+
+def _on_record(started: Started, folder: Path, user: User | None) -> None:
+    """Have a VMM known whatever becomes of us, before its guest runs; or end it again."""
+    process = started.process
+    try:
+        vmms.register(folder, vmms.Process(process.pid, stat(process.pid).start_ticks), _id(user))
+    except BaseException:
+        process.kill()
+        process.wait()
+        if started.listener is not None:
+            os.close(started.listener)
+        raise
+
+
+def _id(user: User | None) -> int:
+    return user.id if user else os.geteuid()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -90,9 +90,28 @@ def start(
                 os.set_inheritable(listener, False)
             return Started(process, listener)
 
-        started = one.submit(work).result()
+        begun = one.submit(work)
+        try:
+            started = begun.result()
+        except BaseException:
+            # We are interrupted, and it may be started all the same.
+            begun.add_done_callback(_lost)
+            raise
         _limit(started, confinement)
         return started
+
+
+def _lost(begun: Future[Started]) -> None:
+    """End a program that nobody waits for any more."""
+    if not begun.cancelled() and not begun.exception():
+        _end(begun.result())
+
+
+def _end(started: Started) -> None:
+    started.process.kill()
+    started.process.wait()
+    if started.listener is not None:
+        os.close(started.listener)
 
 
 def _limit(started: Started, confinement: Confinement) -> None:
@@ -103,10 +122,7 @@ def _limit(started: Started, confinement: Confinement) -> None:
     except ProcessLookupError:
         return
     except OSError as error:
-        started.process.kill()
-        started.process.wait()
-        if started.listener is not None:
-            os.close(started.listener)
+        _end(started)
         raise Incompatible(
             f"QEMU's use of the host cannot be limited: {error.strerror}",
             hint="`onecopy doctor` says what this host can do",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,10 +17,15 @@ import msgspec
 
 from onecopy.host.files import ROOT, read_number
 from onecopy.host.syscall import become, set_capabilities
+from onecopy.vmm.numbers import MANY, unused
 
-#: Ranges for guests, best first. Nothing else gives out numbers of the first; the second is that of
-#: systemd's dynamic users (systemd docs/UIDS-GIDS.md).
-_RANGES = (range(0x70000000, 0x78000000), range(61184, 65520))
+#: Numbers that nothing else gives out (systemd docs/UIDS-GIDS.md): for guests that are closed to
+#: this host (closed.py), and for those that may reach it.
+CLOSED, OPEN = range(0x70000000, 0x78000000), range(0x78000000, 0x7F000000)
+#: Numbers that nothing but guests has.
+GUESTS = range(CLOSED.start, OPEN.stop)
+#: Those of systemd's dynamic users, where there are no others.
+_SHARED = range(61184, 65520)
 KVM = Path("/dev/kvm")
 
 _BIND_SERVICE = 1 << 10  # CAP_NET_BIND_SERVICE
@@ -54,11 +58,12 @@ class User(msgspec.Struct, frozen=True):
         set_capabilities(capabilities)
 
 
-def new_user(accel: str) -> User | None:
+def new_user(accel: str, *, allow_host: bool = False) -> User | None:
     """A user for one new guest; None if it has to run as whoever starts it."""
     if os.geteuid() != 0 or why_not(accel):
         return None
-    return User(secrets.choice(_usable_range()), _groups(accel))
+    usable = _usable_range(wanted=OPEN if allow_host else CLOSED)
+    return User(unused(usable), _groups(accel))
 
 
 def why_not(accel: str, root: Path = ROOT) -> str:
@@ -72,6 +77,17 @@ def why_not(accel: str, root: Path = ROOT) -> str:
     return ""
 
 
+def have_own_numbers(root: Path = ROOT) -> bool:
+    """Whether guests get numbers that are nobody else's, by which rules can tell them."""
+    return os.geteuid() == 0 and not why_not("tcg", root) and _usable_range(root) == CLOSED
+
+
+def few(root: Path = ROOT) -> int:
+    """How many numbers there are for guests, if they are few; else 0."""
+    count = len(_usable_range(root))
+    return count if count < MANY else 0
+
+
 def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
     """What it takes to publish ``ports`` of the host, as far as we have it (ip(7))."""
     first = read_number(root / "proc/sys/net/ipv4/ip_unprivileged_port_start")
@@ -79,12 +95,12 @@ def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
     return _BIND_SERVICE & capabilities(root) if low else 0
 
 
-def _usable_range(root: Path = ROOT) -> range:
-    """The best range that exists in this user namespace (user_namespaces(7)); it may be empty."""
+def _usable_range(root: Path = ROOT, wanted: range = CLOSED) -> range:
+    """``wanted``, or what exists of others in this user namespace (user_namespaces(7)), if any."""
     maps = [(root / f"proc/self/{name}").read_text() for name in ("uid_map", "gid_map")]
-    for wanted in _RANGES:
-        if all(_is_mapped(wanted, text) for text in maps):
-            return wanted
+    for each in (wanted, _SHARED):
+        if all(_is_mapped(each, text) for text in maps):
+            return each
     return range(0)
 
 

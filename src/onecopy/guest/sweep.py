@@ -1,0 +1,125 @@
+"""Sweeping: what killed commands and ended VMMs left in the run folders goes, by the next command.
+
+A VMM is ended before anything of it is removed. Nothing here waits for a guest or for another
+command while it holds a lock, and what cannot be removed is told, once, and stays for the next
+sweep. Not here: the store's own leftovers (store/collect.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+from onecopy.guest.folder import POOL, GuestFolder, is_mark
+from onecopy.guest.resuming import go_on
+from onecopy.host import vmms
+from onecopy.host.lock import if_left, is_left
+from onecopy.host.removal import remove_tree
+from onecopy.host.vmms import Entry, Process
+from onecopy.store import Store
+from onecopy.store.leftovers import going_on, tell
+
+
+class Swept(Protocol):
+    """What is swept: guest/host.py."""
+
+    @property
+    def store(self) -> Store: ...
+    @property
+    def run(self) -> Path: ...
+    def folders(self) -> list[Path]: ...
+    def on_record(self, name: str = "", /) -> list[Entry]: ...
+    def processes(self, names: list[str], /) -> list[tuple[str, Process]]: ...
+    def remove(self, *folders: GuestFolder) -> None: ...
+    def locked(self) -> contextlib.AbstractContextManager[int]: ...
+
+
+def sweep(host: Swept) -> None:
+    """Remove what no living command or VMM owns; let guests go on that stand still for nobody."""
+    with host.locked():
+        unwanted = _unwanted(host)
+    if unwanted:
+        vmms.end(unwanted)
+    with host.locked():
+        _sweep_folders(host)
+    if unwanted:
+        # Their leases are stale only now.
+        host.store.sweep()
+    left = [path for path in host.folders() if GuestFolder(path).left_paused]
+    if left:
+        go_on(left)
+    _sweep_stores(host.run)
+
+
+def _unwanted(host: Swept) -> list[Process]:
+    """VMMs that nobody will ever want: of killed commands, and of owners that are gone."""
+    abandoned = [path.name for path in host.folders() if GuestFolder(path).abandoned]
+    found = [process for _, process in host.processes(abandoned)] if abandoned else []
+    # Without its folder nobody can take it any more.
+    return found + [
+        entry.process
+        for entry in host.on_record()
+        if entry.holder.startswith(POOL) and not (host.run / entry.holder).exists()
+    ]
+
+
+def _sweep_folders(host: Swept) -> None:
+    there = host.folders()
+    for path in there:
+        with going_on(path):
+            folder = GuestFolder(path)
+            if folder.abandoned or not host.store.is_held(path.name):
+                _remove(host, folder)
+    for path in host.run.iterdir():
+        if is_mark(path):
+            with going_on(path):
+                if is_left(path):
+                    path.unlink(missing_ok=True)
+    names = {path.name for path in there}
+    for entry in host.on_record():
+        if entry.holder not in names and not entry.process.lives():
+            with going_on(entry.path):
+                entry.forget()
+
+
+def _remove(host: Swept, folder: GuestFolder) -> None:
+    if any(each.process.lives() for each in host.on_record(folder.name)):
+        tell(folder.path, "its QEMU does not end")
+        return
+    host.remove(folder)
+    if folder.path.exists():
+        tell(folder.path, "something in it stays")
+
+
+def _sweep_stores(run: Path) -> None:
+    """Remove the run folders of stores that are there no more, with no VMM left."""
+    for store in vmms.stores() - {run.name}:
+        if not (run.parent / store).exists():
+            _forget_dead(vmms.of_store(store))
+    others = [path for path in run.parent.iterdir() if path != run and (path / vmms.STORE).exists()]
+    gone = [path for path in others if _is_gone(path)]
+    if not gone:
+        return
+    for path in gone:
+        theirs = vmms.of_store(path.name)
+        if any(entry.process.lives() for entry in theirs):
+            continue  # `ps` shows it (lost.py)
+        with going_on(path), if_left(path / ".lock") as lock:
+            if lock is not None and _is_gone(path):
+                tell(path, remove_tree(path))
+                _forget_dead(theirs)
+
+
+def _forget_dead(entries: list[Entry]) -> None:
+    for entry in entries:
+        if not entry.process.lives():
+            entry.forget()
+
+
+def _is_gone(run: Path) -> bool:
+    with contextlib.suppress(OSError):
+        root = Path(os.fsdecode((run / vmms.STORE).read_bytes()))
+        return root.is_absolute() and not vmms.is_store(root, run.name)
+    return False

@@ -1,0 +1,200 @@
+"""A start that is cancelled at any await leaves nothing: no QEMU, no run folder, no lease.
+
+Each round cancels one await later than the last, whichever task makes it, until one gets through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from typing import Any
+
+import pytest
+
+from onecopy.errors import OnecopyError
+from onecopy.guest.boot import run_cold
+from onecopy.guest.cold import ColdSpec, prepare_cold
+from onecopy.guest.folder import Batch, GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import start_many
+from onecopy.guest.save import save_guest
+from onecopy.guest.start import prepare_clone, start_clone, template
+from onecopy.host import vmms
+from onecopy.model import Reference
+from onecopy.store import Artifact
+from tests.vm.conftest import Clones
+from tests.vm.conftest import vmms as qemus
+from tests.vm.kept import MEMTEST
+
+#: When it is cancelled the QMP library leaves its socket to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+NAMES = ["a", "b", "c"]
+Start = Callable[[str, Batch], Awaitable[GuestRecord]]
+
+
+class _Counted(Coroutine[Any, Any, Any]):
+    """A coroutine whose awaits are told."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], tell: Callable[[], None]) -> None:
+        self._work, self._tell = work, tell
+
+    def send(self, value: Any) -> Any:
+        waits_for = self._work.send(value)
+        self._tell()
+        return waits_for
+
+    def throw(self, *error: Any) -> Any:
+        waits_for = self._work.throw(*error)
+        self._tell()
+        return waits_for
+
+    def close(self) -> None:
+        self._work.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        yield from self._work.__await__()
+
+
+def cancelled_at(number: int, twice: int, work: Callable[[], Coroutine[Any, Any, Any]]) -> bool:
+    """Run ``work``, cancelled at that await, and once more ``twice`` awaits later; whether it was.
+
+    The awaits of all tasks count, together.
+    """
+    left = number
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        task: asyncio.Task[Any] | None = None
+
+        def tell() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 or (twice and left == -twice):
+                assert task
+                task.cancel()
+
+        loop.set_task_factory(
+            lambda loop, coro, **more: asyncio.Task(_Counted(coro, tell), loop=loop, **more)
+        )
+        task = loop.create_task(work())
+        await task
+
+    try:
+        asyncio.run(main())
+    except (asyncio.CancelledError, OnecopyError):
+        assert left <= 0
+    return left <= 0
+
+
+def check_nothing_left(host: Host, what: str) -> None:
+    assert qemus(host) == [], what
+    assert [path.name for path in host.folders()] == [], what
+    assert vmms.of_store(host.run.name) == [], what
+    host.store.sweep()
+    assert list((host.store.root / "leases").iterdir()) == [], what
+    marks = [path.name for path in host.run.iterdir() if path.name.startswith(".starting")]
+    assert marks == [], what
+
+
+def cancel_everywhere(host: Host, work: Callable[[], Coroutine[Any, Any, Any]], step: int) -> int:
+    """Cancel ``work`` at each ``step``-th await, every other time twice; how many times it was."""
+    for round_ in itertools.count():
+        number = 1 + round_ * step
+        cancelled = cancelled_at(number, (0, 1, 3)[round_ % 3], work)
+        if not cancelled:
+            host.end(*host.guests(), *host.prepared())
+            assert round_ > 3
+            return round_
+        # One that was cancelled when it had been handed out is the user's.
+        host.end(*host.guests())
+        check_nothing_left(host, f"cancelled at await {number}")
+    raise AssertionError
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def booting(host: Host) -> Start:
+    """Boots a bare machine, which is up at once."""
+    prepared = prepare_cold(host, ColdSpec(root=Reference.parse(str(MEMTEST))))
+    return lambda name, batch: run_cold(host, prepared, name, batch)
+
+
+@pytest.fixture(scope="module")
+def bare(host: Host) -> Artifact:
+    """A saved system without an agent."""
+    prepared = prepare_cold(host, ColdSpec(root=Reference.parse(str(MEMTEST))))
+    asyncio.run(run_cold(host, prepared, "bare"))
+    saved = asyncio.run(save_guest(host, Reference("bare"), "bare")).artifact
+    host.end(*host.guests())
+    return saved
+
+
+def test_a_boot(host: Host, booting: Start) -> None:
+    cancel_everywhere(host, lambda: start_many(host, ["a"], booting), 1)
+
+
+def test_a_clone(host: Host, bare: Artifact) -> None:
+    source = template(host, bare)
+
+    def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
+        return start_clone(host, source, name, batch=batch)
+
+    cancel_everywhere(host, lambda: start_many(host, ["a"], start), 1)
+
+
+def test_one_without_a_batch(host: Host, bare: Artifact) -> None:
+    source = template(host, bare)
+    cancel_everywhere(host, lambda: start_clone(host, source, "a"), 2)
+
+
+def test_a_prepared_one(host: Host, bare: Artifact) -> None:
+    source = template(host, bare)
+
+    def prepare(name: str, batch: Batch) -> Awaitable[GuestRecord]:
+        return prepare_clone(host, source, name, batch)
+
+    cancel_everywhere(host, lambda: start_many(host, ["pool.a"], prepare), 2)
+
+
+def test_a_batch(host: Host, bare: Artifact) -> None:
+    source = template(host, bare)
+
+    def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
+        return start_clone(host, source, name, batch=batch)
+
+    cancel_everywhere(host, lambda: start_many(host, NAMES, start), 7)
+
+
+def test_a_clone_that_becomes_itself(host: Host, saved: Artifact) -> None:
+    source = template(host, saved)
+
+    def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
+        return start_clone(host, source, name, batch=batch)
+
+    cancel_everywhere(host, lambda: start_many(host, NAMES[:2], start), 3)
+
+
+def test_several_that_fail_to_become_themselves(
+    host: Host, saved: Artifact, clones: Clones
+) -> None:
+    """The first failure cancels the others, of which some are about to fail, too."""
+    (guest,) = clones(1)
+    script = "case $(hostname) in *-[13]) exit 1 ;; esac"
+    asyncio.run(save_guest(host, Reference("picky"), guest.name, on_clone=script))
+    host.end(guest)
+    argv = [sys.executable, "-m", "onecopy", "run", "picky", "-n", "4", "--name", "picky"]
+    for _ in range(3):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+        assert done.returncode and "Traceback" not in done.stderr, done.stderr
+        check_nothing_left(host, done.stderr)
