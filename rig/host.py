@@ -18,9 +18,10 @@ from pathlib import Path
 from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.boot import run_cold
 from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold
-from onecopy.guest.exec import Streams, run_captured, run_streaming
+from onecopy.guest.exec import run_captured, run_streaming
 from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
+from onecopy.guest.streams import Streams
 from onecopy.model import MIB, Mergeable
 from onecopy.run import run
 from onecopy.vmm.accel import Choice

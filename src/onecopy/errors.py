@@ -17,8 +17,8 @@ OnecopyError
 ├── NotPermitted       this user may not do that
 ├── Restricted         it is restricted, and the guest is not granted it
 ├── OtherDomain        it belongs to another trust domain
-├── NoSlot             the guest has no slot left for a segment or disk
-├── TooLarge           it does not fit the guest
+├── NoSlot             the guest has no slot left for a segment or disk, or port for a program
+├── TooLarge           it does not fit the guest, or is more than a limit allows
 ├── NotUnmounted       a process in the guest holds the segment
 ├── NameMoved          the name means something else by now
 ├── ProgramFailed      a program in a guest ran and failed
@@ -226,14 +226,14 @@ class OtherDomain(OnecopyError):
 
 
 class NoSlot(OnecopyError):
-    """The guest has no slot left for a further segment or disk."""
+    """The guest has no slot left for a further segment or disk, or port for a program."""
 
     id = "no-slot"
     exit_code = 18
 
 
 class TooLarge(OnecopyError):
-    """It does not fit the guest's room for segments, memory or processors."""
+    """It does not fit the guest's room for segments, memory or processors, or exceeds a limit."""
 
     id = "too-large"
     exit_code = 19

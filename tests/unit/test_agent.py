@@ -19,43 +19,29 @@ from onecopy.errors import AgentFailed
 from onecopy.vmm import agent as agent_module
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.launch import prepare
-from onecopy.vmm.pipe import Pipe
+from tests.unit.pipe_kit import Peer as PipePeer
 
 _CLIENT = """
 import asyncio, sys
 from pathlib import Path
 from onecopy.vmm.agent import Agent
-asyncio.run(Agent(Path(sys.argv[1])).call("of-the-killed"))
+asyncio.run(Agent(Path(sys.argv[1])).call("of-the-killed", dict))
 """
 Request = dict[str, Any]
 
 
-class Peer:
-    """The guest's side: reads requests; 0xff drops a half one (qga/main.c)."""
+class Peer(PipePeer):
+    """The agent: reads requests; 0xff drops a half one (qga/main.c)."""
 
     def __init__(self, folder: Path) -> None:
-        # The other way round: what goes in to the guest comes out here.
-        mirror = folder / "guest"
-        mirror.mkdir()
-        (mirror / "agent.in").symlink_to(folder / "agent.out")
-        (mirror / "agent.out").symlink_to(folder / "agent.in")
-        self._pipe = Pipe(mirror, "agent")
+        super().__init__(folder, "agent")
         self.seen: list[str] = []
-
-    def close(self) -> None:
-        self._pipe.__exit__()
-
-    async def line(self) -> bytes:
-        return await self._pipe.until(b"\n")
 
     async def request(self) -> Request:
         line = (await self.line()).rpartition(b"\xff")[2]
         request: Request = json.loads(line)
         self.seen.append(request["execute"])
         return request
-
-    async def send(self, data: bytes) -> None:
-        await self._pipe.write(data)
 
     async def answer(self, request: Request) -> None:
         """As the agent does: the id of a sync, the arguments of all else."""
@@ -101,8 +87,8 @@ def _with_peer(folder: Path, test: Callable[[Agent, Peer], Awaitable[None]]) -> 
 def test_an_answer(tmp_path: Path) -> None:
     async def test(agent: Agent, peer: Peer) -> None:
         async with _serving(peer):
-            assert await agent.call("any", a=1, b="ü\n") == {"a": 1, "b": "ü\n"}
-            assert await agent.call("other") == {}
+            assert await agent.call("any", dict, a=1, b="ü\n") == {"a": 1, "b": "ü\n"}
+            assert await agent.call("other", dict) == {}
         assert peer.seen == ["any", "other"]
 
     _with_peer(tmp_path, test)
@@ -111,7 +97,7 @@ def test_an_answer(tmp_path: Path) -> None:
 def test_an_answer_larger_than_a_pipe(tmp_path: Path) -> None:
     async def test(agent: Agent, peer: Peer) -> None:
         async with _serving(peer):
-            assert await agent.call("any", text="x" * 300_000) == {"text": "x" * 300_000}
+            assert await agent.call("any", dict, text="x" * 300_000) == {"text": "x" * 300_000}
 
     _with_peer(tmp_path, test)
 
@@ -126,9 +112,9 @@ def test_a_refusal(tmp_path: Path) -> None:
 
         task = asyncio.create_task(refuse())
         with pytest.raises(AgentFailed, match="refused any: The command any has not been found"):
-            await agent.call("any")
+            await agent.call("any", dict)
         # A refusal is an answer: nothing is left over to be discarded.
-        assert await agent.call("other") == {}
+        assert await agent.call("other", dict) == {}
         assert peer.seen == ["any", "other"]
         task.cancel()
 
@@ -138,12 +124,12 @@ def test_a_refusal(tmp_path: Path) -> None:
 def test_an_agent_that_does_not_answer(tmp_path: Path) -> None:
     async def test(agent: Agent, peer: Peer) -> None:
         with pytest.raises(AgentFailed, match="did not answer slow within") as caught:
-            await agent.call("slow", timeout=0.1)
+            await agent.call("slow", dict, timeout=0.1)
         assert "onecopy logs" in caught.value.hint
         # Its answer comes after all, and is not taken for that of the next call.
         await peer.answer(await peer.request())
         async with _serving(peer):
-            assert await agent.call("next", a=1) == {"a": 1}
+            assert await agent.call("next", dict, a=1) == {"a": 1}
         assert peer.seen == ["slow", "guest-sync-delimited", "next"]
 
     _with_peer(tmp_path, test)
@@ -153,7 +139,7 @@ def test_an_agent_that_has_to_be_woken(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(agent_module, "_NUDGE", 0.05)
 
     async def test(agent: Agent, peer: Peer) -> None:
-        call = asyncio.create_task(agent.call("any", a=1))
+        call = asyncio.create_task(agent.call("any", dict, a=1))
         request = await peer.request()
         assert await peer.line() == await peer.line() == b""
         await peer.answer(request)
@@ -172,8 +158,8 @@ def test_the_answer_to_a_killed_client_is_discarded(tmp_path: Path) -> None:
         assert await client.wait() == -signal.SIGKILL
         await peer.send(_line({"return": "for the dead"}))
         async with _serving(peer):
-            assert await agent.call("mine", a=1) == {"a": 1}
-            assert await agent.call("mine", a=2) == {"a": 2}
+            assert await agent.call("mine", dict, a=1) == {"a": 1}
+            assert await agent.call("mine", dict, a=2) == {"a": 2}
         assert peer.seen == ["of-the-killed", "guest-sync-delimited", "mine", "mine"]
 
     _with_peer(tmp_path, test)
@@ -184,14 +170,14 @@ def test_a_half_answer_and_a_stale_sync_are_discarded(tmp_path: Path) -> None:
         (tmp_path / "agent.lock").write_bytes(b"!")
         await peer.send(b'{"return": "half of an ans' + b"\xff" + _line({"return": -1}))
         async with _serving(peer):
-            assert await agent.call("mine", a=1) == {"a": 1}
+            assert await agent.call("mine", dict, a=1) == {"a": 1}
 
     _with_peer(tmp_path, test)
 
 
 def test_callers_take_turns(tmp_path: Path) -> None:
     async def test(agent: Agent, peer: Peer) -> None:
-        calls = [asyncio.create_task(Agent(tmp_path).call("any", n=n)) for n in range(5)]
+        calls = [asyncio.create_task(Agent(tmp_path).call("any", dict, n=n)) for n in range(5)]
         for _ in calls:
             request = await peer.request()
             # While one is not answered no other is sent.
@@ -208,9 +194,9 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
         async with _serving(peer):
             before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
             for n in range(10):
-                await agent.call("any", n=n)
+                await agent.call("any", dict, n=n)
             with pytest.raises(AgentFailed):
-                await Agent(tmp_path / "gone").call("any")
+                await Agent(tmp_path / "gone").call("any", dict)
             assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
     _with_peer(tmp_path, test)

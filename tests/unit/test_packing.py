@@ -1,7 +1,10 @@
 """Archives of files and folders: there and back, and what a guest might send to do harm."""
 
+import contextlib
 import io
 import os
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onecopy.guest.packing import Unpacker, Unusable, pack
+from onecopy.errors import NotEnough, TooLarge
+from onecopy.guest.packing import Limits, Unpacker, Unusable, pack
 
 
 def archive(*members: tuple[str, bytes, str | bytes]) -> bytes:
@@ -163,3 +167,70 @@ def test_set_id_bits_and_foreign_owners_do_not_come(tmp_path: Path) -> None:
 def test_what_is_no_archive(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(Unusable):
         unpack(tmp_path / "copy", data)
+
+
+def test_deep_folders_are_packed_without_recursion(tmp_path: Path) -> None:
+    depth, fd = 1500, os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=fd)
+        inner = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    os.close(fd)
+    try:
+        packed = sum(1 for piece in pack(tmp_path / "d", ".") if any(piece))
+    finally:
+        # Python's own would recurse, and so would pytest's.
+        subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
+    assert packed == depth
+
+
+def test_deep_folders_are_not_made(tmp_path: Path) -> None:
+    def members(depth: int) -> list[tuple[str, bytes, str | bytes]]:
+        return [(f"./{'d/' * n}", tarfile.DIRTYPE, "") for n in range(depth)]
+
+    unpack(tmp_path / "some", archive(*members(200)))
+    with pytest.raises(Unusable, match="256 deep"):
+        unpack(tmp_path / "many", archive(*members(1500)))
+    # What is left can be removed as all else is.
+    shutil.rmtree(tmp_path / "many")
+
+
+def test_limits(tmp_path: Path) -> None:
+    data = archive(ROOT, ("./a", tarfile.REGTYPE, bytes(5000)), ("./b", tarfile.REGTYPE, b""))
+
+    def fed(name: str, limits: Limits) -> None:
+        unpacker = Unpacker(tmp_path / name, limits)
+        unpacker.feed(data)
+        unpacker.finish()
+
+    fed("enough", Limits(len(data), 3))
+    with pytest.raises(TooLarge, match="larger than"):
+        fed("size", Limits(len(data) - 1, 3))
+    with pytest.raises(TooLarge, match="more than 2 files"):
+        fed("files", Limits(len(data), 2))
+    # What comes after the end counts, too.
+    unpacker = Unpacker(tmp_path / "after", Limits(len(data), 3))
+    unpacker.feed(data)
+    with pytest.raises(TooLarge):
+        unpacker.feed(b"x")
+
+
+def test_a_disk_that_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.statvfs_result((4096, 4096, 1 << 30, 1000, 1000, 1000, 1000, 1000, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda _: full)
+    with pytest.raises(NotEnough, match="disk to leave some to others"):
+        Unpacker(tmp_path / "target").feed(bytes(512))
+
+
+@given(st.binary(max_size=512), st.sampled_from(b"05xgLKS"), st.integers(0, 511))
+def test_any_header_is_a_member_or_refused(noise: bytes, kind: int, at: int) -> None:
+    import tempfile
+
+    header = bytearray(archive(ROOT)[:512])
+    header[at : at + len(noise)] = noise[: 512 - at]
+    header[156] = kind
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    refused = contextlib.suppress(Unusable, TooLarge, OSError)
+    with tempfile.TemporaryDirectory() as folder, refused:
+        unpack(Path(folder) / "target", bytes(header) + bytes(4096))

@@ -27,6 +27,7 @@ from onecopy.guest.host import Host
 from onecopy.guest.many import names_for, start_many
 from onecopy.guest.save import save_system
 from onecopy.guest.start import start_clone, template
+from onecopy.guest.streams import KEPT
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice, choose
@@ -257,6 +258,7 @@ def run_in(host: Host) -> RunIn:
         guest: GuestRecord, *argv: str, stdin: bytes | None = None, timeout: float = 120
     ) -> Completed:
         folder = host.run / guest.name
-        return asyncio.run(run_captured(folder, argv, stdin=stdin, timeout=timeout))
+        running = run_captured(folder, argv, stdin=stdin, timeout=timeout, limit=KEPT)
+        return asyncio.run(running)
 
     return run

@@ -22,7 +22,8 @@ from typing import IO, Any
 
 import pytest
 
-from onecopy.errors import GuestFailed
+from onecopy.errors import GuestFailed, NoSlot
+from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.model import MIB
@@ -214,6 +215,43 @@ def test_five_at_once_in_one_guest(guest: GuestRecord) -> None:
         done = job.result()
         assert done.returncode == number, done.stderr
         assert done.stdout.split() == [b"%d" % n for n in range(number, 100_001, 5)]
+
+
+def test_more_at_once_than_there_are_ports_for(
+    host: Host, guest: GuestRecord, run_in: RunIn
+) -> None:
+    folder = host.run / guest.name
+
+    async def main() -> None:
+        # A machine has 27 ports for them, and each takes two.
+        holding = [
+            asyncio.create_task(run_captured(folder, ["sh", "-c", "sleep 1000"])) for _ in range(13)
+        ]
+        while await in_use() < 26:
+            await asyncio.sleep(0.1)
+        with pytest.raises(NoSlot, match="no port left for the streams"):
+            await run_captured(folder, ["true"], timeout=1)
+        waiting = [
+            asyncio.create_task(run_captured(folder, ["sh", "-c", f"exit {code}"], timeout=STUCK))
+            for code in range(1, 5)
+        ]
+        await asyncio.sleep(0.5)
+        assert not any(each.done() for each in waiting)
+        # Cancelled, they leave at once, and those that wait take their places. One after another:
+        # the agent kills one program at a time.
+        for each in holding:
+            each.cancel()
+            await asyncio.gather(each, return_exceptions=True)
+        done = await asyncio.gather(*waiting)
+        assert [each.exit_code for each in done] == [1, 2, 3, 4]
+
+    async def in_use() -> int:
+        async with connect(folder / "monitor.sock") as monitor:
+            chardevs = await monitor.execute("query-chardev")
+        return sum(str(each["label"]).startswith("exec.") for each in chardevs)
+
+    asyncio.run(main())
+    assert eventually(lambda: not sleeping(guest, run_in))
 
 
 def test_a_killed_command_leaves_no_port_behind(

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from onecopy.errors import InvalidInput, NotFound, ProgramFailed
 from onecopy.guest import attach, commit, copy, save, stop
-from onecopy.guest.exec import Completed, Sink, Streams, run_streaming
+from onecopy.guest.exec import Completed, run_streaming
 from onecopy.guest.folder import Attached, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
+from onecopy.guest.packing import Limits
 from onecopy.guest.place import StrPath
+from onecopy.guest.streams import KEPT, Kept, Sink, Streams
 from onecopy.model import Reference, parse_mount
 from onecopy.vmm.launch import printed
 
@@ -51,16 +53,17 @@ class Guest:
         """Run a program in the guest, to its end, as root in ``/``.
 
         ``timeout`` seconds later it is killed, with all that it started, and its exit code is 124.
-        Output is kept, or given to ``stdout`` and ``stderr`` piece by piece. With ``check`` any
-        exit code but 0 raises ProgramFailed.
+        Output is kept, up to 64 MiB of each of the two, beyond which TooLarge is raised; or given
+        piece by piece to ``stdout`` and ``stderr``, and if one returns an awaitable the program
+        waits for that. With ``check`` any exit code but 0 raises ProgramFailed.
         """
         if isinstance(argv, str) or not argv:
             raise InvalidInput(
                 f"{argv!r} is not a program and its arguments",
                 hint=f'give a list; for a shell\'s line ["sh", "-c", {argv!r}]',
             )
-        out, err = bytearray(), bytearray()
-        streams = Streams(stdout or out.extend, stderr or err.extend, stdin)
+        out, err = Kept(KEPT), Kept(KEPT)
+        streams = Streams(stdout or out, stderr or err, stdin)
         code = await run_streaming(self._with_agent().path, argv, streams, timeout=timeout)
         if check and code:
             raise ProgramFailed(self.name, shlex.join(argv), code, bytes(out), bytes(err))
@@ -70,9 +73,12 @@ class Guest:
         """Copy a file or folder of the host to ``target`` in the guest, as `onecopy cp` does."""
         await copy.copy_in(self._with_agent().path, source, target)
 
-    async def copy_out(self, source: str, target: StrPath) -> None:
+    async def copy_out(
+        self, source: str, target: StrPath, *, max_size: int = 16 << 30, max_files: int = 1_000_000
+    ) -> None:
         """Copy a file or folder of the guest to ``target`` on the host, as `onecopy cp` does."""
-        await copy.copy_out(self._with_agent().path, source, target)
+        limits = Limits(max_size, max_files)
+        await copy.copy_out(self._with_agent().path, source, target, limits)
 
     async def attach(self, segment: str, *, exclusive: bool = False) -> Attached:
         """Load ``SEGMENT[:/MOUNTPOINT]``; ``exclusive``: a copy of its own, to write to."""

@@ -5,6 +5,7 @@ import re
 
 import click
 
+from onecopy.cli.params import SizeType
 from onecopy.errors import InvalidInput
 from onecopy.model import require_text
 
@@ -14,7 +15,22 @@ _IN_GUEST = re.compile(r"([a-z0-9][a-z0-9-]*):(.*)", re.DOTALL)
 @click.command("cp")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-def command(source: str, target: str) -> None:
+@click.option(
+    "--max-size",
+    type=SizeType(),
+    default="16G",
+    show_default=True,
+    help="Stop when what comes out of a guest is larger, with 512 bytes for each file.",
+)
+@click.option(
+    "--max-files",
+    type=click.IntRange(1),
+    default=1_000_000,
+    show_default=True,
+    metavar="N",
+    help="Stop when it has more files, folders and links.",
+)
+def command(source: str, target: str, max_size: int, max_files: int) -> None:
     """Copy files and folders into a guest, or out of it; one of the two is GUEST:PATH.
 
     As cp(1) does: into DST if that is a folder, else under that name. A file that is there is
@@ -23,6 +39,7 @@ def command(source: str, target: str) -> None:
     """
     from onecopy.guest.copy import copy_in, copy_out
     from onecopy.guest.host import Host
+    from onecopy.guest.packing import Limits
 
     there, here = _IN_GUEST.fullmatch(source), _IN_GUEST.fullmatch(target)
     if bool(there) == bool(here):
@@ -33,7 +50,8 @@ def command(source: str, target: str) -> None:
     host = Host.open()
     if there:
         folder = host.guest_with_agent(there[1]).path
-        asyncio.run(copy_out(folder, require_text(there[2]), target))
+        limits = Limits(max_size, max_files)
+        asyncio.run(copy_out(folder, require_text(there[2]), target, limits))
     elif here:
         folder = host.guest_with_agent(here[1]).path
         asyncio.run(copy_in(folder, source, require_text(here[2])))

@@ -3,7 +3,6 @@
 import asyncio
 import select
 import sys
-from functools import partial
 
 import click
 
@@ -20,7 +19,8 @@ from onecopy.model import require_text
     "--timeout",
     type=SecondsType(0.1),
     metavar="SECONDS",
-    help="Kill the program after this time and exit with 124.",
+    help="Kill the program after this time and exit with 124; with 125 if the guest does not "
+    "confirm that within 2 s.",
 )
 def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None) -> int:
     """Run a program in a guest.
@@ -29,8 +29,9 @@ def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None
     program's exit code, 128 + n if signal n ended it, 127 if there is none of that name, or 125 if
     onecopy itself failed.
     """
-    from onecopy.guest.exec import Streams, run_streaming
+    from onecopy.guest.exec import run_streaming
     from onecopy.guest.host import Host
+    from onecopy.guest.streams import Streams, to_file
 
     folder = Host.open().guest_with_agent(guest).path
     for word in cmd:
@@ -38,8 +39,7 @@ def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None
 
     async def run() -> int:
         source = await _stdin() if stdin else None
-        # Blocks while our reader does: the guest's program then waits, too.
-        passed = Streams(partial(streams.put_all, 1), partial(streams.put_all, 2), source)
+        passed = Streams(to_file(1), to_file(2), source)
         return await run_streaming(folder, cmd, passed, timeout=timeout)
 
     return asyncio.run(run())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import sys
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onecopy.cli import signals, streams
+from onecopy.cli import signals
 from onecopy.cli.cold import cold_spec
 from onecopy.cli.output import duration, print_json, print_line, progress, tell_error
 from onecopy.cli.params import (
@@ -258,14 +258,16 @@ async def _then(
 
     Without a command ``untold`` gets the guests, in the same step in which they are handed out.
     """
-    from onecopy.guest.exec import Streams, run_streaming
+    from onecopy.guest.exec import run_streaming
     from onecopy.guest.stop import sync_disks
+    from onecopy.guest.streams import Streams, to_file
 
     started = await start
     if not cmd:
         untold += started.guests
         return started, 0
-    passed = Streams(partial(streams.put_all, 1), partial(streams.put_all, 2))
+    sys.stdout.flush()
+    passed = Streams(to_file(1), to_file(2))
     try:
         codes = await asyncio.gather(
             *(run_streaming(host.run / guest.name, cmd, passed) for guest in started.guests)

@@ -23,6 +23,7 @@ from onecopy.errors import (
 from onecopy.guest import requests
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
+from onecopy.guest.machine import check_mountpoint
 from onecopy.guest.plugging import confirm, find, plug, release, require_detachable, words
 from onecopy.guest.requests import Request
 from onecopy.model import Reference, check_name
@@ -55,6 +56,8 @@ async def _lines(host: Host, guest: str, request: Request) -> AsyncIterator[byte
             yield requests.ok(request.id, " ".join((name, fs, *devices)))
         case "loaded":
             where = requests.mountpoint(arguments[1])
+            if where:
+                check_mountpoint(where)
             await confirm(host, guest, check_name(arguments[0]), where)
             yield requests.ok(request.id)
         case "failed":

@@ -12,9 +12,12 @@ from onecopy.guest.folder import Attached
 from onecopy.guest.host import Host
 from onecopy.guest.plugging import confirm, plug, release, require_detachable, words
 from onecopy.model import Reference
+from onecopy.vmm.reply import shown
 
 #: Seconds that the guest may take to find, mount or unmount.
 _PATIENCE = 60.0
+#: Processes that hold a segment, of which no more are told.
+_TOLD = 20
 #: Exit code of the script's `unplugged` when a process holds the segment.
 _BUSY = 16
 
@@ -52,7 +55,7 @@ async def detach(host: Host, name: str, segment: str) -> Attached:
     require_detachable(folder.record(), segment)
     done = await script.segment(folder.path, "unplugged", segment, timeout=_PATIENCE)
     if done.exit_code == _BUSY:
-        holders = done.stdout.decode(errors="replace").splitlines()
+        holders = [shown(line) for line in done.stdout.splitlines()[:_TOLD]]
         raise NotUnmounted(
             f"{segment} is in use in {name} by {', '.join(holders) or 'a process'}",
             holders=holders,

@@ -31,6 +31,8 @@ from onecopy.vmm.launch import Vmm, launch
 
 T = TypeVar("T")
 _ENDED = "QEMU ended while starting"
+#: Seconds from losing QEMU's pipes to its end.
+_ENDING = 0.2
 #: QEMU's exit code for a command line that it cannot do, and what it says of a port (net/slirp.c).
 _REFUSED, _NO_PORT = 1, "host forwarding rule"
 
@@ -132,7 +134,11 @@ async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _END
     done, end = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
     try:
         await asyncio.wait({done, end}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
+        lost = done.done() and not done.cancelled() and isinstance(done.exception(), GuestFailed)
+        if lost:
+            # Its pipes and sockets end a moment before it does.
+            await asyncio.wait({end}, timeout=_ENDING)
+        if not done.done() or (lost and end.done()):
             code = vmm.returncode
             raise GuestFailed(ended if code is None else f"{ended} (QEMU's exit code {code})")
         return done.result()

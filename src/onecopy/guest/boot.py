@@ -34,6 +34,7 @@ from onecopy.guest.host import Host
 from onecopy.guest.network import Network, new_card, settings, shown_card
 from onecopy.guest.ports import published, require_free
 from onecopy.store import Artifact, Lease
+from onecopy.vmm import reply
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Card, Kernel, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, prepare
@@ -111,8 +112,11 @@ def _write_initrd(prepared: Prepared, tools: Artifact, spec: Launch) -> None:
 async def _ready(folder: Path, spec: ColdSpec) -> None:
     """Wait for the agent, then for the sign of readiness; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
+    # Once QEMU answers it has its pipes open.
+    async with connect(folder / "monitor.sock"):
+        pass
     try:
-        await Agent(folder).call("guest-ping", timeout=spec.timeout)
+        await Agent(folder).ping(spec.timeout)
     except AgentFailed:
         raise NotReady(
             f"the guest did not come up within {spec.timeout:g} s",
@@ -127,7 +131,7 @@ async def _ready(folder: Path, spec: ColdSpec) -> None:
         last = await run_captured(folder, ["sh", "-c", script], timeout=10)
         raise NotReady(
             f"not ready after {spec.timeout:g} s; `{script}` last ended with exit code "
-            f"{last.exit_code}: {(last.stdout + last.stderr).decode(errors='replace')[-500:]}",
+            f"{last.exit_code}: {reply.shown(last.stdout + last.stderr, 500)}",
             hint="correct --ready, or give it more time with --timeout",
         )
 
@@ -206,4 +210,4 @@ async def _given_address(folder: Path) -> str:
             "the guest was given no address in the network of its bridge",
             hint="that takes a DHCP server there; leave --bridge out for a user-mode network",
         )
-    return done.stdout.decode().strip()
+    return reply.address(done.stdout, "the guest's address")

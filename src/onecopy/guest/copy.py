@@ -25,10 +25,13 @@ from onecopy.errors import (
     NotEnough,
     NotFound,
     OnecopyError,
+    TooLarge,
 )
-from onecopy.guest.exec import Streams, run_captured, run_streaming
-from onecopy.guest.packing import Unpacker, Unusable, pack
+from onecopy.guest.exec import run_captured, run_streaming
+from onecopy.guest.packing import Limits, Unpacker, Unusable, pack
 from onecopy.guest.place import StrPath, finish, hidden, host_errors, place
+from onecopy.guest.streams import Kept, Streams, Tail
+from onecopy.vmm.reply import decimal
 
 _BUSYBOX = f"{TOOLS_MOUNTPOINT}/bin/busybox"
 _RUN = (_BUSYBOX, "sh", "-c")
@@ -36,8 +39,10 @@ _RUN = (_BUSYBOX, "sh", "-c")
 _MISSING, _NO_FOLDER, _TAKEN, _SPECIAL = 3, 4, 5, 6
 #: What programs in guests say then.
 _FULL = "No space left on device"
-#: Seconds that a guest gets to look, or to remove what is left.
-_PATIENCE = 30.0
+#: Seconds that a guest gets to look, and to remove what is left when it is time for nothing else.
+_PATIENCE, _TIDYING = 30.0, 1.0
+#: Bytes that a guest may print while it takes a copy.
+_SAID = 1 << 16
 _SHOW = "`onecopy exec GUEST -- ls -l` shows what is there"
 
 #: SOURCE -> its archive. A folder is archived from inside, so that its own name does not matter.
@@ -80,14 +85,14 @@ async def copy_in(folder: Path, source: StrPath, target: str) -> None:
     folder never. Raises NotFound, InvalidInput, AlreadyExists, NotPermitted, NotEnough,
     AgentFailed, GuestFailed; what fails leaves nothing of it.
     """
-    where, tag, err = _absolute(target), secrets.token_hex(8), bytearray()
+    where, tag, err = _absolute(target), secrets.token_hex(8), Tail()
     with host_errors(source):
         real, name = _found(source)
         is_folder = real.is_dir()
         archive = _Packed(pack(real, "." if is_folder else "content"))
         argv = ["cp", where, name, "d" if is_folder else "f", tag]
         try:
-            streams = Streams(lambda _: None, err.extend, archive)
+            streams = Streams(Kept(_SAID), err, archive)
             code = await run_streaming(folder, [*_RUN, _RECEIVE, *argv], streams)
         except BaseException:
             await _tidy(folder, where, tag)
@@ -98,22 +103,25 @@ async def copy_in(folder: Path, source: StrPath, target: str) -> None:
             raise full or _receiving(folder.name, code, where, said)
 
 
-async def copy_out(folder: Path, source: str, target: StrPath) -> None:
+async def copy_out(
+    folder: Path, source: str, target: StrPath, limits: Limits | None = None
+) -> None:
     """Copy a file or folder out of the guest of a run folder, to ``target`` of the host.
 
     As cp(1) does: into ``target`` if that is a folder, else under that name. What is made belongs
     to this user; links must not lead out of the folder that is copied. A file that is there is
     replaced, a folder never. Raises as `copy_in` does; also when this process is killed nothing
     has the name that is not whole, and the next copy to that folder removes what was begun.
+    Raises TooLarge, too, beyond ``limits``.
     """
-    where, err = _absolute(source), bytearray()
+    where, err = _absolute(source), Tail()
     with host_errors(target):
         final = place(target, posixpath.basename(where.rstrip("/")))
         with hidden(final.parent) as work:
             # No link that a guest sends leads to a name that it cannot know.
             content = work / secrets.token_hex(16)
-            unpacker = Unpacker(content)
-            streams = Streams(unpacker.feed, err.extend)
+            unpacker = Unpacker(content, limits)
+            streams = Streams(unpacker.feed, err)
             try:
                 code = await run_streaming(folder, [*_RUN, _SEND, "cp", where], streams)
                 if code:
@@ -123,6 +131,10 @@ async def copy_out(folder: Path, source: str, target: StrPath) -> None:
                 raise GuestFailed(
                     f"{where} of {folder.name} cannot be copied: {error}",
                     hint="copy what is in it one by one, or run tar in the guest",
+                ) from error
+            except TooLarge as error:
+                raise TooLarge(
+                    f"{where} of {folder.name} cannot be copied: {error.message}", hint=error.hint
                 ) from error
             finish(content, final)
 
@@ -169,18 +181,19 @@ async def _tidy(folder: Path, where: str, tag: str) -> None:
     """Remove what a program that was ended has begun; in vain if the guest is gone."""
     script = f'{_BUSYBOX} rm -rf "${{1%/}}/.onecopy-$2" "${{1%/*}}/.onecopy-$2"'
     with contextlib.suppress(OnecopyError):
-        await run_captured(folder, [*_RUN, script, "cp", where, tag], timeout=_PATIENCE)
+        await run_captured(folder, [*_RUN, script, "cp", where, tag], timeout=_TIDYING)
 
 
 async def _full(folder: Path, where: str, source: Path) -> NotEnough:
     """The guest has no room for ``source``: how much there would have to be."""
     script = f'{_BUSYBOX} df -Pk "$1" 2>/dev/null || {_BUSYBOX} df -Pk "${{1%/*}}/"'
     done = await run_captured(folder, [*_RUN, script, "cp", where], timeout=_PATIENCE)
+    free = next(iter(done.stdout.split()[-3:]), b"")
     sizes = (s.st_size for _, s in walk(source) if not stat.S_ISLNK(s.st_mode))
     return NotEnough(
         f"disk in {folder.name}",
         needed=sum(sizes),
-        available=int(done.stdout.split()[-3]) << 10,
+        available=decimal(free, f"what {folder.name} has left", most=1 << 50) << 10,
         hint="what guests write is in their memory: save the system with more --memory",
     )
 

@@ -11,37 +11,45 @@ import asyncio
 import contextlib
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
+from onecopy.deadline import Deadline
 from onecopy.errors import AgentFailed, GuestFailed, OnecopyError
-from onecopy.host.lock import is_held, locked
+from onecopy.guest.execports import HURRY, Ports, plugged
+from onecopy.guest.streams import SAID, Kept, Sink, Streams, Tail, give
 from onecopy.vmm.agent import Agent
-from onecopy.vmm.hotplug import EXEC_PORT
-from onecopy.vmm.monitor import Monitor, connect
+from onecopy.vmm.reply import Nothing, shown
 
 #: Seconds an agent may say nothing while a program runs: other guests or the program itself may let
 #: it wait, and only that the program has ended without a word is asked.
 _PATIENCE = 300.0
+#: Seconds after the end of a program's output within which it ends.
+_ENDING = 60.0
 #: Exit code that a program gets whose time was up, as timeout(1) has it.
 TIMED_OUT = 124
 
-Sink = Callable[[bytes], object]
+_BUSYBOX = f"{TOOLS_MOUNTPOINT}/bin/busybox"
+#: Ends the wrapper of tag $0, and all in its session, of which we have not heard.
+_KILL = f'for pid in $({_BUSYBOX} pgrep -f "/exec $0 "); do kill -9 "-$pid"; done'
 
 
-class Streams(msgspec.Struct, frozen=True):
-    """Where a program's streams go; ``stdin`` None means an empty one.
+class _Started(msgspec.Struct, frozen=True):
+    """guest-exec: a process id of Linux."""
 
-    What reading one or writing the others raises ends the program.
-    """
+    pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
 
-    stdout: Sink
-    stderr: Sink
-    stdin: asyncio.StreamReader | bytes | None = None
+
+class _Status(msgspec.Struct, frozen=True):
+    """guest-exec-status."""
+
+    exited: bool
+    exitcode: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
+    signal: Annotated[int, msgspec.Meta(ge=1, le=64)] | None = None
 
 
 class Completed(msgspec.Struct, frozen=True):
@@ -59,12 +67,19 @@ class Completed(msgspec.Struct, frozen=True):
 
 
 async def run_captured(
-    folder: Path, argv: Sequence[str], *, stdin: bytes | None = None, timeout: float | None = None
+    folder: Path,
+    argv: Sequence[str],
+    *,
+    stdin: bytes | None = None,
+    timeout: float | None = None,
+    limit: int = SAID,
 ) -> Completed:
-    """Run a program and keep all that it prints."""
-    out, err = bytearray(), bytearray()
-    streams = Streams(out.extend, err.extend, stdin)
-    code = await run_streaming(folder, argv, streams, timeout=timeout)
+    """Run a program and keep what it prints, of its errors the end.
+
+    Raises TooLarge if it prints more than ``limit`` bytes; and as `run_streaming`.
+    """
+    out, err = Kept(limit), Tail()
+    code = await run_streaming(folder, argv, Streams(out, err, stdin), timeout=timeout)
     return Completed(code, bytes(out), bytes(err))
 
 
@@ -74,60 +89,98 @@ async def run_streaming(
     """Run a program in the guest of a run folder and return its exit code.
 
     ``timeout`` is in seconds; when it is up the program and all in its session are killed and 124
-    is returned. Raises AgentFailed when the agent does not answer, GuestFailed when the guest ends.
+    is returned. Raises AgentFailed when the agent does not answer, or not as it should, and then
+    also when nobody can tell that the program was killed; NoSlot when it waited in vain for other
+    programs to end; GuestFailed when the guest ends.
     """
-    agent = Agent(folder)
-    tag = secrets.token_hex(8)
-    async with _ports(folder, tag, streams.stdin is not None) as ports:
-        pid = await _spawn(agent, tag, streams.stdin is not None, argv)
-        try:
-            async with asyncio.timeout(timeout):
-                await _transfer(ports, tag, streams, agent, pid)
-                return await _exit_code(agent, pid)
-        except TimeoutError:
-            await _kill(agent, pid)
-            return TIMED_OUT
-        except (AgentFailed, GuestFailed):
+    deadline, program = Deadline.after(timeout), _Program(folder, argv, streams)
+    scope = deadline.scope()
+    try:
+        ports = plugged(folder, program.tag, program.stdin, deadline, program.end)
+        async with scope, ports as plugged_in:
+            await program.run(plugged_in)
+    except TimeoutError:
+        if not scope.expired():  # then it is one of whoever takes the output
             raise
-        except BaseException:
+    return program.outcome(timeout or 0)
+
+
+class _Program:
+    """One program, from its start to its end."""
+
+    def __init__(self, folder: Path, argv: Sequence[str], streams: Streams) -> None:
+        self.tag = secrets.token_hex(8)
+        self.stdin = streams.stdin is not None
+        self._folder = folder
+        self._begun = self._killed = False
+        self._code: int | None = None
+        self._agent = Agent(folder)
+        self._argv = argv
+        self._streams = streams
+        self._pid: int | None = None
+
+    async def run(self, ports: Ports) -> None:
+        """Run it; whatever ends that leaves it to `end`."""
+        self._begun = True
+        self._pid = await self._spawn()
+        await _transfer(ports, self.tag, self._streams, self._agent, self._pid)
+        self._code = await _exit_code(self._agent, self._pid)
+
+    async def end(self) -> None:
+        """Kill it if it may still run, in vain if the guest has ended."""
+        if self._begun and self._code is None:
             with contextlib.suppress(OnecopyError):
-                await _kill(agent, pid)
-            raise
+                await self._kill()
+                self._killed = True
 
+    def outcome(self, timeout: float) -> int:
+        """Its exit code; raise AgentFailed if nobody knows what it did when its time was up."""
+        if self._code is not None:
+            return self._code
+        if self._killed:
+            return TIMED_OUT
+        known = "it may still run" if self._begun else "it was not started"
+        raise AgentFailed(
+            f"{self._folder.name} did not answer within {timeout:g} s, the time of "
+            f"{shown(self._argv[0])}: {known}",
+            hint="`onecopy logs` shows its console; `onecopy stop` ends it all the same",
+        )
 
-async def _spawn(agent: Agent, tag: str, stdin: bool, argv: Sequence[str]) -> int:
-    wrapper = ["setsid", "sh", f"{TOOLS_MOUNTPOINT}/exec", tag, "1" if stdin else "0"]
-    reply = await agent.call(
-        "guest-exec", path=f"{TOOLS_MOUNTPOINT}/bin/busybox", arg=[*wrapper, *argv]
-    )
-    return int(reply["pid"])
+    async def _spawn(self) -> int:
+        words = [f"{TOOLS_MOUNTPOINT}/exec", self.tag, "1" if self.stdin else "0", *self._argv]
+        started = await self._agent.call(
+            "guest-exec", _Started, path=_BUSYBOX, arg=["setsid", "sh", *words]
+        )
+        return started.pid
 
-
-async def _kill(agent: Agent, pid: int) -> None:
-    argv = ["kill", "-9", f"-{pid}"]
-    await agent.call("guest-exec", path=f"{TOOLS_MOUNTPOINT}/bin/busybox", arg=argv)
+    async def _kill(self) -> None:
+        known = ["kill", "-9", f"-{self._pid}"]
+        argv = known if self._pid else ["sh", "-c", _KILL, self.tag]
+        await self._agent.call("guest-exec", _Started, timeout=HURRY, path=_BUSYBOX, arg=argv)
 
 
 async def _exit_code(agent: Agent, pid: int) -> int:
-    delay = 0.002
-    while True:
-        status = await agent.call("guest-exec-status", pid=pid)
-        if status["exited"]:
-            return int(status.get("exitcode", 128 + status.get("signal", 0)))
+    delay, deadline = 0.002, Deadline.after(_ENDING)
+    while deadline.left():
+        status = await agent.call("guest-exec-status", _Status, pid=pid)
+        if status.exited:
+            if status.exitcode is None:
+                return 128 + (status.signal or 0)
+            return status.exitcode
         await asyncio.sleep(delay)
         delay = min(delay * 2, 0.1)
+    raise AgentFailed(f"the exit code of process {pid} did not come within {_ENDING:g} s")
 
 
-async def _transfer(
-    ports: dict[str, socket.socket], tag: str, streams: Streams, agent: Agent, pid: int
-) -> None:
+async def _transfer(ports: Ports, tag: str, streams: Streams, agent: Agent, pid: int) -> None:
     """Move all streams until both outputs are at their end, or the wrapper is gone."""
     feed = asyncio.ensure_future(_feed(ports.get("in"), streams.stdin))
     feed.add_done_callback(lambda _: _failed(feed) and outputs.cancel())
-    outputs = asyncio.gather(
-        _drain(ports["out"], tag.encode(), streams.stdout),
-        _drain(ports["err"], tag.encode(), streams.stderr),
-    )
+    drains = [
+        asyncio.ensure_future(_drain(ports["out"], tag.encode(), streams.stdout)),
+        asyncio.ensure_future(_drain(ports["err"], tag.encode(), streams.stderr)),
+    ]
+    outputs = asyncio.gather(*drains)
     watch = asyncio.ensure_future(_watch(agent, pid))
     try:
         tasks: set[asyncio.Future[Any]] = {outputs, watch}
@@ -142,9 +195,9 @@ async def _transfer(
         elif watch.done():
             watch.result()
     finally:
-        for task in (feed, outputs, watch):
+        for task in (feed, *drains, watch):
             task.cancel()
-        await asyncio.gather(feed, outputs, watch, return_exceptions=True)
+        await asyncio.gather(feed, *drains, outputs, watch, return_exceptions=True)
 
 
 def _failed(task: asyncio.Future[Any]) -> bool:
@@ -152,19 +205,22 @@ def _failed(task: asyncio.Future[Any]) -> bool:
 
 
 async def _watch(agent: Agent, pid: int) -> None:
-    """Return when the program has ended; raise AgentFailed when the guest has."""
+    """Return when the program has ended; raise AgentFailed when the guest does not tell."""
+    pause = 1.0
     while True:
-        await asyncio.sleep(1)
+        await asyncio.sleep(pause)
+        # Others have something to ask, too.
+        pause = min(pause * 1.5, 10.0)
         # The status of an ended program can be asked for once only: look for the process instead.
         try:
             handle = await agent.call(
-                "guest-file-open", timeout=_PATIENCE, path=f"/proc/{pid}/stat", mode="r"
+                "guest-file-open", int, timeout=_PATIENCE, path=f"/proc/{pid}/stat", mode="r"
             )
         except AgentFailed as error:
             if "No such file" in error.message:
                 return
             raise
-        await agent.call("guest-file-close", handle=handle)
+        await agent.call("guest-file-close", Nothing, handle=handle)
 
 
 async def _drain(port: socket.socket, end: bytes, sink: Sink) -> None:
@@ -174,13 +230,13 @@ async def _drain(port: socket.socket, end: bytes, sink: Sink) -> None:
     while True:
         data = await loop.sock_recv(port, 1 << 16)
         if not data:
-            raise GuestFailed("the guest ended while a program ran in it", output=held.decode())
+            raise GuestFailed("the guest ended while a program ran in it")
         held += data
         if held.endswith(end):
-            sink(held[: -len(end)])
+            await give(sink, held[: -len(end)])
             return
         keep = _overlap(held, end)
-        sink(held[: len(held) - keep])
+        await give(sink, held[: len(held) - keep])
         held = held[len(held) - keep :]
 
 
@@ -199,81 +255,6 @@ async def _feed(port: socket.socket | None, source: asyncio.StreamReader | bytes
         else:
             while data := await source.read(1 << 16):
                 await loop.sock_sendall(port, data)
+                await asyncio.sleep(0)
         # Not close(): QEMU drops what it has not read yet when its peer hangs up.
         port.shutdown(socket.SHUT_WR)
-
-
-@contextlib.asynccontextmanager
-async def _ports(folder: Path, tag: str, stdin: bool) -> AsyncIterator[dict[str, socket.socket]]:
-    """Plug in one virtio port for each stream, and take them out again.
-
-    Meanwhile the file of this tag is locked: that tells its ports from those of a killed command.
-    """
-    names = (["in"] if stdin else []) + ["out", "err"]
-    ours: dict[str, socket.socket] = {}
-    mark = folder / f"exec.{tag}"
-    async with locked(mark):
-        try:
-            async with connect(folder / "monitor.sock") as monitor:
-                await _remove_abandoned(monitor, folder)
-                for name in names:
-                    ours[name] = await _plug(monitor, f"{tag}.{name}")
-            yield ours
-        finally:
-            with contextlib.suppress(GuestFailed):
-                async with connect(folder / "monitor.sock") as monitor:
-                    await _unplug(monitor, [f"{tag}.{name}" for name in ours])
-            mark.unlink(missing_ok=True)
-            for port in ours.values():
-                port.close()
-
-
-async def _plug(monitor: Monitor, name: str) -> socket.socket:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    identity = f"exec.{name}"
-    try:
-        with theirs:
-            await monitor.give_fd(theirs.fileno(), identity)
-        address = {"type": "fd", "data": {"str": identity}}
-        backend = {"type": "socket", "data": {"addr": address, "server": False}}
-        await monitor.execute("chardev-add", {"id": identity, "backend": backend})
-        device = {"driver": "virtserialport", "bus": "serial.0", "id": EXEC_PORT + name}
-        await monitor.execute("device_add", {**device, "chardev": identity, "name": name})
-    except BaseException:
-        ours.close()
-        raise
-    return ours
-
-
-async def _unplug(monitor: Monitor, names: Sequence[str]) -> None:
-    for name in names:
-        with contextlib.suppress(GuestFailed):
-            await monitor.execute("device_del", {"id": EXEC_PORT + name})
-    for name in names:
-        await _remove_chardev(monitor, f"exec.{name}")
-
-
-async def _remove_chardev(monitor: Monitor, label: str) -> None:
-    """QEMU lets go of it some milliseconds after its device (util/rcu.c)."""
-    for _ in range(50):
-        try:
-            await monitor.execute("chardev-remove", {"id": label})
-        except GuestFailed as error:
-            if "busy" not in error.message:
-                return
-            await asyncio.sleep(0.005)
-        else:
-            return
-
-
-async def _remove_abandoned(monitor: Monitor, folder: Path) -> None:
-    """Take out the ports of commands that were killed."""
-    prefix = "exec."
-    chardevs = await monitor.execute("query-chardev")
-    labels = [str(c["label"]) for c in chardevs if str(c["label"]).startswith(prefix)]
-    marks = {label: folder / label.rpartition(".")[0] for label in labels}
-    gone = [label for label in labels if not is_held(marks[label])]
-    await _unplug(monitor, [label.removeprefix(prefix) for label in gone])
-    for label in gone:
-        marks[label].unlink(missing_ok=True)

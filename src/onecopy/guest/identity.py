@@ -23,11 +23,14 @@ from onecopy.errors import AgentFailed
 from onecopy.guest.network import settings
 from onecopy.vmm.argv import Card
 from onecopy.vmm.pipe import Pipe
+from onecopy.vmm.reply import address, decimal, shown
 
 #: Seconds a guest may take to answer.
 TIMEOUT = 60.0
 #: Seconds that new SSH host keys and the user's hook may take.
 HOOK_TIMEOUT = 300.0
+#: Bytes that an answer may have.
+_LIMIT = 4096
 #: Seconds by which the clock that the guest reads back may differ.
 _CLOCK = 5
 #: What the guest says could not be done.
@@ -61,11 +64,11 @@ async def become(folder: Path, wanted: Identity) -> str:
     """
     with Pipe(folder, "identity") as pipe:
         said = await _ask(pipe, _line("be", wanted), TIMEOUT)
-        address = _confirmed(said, wanted)
-        said = await _answer(pipe, HOOK_TIMEOUT)
+        where = _confirmed(said, wanted)
+        said = await _ask(pipe, "", HOOK_TIMEOUT)
         if said != "ready":
             raise _failed(said)
-        return address
+        return where
 
 
 async def rehearse(folder: Path, mine: Identity) -> None:
@@ -84,7 +87,7 @@ async def rehearse(folder: Path, mine: Identity) -> None:
 async def _prepare(pipe: Pipe) -> None:
     said = await _ask(pipe, "prepare", TIMEOUT)
     if said != "prepared":
-        raise AgentFailed(f"asked to get ready the guest says {said!r}")
+        raise AgentFailed(f"asked to get ready the guest says {shown(said)!r}")
 
 
 def _line(verb: str, wanted: Identity) -> str:
@@ -96,37 +99,38 @@ def _line(verb: str, wanted: Identity) -> str:
 
 def _confirmed(said: str, wanted: Identity) -> str:
     """The address of what the guest was to become; raise AgentFailed if it is not that."""
-    name, machine_id, mac, address, now = [*said.split(), *[""] * 5][:5]
+    name, machine_id, mac, where, now = [*said.split(), *[""] * 5][:5]
     if name == "failed":
         raise _failed(said)
     expected = (wanted.name, wanted.machine_id or "-", wanted.card.mac if wanted.card else "-")
     if (name, machine_id, mac) != expected:
-        raise AgentFailed(f"the guest should be {' '.join(expected)} but says it is {said!r}")
-    if not now.isdigit() or abs(int(now) / 1000 - time.time()) > _CLOCK:
-        raise AgentFailed(f"the clock of {wanted.name} is not right: it says {now!r}")
-    return "" if address == "-" else address
+        raise AgentFailed(
+            f"the guest should be {' '.join(expected)} but says it is {shown(said)!r}"
+        )
+    clock = decimal(now, f"the clock of {wanted.name}", most=1 << 48)
+    if abs(clock / 1000 - time.time()) > _CLOCK:
+        raise AgentFailed(f"the clock of {wanted.name} is not right: it says {clock}")
+    return "" if where == "-" else address(where, f"the address of {wanted.name}")
 
 
 def _failed(said: str) -> AgentFailed:
     """The error for ``failed WHAT DETAILS``."""
     _, what, details = [*said.split(" ", 2), "", ""][:3]
-    doing = _FAILURES.get(what, f"become what it should ({said!r})")
+    doing = _FAILURES.get(what, f"become what it should ({shown(said)!r})")
     return AgentFailed(
-        f"the guest could not {doing}{': ' if details else ''}{details}",
+        f"the guest could not {doing}{': ' if details else ''}{shown(details)}",
         hint="a clone is handed out, and a guest saved, only if it can: `onecopy run --cold` its "
         "root segment to see what is wrong",
     )
 
 
 async def _ask(pipe: Pipe, line: str, timeout: float) -> str:
-    await pipe.write(f"{line}\n".encode())
-    return await _answer(pipe, timeout)
-
-
-async def _answer(pipe: Pipe, timeout: float) -> str:
+    """The next line of the guest's, after ``line`` if there is one."""
     try:
         async with asyncio.timeout(timeout):
-            return (await pipe.until(b"\n")).decode(errors="replace")
+            if line:
+                await pipe.write(f"{line}\n".encode())
+            return (await pipe.until(b"\n", _LIMIT)).decode(errors="replace")
     except TimeoutError:
         raise AgentFailed(
             f"the guest did not confirm its identity within {timeout:g} s",

@@ -14,7 +14,7 @@ from onecopy.model import PAGE_SIZE
 from onecopy.vmm.monitor import connect
 
 #: The memory backends that RAM has (vmm/argv.py, growing.py).
-_RAM = ("ram", "added-memory")
+_RAM = {"ram", "added-memory"}
 
 
 async def set_mergeable(host: Host, name: str, *, mergeable: bool) -> None:
@@ -33,10 +33,9 @@ async def set_mergeable(host: Host, name: str, *, mergeable: bool) -> None:
     if not mergeable:
         _require_memory(record.pid)
     async with connect(host.run / name / "monitor.sock") as monitor:
-        for each in await monitor.execute("qom-list", {"path": "/objects"}):
-            if each["name"] in _RAM:
-                change = {"property": "merge", "value": mergeable}
-                await monitor.execute("qom-set", {"path": f"/objects/{each['name']}", **change})
+        for name in _RAM & await monitor.members("/objects"):
+            change = {"property": "merge", "value": mergeable}
+            await monitor.execute("qom-set", {"path": f"/objects/{name}", **change})
 
 
 def _require_memory(pid: int) -> None:

@@ -15,10 +15,29 @@ import tarfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import msgspec
+
+from onecopy.errors import NotEnough, TooLarge
+from onecopy.model import MIB, format_size
+
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 18
 #: Bytes that a path may have (limits.h, PATH_MAX); more in one record is no archive of ours.
 _LONGEST = 1 << 12
+#: Folders in one another that are made, on the host, of what a guest sends.
+_DEEPEST = 256
+#: Of a disk this share is left to others, or as many bytes if that is less; it is looked at again
+#: after so many bytes.
+_SHARE, _RESERVE, _LOOK = 20, 1024 * MIB, 16 * MIB
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What an archive may come to."""
+
+    size: int = 16384 * MIB
+    """Bytes of the archive: what is in it, and 512 for each file and folder."""
+    files: int = 1_000_000
+    """Files, folders and links."""
 
 
 class Unusable(Exception):
@@ -45,10 +64,14 @@ def pack(path: Path, name: str) -> Iterator[bytes]:
 
 
 def _walk(path: Path, name: str) -> Iterator[tuple[Path, str]]:
-    yield path, name
-    if path.is_dir() and not path.is_symlink():
-        for entry in sorted(path.iterdir()):
-            yield from _walk(entry, f"{name}/{entry.name}")
+    """All in a folder, each folder before what is in it, however deep that is."""
+    waiting = [(path, name)]
+    while waiting:
+        path, name = waiting.pop()
+        yield path, name
+        if path.is_dir() and not path.is_symlink():
+            inside = sorted(path.iterdir(), reverse=True)
+            waiting += [(entry, f"{name}/{entry.name}") for entry in inside]
 
 
 def _content(path: Path, size: int) -> Iterator[bytes]:
@@ -67,12 +90,15 @@ class Unpacker:
     """Makes the file or folder ``target``, which must not exist, of what it is fed.
 
     An archive of several members is one of a folder, whose first member is the folder itself. Modes
-    and times are kept, but for set-id bits; what is made is ours. Raises Unusable and OSError; what
-    is made by then stays.
+    and times are kept, but for set-id bits; what is made is ours. Raises Unusable, OSError,
+    TooLarge beyond ``limits``, and NotEnough when the disk is nearly full; what is made by then
+    stays.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, limits: Limits | None = None) -> None:
         self._target = target
+        self._limits = limits or Limits()
+        self._came = self._looked = self._made = 0
         self._held = memoryview(b"")
         self._folders: dict[Path, tarfile.TarInfo] = {}
         self._files: set[Path] = set()
@@ -83,12 +109,24 @@ class Unpacker:
 
     def feed(self, data: bytes) -> None:
         """Take the next piece; what comes after the archive's end is left alone."""
+        self._count(len(data))
         if not self._whole:
             self._held = memoryview(data)
             try:
                 next(self._work)
             except StopIteration:
                 self._whole = True
+
+    def _count(self, size: int) -> None:
+        self._came += size
+        if self._came > self._limits.size:
+            raise TooLarge(
+                f"it is larger than {format_size(self._limits.size)}, with 512 bytes for each file",
+                hint="give a larger --max-size, or copy parts of it",
+            )
+        if self._came >= self._looked:
+            self._looked = self._came + _LOOK
+            _require_room(self._target.parent)
 
     def finish(self) -> None:
         """All was fed: set what folders get last, and make sure that no link leads out."""
@@ -109,7 +147,7 @@ class Unpacker:
                 return
             try:
                 info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except tarfile.TarError as error:
+            except (tarfile.TarError, ValueError) as error:
                 raise Unusable(f"it is no archive: {error}") from error
             if info.size < 0:
                 raise Unusable("it is no archive: a member has less than no size")
@@ -122,6 +160,12 @@ class Unpacker:
 
     def _make(self, info: tarfile.TarInfo) -> Generator[None, None, None]:
         path = self._path(info.name)
+        self._made += 1
+        if self._made > self._limits.files:
+            raise TooLarge(
+                f"it has more than {self._limits.files} files, folders and links",
+                hint="give a larger --max-files, or copy parts of it",
+            )
         if info.isdir():
             path.mkdir(0o700)
             self._folders[path] = info
@@ -152,6 +196,8 @@ class Unpacker:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             raise Unusable(f"{name!r} leads out of it")
+        if len(parts) > _DEEPEST:
+            raise Unusable(f"folders in it lie in one another, more than {_DEEPEST} deep")
         return self._target.joinpath(*parts)
 
     def _file(self, path: Path, info: tarfile.TarInfo) -> Generator[None, None, None]:
@@ -185,7 +231,19 @@ class Unpacker:
         return data
 
 
+def _require_room(folder: Path) -> None:
+    disk = os.statvfs(folder)
+    free, reserve = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize // _SHARE
+    if free < min(reserve, _RESERVE):
+        raise NotEnough(
+            "disk to leave some to others",
+            needed=min(reserve, _RESERVE),
+            available=free,
+            hint="nothing was copied",
+        )
+
+
 def _set(path: Path, info: tarfile.TarInfo) -> None:
-    with contextlib.suppress(OverflowError):  # a time that is none
+    with contextlib.suppress(OverflowError, ValueError):  # a time that is none
         os.utime(path, (info.mtime, info.mtime))
     path.chmod(info.mode & 0o777)

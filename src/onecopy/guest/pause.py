@@ -10,16 +10,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 
+import msgspec
+
 from onecopy.errors import GuestFailed, NotFound, OnecopyError
 from onecopy.guest import script
-from onecopy.guest.exec import Completed
 from onecopy.guest.folder import GuestFolder
-from onecopy.host.lock import locked
-from onecopy.vmm.monitor import Monitor, connect
+from onecopy.host.lock import locked_within
+from onecopy.vmm.monitor import GRACE, TIMEOUT, Monitor, connect
 
 #: Seconds after which the guest thaws by itself.
 _WATCHDOG = 60
 _TIMEOUT = 30.0
+#: Seconds that thawing may take for who does not want to wait: the guest would do it by itself.
+_THAWING = 1.0
+#: Seconds that another command may let the guest stand still.
+_WAITING = 60.0
+
+
+class _Run(msgspec.Struct, frozen=True):
+    """query-status."""
+
+    running: bool
 
 
 @contextlib.asynccontextmanager
@@ -31,45 +42,69 @@ async def paused(folder: GuestFolder, segment: str) -> AsyncIterator[None]:
     frozen = await script.segment(folder.path, "freeze", segment, str(_WATCHDOG), timeout=_TIMEOUT)
     try:
         if frozen.exit_code:
-            raise GuestFailed(f"{folder.name} could not freeze {segment}: {_said(frozen)}")
+            raise GuestFailed(f"{folder.name} could not freeze {segment}: {script.said(frozen)}")
         async with stopped(folder):
             yield
-    except BaseException:
+    except BaseException as error:
         # If the guest is gone there is nothing to thaw, and the first error is the one to tell.
+        seconds = _TIMEOUT if isinstance(error, Exception) else _THAWING
         with contextlib.suppress(OnecopyError):
-            await script.segment(folder.path, "thaw", segment, timeout=_TIMEOUT)
+            await script.segment(folder.path, "thaw", segment, timeout=seconds)
         raise
     thawed = await script.segment(folder.path, "thaw", segment, timeout=_TIMEOUT)
     if thawed.exit_code:
         raise GuestFailed(
-            f"{folder.name} did not keep {segment} frozen; nothing was stored: {_said(thawed)}",
+            f"{folder.name} did not keep {segment} frozen; nothing was stored: "
+            f"{script.said(thawed)}",
             hint="try again when the guest has less to do",
         )
-
-
-def _said(done: Completed) -> str:
-    return done.stderr.decode(errors="replace").strip()
 
 
 @contextlib.asynccontextmanager
 async def stopped(folder: GuestFolder, *, go_on: bool = True) -> AsyncIterator[Monitor]:
     """Let the guest's processors stand still, and no other command speak to its VMM.
 
-    Raises GuestFailed.
+    Raises GuestFailed. If the guest cannot be told to go on the next command does that.
     """
-    async with locked(folder.path / "paused"):
+    async with _marked(folder) as mark, connect(folder.path / "monitor.sock") as monitor:
+        running = (await monitor.ask("query-status", _Run)).running
+        went_on, seconds = True, TIMEOUT
         try:
-            async with connect(folder.path / "monitor.sock") as monitor:
-                running = (await monitor.execute("query-status"))["running"]
-                await monitor.execute("stop")
-                try:
-                    yield monitor
-                finally:
-                    if running and go_on:
-                        with contextlib.suppress(GuestFailed):
-                            await monitor.execute("cont")
+            await monitor.execute("stop")
+            yield monitor
+        except BaseException:
+            seconds = GRACE
+            raise
         finally:
-            (folder.path / "paused").unlink(missing_ok=True)
+            if running and go_on:
+                went_on = await _told(monitor, seconds)
+            if not went_on:
+                mark.pop_all()
+
+
+async def _told(monitor: Monitor, seconds: float) -> bool:
+    """Let a guest go on; whether QEMU has taken that."""
+    with contextlib.suppress(GuestFailed):
+        await monitor.execute("cont", timeout=seconds)
+        return True
+    return False
+
+
+@contextlib.asynccontextmanager
+async def _marked(folder: GuestFolder) -> AsyncIterator[contextlib.ExitStack]:
+    """Have the mark of a guest that is to go on, and that no other command has; gone at the end.
+
+    What this yields is to be emptied if the mark has to stay.
+    """
+    mark = folder.path / "paused"
+    late = GuestFailed(
+        f"another command has let {folder.name} stand still for {_WAITING:g} s",
+        hint="try again when it has ended",
+    )
+    async with locked_within(mark, _WAITING, late):
+        with contextlib.ExitStack() as removal:
+            removal.callback(mark.unlink, missing_ok=True)
+            yield removal
 
 
 @contextlib.contextmanager

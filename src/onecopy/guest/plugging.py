@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
-from onecopy.errors import AlreadyExists, InvalidInput, NotFound
+from onecopy.errors import AlreadyExists, GuestFailed, InvalidInput, NotFound
 from onecopy.guest import fresh
 from onecopy.guest.backing import Backed, backings
 from onecopy.guest.begin import attached
@@ -22,11 +22,14 @@ from onecopy.guest.describing import require_room
 from onecopy.guest.folder import Attached, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.machine import Placed, check_mountpoint, ranges_of
-from onecopy.host.lock import locked
+from onecopy.host.lock import locked_within
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from onecopy.vmm import hotplug
 from onecopy.vmm.monitor import connect
+
+#: Seconds that another command on the guest may take: it may store all of its memory.
+_WAITING = 300.0
 
 
 async def plug(
@@ -166,7 +169,14 @@ def _note(folder: GuestFolder, item: Attached) -> None:
 
 @contextlib.asynccontextmanager
 async def changing(host: Host, name: str) -> AsyncIterator[GuestFolder]:
-    """The guest's folder, while nobody else changes what it has loaded; raise NotFound."""
+    """The guest's folder, while nobody else changes what it has loaded.
+
+    Raises NotFound, and GuestFailed if somebody does so for too long.
+    """
     folder = host.guest(name)
-    async with locked(folder.path / "attach.lock"):
+    late = GuestFailed(
+        f"another command has changed what {name} has loaded for {_WAITING:g} s",
+        hint="try again when it has ended",
+    )
+    async with locked_within(folder.path / "attach.lock", _WAITING, late):
         yield folder

@@ -15,7 +15,7 @@ from onecopy.vmm.user import port_capabilities
 Ports = tuple[tuple[int, int], ...]
 """(port on 127.0.0.1, port of the guest) pairs; 0 for any free port of the host."""
 
-_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d+)\s+\S+\s+(\d+)")
+_FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d{1,5})\s+\S+\s+(\d{1,5})\b")
 
 
 def numbered(publish: Ports, number: int) -> Ports:

@@ -28,6 +28,7 @@ from onecopy.guest.identity import Identity
 from onecopy.guest.machine import MappedSegment, SystemConfig
 from onecopy.guest.network import new_card, shown_card
 from onecopy.guest.plugging import changing
+from onecopy.guest.script import said
 from onecopy.guest.snapshot import STATE_ROOM, Snapshot, Source
 from onecopy.host import process
 from onecopy.model import PageClass, Reference, format_size
@@ -35,6 +36,7 @@ from onecopy.store import Access, Artifact, NewLayer, require_disk
 from onecopy.store.oci import ROLE
 from onecopy.vmm.argv import Card, Launch, command
 from onecopy.vmm.launch import Vmm
+from onecopy.vmm.reply import decimal, shown
 
 #: A guest is quiet once its VMM uses no more than this share of a processor for as long (seconds):
 #: longer than the kernel puts off what is not urgent (one second: net/core/link_watch.c).
@@ -168,7 +170,7 @@ async def _hooked(folder: Path, on_clone: str | None, config: SystemConfig) -> S
     argv = ["sh", "-c", "cat >/run/onecopy/on-clone"]
     done = await run_captured(folder, argv, stdin=on_clone.encode(), timeout=30)
     if done.exit_code:
-        raise GuestFailed(f"the guest does not take what its clones are to run: {done.stderr!r}")
+        raise GuestFailed(f"the guest does not take what its clones are to run: {said(done)}")
     return msgspec.structs.replace(config, on_clone=on_clone or None)
 
 
@@ -229,7 +231,7 @@ async def _read_folders(folder: Path, segments: Sequence[MappedSegment]) -> None
 
 async def _machine_id(folder: Path) -> str | None:
     done = await run_captured(folder, ["cat", "/etc/machine-id"], timeout=30)
-    return done.stdout.decode().strip() or None
+    return shown(done.stdout) or None
 
 
 async def _cpu_room(folder: Path) -> int:
@@ -239,8 +241,8 @@ async def _cpu_room(folder: Path) -> int:
     stable versions: acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
     """
     done = await run_captured(folder, ["cat", "/sys/devices/system/cpu/possible"], timeout=30)
-    last = done.stdout.decode().strip().rpartition("-")[2]
-    return int(last) + 1 if last.isdecimal() else 0
+    last = shown(done.stdout).rpartition("-")[2]
+    return decimal(last, "the last processor of the guest", most=1 << 16) + 1 if last else 0
 
 
 async def _quiet(vmm: Vmm) -> None:

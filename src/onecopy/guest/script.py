@@ -6,6 +6,7 @@ from pathlib import Path
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.guest.exec import Completed, run_captured
+from onecopy.vmm.reply import shown
 
 
 async def segment(folder: Path, *words: str, timeout: float) -> Completed:
@@ -24,5 +25,6 @@ async def _run(folder: Path, name: str, *words: str, timeout: float) -> Complete
 
 def said(done: Completed) -> str:
     """What a script that failed says of it, without the id."""
-    text = (done.stderr or done.stdout).decode(errors="replace").strip()
-    return text.rpartition("\n")[2].partition(": ")[2] or text or f"exit code {done.exit_code}"
+    last = (done.stderr or done.stdout).strip().rpartition(b"\n")[2]
+    text = shown(last.partition(b": ")[2] or last)
+    return text or f"exit code {done.exit_code}"

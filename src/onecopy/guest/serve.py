@@ -101,21 +101,22 @@ async def _guest(
 ) -> None:
     """Answer one guest."""
     lines, turns, rejected = Lines(), _Turns(), float("-inf")
-    with contextlib.suppress(OSError, OnecopyError), Pipe(folder, "segment") as pipe:
-        if late:
-            # Who asked before has given up.
-            pipe.drain()
+    with contextlib.suppress(OSError, OnecopyError):
         await _handed_out(folder)
-        while True:
-            await turns.next()
-            for found in lines.feed(await pipe.some(_CHUNK)):
-                if isinstance(found, Request):
-                    await turns.next()
-                elif time.monotonic() - rejected < _NONSENSE:
-                    continue
-                else:
-                    rejected = time.monotonic()
-                await _send(pipe, await _reply(host, folder.name, found, workers, tell))
+        with Pipe(folder, "segment") as pipe:
+            if late:
+                # Who asked before has given up.
+                pipe.drain()
+            while True:
+                await turns.next()
+                for found in lines.feed(await pipe.some(_CHUNK)):
+                    if isinstance(found, Request):
+                        await turns.next()
+                    elif time.monotonic() - rejected < _NONSENSE:
+                        continue
+                    else:
+                        rejected = time.monotonic()
+                    await _send(pipe, await _reply(host, folder.name, found, workers, tell))
 
 
 async def _handed_out(folder: Path) -> None:

@@ -18,10 +18,10 @@ from onecopy.errors import GuestFailed, InUse, InvalidInput
 from onecopy.guest.folder import GuestFolder
 from onecopy.guest.pause import copying, stopped
 from onecopy.host import memory, private, sparse
-from onecopy.host.lock import locked
 from onecopy.model import MIB
 from onecopy.run import run
 from onecopy.store.disk import file_errors
+from onecopy.vmm import agent
 from onecopy.vmm.bounds import writing_at_most
 from onecopy.vmm.hotplug import EXEC_PORT, later_devices
 from onecopy.vmm.monitor import Monitor
@@ -59,7 +59,7 @@ async def take(folder: GuestFolder, source: Source, work: Path, *, last: bool = 
     ram, state = work / "ram", work / "state"
     with file_errors(work):
         await asyncio.to_thread(_copy_base, source, ram)
-        async with locked(folder.path / "agent.lock"):
+        async with agent.silent(folder.path):
             async with stopped(folder, go_on=not last) as monitor:
                 began = time.monotonic()
                 await _require_as_started(monitor, folder.name)

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from enum import Enum
 
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
-from onecopy.errors import AgentFailed, OnecopyError
+from onecopy.errors import OnecopyError
 from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import turns
 from onecopy.host import process
 from onecopy.vmm.agent import Agent
+from onecopy.vmm.reply import Nothing
 
 #: Seconds that a guest gets to shut down by itself.
 PATIENCE = 10.0
@@ -82,11 +83,11 @@ async def sync_disks(host: Host, record: GuestRecord) -> None:
 
 
 async def _ask(folder: GuestFolder) -> bool:
-    """Have the guest shut down (build/files/stop); whether it heard."""
+    """Have the guest shut down (build/files/stop); whether it heard, whatever it says else."""
     argv = ["setsid", "sh", f"{TOOLS_MOUNTPOINT}/stop"]
     path = f"{TOOLS_MOUNTPOINT}/bin/busybox"
-    with contextlib.suppress(AgentFailed):
-        await Agent(folder.path).call("guest-exec", path=path, arg=argv, timeout=_ASKING)
+    with contextlib.suppress(OnecopyError):
+        await Agent(folder.path).call("guest-exec", Nothing, path=path, arg=argv, timeout=_ASKING)
         return True
     return False
 

@@ -9,8 +9,10 @@ import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
+
+from onecopy.errors import OnecopyError
 
 #: A link there would have somebody else's file opened, and made.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -88,19 +90,32 @@ def if_left(path: Path) -> Iterator[int | None]:
 
 
 @asynccontextmanager
-async def locked(path: Path) -> AsyncIterator[int]:
+async def locked(path: Path, pause: float = 0.05) -> AsyncIterator[int]:
     """Hold the exclusive lock on ``path``, made if missing; yields its descriptor.
 
-    Waits without holding up other tasks. Raises OSError.
+    Waits without holding up other tasks, and looks again after at most ``pause`` seconds. Raises
+    OSError.
     """
     delay = 0.001
     while (fd := _taken(path)) is None:
         await asyncio.sleep(delay)
-        delay = min(delay * 2, 0.05)
+        delay = min(delay * 2, pause)
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+@asynccontextmanager
+async def locked_within(path: Path, seconds: float, late: OnecopyError) -> AsyncIterator[int]:
+    """The same for who waits ``seconds`` at most, and raises ``late`` then."""
+    async with AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout(seconds):
+                fd = await stack.enter_async_context(locked(path))
+        except TimeoutError:
+            raise late from None
+        yield fd
 
 
 def _taken(path: Path) -> int | None:

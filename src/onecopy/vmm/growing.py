@@ -6,7 +6,7 @@ places that it was made with (argv.cpu_room). Not here: what the guest does with
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
 from onecopy.errors import Incompatible
 from onecopy.model import MIB, align_up
@@ -19,12 +19,29 @@ MEMORY_BLOCK = 128 * MIB
 _PLACE = ("socket-id", "die-id", "core-id", "thread-id")
 
 
+class _Range(msgspec.Struct, frozen=True):
+    memaddr: int
+    size: int
+
+
+class _MemoryDevice(msgspec.Struct, frozen=True):
+    data: _Range
+
+
+class _Cpu(msgspec.Struct, frozen=True):
+    """A place for a processor; with a path it is taken."""
+
+    type: str
+    props: dict[str, int]
+    path: str = msgspec.field(name="qom-path", default="")
+
+
 async def add_memory(monitor: Monitor, size: int) -> int:
     """Plug in ``size`` bytes, a multiple of MEMORY_BLOCK; return their address in the guest."""
-    devices = await monitor.execute("query-memory-devices")
-    ends = [int(each["data"]["memaddr"]) + int(each["data"]["size"]) for each in devices]
+    devices = await monitor.ask("query-memory-devices", list[_MemoryDevice])
     # Left to QEMU it would come right behind a segment, wherever that ends.
-    address = align_up(max(ends), MEMORY_BLOCK)
+    end = max((each.data.memaddr + each.data.size for each in devices), default=0)
+    address = align_up(end, MEMORY_BLOCK)
     memory = {"qom-type": "memory-backend-ram", "id": "added-memory", "size": size}
     await monitor.execute("object-add", memory)
     dimm = {"driver": "pc-dimm", "id": "added", "memdev": "added-memory", "addr": address}
@@ -34,17 +51,17 @@ async def add_memory(monitor: Monitor, size: int) -> int:
 
 async def add_cpus(monitor: Monitor, count: int) -> None:
     """Plug in ``count`` processors; raise Incompatible if there is no place for them."""
-    places = await monitor.execute("query-hotpluggable-cpus")
-    free = sorted((each for each in places if "qom-path" not in each), key=_place)
+    places = await monitor.ask("query-hotpluggable-cpus", list[_Cpu])
+    free = sorted((each for each in places if not each.path), key=_place)
     if len(free) < count:
         raise Incompatible(
             f"the machine has room for {len(free)} more processors, and {count} are needed",
             hint="save the system again with more --cpus",
         )
     for number, place in enumerate(free[:count]):
-        cpu = {"driver": place["type"], "id": f"added-cpu{number}", **place["props"]}
+        cpu = {"driver": place.type, "id": f"added-cpu{number}", **place.props}
         await monitor.execute("device_add", cpu)
 
 
-def _place(cpu: Any) -> tuple[int, ...]:
-    return tuple(cpu["props"].get(name, 0) for name in _PLACE)
+def _place(cpu: _Cpu) -> tuple[int, ...]:
+    return tuple(cpu.props.get(name, 0) for name in _PLACE)

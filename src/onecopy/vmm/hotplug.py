@@ -26,15 +26,14 @@ _FULL = ("not enough space", "could not find position")
 
 async def later_devices(monitor: Monitor) -> set[str]:
     """The ids of all devices that came since the machine was started."""
-    entries = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
     # The one property that is no device.
-    return {entry["name"] for entry in entries} - {"type", SERIAL, HOT_BUS}
+    return await monitor.members("/machine/peripheral") - {"type", SERIAL, HOT_BUS}
 
 
 async def used_slots(monitor: Monitor) -> set[int]:
     """The slots that have a device, whoever plugged it in."""
-    entries = await monitor.execute("qom-list", {"path": "/machine/peripheral"})
-    return {slot for slot in HOT_SLOTS if any(e["name"] == device_id(slot) for e in entries)}
+    names = await monitor.members("/machine/peripheral")
+    return {slot for slot in HOT_SLOTS if device_id(slot) in names}
 
 
 def choose(used: set[int], count: int, guest: str) -> list[int]:
