@@ -66,9 +66,16 @@ async def stop_guests(
             await wait_for_end(record, min(_TURN, _left(until)))
         return Ending.SHUT_DOWN if await wait_for_end(record, _left(until)) else Ending.LATE
 
-    endings = await asyncio.gather(*map(one, records))
+    endings = await asyncio.gather(*map(one, records), return_exceptions=True)
+    # Whatever became of asking one of them: all of them end.
     host.end(*records)
-    return endings
+    return [_known(each) for each in endings]
+
+
+def _known(ending: Ending | BaseException) -> Ending:
+    if isinstance(ending, BaseException):
+        raise ending
+    return ending
 
 
 def _left(until: float) -> float:
