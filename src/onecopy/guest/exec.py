@@ -34,8 +34,8 @@ _ENDING = 60.0
 TIMED_OUT = 124
 
 _BUSYBOX = f"{TOOLS_MOUNTPOINT}/bin/busybox"
-#: Ends the wrapper of tag $0, and all in its session, of which we have not heard.
-_KILL = f'for pid in $({_BUSYBOX} pgrep -f "/exec $0 "); do kill -9 "-$pid"; done'
+#: BUSYBOX TAG: ends the wrapper of that tag, and all in its session, of which we have not heard.
+_KILL = 'for pid in $("$0" pgrep -f "/exec $1 "); do kill -9 "-$pid"; done'
 
 
 class _Started(msgspec.Struct, frozen=True):
@@ -155,7 +155,7 @@ class _Program:
 
     async def _kill(self) -> None:
         known = ["kill", "-9", f"-{self._pid}"]
-        argv = known if self._pid else ["sh", "-c", _KILL, self.tag]
+        argv = known if self._pid else ["sh", "-c", _KILL, _BUSYBOX, self.tag]
         await self._agent.call("guest-exec", _Started, timeout=HURRY, path=_BUSYBOX, arg=argv)
 
 
