@@ -46,7 +46,8 @@ _DISKS = {
 def _disk(name: str) -> Iterator[Path]:
     # Not tmp_path, which nobody can reach.
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
+        # Run folders are theirs, too.
+        os.chown(folder, NOBODY, NOBODY)
         with _DISKS[name](Path(folder) / "disk") as disk:
             shutil.rmtree(disk / "lost+found", ignore_errors=True)
             os.chown(disk, NOBODY, NOBODY)
@@ -85,7 +86,6 @@ def test_a_full_store_is_emptied_by_an_ordinary_user(
     for command in cli._COMMANDS:
         importlib.import_module(f"onecopy.cli.{command}_")
     with _disk(name) as disk:
-        disk.parent.chmod(0o777)
         assert as_nobody(partial(_use, disk, fill)) == []
 
 

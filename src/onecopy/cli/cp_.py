@@ -24,7 +24,7 @@ _IN_GUEST = re.compile(r"([a-z0-9][a-z0-9-]*):(.*)", re.DOTALL)
 )
 @click.option(
     "--max-files",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 10**9),
     default=1_000_000,
     show_default=True,
     metavar="N",

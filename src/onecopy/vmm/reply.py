@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from onecopy.errors import AgentFailed
+from onecopy.printable import printable
 
 T = TypeVar("T")
 
@@ -53,9 +54,7 @@ def _wrong(what: str, error: Exception) -> AgentFailed:
 def shown(said: str | bytes, limit: int = _SHOWN) -> str:
     """A guest's words for a message: their last ``limit`` characters, on one line, printable."""
     text = said.decode(errors="replace") if isinstance(said, bytes) else said
-    text = " ".join(text[-4 * limit :].split())
-    # A lone surrogate is not printable either.
-    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
+    text = printable(" ".join(text[-4 * limit :].split()))
     return text if len(text) <= limit else f"...{text[-limit:]}"
 
 
