@@ -557,6 +557,8 @@ def test_a_port_that_is_lost_to_another_program_meanwhile(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setattr("onecopy.guest.boot.require_free", lose)
-    spec = ColdSpec(root=Reference.parse(busybox_root.ref), publish=((port, 80),))
+    spec = ColdSpec(
+        root=Reference.parse(busybox_root.ref), publish=((port, 80),), command="sleep 600"
+    )
     with socket.socket() as taken, pytest.raises(InUse, match=f"port {port} on 127.0.0.1 is taken"):
         asyncio.run(run_cold(host, prepare_cold(host, spec), "late"))

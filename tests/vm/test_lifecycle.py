@@ -175,6 +175,8 @@ def mounted(image: str, point: Path) -> Iterator[Path]:
 
 
 def test_ls_and_inspect_tell_what_is_in_the_store(host: Host, web: str) -> None:
+    # What a file takes changes as long as it is written to the disk.
+    os.sync()
     listed = answer("ls", "--json")
     assert {(item["name"], item["kind"]) for item in listed} >= {
         ("web-root", "segment"),

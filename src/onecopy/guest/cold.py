@@ -209,7 +209,7 @@ def in_domain(store: Store, artifact: Artifact, domain: str) -> Artifact:
         return artifact
     ref = Reference(f"{artifact.name}.{domain}", artifact.version)
     found = store.find(ref, artifact.kind)
-    return found or store.tag(Reference.parse(artifact.ref), ref, domain=domain)
+    return found or store.tag(Reference.parse(artifact.ref), ref, domain=domain, own=True)
 
 
 def _command(spec: ColdSpec, root: Artifact) -> str | None:

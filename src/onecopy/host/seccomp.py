@@ -107,7 +107,10 @@ def deny_without(number: int, argument: int, bit: int, error: int) -> list[bytes
 
 
 def deny_unless_null(number: int, argument: int, error: int) -> list[bytes]:
-    """The call fails with ``error`` unless the ``argument``, a pointer, is null."""
+    """The call fails with ``error`` unless the ``argument``, a pointer, is null.
+
+    With 0 nothing is done, and the caller is told that it was (seccomp(2), SECCOMP_RET_ERRNO).
+    """
     high = _op(_LOAD, _ARGUMENTS + 8 * argument + 4)
     block = [_argument(argument), _op(_EQUAL, 0, 0, 2), high, _op(_EQUAL, 0, 1, 0)]
     block += [_op(_RETURN, ERROR | error), _op(_RETURN, ALLOW)]

@@ -93,11 +93,18 @@ class Store:
         """
         putting.require_free(self._layout, Wanted(kind, ref, access=access))
 
-    def tag(self, source: Reference, target: Reference, *, domain: str | None = None) -> Artifact:
+    def tag(
+        self,
+        source: Reference,
+        target: Reference,
+        *,
+        domain: str | None = None,
+        own: bool = False,
+    ) -> Artifact:
         """Give what ``source`` means a further name; into another trust domain it is copied.
 
-        A new name gets the access of the old one, and in another domain none of its grants. Raises
-        as `resolve` and `put` do.
+        A new name gets the access of the old one, and in another domain none of its grants; ``own``
+        is as for `put`. Raises as `resolve` and `put` do.
         """
         found = self.resolve(source)
         access = self.access(found.name)
@@ -105,7 +112,7 @@ class Store:
             access = Access(domain=who.check_domain(domain), restricted=access.restricted)
         layers = [NewLayer.of(layer) for layer in found.layers]
         keeps = None if domain is None and self._knows(target.name) else access
-        return self.put(found.kind, target, found.config, layers, access=keeps)
+        return self.put(found.kind, target, found.config, layers, access=keeps, own=own)
 
     def _knows(self, name: str) -> bool:
         return names.has_name(loading.index(self._layout), name)
