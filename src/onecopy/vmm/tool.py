@@ -341,10 +341,11 @@ def _filter() -> bytes:
 
 def _limited(limits: Limits, *, own_user: bool) -> list[str]:
     """What sets the limits, and executes what follows."""
-    options = {
+    options: dict[str, int | str] = {
         "as": limits.memory,
         "core": 0,
-        "cpu": math.ceil(limits.seconds),
+        # At the hard limit it would be killed, which does not say why.
+        "cpu": f"{math.ceil(limits.seconds)}:{math.ceil(limits.seconds) + 1}",
         "fsize": limits.file_size,
         "nofile": limits.files,
     }
