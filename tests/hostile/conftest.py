@@ -4,6 +4,11 @@ Of hostile guests, VMMs, images and other users' processes each test shows that 
 ours, within its deadline and limits, and that nothing is left.
 """
 
+import os
+
+import pytest
+
+from onecopy.host.syscall import unshare_mounts
 from tests.vm.conftest import (  # noqa: F401
     app,
     busybox_root,
@@ -16,3 +21,10 @@ from tests.vm.conftest import (  # noqa: F401
     static_root,
     systemd_root,
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mounts_of_their_own() -> None:
+    """Full disks and the like are mounted for these tests alone: others run beside them."""
+    if os.geteuid() == 0:
+        unshare_mounts()
