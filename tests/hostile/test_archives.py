@@ -125,6 +125,11 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "headers for nobody": (tar.pax((b"path", b"x")) + tar.END, "not there"),
     "only headers": (tar.pax((b"a", b"b")) * 100_000 + tar.END, "in a row"),
     "a zero in a name": (tar.pax((b"path", b"a\0b")) + GOOD + tar.END, "zero byte"),
+    "a zero in a long name": (tar.long_name(b"a\0b" * 50) + GOOD + tar.END, "zero byte"),
+    "a zero in an attribute": (
+        tar.pax((b"LIBARCHIVE.xattr.user.a%00b", b"YQ==")) + GOOD + tar.END,
+        "zero byte",
+    ),
     "too deep": (b"".join(tar.nested(1500)) + tar.END, "501 folders deep"),
     "too long": (tar.long_name(b"x/" * 100 + b"y" * 3500) + GOOD + tar.END, "3700 bytes"),
     "a name too long": (tar.long_name(b"y" * 256) + GOOD + tar.END, "name too long"),

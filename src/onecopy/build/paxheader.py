@@ -111,6 +111,7 @@ class Headers:
             if not _keeps(key):
                 continue
             name, content = _attribute(key.decode(errors="surrogateescape"), value)
+            require_whole(name.encode(errors="surrogateescape"))
             if found.setdefault(name, content) != content:
                 raise BadMember(b"", f"it has two values of {name!a}")
         return found
@@ -126,11 +127,18 @@ def parse_records(data: bytes) -> list[tuple[bytes, bytes]]:
         key, equals, value = record[space + 1 - at : -1].partition(b"=")
         if len(record) != length or not record.endswith(b"\n") or not equals or not key:
             raise BadMember(b"", "an extended header is broken")
-        if key in (b"path", b"linkpath", b"GNU.sparse.name") and b"\0" in value:
-            raise BadMember(value[:255], "a name with a zero byte")
+        if key in (b"path", b"linkpath", b"GNU.sparse.name"):
+            require_whole(value)
         found.append((key, value))
         at += length
     return found
+
+
+def require_whole(name: bytes) -> bytes:
+    """Return a name that Linux can have; raise BadMember."""
+    if b"\0" in name:
+        raise BadMember(name[:255], "a name with a zero byte")
+    return name
 
 
 def parse_map(numbers: Sequence[bytes]) -> list[tuple[int, int]]:

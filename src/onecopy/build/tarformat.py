@@ -17,7 +17,14 @@ from typing import Protocol
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.build.paxheader import BadMember, Headers, parse_map, parse_records, parse_whole
+from onecopy.build.paxheader import (
+    BadMember,
+    Headers,
+    parse_map,
+    parse_records,
+    parse_whole,
+    require_whole,
+)
 
 _BLOCK = 512
 _ZERO = bytes(_BLOCK)
@@ -105,7 +112,7 @@ class TarReader:
                 if kind == b"g":
                     own = Headers(self._common.records)
             elif kind in (b"L", b"K"):
-                names[kind] = self._header(size).rstrip(b"\0")
+                names[kind] = require_whole(self._header(size).rstrip(b"\0"))
             elif kind == b"V":
                 self._left_out(_LEFT_OUT[kind], fields[0].rstrip(b"\0"))
                 self._begin(size)
