@@ -5,7 +5,6 @@ Not here: what is wrong with a tree (tree.py).
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from onecopy.build.paxheader import BadMember
 from onecopy.build.tarformat import Member
 from onecopy.build.unpack import Unpacker
+from onecopy.host.sparse import data_ranges
 
 _KINDS = {
     stat.S_IFREG: "-",
@@ -128,16 +128,8 @@ def _content(path: str, kind: str) -> Iterator[_Content]:
 
 
 def _pieces(fd: int) -> Iterator[tuple[int, int]]:
-    """Where a file holds data, and how much (lseek(2))."""
-    status, end = os.fstat(fd), 0
-    if not stat.S_ISREG(status.st_mode):
-        return
-    while end < status.st_size:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole up to the end
-                return
-            raise
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), status.st_size)
-        yield start, end - start
+    """Where a file holds data, and how much."""
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        for start, end in data_ranges(fd, status.st_size):
+            yield start, end - start
