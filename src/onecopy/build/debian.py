@@ -24,10 +24,12 @@ NEEDED_BYTES = 600 << 20
 _SUITE = re.compile(r"[a-z][a-z0-9-]*")
 # A package, and apt's own :ARCH, =VERSION or /SUITE after it.
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(:[a-z0-9]+)?([=/][A-Za-z0-9.+:~-]+)?")
-# Documentation nobody maps; licences stay.
+# Documentation nobody maps; licences stay. Of manual pages only the files: update-alternatives(1),
+# which Java's packages call, links pages of theirs into the folders.
 _DPKG_OPTIONS = (
-    "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/man/*.gz",
     "path-exclude=/usr/share/locale/*",
+    "path-include=/usr/share/locale/locale.alias",
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
 )
