@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.debian import DebianSource, normalise
+from onecopy.build.debian import DebianSource
+from onecopy.build.normalise import normalise
 from onecopy.build.source import open_source
 from onecopy.build.tree import find_init, resolve_inside
 from onecopy.errors import BadSource, InvalidInput, NotEnough, NotPermitted, OnecopyError

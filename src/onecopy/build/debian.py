@@ -1,7 +1,7 @@
 """The source ``debian:SUITE``: a Debian root of chosen packages, made by mmdebstrap.
 
 What differs between two runs with the same packages, and what no two guests may share, is taken
-out. Not here: single packages (packages.py).
+out (normalise.py). Not here: single packages (packages.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from onecopy.build.normalise import normalise
 from onecopy.build.space import disk_is_full, disk_space
-from onecopy.build.tree import clamp_times, clock
+from onecopy.build.tree import clock
 from onecopy.errors import BadSource, CommandFailed, InvalidInput, NotPermitted
 from onecopy.run import find_program, run
 
@@ -22,8 +23,8 @@ from onecopy.run import find_program, run
 NEEDED_BYTES = 600 << 20
 
 _SUITE = re.compile(r"[a-z][a-z0-9-]*")
-# A package, and apt's own :ARCH, =VERSION or /SUITE after it.
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(:[a-z0-9]+)?([=/][A-Za-z0-9.+:~-]+)?")
+# A package, and apt's own :ARCH, =VERSION or /SUITE after it; or a task (tasksel(8)).
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*(\^|(:[a-z0-9]+)?([=/][A-Za-z0-9.+:~-]+)?)")
 # Documentation nobody maps; licences stay. Of manual pages only the files: update-alternatives(1),
 # which Java's packages call, links pages of theirs into the folders.
 _DPKG_OPTIONS = (
@@ -33,29 +34,15 @@ _DPKG_OPTIONS = (
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
 )
-# Times, caches, this host's own settings, and secrets that each guest must make for itself.
-_REMOVED = (
-    "etc/hostname",
-    "etc/resolv.conf",
-    "etc/passwd-",
-    "etc/shadow-",
-    "etc/group-",
-    "etc/gshadow-",
-    "etc/ssh/ssh_host_*",
-    "var/lib/dbus/machine-id",
-    "var/lib/systemd/random-seed",
-    "var/lib/apt/lists/*",
-    "var/cache/apt/*.bin",
-    "var/cache/debconf/*-old",
-    "var/cache/ldconfig/aux-cache",
-    "var/lib/dpkg/*-old",
-    "var/log/**/*",
-)
 _NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '(\S+)' has no installation")
 _NO_SUITE = re.compile(r"does not have a Release file|404 +Not Found")
 _NO_NETWORK = re.compile(
     r"Could not (connect|resolve)|Unable to connect|Temporary failure|timed out"
 )
+
+
+#: Runs the program that it is given on a machine that is called localhost.
+_NAMED = 'echo localhost >/proc/sys/kernel/hostname; exec "$@"'
 
 
 class DebianSource(msgspec.Struct, frozen=True):
@@ -100,7 +87,17 @@ class DebianSource(msgspec.Struct, frozen=True):
         progress(f"installing Debian {self.suite}: {', '.join(self.packages) or self.variant}")
         start = clock(into)
         # In a mount namespace of its own: killed -9, it would leave /sys and more mounted in there.
-        argv = ["unshare", "--mount", find_program("mmdebstrap")]
+        # And with a name of its own: install scripts write it into files.
+        argv = [
+            "unshare",
+            "--mount",
+            "--uts",
+            "sh",
+            "-ec",
+            _NAMED,
+            "sh",
+            find_program("mmdebstrap"),
+        ]
         argv += [f"--variant={self.variant}", "--format=directory"]
         argv += [f"--dpkgopt={option}" for option in _DPKG_OPTIONS]
         argv += [f"--include={package}" for package in self.installed]
@@ -112,7 +109,9 @@ class DebianSource(msgspec.Struct, frozen=True):
                     raise
                 raise self._explain(error.output) from error
             progress("taking out what differs from run to run")
-            normalise(into, start)
+            varying = normalise(into, start)
+        if varying:
+            progress(f"differs from build to build: {', '.join(varying)}")
         return into
 
     def _explain(self, output: str) -> BadSource:
@@ -132,31 +131,6 @@ class DebianSource(msgspec.Struct, frozen=True):
             what = f"Debian {self.suite} cannot be installed"
             hint = "the lines above are mmdebstrap's"
         return BadSource(f"{what}\n{said}", hint=hint)
-
-
-def normalise(tree: Path, start: float) -> None:
-    """Take out of ``tree`` what a run that began at ``start`` (seconds since 1970) left in it.
-
-    Files that come from packages keep their times, on which Python's .pyc files depend.
-    """
-    for pattern in _REMOVED:
-        for path in tree.glob(pattern):
-            if path.is_symlink() or not path.is_dir():
-                path.unlink()
-    # Empty, and not missing: systemd then makes a new one, but does not run its first-boot set-up.
-    machine_id = tree / "etc/machine-id"
-    machine_id.unlink(missing_ok=True)
-    machine_id.touch(0o444)
-    limit = clamp_times(tree, start)
-    _set_password_days(tree / "etc/shadow", limit // 86400)
-    clamp_times(tree, start)
-
-
-def _set_password_days(shadow: Path, day: int) -> None:
-    """Set the day of the last change (shadow(5)) of all users, which else is the build's."""
-    if shadow.is_file() and not shadow.is_symlink():
-        users = [line.split(":") for line in shadow.read_text().splitlines()]
-        shadow.write_text("".join(":".join([*u[:2], str(day), *u[3:]]) + "\n" for u in users))
 
 
 def open_debian(suite: str, include: Sequence[str]) -> DebianSource:

@@ -22,7 +22,10 @@ from onecopy.store import Artifact, NewLayer, Store
 TOOLS_NAME = "onecopy-tools"
 #: The compiler is for a program of ours, and no part of the segment.
 _PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
-_SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "renew", "segment", "fit")
+_SCRIPTS = (
+    *("start", "agent", "session", "exec", "stop", "off"),
+    *("names", "keys", "renew", "segment", "fit"),
+)
 #: Those that are called by their own names.
 _COMMANDS = ("onecopy-segment", "dhcp")
 

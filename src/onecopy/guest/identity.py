@@ -1,10 +1,10 @@
 """What makes a clone a machine of its own; nothing is handed out without.
 
-Name, machine-id, address of its network card and of IP, clock, random numbers; SSH host keys if the
-image has some; and what a hook of the user's does. Not through the guest agent: its first answer
-alone makes a clone run some ten thousand blocks of code that it has not run yet, which under TCG
-takes longer than all the rest of a start. A small program of ours that already waits in the saved
-system (build/files/identity.c) needs a fraction of that.
+Name and machine-id, in the kernel and in files; address of its network card and of IP, clock,
+random numbers; SSH host keys if the image has some; and what a hook of the user's does. Not through
+the guest agent: its first answer alone makes a clone run some ten thousand blocks of code that it
+has not run yet, which under TCG takes longer than all the rest of a start. A small program of ours
+that already waits in the saved system (build/files/identity.c) needs a fraction of that.
 
 The kernel's random numbers are re-seeded by the vmgenid device when the guest runs on (Linux
 drivers/virt/vmgenid.c); the guest waits until its kernel has said so (drivers/char/random.c).
@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import AgentFailed
+from onecopy.guest import hostkeys
 from onecopy.guest.network import settings
 from onecopy.vmm.argv import Card
 from onecopy.vmm.pipe import Pipe
@@ -35,6 +36,7 @@ _LIMIT = 4096
 _CLOCK = 5
 #: What the guest says could not be done.
 _FAILURES = {
+    "files": "write its name, or machine-id, into a file",
     "network": "set up its network card",
     "clock": "set its clock",
     "random": "re-seed its kernel's random numbers",
@@ -86,6 +88,10 @@ async def rehearse(folder: Path, mine: Identity) -> None:
 
 async def _prepare(pipe: Pipe) -> None:
     said = await _ask(pipe, "prepare", TIMEOUT)
+    if said.startswith(hostkeys.FAILED):
+        raise hostkeys.refusal(said)
+    if said.startswith("failed "):
+        raise _failed(said)
     if said != "prepared":
         raise AgentFailed(f"asked to get ready the guest says {shown(said)!r}")
 

@@ -229,8 +229,12 @@ async def _read_folders(folder: Path, segments: Sequence[MappedSegment]) -> None
     await run_captured(folder, ["find", *mountpoints, "-xdev", "-links", "0"], timeout=300)
 
 
+#: D-Bus by itself has one of its own; with systemd that is a link.
+_READ_MACHINE_ID = "[ -s /etc/machine-id ] && cd /etc || cd /var/lib/dbus && cat machine-id"
+
+
 async def _machine_id(folder: Path) -> str | None:
-    done = await run_captured(folder, ["cat", "/etc/machine-id"], timeout=30)
+    done = await run_captured(folder, ["sh", "-c", _READ_MACHINE_ID], timeout=30)
     return shown(done.stdout) or None
 
 

@@ -16,17 +16,22 @@
  */
 
 #define TOOLS "/run/onecopy/tools"
+/* Our line in /etc/hosts (names). */
+#define OURS_BEGIN "127.0.1.1\t"
+#define OURS_END "\t# onecopy"
 
 enum { O_RDONLY, O_RDWR = 2, O_NONBLOCK = 04000, O_CLOEXEC = 02000000 };
+enum { O_NOFOLLOW = 0400000 };
 enum { SEEK_END = 2, POLLIN = 1, CLOCK_REALTIME = 0 };
 enum { AF_INET = 2, SOCK_DGRAM = 2, ARPHRD_ETHER = 1, RTF_UP = 1, RTF_GATEWAY = 2 };
-enum { EEXIST = 17, EPIPE = 32, SIGCHLD = 17 };
+enum { ENOENT = 2, EEXIST = 17, ENOTDIR = 20, EISDIR, EPIPE = 32, ELOOP = 40, SIGHUP = 1 };
 enum { SIOCADDRT = 0x890b, SIOCGIFADDR = 0x8915, SIOCSIFADDR, SIOCSIFNETMASK = 0x891c };
 enum { SIOCSIFHWADDR = 0x8924, SIOCGIFHWADDR = 0x8927 };
 enum {
     SYS_read, SYS_write, SYS_open, SYS_close, SYS_poll = 7, SYS_lseek, SYS_ioctl = 16, SYS_pread,
     SYS_pwrite, SYS_dup2 = 33, SYS_socket = 41, SYS_fork = 57, SYS_execve = 59, SYS_exit, SYS_wait4,
-    SYS_uname = 63, SYS_sethostname = 170, SYS_clock_settime = 227, SYS_clock_gettime
+    SYS_kill, SYS_uname, SYS_ftruncate = 77, SYS_sethostname = 170, SYS_clock_settime = 227,
+    SYS_clock_gettime
 };
 
 struct timespec { long seconds, nanoseconds; };
@@ -52,9 +57,23 @@ asm(".globl _start\n"
     "syscall\n ret\n");
 
 static char reseeded[] = "crng reseeded due to virtual machine fork";
-static int port, sock, messages = -1, machine_id = -1;
+static int port, sock, messages = -1;
 /* Whether renew has something to do. */
 static int more;
+
+/* The files that say who this machine is; -1: it has none, or D-Bus's is a link to the other. */
+enum { HOSTNAME, HOSTS, MACHINE_ID, BUS_ID, FILES };
+static struct { char *path; int flags, fd; } files[FILES] = {
+    {"/etc/hostname", 0, -1}, {"/etc/hosts", 0, -1}, {"/etc/machine-id", 0, -1},
+    {"/var/lib/dbus/machine-id", O_NOFOLLOW, -1}
+};
+/* The end of /etc/hosts: our line in it (names), or where one goes; what is behind that; and the
+ * domain in it, from its dot on. */
+static char hosts[16384], *behind, domain[256];
+static long line_at, behind_length;
+static int line_missing;
+/* Who is to look at the host name again. */
+static int readers[16], reader_count;
 
 /* The compiler calls it where a structure is filled. */
 void *memset(void *at, int value, unsigned long size)
@@ -173,19 +192,117 @@ static void reopen(int *fd, char *path, int flags)
     *fd = call(SYS_open, path, flags | O_CLOEXEC, 0);
 }
 
-static void prepare(void)
+static int ends(char *end, char *with)
+{
+    long count = length(with);
+    return starts(end - count, with);
+}
+
+/* Find our line in /etc/hosts, of which the end is looked at. */
+static void read_hosts(int fd)
+{
+    long size = call(SYS_lseek, fd, 0, SEEK_END);
+    long from = size > (long)sizeof hosts - 1 ? size - (long)sizeof hosts + 1 : 0;
+    long count = call(SYS_pread, fd, hosts, sizeof hosts - 1, from);
+    char *last = hosts + (count > 0 ? count : 0), *first = hosts, *end, *to = domain;
+    *last = *domain = 0;
+    line_at = size;
+    behind = last;
+    line_missing = last > hosts && last[-1] != '\n' ? 2 : 1;
+    for (; *first; first = *end ? end + 1 : end) {
+        for (end = first; *end && *end != '\n';)
+            end++;
+        if (!starts(first, OURS_BEGIN) || end - first < 20 || !ends(end, OURS_END))
+            continue;
+        line_at = from + (first - hosts);
+        behind = *end ? end + 1 : end;
+        line_missing = 0;
+        for (first += sizeof OURS_BEGIN - 1; *first != '.' && *first > ' ';)
+            first++;
+        while (*first > ' ' && to < domain + sizeof domain - 1)
+            *to++ = *first++;
+        *to = 0;
+    }
+    behind_length = last - behind;
+}
+
+static void read_readers(void)
+{
+    char text[128], *at = text;
+    int list = call(SYS_open, "/run/onecopy/hup", O_RDONLY | O_CLOEXEC, 0);
+    long count = call(SYS_read, list, text, sizeof text - 1);
+    call(SYS_close, list);
+    text[count > 0 ? count : 0] = 0;
+    for (reader_count = 0; digit(*at) < 10 && reader_count < 16; at += *at == ' ')
+        readers[reader_count++] = number(&at, 10);
+}
+
+/* Open the files that name this machine. Opened for writing an overlay's file becomes one of this
+ * guest's own. */
+static int open_files(void)
 {
     char first;
-    /* Opened for writing an overlay's file becomes one of this guest's own. */
-    reopen(&machine_id, "/etc/machine-id", O_RDWR);
-    if (machine_id >= 0 && call(SYS_pread, machine_id, &first, 1, 0) != 1) {
-        call(SYS_close, machine_id);
-        machine_id = -1;
+    for (int i = 0; i < FILES; i++) {
+        reopen(&files[i].fd, files[i].path, O_RDWR | files[i].flags);
+        int error = -files[i].fd;
+        int none = error == ENOENT || error == ENOTDIR || error == EISDIR || error == ELOOP;
+        if (error > 0 && !none)
+            return fail("files", files[i].path);
+        if (i >= MACHINE_ID && error <= 0 && call(SYS_pread, files[i].fd, &first, 1, 0) != 1) {
+            call(SYS_close, files[i].fd);
+            files[i].fd = -1;
+        }
     }
+    if (files[HOSTS].fd >= 0)
+        read_hosts(files[HOSTS].fd);
+    return 1;
+}
+
+static void prepare(void)
+{
+    if (!open_files())
+        return;
     reopen(&messages, "/dev/kmsg", O_RDONLY | O_NONBLOCK);
     call(SYS_lseek, messages, 0, SEEK_END);
-    more = !run("prepare", "");
+    int code = run("prepare", "");
+    /* 3: it has said what failed. */
+    if (code == 3 || (code > 1 && !fail("renew", "prepare")))
+        return;
+    more = !code;
+    read_readers();
     say("prepared\n");
+}
+
+/* Let a file end with text, from a place on. */
+static int write_file(int file, char *text, long size, long at)
+{
+    int fd = files[file].fd;
+    if (fd < 0 || (call(SYS_pwrite, fd, text, size, at) == size && !call(SYS_ftruncate, fd, at + size)))
+        return 1;
+    return fail("files", files[file].path);
+}
+
+/* Write name and machine-id into the files; they are not looked at by those who know them already. */
+static int write_files(char *name, char *id)
+{
+    char text[sizeof domain + 256], *end = put(put(text, name), "\n");
+    if (!write_file(HOSTNAME, text, end - text, 0))
+        return 0;
+    end = put(put(text, line_missing > 1 ? "\n" : ""), OURS_BEGIN);
+    end = put(put(end, name), domain);
+    if (*domain)
+        end = put(put(end, " "), name);
+    end = put(end, OURS_END "\n");
+    if (!write_file(HOSTS, text, end - text, line_at))
+        return 0;
+    if (behind_length && !write_file(HOSTS, behind, behind_length, line_at + (end - text)))
+        return 0;
+    end = put(put(text, id), "\n");
+    if (*id != '-' && !(write_file(MACHINE_ID, text, end - text, 0) && write_file(BUS_ID, text, end - text, 0)))
+        return 0;
+    for (int i = 0; i < reader_count; i++)
+        call(SYS_kill, readers[i], SIGHUP);
+    return 1;
 }
 
 static void set_address(struct sockaddr *addr, char *text)
@@ -270,16 +387,17 @@ static int random(void)
 static int become(char *rest, int wait)
 {
     char *name = word(&rest), *id = word(&rest), *now = word(&rest), *mac = word(&rest);
-    char id_line[80], id_now[80] = "-", mac_now[24] = "-", address[24] = "-", answer[400], *end;
+    char id_now[80] = "-", mac_now[24] = "-", address[24] = "-", answer[400], *end;
     unsigned long milliseconds = number(&now, 10);
     struct timespec time = {milliseconds / 1000, milliseconds % 1000 * 1000000};
     struct utsname names;
 
     call(SYS_sethostname, name, length(name));
+    if (wait && !write_files(name, id))
+        return 0;
     if (*id != '-') {
-        end = put(put(id_line, id), "\n");
-        call(SYS_pwrite, machine_id, id_line, end - id_line, 0);
-        long count = call(SYS_pread, machine_id, id_now, sizeof id_now - 1, 0);
+        int file = files[MACHINE_ID].fd >= 0 ? MACHINE_ID : BUS_ID;
+        long count = call(SYS_pread, files[file].fd, id_now, sizeof id_now - 1, 0);
         id_now[count > 0 ? count - 1 : 0] = 0;
     }
     if (call(SYS_clock_settime, CLOCK_REALTIME, &time))
