@@ -34,6 +34,8 @@ _DPKG_OPTIONS = (
     "path-exclude=/usr/share/doc/*",
     "path-include=/usr/share/doc/*/copyright",
 )
+_BROKEN = re.compile(r"dpkg: error processing (?:package|archive) (\S+)")
+_NO_VERSION = re.compile(r"E: (?:Version|Release) '(\S+)' for '(\S+)' was not found")
 _NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '(\S+)' has no installation")
 _NO_SUITE = re.compile(r"does not have a Release file|404 +Not Found")
 _NO_NETWORK = re.compile(
@@ -120,7 +122,18 @@ class DebianSource(msgspec.Struct, frozen=True):
         missing = ", ".join(sorted({a or b for a, b in _NO_PACKAGE.findall(output)}))
         if missing:
             what = f"Debian {self.suite} has no package {missing}"
-            hint = "check the spelling; packages are separated by commas"
+            hint = "check the spelling; packages are separated by commas; of a virtual package "
+            hint += "name one that provides it"
+        elif absent := _NO_VERSION.search(output):
+            what = f"Debian {self.suite} has no {absent[2]} of {absent[1]}"
+            hint = f"leave the version out, or see `apt list -a {absent[2]}` in a guest"
+        elif broken := _broken(lines):
+            what, said = (
+                f"the package {broken[0]} of Debian {self.suite} cannot be installed",
+                broken[1],
+            )
+            hint = "leave it out, or install it in a guest that runs, and save that: its install "
+            hint += "script failed, as it says above"
         elif _NO_NETWORK.search(output):
             what = "the Debian mirror cannot be reached"
             hint = "check the network and http_proxy; the source can also be tar:PATH or dir:PATH"
@@ -131,6 +144,14 @@ class DebianSource(msgspec.Struct, frozen=True):
             what = f"Debian {self.suite} cannot be installed"
             hint = "the lines above are mmdebstrap's"
         return BadSource(f"{what}\n{said}", hint=hint)
+
+
+def _broken(lines: Sequence[str]) -> tuple[str, str] | None:
+    """The first package that dpkg could not install, and what was printed around that."""
+    for number, line in enumerate(lines):
+        if found := _BROKEN.search(line):
+            return found[1], "\n".join(lines[max(0, number - 6) : number + 3])
+    return None
 
 
 def open_debian(suite: str, include: Sequence[str]) -> DebianSource:

@@ -12,7 +12,6 @@ from onecopy.vmm.reply import shown
 FAILED = "failed key-"
 #: Reason -> what is the matter, and a way out. The details are a path, and more.
 _REASONS = {
-    "busy": ("SSH host keys are still being made", "save it again in a minute"),
     "certificate": (
         "a host certificate certifies the SSH host key of this guest, and clones get other keys",
         "remove the certificate, and let --on-clone get one for each clone; or take "
@@ -30,12 +29,8 @@ _REASONS = {
         "an SSH host key is in a security key, of which clones have none",
         "remove it, and its HostKey from sshd_config(5)",
     ),
-    "type": (
-        "an SSH host key is of a type that the guest's ssh-keygen does not make",
-        "remove it, or update OpenSSH in the guest",
-    ),
     "unreadable": (
-        "an SSH host key cannot be read",
+        "the guest's ssh-keygen cannot read an SSH host key",
         "make it anew (ssh-keygen -A), or remove it",
     ),
 }
