@@ -22,7 +22,19 @@ from onecopy.store import Artifact, NewLayer, Store
 TOOLS_NAME = "onecopy-tools"
 #: The compiler is for a program of ours, and no part of the segment.
 _PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
-_SCRIPTS = ("start", "agent", "session", "exec", "stop", "off", "renew", "segment", "fit")
+_SCRIPTS = (
+    "start",
+    "agent",
+    "session",
+    "exec",
+    "stop",
+    "off",
+    "programs",
+    "unwatched",
+    "renew",
+    "segment",
+    "fit",
+)
 #: In C.
 _PROGRAMS = ("identity", "watcher")
 #: Those that are called by their own names.
@@ -76,7 +88,7 @@ def _scripts_digest() -> str:
 
 
 def _assemble(debian: Path, tree: Path) -> None:
-    """bin/ (busybox, qemu-ga, our programs), applets/, lib/ (ld.so and the libraries), the scripts."""
+    """bin/ (busybox, qemu-ga, ours), applets/, lib/ (ld.so and the libraries), the scripts."""
     for folder in ("bin", "lib", "applets"):
         (tree / folder).mkdir(parents=True)
     busybox = next(p for p in (debian / "usr/bin/busybox", debian / "bin/busybox") if p.is_file())

@@ -11,7 +11,7 @@
  * with @, and otherwise the kernel starts it again (release_agent of a control group of version 1).
  * What happened meanwhile is read late. It mounts what it needs for itself alone (fsmount(2)).
  *
- * Exit code 1: this kernel has no such means. No C library: see identity.c.
+ * Where the kernel has no such means `unwatched` is run. No C library: see identity.c.
  */
 
 #define TOOLS "/run/onecopy/tools"
@@ -107,7 +107,6 @@ static void guard(void)
     put(AT_FDCWD, "/run/onecopy/cgroup/onecopy/agent/cgroup.procs", 0, "0");
     put(AT_FDCWD, "/proc/self/oom_score_adj", 0, "-1000");
     call(SYS_sched_setscheduler, 0, SCHED_FIFO, &priority);
-    return_when_killed();
 }
 
 /* Return what is read when the guest ends, or -1. */
@@ -134,11 +133,14 @@ static int trace(void)
 void serve(long *stack)
 {
     char *name = (char *)stack[1], *argv[] = {"@onecopy-watcher", 0}, *env[] = {0};
-    char text[512];
+    char *unwatched[] = {"sh", TOOLS "/unwatched", 0}, text[512];
     if (*name != '@')
         call(SYS_execve, TOOLS "/bin/watcher", argv, env);
     guard();
     int proc = mounted("proc", 0), pipe = trace();
+    if (pipe < 0)
+        call(SYS_execve, TOOLS "/bin/busybox", unwatched, env);
+    return_when_killed();
     int console = call(SYS_openat, AT_FDCWD, "/dev/kmsg", O_WRONLY | O_CLOEXEC, 0);
     for (;;) {
         long count = call(SYS_read, pipe, text, sizeof text - 1);
