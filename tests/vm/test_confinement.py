@@ -430,7 +430,7 @@ async def _what_they_do(
         "closed": closed,
         "users": [int(status(guest)["Uid"].split()[0]) for guest in guests],
         "seccomp": [status(guest)["Seccomp"] for guest in guests],
-        "stopped": [each.name for each in await stop_guests(host, guests, 60)],
+        "stopped": [each.how.name for each in await stop_guests(host, guests, 60)],
     }
     host.store.verify(system)
     return result | {"left": [record.holder for record in host.store.leases()]}

@@ -25,7 +25,7 @@ from onecopy.guest.many import start_many
 from onecopy.guest.maps import guest_maps
 from onecopy.guest.save import save_guest
 from onecopy.guest.start import CloneSpec, Template, start_clone, template
-from onecopy.guest.stop import Ending, stop_guests
+from onecopy.guest.stop import Ending, Stopped, stop_guests
 from onecopy.model import MIB, Reference
 from onecopy.sharing import report
 from onecopy.store import Artifact
@@ -112,7 +112,7 @@ def test_content_stays(host: Host, fit: Fit, say: Say) -> None:
     first = fit("web", disks=own(24))
     assert first.disks[0].made
     say(first, "echo asked >/data/asked")
-    assert asyncio.run(stop_guests(host, [first])) == [Ending.SHUT_DOWN], (
+    assert asyncio.run(stop_guests(host, [first])) == [Stopped(Ending.SHUT_DOWN)], (
         "it should have shut down by itself"
     )
     second = fit("web", disks=own(96))
@@ -140,7 +140,7 @@ def test_files_as_disks(fit: Fit, host: Host, say: Say, tmp_path: Path) -> None:
         fit("other", disks=file(raw))
     assert caught.value.users == ("web",)
     assert subprocess.run(["qemu-img", "info", qcow2], capture_output=True).returncode == 1
-    assert asyncio.run(stop_guests(host, [guest])) == [Ending.SHUT_DOWN]
+    assert asyncio.run(stop_guests(host, [guest])) == [Stopped(Ending.SHUT_DOWN)]
     subprocess.run(["qemu-img", "check", "-q", qcow2], check=True)
     read = f"read -P {ord('x')} 0 40M"
     subprocess.run(["qemu-io", "-r", "-f", "qcow2", "-c", read, qcow2], check=True)

@@ -111,7 +111,7 @@ class Guest:
         """Ask it to shut down, and end it after ``timeout`` seconds; whether it did by itself."""
         self._folder()
         (ending,) = await stop.stop_guests(self._host, [self.record], timeout)
-        return ending is stop.Ending.SHUT_DOWN
+        return ending.how is stop.Ending.SHUT_DOWN
 
     def keep(self) -> None:
         """Let it outlive its block and this process: it is the user's, as `onecopy run`'s are."""

@@ -23,9 +23,11 @@ TOOLS_NAME = "onecopy-tools"
 #: The compiler is for a program of ours, and no part of the segment.
 _PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
 _SCRIPTS = (
-    *("start", "agent", "session", "exec", "stop", "off"),
+    *("start", "agent", "session", "exec", "stop", "off", "programs", "unwatched"),
     *("names", "keys", "renew", "segment", "fit"),
 )
+#: In C.
+_PROGRAMS = ("identity", "watcher")
 #: Those that are called by their own names.
 _COMMANDS = ("onecopy-segment", "dhcp")
 
@@ -77,7 +79,7 @@ def _scripts_digest() -> str:
 
 
 def _assemble(debian: Path, tree: Path) -> None:
-    """bin/ (busybox, qemu-ga, identity), applets/, lib/ (ld.so and the libraries), the scripts."""
+    """bin/ (busybox, qemu-ga, ours), applets/, lib/ (ld.so and the libraries), the scripts."""
     for folder in ("bin", "lib", "applets"):
         (tree / folder).mkdir(parents=True)
     busybox = next(p for p in (debian / "usr/bin/busybox", debian / "bin/busybox") if p.is_file())
@@ -96,7 +98,8 @@ def _assemble(debian: Path, tree: Path) -> None:
         # The loader itself is listed by its absolute path: only plain names are libraries.
         if arrow and "/" not in name and str(debian) in rest:
             shutil.copy(rest.split(" (")[0], tree / "lib" / name.strip())
-    _compile([*unpacked, debian / "usr/bin/tcc"], "identity", tree / "bin")
+    for program in _PROGRAMS:
+        _compile([*unpacked, debian / "usr/bin/tcc"], program, tree / "bin")
     for applet in run([busybox, "--list"]).split():
         (tree / "applets" / applet).symlink_to("../bin/busybox")
     for name in (*_SCRIPTS, *_COMMANDS):

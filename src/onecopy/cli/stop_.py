@@ -18,8 +18,8 @@ from onecopy.errors import InvalidInput
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="How long a guest may take to shut down before it is ended; several get 0.04 s more for "
-    "each.",
+    help="How long the programs of each guest get to end before they are killed. Time in which the "
+    "guest waits for the host's processors does not count.",
 )
 @click.option(
     "--now",
@@ -41,5 +41,5 @@ def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> 
 
     endings = asyncio.run(stop_guests(host, records, 0 if now else timeout))
     for record, ending in zip(records, endings, strict=True):
-        print(f"{record.name} {ending.value}")
+        print(f"{record.name} {ending.text}")
     return code

@@ -1,0 +1,156 @@
+/*
+ * watcher: says on the console which end this guest comes to, and ends QEMU with it.
+ *
+ * Left alone, the kernel first shuts all devices down. A clone would never be done with that: QEMU
+ * does not carry the queue of a virtio-pmem device over to a started saved system, so that its last
+ * flush is never answered. And a kernel that halts lets QEMU run on. So kprobes tell this process
+ * (tracefs, kprobetrace.rst) when the kernel has begun, and it resets the machine, which QEMU is told
+ * to end on (-no-reboot). Whoever asked for the end has written back and unmounted by then.
+ *
+ * Until then it sleeps. Inits kill all processes before the end: systemd spares those whose name begins
+ * with @, and otherwise the kernel starts it again (release_agent of a control group of version 1).
+ * What happened meanwhile is read late. It mounts what it needs for itself alone (fsmount(2)).
+ *
+ * Where the kernel has no such means `unwatched` is run. No C library: see identity.c.
+ */
+
+#define TOOLS "/run/onecopy/tools"
+
+enum { O_RDONLY, O_WRONLY, O_APPEND = 02000, O_CLOEXEC = 02000000, AT_FDCWD = -100 };
+enum { EEXIST = 17, SIGTERM = 15, SCHED_FIFO = 1, FSCONFIG_CMD_CREATE = 6 };
+enum {
+    SYS_read, SYS_write, SYS_close = 3, SYS_rt_sigaction = 13, SYS_execve = 59, SYS_exit,
+    SYS_sched_setscheduler = 144, SYS_openat = 257, SYS_mkdirat, SYS_fsopen = 430, SYS_fsconfig,
+    SYS_fsmount
+};
+
+struct sigaction { void *handler; unsigned long flags; void *restorer; unsigned long mask; };
+
+long call(long number, ...);
+asm(".globl _start\n"
+    "_start: mov %rsp, %rdi\n and $-16, %rsp\n call serve\n"
+    ".globl call\n"
+    "call: mov %rdi, %rax\n mov %rsi, %rdi\n mov %rdx, %rsi\n mov %rcx, %rdx\n mov %r8, %r10\n"
+    "mov %r9, %r8\n syscall\n ret\n");
+
+/* The second of each is said when the first begins; kexec calls kernel_restart_prepare alone. */
+static char *const ends[][2] = {
+    {"kernel_restart", "<0>onecopy: the guest was rebooted\n"},
+    {"kernel_power_off", "<0>onecopy: the guest was powered off\n"},
+    {"kernel_halt", "<0>onecopy: the guest was halted\n"},
+};
+static char *const probes[] = {
+    "p:onecopy/restart kernel_restart", "p:onecopy/prepare kernel_restart_prepare",
+    "p:onecopy/power_off kernel_power_off", "p:onecopy/halt kernel_halt",
+};
+
+static long length(char *text)
+{
+    long count = 0;
+    while (text[count])
+        count++;
+    return count;
+}
+
+static int has(char *text, char *part)
+{
+    for (; *text; text++) {
+        long same = 0;
+        while (part[same] && text[same] == part[same])
+            same++;
+        if (!part[same])
+            return 1;
+    }
+    return 0;
+}
+
+static int put(int folder, char *path, int flags, char *text)
+{
+    int fd = call(SYS_openat, folder, path, flags | O_WRONLY | O_CLOEXEC, 0);
+    long error = fd < 0 ? fd : call(SYS_write, fd, text, length(text));
+    if (fd >= 0)
+        call(SYS_close, fd);
+    return error < 0 ? error : 0;
+}
+
+/* Mount a file system nowhere; return its folder. That of control groups is found by its name. */
+static int mounted(char *type, char *name)
+{
+    int fs = call(SYS_fsopen, type, 1);
+    if (name) {
+        call(SYS_fsconfig, fs, 0, "none", 0, 0);
+        call(SYS_fsconfig, fs, 1, "name", name, 0);
+    }
+    call(SYS_fsconfig, fs, FSCONFIG_CMD_CREATE, 0, 0, 0);
+    int folder = call(SYS_fsmount, fs, 1, 0);
+    call(SYS_close, fs);
+    return folder;
+}
+
+/* Have the kernel start this program again when it was killed. */
+static void return_when_killed(void)
+{
+    int groups = mounted("cgroup", "onecopy");
+    put(groups, "release_agent", 0, TOOLS "/bin/watcher");
+    call(SYS_mkdirat, groups, "watcher", 0755);
+    put(groups, "watcher/notify_on_release", 0, "1");
+    put(groups, "watcher/cgroup.procs", 0, "0");
+    call(SYS_close, groups);
+}
+
+/* Have it killed last, and run first. */
+static void guard(void)
+{
+    struct sigaction ignored = {(void *)1, 0, 0, 0};
+    int priority = 50;
+    call(SYS_rt_sigaction, SIGTERM, &ignored, 0, 8);
+    put(AT_FDCWD, "/run/onecopy/cgroup/onecopy/agent/cgroup.procs", 0, "0");
+    put(AT_FDCWD, "/proc/self/oom_score_adj", 0, "-1000");
+    call(SYS_sched_setscheduler, 0, SCHED_FIFO, &priority);
+}
+
+/* Return what is read when the guest ends, or -1. */
+static int trace(void)
+{
+    int tracefs = mounted("tracefs", 0);
+    for (int i = 0; i < sizeof probes / sizeof *probes; i++) {
+        int error = put(tracefs, "kprobe_events", O_APPEND, probes[i]);
+        if (error && error != -EEXIST)
+            return -1;
+    }
+    long error = call(SYS_mkdirat, tracefs, "instances/onecopy", 0700);
+    /* Before the first event: it is the size of each processor's buffer. */
+    if (!error)
+        put(tracefs, "instances/onecopy/buffer_size_kb", 0, "4");
+    if (put(tracefs, "instances/onecopy/events/onecopy/enable", 0, "1"))
+        return -1;
+    int pipe = call(SYS_openat, tracefs, "instances/onecopy/trace_pipe", O_RDONLY | O_CLOEXEC, 0);
+    call(SYS_close, tracefs);
+    return pipe;
+}
+
+/* What _start calls, with what the kernel left on the stack: argc, argv. */
+void serve(long *stack)
+{
+    char *name = (char *)stack[1], *argv[] = {"@onecopy-watcher", 0}, *env[] = {0};
+    char *unwatched[] = {"sh", TOOLS "/unwatched", 0}, text[512];
+    if (*name != '@')
+        call(SYS_execve, TOOLS "/bin/watcher", argv, env);
+    guard();
+    int proc = mounted("proc", 0), pipe = trace();
+    if (pipe < 0)
+        call(SYS_execve, TOOLS "/bin/busybox", unwatched, env);
+    return_when_killed();
+    int console = call(SYS_openat, AT_FDCWD, "/dev/kmsg", O_WRONLY | O_CLOEXEC, 0);
+    for (;;) {
+        long count = call(SYS_read, pipe, text, sizeof text - 1);
+        if (count <= 0)
+            call(SYS_exit, 1);
+        text[count] = 0;
+        for (int i = 0; i < sizeof ends / sizeof *ends; i++)
+            if (has(text, ends[i][0])) {
+                call(SYS_write, console, ends[i][1], length(ends[i][1]));
+                put(proc, "sysrq-trigger", 0, "b");
+            }
+    }
+}
