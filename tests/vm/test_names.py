@@ -51,7 +51,9 @@ for key in /opt/k/one /etc/ssh/ssh_host_odd_name_key /etc/ssh/ssh_host_rsa_key; 
 done >sshd_config.d/keys.conf
 /usr/sbin/sshd
 """
-OFFERED = "while [ -e /run/onecopy/keys.late ]; do sleep 0.2; done; ssh-keyscan localhost | sort"
+OFFERED = (
+    "while [ -e /run/onecopy/keys.late ]; do sleep 0.2; done; ssh-keyscan -T 120 localhost | sort"
+)
 
 Restart = Callable[[GuestRecord, str], GuestRecord]
 
