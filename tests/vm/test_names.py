@@ -39,7 +39,7 @@ cat /proc/sys/kernel/random/uuid | tr -d - >/etc/machine-id
 cp /etc/machine-id /var/lib/dbus/machine-id
 cat /etc/machine-id
 """
-FILES = "cat /etc/hostname /etc/machine-id /var/lib/dbus/machine-id; grep -v ^: /etc/hosts"
+FILES = "cat /etc/hostname /etc/machine-id /var/lib/dbus/machine-id /etc/hosts"
 #: Keys of several types and places, and a sshd that has them; what it offers.
 KEYS = """\
 cd /etc/ssh && mkdir -p /opt/k /run/sshd
