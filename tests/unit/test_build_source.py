@@ -3,8 +3,11 @@
 Not here: what becomes of a good one (test_build_image.py, vm/test_build_debian.py).
 """
 
+import hashlib
 import io
 import os
+import re
+import struct
 import subprocess
 import tarfile
 import time
@@ -68,7 +71,10 @@ def test_what_cannot_be_meant(text: str, include: tuple[str, ...], said: str) ->
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("package", ["g++", "libc6:amd64", "python3=3.11.2-1+b1", "curl/bookworm"])
+@pytest.mark.parametrize(
+    "package",
+    ["g++", "libc6:amd64", "python3=3.11.2-1+b1", "curl/bookworm", "git=1:2.39.5-0", "ssh-server^"],
+)
 def test_what_apt_calls_a_package(package: str) -> None:
     assert open_source("debian:bookworm", [package]).label == "debian:bookworm"
 
@@ -267,6 +273,9 @@ def test_what_differs_between_runs_is_taken_out(tmp_path: Path) -> None:
         "etc/hostname",
         "etc/ssh/ssh_host_ed25519_key",
         "etc/ssh/sshd_config",
+        "etc/ssl/certs/ssl-cert-snakeoil.pem",
+        "etc/ssl/private/ssl-cert-snakeoil.key",
+        "var/lib/rabbitmq/.erlang.cookie",
         "var/log/apt/term.log",
         "var/cache/ldconfig/aux-cache",
         "etc/machine-id",
@@ -274,12 +283,14 @@ def test_what_differs_between_runs_is_taken_out(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
+    (tmp_path / "etc/ssl/certs/0a1b2c3d.0").symlink_to("ssl-cert-snakeoil.pem")
     (tmp_path / "etc/shadow").write_text("root:*:20780:0:99999:7:::\nme:!:1::::::\n")
     old = 10 * 86400
     os.utime(tmp_path / "usr/bin/tool", (5, old))
     os.utime(tmp_path / "etc/ssh/sshd_config", (5, 5))
-    normalise(tmp_path, time.time() - 60)
-    assert {os.fspath(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {
+    assert normalise(tmp_path, time.time() - 60) == []
+    left = [p for p in tmp_path.rglob("*") if p.is_symlink() or p.is_file()]
+    assert {os.fspath(p.relative_to(tmp_path)) for p in left} == {
         "etc/machine-id",
         "etc/shadow",
         "etc/ssh/sshd_config",
@@ -291,3 +302,72 @@ def test_what_differs_between_runs_is_taken_out(tmp_path: Path) -> None:
     times = {p.name: p.stat().st_mtime for p in [tmp_path, *tmp_path.rglob("*")]}
     assert times.pop("sshd_config") == 5
     assert set(times.values()) == {old}
+
+
+def test_what_cannot_be_taken_out_is_told(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    for name in ("var/lib/postgresql/15/main/global/pg_control", "var/lib/mysql/ibdata1"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    assert normalise(tmp_path, time.time() - 60) == [
+        "var/lib/mysql",
+        "var/lib/postgresql/15/main",
+    ]
+
+
+def keystore(*dates: int) -> bytes:
+    """A Java keystore (JKS) with one certificate of each date (milliseconds)."""
+    data = bytes.fromhex("feedfeed00000002") + struct.pack(">I", len(dates))
+    for number, date in enumerate(dates):
+        alias, content = f"debian:{number}.pem".encode(), b"certificate" * number
+        data += struct.pack(">IH", 2, len(alias)) + alias + struct.pack(">Q", date)
+        data += struct.pack(">H", 5) + b"X.509" + struct.pack(">I", len(content)) + content
+    # Of the password in UTF-16, a phrase of its author's, and all of it.
+    digest = hashlib.sha1("changeit".encode("utf-16-be") + b"Mighty Aphrodite" + data)  # noqa: S324
+    return data + digest.digest()
+
+
+def test_dates_of_javas_certificates(tmp_path: Path) -> None:
+    path = tmp_path / "etc/ssl/certs/java/cacerts"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "old").touch()
+    os.utime(tmp_path / "old", (5, 1000))
+    path.write_bytes(keystore(1, 1 << 40, 3))
+    normalise(tmp_path, time.time() - 60)
+    assert path.read_bytes() == keystore(1_000_000, 1_000_000, 1_000_000)
+    # What is of another form, or cut off, stays as it is.
+    for other in (b"", b"\xfe\xed", keystore(1, 2)[:-30], keystore(1)[:40], keystore(1) + b"x"):
+        path.write_bytes(other)
+        normalise(tmp_path, time.time() - 60)
+        assert path.read_bytes() == other
+
+
+@pytest.mark.parametrize(
+    ("printed", "said", "hint"),
+    [
+        (
+            "Setting up one (1) ...\nSetting up two (2) ...\ntwo: no daemon\n"
+            "dpkg: error processing package two (--configure):\n"
+            " installed two package post-installation script subprocess returned error 1\n"
+            "Errors were encountered while processing:\n two\n"
+            "E: Sub-process env returned an error code (1)\nE: setup failed: E: apt-get failed\n",
+            r"^the package two of Debian sid cannot be installed\n[^$]*two: no daemon\n",
+            "in a guest",
+        ),
+        (
+            "E: Version '9.9' for 'python3' was not found\nE: mmdebstrap failed to run\n",
+            "^Debian sid has no python3 of 9.9\n",
+            "apt list -a python3",
+        ),
+        (
+            "E: Package 'mail-agent' has no installation candidate\n"
+            "E: Unable to locate package nosuch\n",
+            "^Debian sid has no package mail-agent, nosuch\n",
+            "virtual package",
+        ),
+    ],
+)
+def test_what_apt_says(printed: str, said: str, hint: str) -> None:
+    error = DebianSource("sid", ()).explain(printed)
+    assert re.search(said, error.message)
+    assert hint in error.hint

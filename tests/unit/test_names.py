@@ -26,9 +26,16 @@ def names(root: Path, name: str = "web-1") -> str:
         cannot_run("there is no busybox")
     script = root.with_suffix(".sh")
     script.write_bytes(resource("names"))
-    argv = [busybox, "sh", script, name, root]
-    done = subprocess.run(argv, env={"b": busybox}, capture_output=True, text=True, check=True)
-    assert not done.stderr
+    argv = [busybox, "sh", str(script), name, str(root)]
+    done = subprocess.run(
+        argv,
+        env={"b": busybox},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+    )
+
     return done.stdout
 
 

@@ -37,7 +37,8 @@ def build(into: Path, suite: str, *include: str) -> Path:
 def test_two_builds_are_one(tmp_path: Path) -> None:
     digests = []
     for name in ("first", "second"):
-        tree = build(tmp_path / name, "bookworm", "python3")
+        # With a key, and a certificate for this host's name, that its install script makes.
+        tree = build(tmp_path / name, "bookworm", "python3", "ssl-cert")
         make_image(tree, tmp_path / "image", "erofs")
         digests.append(hashlib.sha256((tmp_path / "image").read_bytes()).hexdigest())
     different = subprocess.run(
@@ -50,6 +51,10 @@ def test_two_builds_are_one(tmp_path: Path) -> None:
     assert (tmp_path / "image").stat().st_size < 200 << 20
 
     assert find_init(tree) is None
+    assert (tree / "usr/sbin/make-ssl-cert").exists()
+    assert not list(tree.glob("etc/ssl/*/*snakeoil*"))
+    # Where packages link manual pages of theirs (update-alternatives(1)).
+    assert list((tree / "usr/share/man/man1").iterdir()) == []
     # Compiled files must still fit their sources, or every import would compile anew.
     (tmp_path / "mount").mkdir()
     subprocess.run(["mount", "-o", "ro,loop", tmp_path / "image", tmp_path / "mount"], check=True)

@@ -109,14 +109,15 @@ class DebianSource(msgspec.Struct, frozen=True):
             except CommandFailed as error:
                 if disk_is_full(error):
                     raise
-                raise self._explain(error.output) from error
+                raise self.explain(error.output) from error
             progress("taking out what differs from run to run")
             varying = normalise(into, start)
         if varying:
             progress(f"differs from build to build: {', '.join(varying)}")
         return into
 
-    def _explain(self, output: str) -> BadSource:
+    def explain(self, output: str) -> BadSource:
+        """The error for what mmdebstrap printed when it failed."""
         lines = output.strip().splitlines()
         said = "\n".join([line for line in lines if line.startswith("E:")][-8:] or lines[-8:])
         missing = ", ".join(sorted({a or b for a, b in _NO_PACKAGE.findall(output)}))
