@@ -26,7 +26,7 @@ def names(root: Path, name: str = "web-1") -> str:
         cannot_run("there is no busybox")
     script = root.with_suffix(".sh")
     script.write_bytes(resource("names"))
-    argv = [busybox, "sh", str(script), name, str(root)]
+    argv: list[str | Path] = [busybox, "sh", str(script), name, str(root)]
     done = subprocess.run(
         argv,
         env={"b": busybox},
@@ -36,7 +36,7 @@ def names(root: Path, name: str = "web-1") -> str:
         check=True,
     )
 
-    return done.stdout
+    return str(done.stdout)
 
 
 @pytest.fixture
