@@ -26,6 +26,7 @@ from onecopy.deadline import Deadline
 from onecopy.errors import AgentFailed, GuestFailed, OutputFailed, TooLarge
 from onecopy.guest import identity
 from onecopy.guest.exec import _Started, _Status
+from onecopy.guest.freezing import frozen
 from onecopy.guest.streams import Kept, Tail, give, to_file
 from onecopy.host.lock import locked
 from onecopy.vmm.agent import LIMIT, Agent, silent
@@ -287,6 +288,50 @@ def test_a_guest_that_says_something_else(said: bytes) -> None:
 def test_a_guest_that_says_anything(said: bytes) -> None:
     with contextlib.suppress(AgentFailed):
         assert becoming(said + b"\n" + said + b"\n") == "198.18.1.1"
+
+
+def freezing(*answers: bytes) -> list[str]:
+    """What is told of a guest that answers so, one after the other, and what it is asked."""
+
+    async def test(folder: Path, peer: Peer) -> Any:
+        asked: list[str] = []
+
+        async def answer() -> None:
+            for each in answers:
+                asked.append((await peer.line()).decode())
+                await peer.send(each)
+
+        task = asyncio.create_task(answer())
+        try:
+            async with frozen(folder, asked.append) as still:
+                still()
+            await task
+            return asked
+        finally:
+            task.cancel()
+
+    found: list[str] = with_peer("identity", test)
+    return found
+
+
+def test_answers_to_interrupted_commands_are_passed_over() -> None:
+    late = b"thawed\nprepared\nfrozen\n"
+    assert freezing(late, b"frozen\n", b"thawed\n") == ["freeze", "freeze", "thaw"]
+
+
+def test_what_cannot_be_frozen_is_told() -> None:
+    said = freezing(b"frozen nothing connections\n" * 2, b"", b"thawed\n")
+    told = [each for each in said if each.startswith("left out: ")]
+    assert len(told) == 2
+    assert "control groups" in told[0]
+    assert "INET_DIAG" in told[1]
+
+
+@pytest.mark.parametrize("said", [b"failed freeze x\n", b"thawed\n" * 40, b"x" * 5000, b"\xff\n"])
+def test_a_guest_that_does_not_freeze(said: bytes) -> None:
+    with pytest.raises(AgentFailed) as caught:
+        freezing(said, b"thawed\n")
+    assert caught.value.message.isprintable()
 
 
 @given(st.text() | st.binary())

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import select
+import shlex
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ from onecopy.guest.many import start_many
 from onecopy.guest.save import save_guest
 from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.host.tap import open_tap
-from onecopy.model import Reference
+from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.argv import NAME_SERVER
 from tests.conftest import cannot_run
@@ -115,6 +119,104 @@ def test_a_system_that_was_saved_in_a_bridge(
         assert "udhcpc" not in run_in(clone, "busybox", "ps").text
     finally:
         host.end(clone)
+
+
+#: Says something over a connection to a server ten times a second, and over one to itself; of a
+#: server that is lost it makes a note, and connects again.
+TALKS = """
+import socket, sys, time
+server = socket.create_server(("127.0.0.1", 0))
+mine = socket.create_connection(server.getsockname())
+other, _ = server.accept()
+def connected():
+    return socket.create_connection((sys.argv[1], int(sys.argv[2])))
+talk = connected()
+while True:
+    mine.sendall(b"x")
+    assert other.recv(1) == b"x"
+    try:
+        talk.sendall(socket.gethostname().encode() + b"\\n")
+    except OSError as error:
+        open("/tmp/lost", "a").write(f"{type(error).__name__}\\n")
+        talk = connected()
+    time.sleep(0.1)
+"""
+
+
+def heard(connection: socket.socket, name: str) -> None:
+    """Wait until ``name`` is said there."""
+    connection.settimeout(60)
+    said = b""
+    while name.encode() + b"\n" not in said:
+        data = connection.recv(1 << 16)
+        assert data, f"the connection ended after {said[-80:]!r}"
+        said = data if len(said) > 1 << 16 else said + data
+
+
+def frames(taken: socket.socket) -> list[bytes]:
+    """All that has been in the bridge."""
+    found = []
+    while select.select([taken], [], [], 0)[0]:
+        found.append(taken.recv(1 << 16))
+    return found
+
+
+def test_connections_are_reset_in_the_clone_only(
+    host: Host, cold: Cold, python_root: Artifact, bridge: str, run_in: RunIn
+) -> None:
+    capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
+    server = socket.create_server((f"{NET}.1", 0))
+    with closing(server), closing(capture), ExitStack() as kept:
+        capture.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+        capture.bind((bridge, 0))
+        port = server.getsockname()[1]
+        command = f"exec python3 -c {shlex.quote(TALKS)} {NET}.1 {port}"
+        guest = cold(python_root, bridge=bridge, command=command, memory=192 * MIB)
+        server.settimeout(60)
+        first = kept.enter_context(closing(server.accept()[0]))
+        heard(first, guest.name)
+        there = learned(bridge, guest.mac)
+        assert there
+        system = asyncio.run(save_guest(host, Reference("talks"), guest.name)).artifact
+        frames(capture)
+        clone = asyncio.run(
+            start_clone(host, template(host, system), "talks-1", CloneSpec(bridge=bridge))
+        )
+        try:
+            second = kept.enter_context(closing(server.accept()[0]))
+            assert second.getpeername()[0] == clone.address != guest.address
+            heard(second, clone.name)
+            # The guest's own goes on, and nothing of the clone's has come from its address.
+            heard(first, guest.name)
+            assert run_in(guest, "cat", "/tmp/lost").exit_code
+            assert run_in(clone, "cat", "/tmp/lost").text == "ConnectionAbortedError\n"
+            seen = frames(capture)
+            mac, address = (
+                bytes.fromhex(clone.mac.replace(":", "")),
+                socket.inet_aton(guest.address),
+            )
+            theirs = [frame for frame in seen if frame[6:12] == mac]
+            assert theirs
+            assert not [frame for frame in theirs if address in (frame[26:30], frame[28:32])]
+            resets = [each for each in seen if each[12:14] == b"\x08\0" and is_reset(each)]
+            assert not resets
+            # The bridge sends what is for the guest to where it was.
+            assert learned(bridge, guest.mac) == there
+        finally:
+            host.end(clone)
+            host.store.remove(Reference("talks"))
+
+
+def learned(bridge: str, mac: str) -> list[str]:
+    """The ports behind which a bridge has seen an address."""
+    shown = subprocess.run(["bridge", "fdb", "show", "br", bridge], capture_output=True, check=True)
+    return [line.split()[2] for line in shown.stdout.decode().splitlines() if line.startswith(mac)]
+
+
+def is_reset(frame: bytes) -> bool:
+    """Whether an IPv4 frame is a TCP segment with RST."""
+    header = 14 + 4 * (frame[14] & 15)
+    return frame[23] == socket.IPPROTO_TCP and bool(frame[header + 13] & 4)
 
 
 def test_an_ordinary_user_and_a_bridge(bridge: str) -> None:

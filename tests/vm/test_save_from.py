@@ -6,6 +6,10 @@ Not here: what a saved system is in general (test_lifecycle.py, test_sharing_clo
 from __future__ import annotations
 
 import asyncio
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,7 +20,7 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.save import Saved, save_guest
-from onecopy.guest.start import start_clone, template
+from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
@@ -109,3 +113,76 @@ def test_what_cannot_be_saved(
     assert _text(run_in, other, "hostname") == other.name
     assert not host.store.find(AGAIN, "system")
     assert not list((host.store.root / "tmp").iterdir())
+
+
+#: A command that has a guest's programs frozen and does not come to its end.
+FREEZE = """
+import asyncio, pathlib, sys
+from onecopy.guest.freezing import frozen
+async def work():
+    async with frozen(pathlib.Path(sys.argv[1]), print):
+        print("frozen", flush=True)
+        await asyncio.sleep(600)
+asyncio.run(work())
+"""
+
+
+@pytest.fixture
+def served(host: Host, saved: Artifact) -> Iterator[GuestRecord]:
+    """A clone whose application answers on a port of the host."""
+    spec = CloneSpec(publish=((0, 80),))
+    guest = asyncio.run(start_clone(host, template(host, saved), "served", spec))
+    yield guest
+    host.end(guest)
+
+
+def _answer(guest: GuestRecord, seconds: float) -> str:
+    url = f"http://127.0.0.1:{guest.publish[0][0]}/"
+    with urllib.request.urlopen(url, timeout=seconds) as answer:
+        return str(answer.read().decode().strip())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_command_that_ends_while_programs_are_frozen(
+    host: Host, served: GuestRecord, run_in: RunIn, how: signal.Signals
+) -> None:
+    argv = [sys.executable, "-c", FREEZE, str(host.run / served.name)]
+    assert _answer(served, 60) == served.name
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as command:
+        assert command.stdout and command.stdout.readline() == b"frozen\n"
+        with pytest.raises(TimeoutError):
+            _answer(served, 2)
+        command.send_signal(how)
+    # Killed, it told nobody: the guest goes on by itself.
+    assert _answer(served, 120) == served.name
+    assert _text(run_in, served, "cat /run/onecopy/cgroup/guest/cgroup.freeze") == "0"
+
+
+def test_what_stands_still_and_what_does_not(
+    host: Host, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
+) -> None:
+    guest = cold(busybox_root, memory=128 * MIB)
+    # A group that its user has frozen, and a program that is in no group that can be.
+    script = """
+        cd /sys/fs/cgroup && mkdir mine && echo 1 >mine/cgroup.freeze
+        (while usleep 20000; do date +%s >/tmp/new; mv /tmp/new /tmp/now; done) >/dev/null 2>&1 &
+        echo $! >cgroup.procs
+        date -s 2020-01-01; hostname the-users-own; cat /proc/uptime
+    """
+    _text(run_in, guest, script)
+    _, after = save_again(guest)
+    assert _text(run_in, guest, "hostname; date +%Y").split() == ["the-users-own", "2020"]
+    frozen = "cat /sys/fs/cgroup/mine/cgroup.freeze /sys/fs/cgroup/guest/cgroup.freeze; hostname"
+    assert _text(run_in, guest, frozen).split() == ["1", "0", "the-users-own"]
+    assert _text(run_in, after, frozen).split() == ["1", "0", "next"]
+    # It goes on in both, by the clock of each.
+    year = (
+        "rm /tmp/now; while ! [ -s /tmp/now ]; do usleep 1000; done; date -d @$(cat /tmp/now) +%Y"
+    )
+    assert _text(run_in, guest, year) == "2020"
+    assert int(_text(run_in, after, year)) >= 2026
+    # A kernel without control groups is told of.
+    _text(run_in, guest, "umount -l /sys/fs/cgroup; umount -l /run/onecopy/cgroup")
+    said: list[str] = []
+    asyncio.run(save_guest(host, AGAIN, guest.name, said.append))
+    assert [each for each in said if each.startswith("left out: the freezing of programs")]

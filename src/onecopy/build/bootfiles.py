@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import msgspec
@@ -105,6 +106,11 @@ def _line(mount: Mount) -> str:
     return " ".join((f"{mount.slot:02x}", mount.segment, mount.name, mode, *where)) + "\n"
 
 
+def files() -> Traversable:
+    """The folder build/files/."""
+    return resources.files("onecopy.build").joinpath("files")
+
+
 def resource(name: str) -> bytes:
     """A file of build/files/: what onecopy runs inside guests."""
-    return resources.files("onecopy.build").joinpath("files", name).read_bytes()
+    return files().joinpath(name).read_bytes()

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
-from importlib import resources
 from pathlib import Path
 
-from onecopy.build.bootfiles import resource
+from onecopy.build.bootfiles import files, resource
 from onecopy.build.image import make_image
 from onecopy.build.packages import extract_packages, host_suite
 from onecopy.build.ranges import Range, SegmentConfig
@@ -24,7 +24,7 @@ TOOLS_NAME = "onecopy-tools"
 _PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
 _SCRIPTS = (
     *("start", "agent", "session", "exec", "stop", "off", "programs", "unwatched"),
-    *("names", "keys", "renew", "segment", "fit"),
+    *("names", "keys", "renew", "timers", "segment", "fit"),
 )
 #: In C.
 _PROGRAMS = ("identity", "watcher")
@@ -73,7 +73,7 @@ def ensure_tools(
 
 def _scripts_digest() -> str:
     digest = hashlib.sha256()
-    for entry in sorted(resources.files("onecopy.build").joinpath("files").iterdir(), key=str):
+    for entry in sorted(files().iterdir(), key=str):
         digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -110,7 +110,10 @@ def _assemble(debian: Path, tree: Path) -> None:
 
 def _compile(compiler: Sequence[str | Path], name: str, into: Path) -> None:
     """Compile a program that needs no library and no header."""
-    source = into / f"{name}.c"
-    source.write_bytes(resource(source.name))
-    run([*compiler, "-static", "-nostdlib", "-nostdinc", "-o", into / name, source])
-    source.unlink()
+    with tempfile.TemporaryDirectory(dir=into) as sources:
+        # Parts of a program are files that it includes.
+        for part in files().iterdir():
+            if part.name.endswith(".c"):
+                (Path(sources) / part.name).write_bytes(part.read_bytes())
+        source = Path(sources) / f"{name}.c"
+        run([*compiler, "-static", "-nostdlib", "-nostdinc", "-o", into / name, source])

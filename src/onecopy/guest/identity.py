@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -34,12 +35,16 @@ HOOK_TIMEOUT = 300.0
 _LIMIT = 4096
 #: Seconds by which the clock that the guest reads back may differ.
 _CLOCK = 5
+#: Answers that may be left of commands that were interrupted, and how many at most.
+_ANSWERS, _STALE = ("prepared", "calm", "frozen", "thawed"), 16
 #: What the guest says could not be done.
 _FAILURES = {
     "files": "write its name, or machine-id, into a file",
     "network": "set up its network card",
     "clock": "set its clock",
     "random": "re-seed its kernel's random numbers",
+    "timers": "stop its calendar timers: its systemd does not answer",
+    "freeze": "let its programs stand still",
     "keys": "make SSH host keys of its own",
     "hook": "run what was given with --on-clone",
     "renew": "run what makes it another machine",
@@ -59,13 +64,17 @@ def new_identity(name: str, card: Card | None, *, machine_id: bool) -> Identity:
     return Identity(name, secrets.token_hex(16) if machine_id else None, card)
 
 
-async def become(folder: Path, wanted: Identity) -> str:
+async def become(folder: Path, wanted: Identity, connect: Callable[[], None] = lambda: None) -> str:
     """Make the clone who it is to be; raise AgentFailed unless it confirms all of it.
 
-    Returns its IP address, "" without a network.
+    Returns its IP address, "" without a network. ``connect`` connects its card to a network where
+    it asks for an address, once it sends nothing more as who was saved.
     """
     with Pipe(folder, "identity") as pipe:
         said = await _ask(pipe, _line("be", wanted), TIMEOUT)
+        if said == "apart":
+            connect()
+            said = await _ask(pipe, "go on", TIMEOUT)
         where = _confirmed(said, wanted)
         said = await _ask(pipe, "", HOOK_TIMEOUT)
         if said != "ready":
@@ -77,23 +86,47 @@ async def rehearse(folder: Path, mine: Identity) -> None:
     """Let a guest that is about to be saved become what it is already, and get ready again.
 
     What this touches for the first time is then in the saved system, and not each clone's own.
-    Raises AgentFailed.
+    It sets its clock, name and network card: that is for a guest of which nobody knows yet. Raises
+    AgentFailed.
     """
     with Pipe(folder, "identity") as pipe:
+        pipe.drain()
         # A machine-id may have come into being since the guest last got ready.
-        await _prepare(pipe)
+        await _prepare(pipe, card=mine.card is not None)
         _confirmed(await _ask(pipe, _line("rehearse", mine), TIMEOUT), mine)
-        await _prepare(pipe)
+        await _prepare(pipe, card=mine.card is not None)
+        # So that it can come to rest after that.
+        await ask(pipe, "calm", "calm", HOOK_TIMEOUT)
 
 
-async def _prepare(pipe: Pipe) -> None:
-    said = await _ask(pipe, "prepare", TIMEOUT)
-    if said.startswith(hostkeys.FAILED):
-        raise hostkeys.refusal(said)
-    if said.startswith("failed "):
-        raise _failed(said)
-    if said != "prepared":
-        raise AgentFailed(f"asked to get ready the guest says {shown(said)!r}")
+async def prepare(folder: Path, *, card: bool) -> None:
+    """Let a guest get ready to be saved, of which nothing else changes.
+
+    It must have a network card if the machine has one (``card``). Raises AgentFailed.
+    """
+    with Pipe(folder, "identity") as pipe:
+        pipe.drain()
+        await _prepare(pipe, card=card)
+
+
+async def _prepare(pipe: Pipe, *, card: bool) -> None:
+    await ask(pipe, f"prepare {card:d}", "prepared", TIMEOUT)
+
+
+async def ask(pipe: Pipe, line: str, answer: str, timeout: float) -> str:
+    """Have the guest answer ``answer``, and return what else that line says; raise AgentFailed.
+
+    Answers to what an interrupted command has asked are passed over.
+    """
+    said = await _ask(pipe, line, timeout)
+    for _ in range(_STALE):
+        word, _, rest = said.partition(" ")
+        if word == answer:
+            return rest
+        if word not in _ANSWERS:
+            raise hostkeys.refusal(said) if said.startswith(hostkeys.FAILED) else _failed(said)
+        said = await _ask(pipe, "", timeout)
+    raise AgentFailed(f"asked to {line} the guest says {shown(said)!r}")
 
 
 def _line(verb: str, wanted: Identity) -> str:

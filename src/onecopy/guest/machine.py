@@ -21,7 +21,8 @@ from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
 
 #: 3: the state has no section about the machine; the guest has a card with an address of its own.
 #: 4: the machine has room for more processors.
-_SCHEMA = 4
+#: 5: its programs are frozen, and its clones tell when their network card may be connected.
+_SCHEMA = 5
 _FILE = "system.json"
 
 

@@ -60,17 +60,20 @@ class Network(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def new_card(host: Host, folder: Path, wanted: Network) -> Iterator[Card | None]:
+def new_card(
+    host: Host, folder: Path, wanted: Network, *, connected: bool = True
+) -> Iterator[Card | None]:
     """A card for a new guest with this run folder; None if it has none.
 
-    Raises NotFound, NotPermitted, InvalidInput, Incompatible.
+    One of a bridge is ``connected`` to it, or to be so later (host/tap.py, connect_tap). Raises
+    NotFound, NotPermitted, InvalidInput, Incompatible.
     """
     wanted.require_sense()
     if not wanted.card:
         yield None
         return
     if wanted.bridge:
-        tap = open_tap(wanted.bridge)
+        tap = open_tap(wanted.bridge, connected=connected)
         try:
             yield Card(_mac(), "", tap)
         finally:

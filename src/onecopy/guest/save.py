@@ -23,6 +23,7 @@ from onecopy.guest.boot import booted, launch_spec, network_of
 from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold, system_config
 from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
+from onecopy.guest.freezing import frozen
 from onecopy.guest.host import Host
 from onecopy.guest.identity import Identity
 from onecopy.guest.machine import MappedSegment, SystemConfig
@@ -100,7 +101,8 @@ async def save_system(
             await _quiet(vmm)
             progress("freezing it")
             source = Source(vmm.pid, prepared.hardware.memory, None)
-            taken = await snapshot.take(folder, source, work, last=True)
+            still = frozen(folder.path, progress, last=True)
+            taken = await snapshot.take(folder, source, work, still, last=True)
             # Not asked to end: it would write to its memory again.
             await vmm.kill()
         progress("storing its memory")
@@ -136,10 +138,11 @@ async def save_guest(
         if config.agent:
             progress("letting it get ready")
         config = await _hooked(folder.path, on_clone, config)
-        config = await _rehearsed(folder.path, name, _card(record), config)
+        config = await _prepared(folder.path, config, card=bool(record.mac))
         with host.store.workspace() as work:
             progress("freezing it")
-            taken = await snapshot.take(folder, _source(record), work)
+            still = _frozen(folder.path, progress, config)
+            taken = await snapshot.take(folder, _source(record), work, still)
             progress("storing its memory")
             layers = _layers(host.store.held(name), config, taken)
             return await _stored(host, ref, config, layers, taken, record.domain)
@@ -174,22 +177,28 @@ async def _hooked(folder: Path, on_clone: str | None, config: SystemConfig) -> S
     return msgspec.structs.replace(config, on_clone=on_clone or None)
 
 
-def _card(record: GuestRecord) -> Card | None:
-    """What it may set anew without a change: not an address that its network has given it."""
-    return Card(record.mac, record.address) if record.mac and not record.bridge else None
+def _frozen(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> snapshot.Freezing:
+    """Have a guest's programs frozen; those of a bare machine cannot be."""
+    return frozen(folder, tell) if config.agent else snapshot.NOT_FROZEN
 
 
 async def _rehearsed(
     folder: Path, name: str, card: Card | None, config: SystemConfig
 ) -> SystemConfig:
-    """Let the guest get ready to become another one, which a bare machine cannot."""
-    if not config.agent:
-        return config
+    """Let a guest of which nobody knows yet get ready to become another one."""
     machine_id = await _machine_id(folder)
     await identity.rehearse(folder, Identity(name, machine_id, card))
-    return msgspec.structs.replace(
-        config, machine_id=machine_id is not None, cpu_room=await _cpu_room(folder)
-    )
+    room = await _cpu_room(folder)
+    return replace(config, machine_id=machine_id is not None, cpu_room=room)
+
+
+async def _prepared(folder: Path, config: SystemConfig, *, card: bool) -> SystemConfig:
+    """Let a guest get ready that is not to change, which a bare machine cannot."""
+    if not config.agent:
+        return config
+    await identity.prepare(folder, card=card)
+    machine_id = await _machine_id(folder) is not None
+    return replace(config, machine_id=machine_id, cpu_room=await _cpu_room(folder))
 
 
 def _require_fixed(segments: Sequence[MappedSegment]) -> None:

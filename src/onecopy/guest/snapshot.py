@@ -8,8 +8,10 @@ who is saved, and as what (save.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -41,6 +43,11 @@ class Source(msgspec.Struct, frozen=True):
     """The file that it was mapped from; None for anonymous RAM."""
 
 
+#: What it takes for programs to be frozen (freezing.py); and for those that cannot be.
+Freezing = contextlib.AbstractAsyncContextManager[Callable[[], None]]
+NOT_FROZEN: Freezing = contextlib.nullcontext(lambda: None)
+
+
 class Snapshot(msgspec.Struct, frozen=True):
     """What was written."""
 
@@ -50,18 +57,27 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Seconds that it stood still."""
 
 
-async def take(folder: GuestFolder, source: Source, work: Path, *, last: bool = False) -> Snapshot:
+async def take(
+    folder: GuestFolder,
+    source: Source,
+    work: Path,
+    still: Freezing = NOT_FROZEN,
+    *,
+    last: bool = False,
+) -> Snapshot:
     """Write RAM and state to ``work``; the guest goes on, unless it is the ``last`` it does.
 
-    Raises InvalidInput (it has devices that came while it ran), InUse (a program runs in it that
-    the host started), GuestFailed, NotPermitted, NotEnough.
+    Meanwhile, and in what is written, its programs are frozen by ``still``. Raises InvalidInput (it
+    has devices that came while it ran), InUse (a program runs in it that the host started),
+    GuestFailed, NotPermitted, NotEnough.
     """
     ram, state = work / "ram", work / "state"
     with file_errors(work):
         await asyncio.to_thread(_copy_base, source, ram)
-        async with agent.silent(folder.path):
+        async with agent.silent(folder.path), still as require_still:
             async with stopped(folder, go_on=not last) as monitor:
                 began = time.monotonic()
+                require_still()
                 await _require_as_started(monitor, folder.name)
                 state.write_bytes(await _devices(monitor, source.pid))
                 address = await monitor.ram_address()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import Network, can_be_closed, new_card, require_closed, shown_card
 from onecopy.guest.ports import Ports, forward, need_rights, published, require_free
 from onecopy.host import process
+from onecopy.host.tap import connect_tap
 from onecopy.model import Mergeable
 from onecopy.store import Artifact
 from onecopy.vmm import answering
@@ -164,11 +165,11 @@ async def start_clone(
     wanted = [source.artifact.name, *segment_names(source.placed)]
     host.store.require_access(wanted, name, source.domain)
     with host.starting(batch) as mine:
-        async with _running(host, source, name, spec, mine) as (folder, vmm, record):
+        async with _running(host, source, name, spec, mine) as (folder, vmm, record, connect):
             if source.config.agent:
                 card = Card(record.mac, record.address) if record.mac else None
                 who = new_identity(name, card, machine_id=source.config.machine_id)
-                address = await unless_ended(vmm, identity.become(folder.path, who))
+                address = await unless_ended(vmm, identity.become(folder.path, who, connect))
                 record = replace(record, address=address)
             folder.write(record)
             record = await unless_ended(vmm, fit(host, mine, folder, record, spec.fitting))
@@ -180,13 +181,14 @@ async def prepare_clone(host: Host, source: Template, name: str, batch: Batch) -
 
     Raises as `start_clone`.
     """
-    async with _launched(host, source, name, _PLAIN, batch, runs=False) as (folder, vmm, record):
+    async with _launched(host, source, name, _PLAIN, batch, runs=False) as (folder, vmm, record, _):
         folder.set_aside(record)
         vmm.detach()
         return record
 
 
-_Up = tuple[GuestFolder, Vmm, GuestRecord]
+#: The last connects its network card, where that has not been done.
+_Up = tuple[GuestFolder, Vmm, GuestRecord, Callable[[], None]]
 
 
 @contextlib.asynccontextmanager
@@ -219,7 +221,7 @@ async def _woken(folder: GuestFolder, record: GuestRecord, spec: CloneSpec) -> A
             await forward(monitor, folder.path, spec.publish)
             await monitor.execute("cont")
             ports = await published(monitor, folder.path, spec.publish)
-        yield folder, vmm, replace(record, name=folder.name, publish=ports)
+        yield folder, vmm, replace(record, name=folder.name, publish=ports), _connected
 
 
 @contextlib.asynccontextmanager
@@ -229,7 +231,10 @@ async def _launched(
     """A new VMM with the saved state."""
     with (
         host.claim(name, [source.artifact.digest], batch) as (folder, lease),
-        new_card(host, folder.path, _network(source, spec)) as card,
+        # In a bridge it is still taken for who was saved. Bare machines do not tell when no more.
+        new_card(
+            host, folder.path, _network(source, spec), connected=not source.config.agent
+        ) as card,
         # Not before it is leased: another command may remove it until then.
         state.checked(source.artifact) as devices,
     ):
@@ -259,7 +264,18 @@ async def _launched(
                 address=card.address if card else "",
                 bridge=spec.bridge,
             )
-            yield folder, vmm, record
+            yield folder, vmm, record, _connecting(card, spec)
+
+
+def _connecting(card: Card | None, spec: CloneSpec) -> Callable[[], None]:
+    """What connects a card to the bridge that it is for."""
+    if not spec.bridge or card is None or not isinstance(card.tap, int):
+        return _connected
+    return partial(connect_tap, card.tap, spec.bridge)
+
+
+def _connected() -> None:
+    """It is."""
 
 
 def _require_possible(host: Host, source: Template, spec: CloneSpec) -> None:

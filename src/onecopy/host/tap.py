@@ -13,17 +13,17 @@ import socket
 import struct
 from pathlib import Path
 
-from onecopy.errors import NotFound, NotPermitted, as_root
+from onecopy.errors import GuestFailed, NotFound, NotPermitted, as_root
 
 _TUN = "/dev/net/tun"
-_TUNSETIFF = 0x400454CA
+_TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
 _TAP, _NO_PACKET_INFO = 0x0002, 0x1000
 _SIOCBRADDIF, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x89A2, 0x8913, 0x8914
 _UP = 1
 
 
-def open_tap(bridge: str) -> int:
-    """A descriptor of a new tap device that is up, and a port of ``bridge``.
+def open_tap(bridge: str, *, connected: bool = True) -> int:
+    """A descriptor of a new tap device that is up, and a port of ``bridge`` if it is ``connected``.
 
     Raises NotFound (no such bridge, or no tap devices), NotPermitted.
     """
@@ -31,7 +31,9 @@ def open_tap(bridge: str) -> int:
     try:
         fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
         try:
-            _join(fd, bridge)
+            name = _make(fd)
+            if connected:
+                _join(name, bridge)
         except BaseException:
             os.close(fd)
             raise
@@ -53,14 +55,29 @@ def _require_bridge(bridge: str) -> None:
         )
 
 
-def _join(fd: int, bridge: str) -> None:
-    """Make ``fd`` a tap device, put it into the bridge, and set it up."""
+def connect_tap(fd: int, bridge: str) -> None:
+    """Make the tap device of a descriptor a port of ``bridge``; raise NotFound, GuestFailed."""
+    _require_bridge(bridge)
+    try:
+        _join(fcntl.ioctl(fd, _TUNGETIFF, bytes(40))[:16], bridge)
+    except OSError as error:
+        raise GuestFailed(f"the guest cannot be connected to {bridge}: {error.strerror}") from error
+
+
+def _join(name: bytes, bridge: str) -> None:
+    """Put an interface into the bridge."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        number = socket.if_nametoindex(name.rstrip(b"\0").decode())
+        fcntl.ioctl(control, _SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), number))
+
+
+def _make(fd: int) -> bytes:
+    """Make ``fd`` a tap device that is up; return its name."""
     # The kernel puts a number in place of %d.
     asked = struct.pack("16sH22x", b"onecopy%d", _TAP | _NO_PACKET_INFO)
     name = fcntl.ioctl(fd, _TUNSETIFF, asked)[:16]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        number = socket.if_nametoindex(name.rstrip(b"\0").decode())
-        fcntl.ioctl(control, _SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), number))
         flags = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sH22x", name, 0))
         up = struct.unpack("16sH22x", flags)[1] | _UP
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name, up))
+    return name

@@ -5,9 +5,19 @@
  *     MILLISECONDS", all read back; then see to what takes longer (renew), and answer "ready".
  *     MILLISECONDS is the time since 1970; NETWORK is "ADDRESS MASK GATEWAY NAME-SERVER" or "dhcp";
  *     "-" stands for what there is not. What cannot be done is answered by "failed WHAT DETAILS", and
- *     nothing more.
- * rehearse ...                                  the same, but the kernel is not waited for, no renew
- * prepare                                       get ready for the next of these; answer "prepared"
+ *     nothing more. With "dhcp" the answer "apart" comes before: nothing of what was saved is left on
+ *     the network card, which may be connected; any line lets it go on.
+ * rehearse ...                                  the same, but nobody is waited for, no renew
+ * prepare CARD                                  get ready for the next of these; answer "prepared".
+ *     CARD is 1 if there must be a network card
+ * calm                                          stop what begins by the calendar; answer "calm"
+ * freeze                                        the same, and let all other programs stand still;
+ *     answer "frozen", and what is lacking: "nothing" if there are no control groups, "connections" if
+ *     the kernel cannot reset these
+ * thaw                                          let them go on; answer "thawed"
+ *
+ * What was frozen is thawed in a clone when it is a machine of its own. Elsewhere it is thawed after
+ * some time if nobody does it.
  *
  * Each page that a clone touches for the first time costs it time and memory of its own, and under
  * TCG each piece of code that it runs for the first time. So this is one process, which starts no
@@ -60,6 +70,17 @@ static char reseeded[] = "crng reseeded due to virtual machine fork";
 static int port, sock, messages = -1;
 /* Whether renew has something to do. */
 static int more;
+/* Whether the kernel has said that it re-seeded its random numbers: this is a clone. */
+static int cloned;
+/* Whether nothing begins by the calendar; whether all others were told to stand still. */
+static int calm, still;
+/* Whether timers were stopped for the save; and whether they are to be started in a clone. */
+static int timers, renewing;
+/* Milliseconds that a clone is left alone before: not all of them begin at once. */
+static int lull;
+/* Milliseconds after which what is frozen is thawed if nobody says more; that a clone is left alone
+ * at least; and that the kernel gets to notice that this is one. */
+enum { DEADLINE = 20000, REST = 20000, NOTICING = 2000 };
 
 /* The files that say who this machine is; -1: it has none, or D-Bus's is a link to the other. */
 enum { HOSTNAME, HOSTS, MACHINE_ID, BUS_ID, FILES };
@@ -83,6 +104,14 @@ void *memset(void *at, int value, unsigned long size)
     return at;
 }
 
+/* And where one is copied: they are apart. */
+void *memmove(void *to, void *from, unsigned long size)
+{
+    for (unsigned long i = 0; i < size; i++)
+        ((char *)to)[i] = ((char *)from)[i];
+    return to;
+}
+
 static long length(char *text)
 {
     long count = 0;
@@ -97,6 +126,11 @@ static int starts(char *text, char *with)
         if (*text++ != *with++)
             return 0;
     return 1;
+}
+
+static int same(char *text, char *other)
+{
+    return starts(text, other) && !text[length(other)];
 }
 
 /* Append text to what ends at end; return the new end. */
@@ -258,8 +292,13 @@ static int open_files(void)
     return 1;
 }
 
-static void prepare(void)
+static void prepare(int card)
 {
+    struct ifreq eth0 = {"eth0"};
+    if (card && call(SYS_ioctl, sock, SIOCGIFHWADDR, &eth0)) {
+        fail("network", "there is no eth0");
+        return;
+    }
     if (!open_files())
         return;
     reopen(&messages, "/dev/kmsg", O_RDONLY | O_NONBLOCK);
@@ -304,6 +343,8 @@ static int write_files(char *name, char *id)
         call(SYS_kill, readers[i], SIGHUP);
     return 1;
 }
+#include "freezer.c"
+#include "connections.c"
 
 static void set_address(struct sockaddr *addr, char *text)
 {
@@ -332,8 +373,21 @@ static int route(char *gateway)
     return error == 0 || error == -EEXIST;
 }
 
+/* Have nothing of what was saved on the network card: it may be connected then. */
+static void part(struct ifreq *eth0, int wait)
+{
+    char line[8];
+    configure(eth0, SIOCSIFADDR, "0.0.0.0");
+    if (!wait)
+        return;
+    if (connected)
+        reset_connections();
+    say("apart\n");
+    call(SYS_read, port, line, sizeof line);
+}
+
 /* Give eth0 its address of hardware and of IP, and read both back into the ends of two texts. */
-static int network(char *name, char *mac, char *settings, char *mac_end, char *address_end)
+static int network(char *name, char *mac, char *settings, char *mac_end, char *address_end, int wait)
 {
     struct ifreq eth0 = {"eth0"};
     char *byte = mac;
@@ -343,12 +397,15 @@ static int network(char *name, char *mac, char *settings, char *mac_end, char *a
     if (call(SYS_ioctl, sock, SIOCSIFHWADDR, &eth0))
         return fail("network", "eth0 does not take its hardware address");
     if (starts(settings, "dhcp")) {
+        part(&eth0, wait);
         if (!renew("dhcp", name))
             return 0;
     } else {
         char *address = word(&settings), *mask = word(&settings), *gateway = word(&settings);
         if (!configure(&eth0, SIOCSIFADDR, address) || !configure(&eth0, SIOCSIFNETMASK, mask))
             return fail("network", "eth0 does not take its IP address");
+        if (wait && connected)
+            reset_connections();
         if (!route(gateway))
             return fail("network", "it takes no route to its gateway");
         if (more && !renew("address", word(&settings)))
@@ -365,23 +422,23 @@ static int network(char *name, char *mac, char *settings, char *mac_end, char *a
     return 1;
 }
 
-/* Wait until the kernel says that vmgenid had it re-seed its random numbers. */
-static int random(void)
+/* Wait until the kernel says that vmgenid had it re-seed its random numbers; return whether it did. */
+static int random(int milliseconds)
 {
     char record[2048];
     struct pollfd ready = {messages, POLLIN};
-    for (;;) {
+    while (!cloned) {
         /* One record each; EPIPE: some were lost. */
         long count = call(SYS_read, messages, record, sizeof record - 1);
         if (count > 0) {
             record[count] = 0;
             for (char *at = record; *at; at++)
-                if (starts(at, reseeded))
-                    return 1;
-        } else if (count != -EPIPE && call(SYS_poll, &ready, 1, 10000) <= 0) {
-            return fail("random", "");
+                cloned |= starts(at, reseeded);
+        } else if (count != -EPIPE && call(SYS_poll, &ready, 1, milliseconds) <= 0) {
+            return 0;
         }
     }
+    return 1;
 }
 
 static int become(char *rest, int wait)
@@ -395,6 +452,7 @@ static int become(char *rest, int wait)
     call(SYS_sethostname, name, length(name));
     if (wait && !write_files(name, id))
         return 0;
+    lull = REST + milliseconds % 10000;
     if (*id != '-') {
         int file = files[MACHINE_ID].fd >= 0 ? MACHINE_ID : BUS_ID;
         long count = call(SYS_pread, files[file].fd, id_now, sizeof id_now - 1, 0);
@@ -402,10 +460,10 @@ static int become(char *rest, int wait)
     }
     if (call(SYS_clock_settime, CLOCK_REALTIME, &time))
         return fail("clock", "");
-    if (*mac != '-' && !network(name, mac, rest, mac_now, address))
+    if (*mac != '-' && !network(name, mac, rest, mac_now, address, wait))
         return 0;
-    if (wait && !random())
-        return 0;
+    if (wait && !random(10000))
+        return fail("random", "");
     call(SYS_uname, &names);
     call(SYS_clock_gettime, CLOCK_REALTIME, &time);
     end = put(put(answer, names.nodename), " ");
@@ -417,15 +475,94 @@ static int become(char *rest, int wait)
     return 1;
 }
 
+/* The rest of becoming a machine of its own. */
+static int begin(void)
+{
+    if (more && !renew("keys", ""))
+        return 0;
+    for (int i = 0; i < cron_count; i++)
+        call(SYS_kill, crons[i], SIGSTOP);
+    thaw();
+    still = calm = 0;
+    renewing = timers;
+    return !more || renew("hook", "");
+}
+
+static void go_on(void)
+{
+    thaw();
+    still = calm = 0;
+    if (timers && !renewing)
+        run("timers", "start");
+}
+
+/* Have nothing begin by the calendar. */
+static int stop_timers(void)
+{
+    int code = run("timers", "stop");
+    timers = renewing || !code;
+    if (code > 1)
+        return fail("timers", "");
+    read_crons();
+    return calm = 1;
+}
+
+/* Have the system stand still as clones are to find it. */
+static void stand_still(void)
+{
+    if (!still && ((!calm && !stop_timers()) || !freeze())) {
+        go_on();
+        return;
+    }
+    if (!still) {
+        /* What the kernel says from now on it says to a clone. */
+        call(SYS_lseek, messages, 0, SEEK_END);
+        cloned = 0;
+        still = 1;
+    }
+    say(groups ? "frozen" : "frozen nothing");
+    say(look_for_connections() ? "\n" : " connections\n");
+}
+
 static void obey(char *rest)
 {
     char *verb = word(&rest);
-    if (starts(verb, "prepare"))
-        prepare();
-    else if (starts(verb, "rehearse"))
+    if (same(verb, "prepare")) {
+        prepare(*rest == '1');
+    } else if (same(verb, "rehearse")) {
         become(rest, 0);
-    else if (starts(verb, "be") && become(rest, 1) && (!more || renew("all", "")))
-        say("ready\n");
+    } else if (same(verb, "be")) {
+        if (become(rest, 1) && begin())
+            say("ready\n");
+    } else if (same(verb, "calm")) {
+        if (stop_timers())
+            say("calm\n");
+    } else if (same(verb, "freeze")) {
+        stand_still();
+    } else if (same(verb, "thaw")) {
+        go_on();
+        say("thawed\n");
+    }
+}
+
+/* Nobody has said anything for some time. */
+static void look_after(void)
+{
+    if (!still) {
+        /* It is a clone, and what is not urgent comes now. */
+        renewing = 0;
+        run("timers", "renew");
+    } else if (!random(NOTICING)) {
+        go_on();
+    }
+}
+
+/* Milliseconds that the host may say nothing; -1: as long as it likes. */
+static int patience(void)
+{
+    if (still)
+        return cloned ? -1 : DEADLINE;
+    return renewing ? lull : -1;
 }
 
 /* What _start calls, with what the kernel left on the stack: argc, argv. */
@@ -433,9 +570,16 @@ void serve(long *stack)
 {
     static char line[1024];
     char *end = line;
-    port = call(SYS_open, (char *)stack[2], O_RDWR | O_CLOEXEC, 0);
+    struct pollfd ready = {0, POLLIN};
+    ready.fd = port = call(SYS_open, (char *)stack[2], O_RDWR | O_CLOEXEC, 0);
     sock = call(SYS_socket, AF_INET, SOCK_DGRAM | O_CLOEXEC, 0);
-    while (end < line + sizeof line && call(SYS_read, port, end, 1) == 1)
+    while (end < line + sizeof line) {
+        if (call(SYS_poll, &ready, 1, patience()) == 0) {
+            look_after();
+            continue;
+        }
+        if (call(SYS_read, port, end, 1) != 1)
+            break;
         if (*end == '\n') {
             *end = 0;
             obey(line);
@@ -443,5 +587,6 @@ void serve(long *stack)
         } else {
             end++;
         }
+    }
     call(SYS_exit, 1);
 }

@@ -1,0 +1,173 @@
+"""Clones of a system that is days old, and the guest that it was saved from.
+
+What is due by then does not run in the clones: they have their names and clocks before anything of
+the saved system goes on, and calendar timers are armed anew. The guest itself is as it was. Not
+here: what makes a clone another machine (test_identity.py), connections (test_network.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from onecopy.guest.boot import run_cold
+from onecopy.guest.cold import ColdSpec, prepare_cold
+from onecopy.guest.folder import GuestRecord
+from onecopy.guest.host import Host
+from onecopy.guest.many import start_many
+from onecopy.guest.save import save_guest
+from onecopy.guest.start import start_clone, template
+from onecopy.model import MIB, Reference
+from tests.vm.conftest import RunIn
+from tests.vm.kept import SERVICES
+
+DAYS = 86400
+REF = Reference("old-services")
+#: A timer that has fired once before the save, which nothing on disk remembers.
+SET_UP = """\
+cd /etc/systemd/system
+printf '[Service]\\nExecStart=/bin/sh -c "echo ran >>/root/daily"\\n' >daily.service
+printf '[Timer]\\nOnCalendar=12:00\\nAccuracySec=1us\\n' >daily.timer
+systemctl daemon-reload
+day=$(($(date +%s) / 86400 - 2))
+date -u -s "@$((day * 86400 + 12 * 3600 - 3))" >/dev/null
+systemctl start daily.timer
+for try in $(seq 600); do [ -e /root/daily ] && break; sleep 0.1; done
+hostname the-users-own
+"""
+#: What of a guest a save does not change.
+STATE = """\
+hostname
+cat /etc/machine-id /root/daily
+systemctl show cron ssh systemd-journald daily.service -p MainPID -p ActiveEnterTimestampMonotonic
+systemctl list-units --type=timer --state=active --plain --no-legend | cut -d' ' -f1
+stat -c '%n %Y' /var/lib/systemd/timers/*
+"""
+TIMERS = "systemctl list-units --type=timer --state=active --plain --no-legend | cut -d' ' -f1"
+#: Timers that do not go by the calendar.
+OTHERS = {"systemd-tmpfiles-clean.timer"}
+JOURNAL = "journalctl --no-pager -o json"
+CRON_PID = "systemctl show cron -p MainPID --value"
+WITHIN = 120
+
+
+@pytest.fixture(scope="module")
+def original(host: Host) -> Iterator[GuestRecord]:
+    """A booted Debian 13 with services, whose clock is two days behind."""
+    spec = ColdSpec(root=Reference.parse(str(SERVICES)), memory=256 * MIB, timeout=1200)
+    prepared = prepare_cold(host, spec)
+    begun = start_many(
+        host, ["original"], lambda name, batch: run_cold(host, prepared, name, batch)
+    )
+    (guest,) = asyncio.run(begun).guests
+    yield guest
+    host.end(guest)
+
+
+def text(run_in: RunIn, guest: GuestRecord, script: str) -> str:
+    done = run_in(guest, "sh", "-c", script, timeout=300)
+    assert done.exit_code == 0, done
+    return done.text
+
+
+def behind(run_in: RunIn, guest: GuestRecord) -> float:
+    return time.time() - float(text(run_in, guest, "date +%s.%N"))
+
+
+def clones_of(host: Host, names: Sequence[str]) -> list[GuestRecord]:
+    source = template(host, host.store.resolve(REF, "system"))
+    begun = start_many(
+        host, names, lambda name, batch: start_clone(host, source, name, batch=batch)
+    )
+    return list(asyncio.run(begun).guests)
+
+
+def test_a_system_two_days_old(host: Host, original: GuestRecord, run_in: RunIn) -> None:
+    text(run_in, original, SET_UP)
+    before, late = text(run_in, original, STATE), behind(run_in, original)
+    assert late > 1.5 * DAYS
+    asyncio.run(save_guest(host, REF, original.name))
+    made = []
+    try:
+        # The guest is as it was, and its timers have not fired again.
+        assert text(run_in, original, STATE) == before
+        assert abs(behind(run_in, original) - late) < 30
+        timers = set(text(run_in, original, TIMERS).split())
+        assert {"daily.timer", "dpkg-db-backup.timer", *OTHERS} <= timers
+        made = clones_of(host, ["old-1", "old-2", "old-3"])
+        for clone in made:
+            assert set(text(run_in, clone, TIMERS).split()) == OTHERS
+            assert abs(behind(run_in, clone)) < 30
+        for clone in made:
+            _armed_again(run_in, clone, timers)
+        for clone in made:
+            assert text(run_in, clone, "cat /root/daily") == "ran\n"
+            _nothing_ran(clone, text(run_in, clone, JOURNAL))
+    finally:
+        host.end(*made)
+        host.store.remove(REF)
+
+
+def _armed_again(run_in: RunIn, clone: GuestRecord, timers: set[str]) -> None:
+    """They are, each for a moment to come."""
+    deadline = time.monotonic() + WITHIN
+    while set(text(run_in, clone, TIMERS).split()) != timers:
+        assert time.monotonic() < deadline, text(run_in, clone, TIMERS)
+        time.sleep(2)
+    script = "systemctl show '*.timer' -p NextElapseUSecRealtime --value --timestamp=unix"
+    due = [float(each.strip("@")) for each in text(run_in, clone, script).split() if each != "@0"]
+    assert len(due) >= len(timers) - len(OTHERS)
+    assert all(each > time.time() for each in due)
+
+
+def _nothing_ran(clone: GuestRecord, journal: str) -> None:
+    """All that was logged since its start bears its name, and is of no timer's unit."""
+    entries = [json.loads(line) for line in journal.splitlines()]
+    start = next(
+        number
+        for number, each in enumerate(entries)
+        if "crng reseeded due to virtual machine fork" in str(each.get("MESSAGE"))
+    )
+    since = entries[start:]
+    assert {each["_HOSTNAME"] for each in since} == {clone.name}
+    assert {each["_HOSTNAME"] for each in entries[:start]} != {clone.name}
+    units = {each.get("UNIT") or each.get("_SYSTEMD_UNIT") for each in since}
+    ran = {f"{timer.removesuffix('.timer')}.service" for timer in ("daily", "dpkg-db-backup")}
+    more = {
+        "e2scrub_all.service",
+        "apt-daily.service",
+        "apt-daily-upgrade.service",
+        "fstrim.service",
+    }
+    assert not units & (ran | more)
+
+
+def test_cron_does_not_make_up_for_two_hours(
+    host: Host, original: GuestRecord, run_in: RunIn
+) -> None:
+    """Cron runs what it has missed if the clock goes forward by up to three hours (cron(8))."""
+    # Not due while this runs.
+    minute = (time.gmtime().tm_min + 30) % 60
+    job = f"echo '{minute} * * * * root echo ran >>/root/missed' >/etc/cron.d/missed"
+    text(run_in, original, f"{job}; date -u -s @{int(time.time()) - 7200}; systemctl restart cron")
+    pid = text(run_in, original, CRON_PID)
+    asyncio.run(save_guest(host, REF, original.name))
+    made = []
+    try:
+        assert text(run_in, original, CRON_PID) == pid
+        (clone,) = made = clones_of(host, ["missed"])
+        # It sees no clock until it is started anew.
+        assert text(run_in, clone, f"ps -o stat= -p {pid}").startswith("T")
+        deadline = time.monotonic() + WITHIN
+        while text(run_in, clone, CRON_PID) in (pid, "0\n"):
+            assert time.monotonic() < deadline
+            time.sleep(2)
+        assert text(run_in, clone, f"ps -o stat= -p $({CRON_PID})").startswith("S")
+        assert run_in(clone, "cat", "/root/missed").exit_code
+    finally:
+        host.end(*made)
+        host.store.remove(REF)
