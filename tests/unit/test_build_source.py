@@ -360,6 +360,12 @@ def test_dates_of_javas_certificates(tmp_path: Path) -> None:
             "apt list -a python3",
         ),
         (
+            "E: Release file for http://deb.debian.org/debian/dists/sid/InRelease is expired "
+            "(invalid since 23d 16h 23min 0s). Updates for this repository will not be applied.\n",
+            "^the Debian mirror is out of date, or .*dists/sid/InRelease\n",
+            "clock",
+        ),
+        (
             "E: Package 'mail-agent' has no installation candidate\n"
             "E: Unable to locate package nosuch\n",
             "^Debian sid has no package mail-agent, nosuch\n",

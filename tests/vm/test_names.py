@@ -123,7 +123,7 @@ def test_a_root_without_etc(
 
 def test_host_keys_of_any_type(host: Host, cold: Cold, run_in: RunIn, restart: Restart) -> None:
     services = host.store.resolve(SERVICES, "segment")
-    guest = cold(services, memory=192 * MIB)
+    guest = cold(services, memory=192 * MIB, command="")
     assert run_in(guest, "sh", "-ec", KEYS, timeout=300).exit_code == 0
 
     def offered(guest: GuestRecord) -> list[list[str]]:

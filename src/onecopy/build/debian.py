@@ -38,6 +38,7 @@ _BROKEN = re.compile(r"dpkg: error processing (?:package|archive) (\S+)")
 _NO_VERSION = re.compile(r"E: (?:Version|Release) '(\S+)' for '(\S+)' was not found")
 _NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '(\S+)' has no installation")
 _NO_SUITE = re.compile(r"does not have a Release file|404 +Not Found")
+_EXPIRED = re.compile(r"Release file for (\S+) is (?:expired|not valid yet)")
 _NO_NETWORK = re.compile(
     r"Could not (connect|resolve)|Unable to connect|Temporary failure|timed out"
 )
@@ -135,6 +136,9 @@ class DebianSource(msgspec.Struct, frozen=True):
             )
             hint = "leave it out, or install it in a guest that runs, and save that: its install "
             hint += "script failed, as it says above"
+        elif expired := _EXPIRED.search(output):
+            what = f"the Debian mirror is out of date, or this host's clock is wrong: {expired[1]}"
+            hint = "check the clock (`date`), or use another mirror"
         elif _NO_NETWORK.search(output):
             what = "the Debian mirror cannot be reached"
             hint = "check the network and http_proxy; the source can also be tar:PATH or dir:PATH"

@@ -25,6 +25,10 @@ _REASONS = {
         "an SSH host key has a passphrase, which nobody could give for the keys of clones",
         "take it out of the key (ssh-keygen -p -N '' -f KEY), or remove the key",
     ),
+    "dropbear": (
+        "Dropbear has an SSH host key, and takes no other while it runs",
+        "remove it and run `dropbear -R`, with which each clone makes its own when it is needed",
+    ),
     "hardware": (
         "an SSH host key is in a security key, of which clones have none",
         "remove it, and its HostKey from sshd_config(5)",
