@@ -34,9 +34,12 @@ printf '[Service]\\nExecStart=/bin/sh -c "echo ran >>/root/daily"\\n' >daily.ser
 printf '[Timer]\\nOnCalendar=12:00\\nAccuracySec=1us\\n' >daily.timer
 systemctl daemon-reload
 day=$(($(date +%s) / 86400 - 2))
-date -u -s "@$((day * 86400 + 12 * 3600 - 3))" >/dev/null
-systemctl start daily.timer
-for try in $(seq 600); do [ -e /root/daily ] && break; sleep 0.1; done
+for early in 3 30 90; do
+    date -u -s "@$((day * 86400 + 12 * 3600 - early))" >/dev/null
+    systemctl restart daily.timer
+    for try in $(seq $early); do [ -e /root/daily ] || sleep 1; done
+    [ ! -e /root/daily ] || break
+done
 hostname the-users-own
 """
 #: What of a guest a save does not change.
