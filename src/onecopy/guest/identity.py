@@ -37,6 +37,8 @@ _LIMIT = 4096
 _CLOCK = 5
 #: Answers that may be left of commands that were interrupted, and how many at most.
 _ANSWERS, _STALE = ("prepared", "calm", "frozen", "thawed"), 16
+#: What it is asked for besides its identity.
+_DOING = {"freeze": "let its programs stand still", "calm": "stop its calendar timers"}
 #: What the guest says could not be done.
 _FAILURES = {
     "files": "write its name, or machine-id, into a file",
@@ -172,7 +174,7 @@ async def _ask(pipe: Pipe, line: str, timeout: float) -> str:
             return (await pipe.until(b"\n", _LIMIT)).decode(errors="replace")
     except TimeoutError:
         raise AgentFailed(
-            f"the guest did not confirm its identity within {timeout:g} s",
+            f"the guest did not {_DOING.get(line, 'confirm its identity')} within {timeout:g} s",
             hint="its console tells more: see above, or `onecopy logs GUEST`; "
             "save the system again if this goes on",
         ) from None
