@@ -46,7 +46,7 @@ hostname the-users-own
 STATE = """\
 hostname
 cat /etc/machine-id /root/daily
-systemctl show cron ssh systemd-journald daily.service -p MainPID -p ActiveEnterTimestampMonotonic
+systemctl show cron ssh systemd-journald -p MainPID -p ActiveEnterTimestampMonotonic
 systemctl list-units --type=timer --state=active --plain --no-legend | cut -d' ' -f1
 stat -c '%n %Y' /var/lib/systemd/timers/*
 """
