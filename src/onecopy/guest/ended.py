@@ -112,12 +112,21 @@ def _trim(folder: Path) -> None:
 
 def names(run: Path) -> list[str]:
     """Those that are known; not those whose name a running guest has."""
-    try:
-        found = os.listdir(run / _FOLDER)  # noqa: PTH208 - each command asks: no time for paths
-    except FileNotFoundError:
-        return []
-    known = [name for name in found if not name.startswith(".") and not _is_replaced(run, name)]
+    found = _entries(run)
+    known = found - {_NEW} - {name for name in _others(run, found) if _is_replaced(run, name)}
     return sorted(known, key=in_order)
+
+
+def _entries(run: Path) -> set[str]:
+    # Each command asks: no time for paths.
+    with contextlib.suppress(FileNotFoundError):
+        return set(os.listdir(run / _FOLDER))  # noqa: PTH208
+    return set()
+
+
+def _others(run: Path, found: set[str]) -> set[str]:
+    """Those of them whose name a run folder has."""
+    return found and found.intersection(os.listdir(run))  # noqa: PTH208
 
 
 def _is_replaced(run: Path, name: str) -> bool:
@@ -153,10 +162,10 @@ def forget(run: Path, *gone: str) -> None:
 
 def sweep(run: Path) -> None:
     """Remove those whose name has another guest, which was handed out, and what was cut off."""
-    with contextlib.suppress(FileNotFoundError):
-        found = os.listdir(run / _FOLDER)  # noqa: PTH208
-        if gone := [each for each in found if each == _NEW or _has_been_replaced(run, each)]:
-            forget(run, *gone)
+    found = _entries(run)
+    replaced = {name for name in _others(run, found) if _has_been_replaced(run, name)}
+    if gone := replaced | found & {_NEW}:
+        forget(run, *gone)
 
 
 def _has_been_replaced(run: Path, name: str) -> bool:
