@@ -38,6 +38,11 @@ def reason(qemu: str, console: str = "", death: str = "", *, oom: bool = False) 
         ("[ 1.5] onecopy: the guest was halted\r\n", Cause.HALTED, "halted"),
         ("[ 1.5] onecopy: the guest was powered off\r\n", Cause.POWERED_OFF, "powered off"),
         ("[ 1.5] onecopy: the guest was rebooted\r\n", Cause.REBOOTED, "rebooted"),
+        (
+            "[1] sysrq: Power Off\n[2] onecopy: the guest was powered off\n[3] sysrq: Resetting\n",
+            Cause.POWERED_OFF,
+            "powered off",
+        ),
         ("[ 9.1] reboot: Power down\r\n", Cause.POWERED_OFF, "powered off"),
         (
             "onecopy: the command ended with exit code 5\r\n",

@@ -163,7 +163,9 @@ def _last_word(console: str) -> Reason | None:
     if not found:
         return None
     panics = [each["panic"] for each in found if each["panic"] is not None]
-    last = found[-1]
+    # Our watcher says which end it is, and then resets the machine.
+    ours = [each for each in found if not (each["kernel"] or each["sysrq"])]
+    last = (ours or found)[-1]
     if last["panic"] is not None:
         # The first one is it: the end of the trace says it again.
         if _OOM_PANIC.search(panics[0]):
