@@ -34,7 +34,13 @@ from tests.vm.conftest import RunIn
 ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 STUCK = 120.0
 #: Guest -> what ends it: a clone's own doing, what its command is, or what its QEMU meets.
-SYSRQ = {"panics": "c", "reboots": "b"}
+DOES = {
+    "panics": "echo c >/proc/sysrq-trigger",
+    "resets": "echo b >/proc/sysrq-trigger",
+    "reboots": "/run/onecopy/tools/bin/busybox reboot -f",
+    "off": "/run/onecopy/tools/bin/busybox poweroff -f",
+    "halts": "/run/onecopy/tools/bin/busybox halt -f",
+}
 COMMANDS = {
     "done": "while ! [ -e /end ]; do sleep 0.2; done; echo my last words; exit 7",
     # It is the command itself that grows.
@@ -44,7 +50,10 @@ SIGNALS = {"killed": signal.SIGKILL, "asked": signal.SIGTERM}
 QUITS = "quits"
 EXPECTED = {
     "panics": (Cause.PANIC, "kernel panic: sysrq triggered crash", None),
+    "resets": (Cause.REBOOTED, "rebooted", None),
     "reboots": (Cause.REBOOTED, "rebooted", None),
+    "off": (Cause.POWERED_OFF, "powered off", None),
+    "halts": (Cause.HALTED, "halted", None),
     "done": (Cause.COMMAND, "its command ended with exit code 7", 7),
     "hungry": (Cause.OUT_OF_MEMORY, "out of memory: the guest's kernel killed its command", 137),
     "killed": (Cause.KILLED, "QEMU was killed (SIGKILL), or crashed without a word", None),
@@ -96,9 +105,9 @@ def ended(host: Host, guests: dict[str, GuestRecord]) -> Iterator[dict[str, Gues
     uids = [each.uid for each in host.on_record()]
     assert len(uids) == len(EXPECTED)
     try:
-        for name, key in SYSRQ.items():
-            line = f"echo 1 >/proc/sys/kernel/sysrq; (sleep 1; echo {key} >/proc/sysrq-trigger) "
-            argv = ["sh", "-c", f"{line} >/dev/null 2>&1 &"]
+        for name, line in DOES.items():
+            line = f"echo 1 >/proc/sys/kernel/sysrq; (sleep 1; {line}) >/dev/null 2>&1 &"
+            argv = ["sh", "-c", line]
             assert asyncio.run(run_captured(host.run / name, argv)).exit_code == 0
         for name in COMMANDS:
             assert asyncio.run(run_captured(host.run / name, ["touch", "/end"])).exit_code == 0
