@@ -17,6 +17,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 from onecopy import aio
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.place import StrPath
+from onecopy.guest.reasons import Ended
 from onecopy.leaving import at_exit
 from onecopy.loop import LoopThread
 from onecopy.store import Artifact
@@ -92,8 +93,12 @@ class Guest:
         self._async.keep()
 
     def log(self) -> str:
-        """What QEMU and the guest's console have printed."""
+        """What QEMU and the guest's console have printed; the last of it if it ended by itself."""
         return self._async.log()
+
+    def ended(self) -> Ended | None:
+        """How it ended, if it did by itself and is still known; None if not."""
+        return self._async.ended()
 
     exec = _blocking(aio.Guest.exec)
     copy_in = _blocking(aio.Guest.copy_in)
@@ -158,6 +163,14 @@ class Host:
     def guest(self, name: str) -> Guest:
         """A running guest; raise NotFound."""
         return Guest(self._async.guest(name), self._loop)
+
+    def ended(self) -> list[GuestRecord]:
+        """Guests that ended by themselves, and are known until `forget`; ``ended`` says why."""
+        return self._async.ended()
+
+    def forget(self, *names: str) -> None:
+        """Remove what is known of guests that ended by themselves, their logs included."""
+        self._async.forget(*names)
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         """What is stored: every ``segment``, ``system`` and ``kernel``."""

@@ -77,6 +77,10 @@ class Campaign:
         self._ask(alive)
         told = {guest["name"] for guest in json.loads(_done("ps", "--json"))}
         assert told == {guest["name"] for guest in alive}
+        # They stay known, until they are removed, and nothing else of them.
+        known = {each["name"] for each in json.loads(_done("ps", "-a", "--json")) if each["ended"]}
+        assert known == {guest["name"] for guest in dead}
+        _done("rm", "--ended")
         _done("stop", "--all", "--now")
 
     def _command_killed(self) -> None:

@@ -69,6 +69,7 @@ def _cases(root: Path) -> dict[str, Case]:
         "classes": (replace(hardware, segments=modes), clone),
         "classes-rom": (replace(hardware, segments=modes), replace(clone, rom=True)),
         "unmergeable": (hardware, replace(clone, ksm=Mergeable.NONE)),
+        "traces": (hardware, replace(clone, traces=("qemu_system_shutdown_request", "other"))),
         "extra": (hardware, replace(clone, extra=("-S",))),
     }
 

@@ -88,6 +88,21 @@ def test_a_sweep_takes_what_is_empty(make: Path) -> None:
     assert not left.exists() and used.exists()
 
 
+def test_what_was_killed_for_memory(make: Path) -> None:
+    made(make)
+    group = cgroup.create(PID, 1 << 30, 100, make)
+    assert group
+    events = "low 0\nhigh 0\nmax 31\noom 1\noom_kill {}\noom_group_kill 0\n"
+    (group / "memory.events").write_text(events.format(1))
+    # It lives: what was killed was another one.
+    assert not cgroup.was_short_of_memory(PID, make)
+    (group / "cgroup.procs").write_text("")
+    assert cgroup.was_short_of_memory(PID, make)
+    assert not cgroup.was_short_of_memory(PID // 10, make)
+    (group / "memory.events").write_text(events.format(0))
+    assert not cgroup.was_short_of_memory(PID, make)
+
+
 def test_a_group_that_a_sweep_took_is_made_again(
     make: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

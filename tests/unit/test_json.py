@@ -28,6 +28,7 @@ from onecopy.guest.machine import MappedSegment, SystemConfig
 from onecopy.guest.many import Started
 from onecopy.guest.pinning import Pinned
 from onecopy.guest.pool import Pool
+from onecopy.guest.reasons import Ended
 from onecopy.guest.warming import Warmed
 from onecopy.sharing import merging, report
 from onecopy.sharing.account import GuestAccount, SegmentUse
@@ -67,6 +68,7 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "ps: guest": list(msgspec.to_builtins(GUEST)),
         "ps: segment of a guest": _struct(Attached),
         "ps: range of a segment": _struct(Device),
+        "ps: end of a guest": _struct(Ended),
         "ps: disk of a guest": _struct(GuestDisk),
         "disks: disk": [field.name for field in fields(OwnDisk)],
         "ls: artifact": list(describe(store, artifact)),

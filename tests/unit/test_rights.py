@@ -10,7 +10,7 @@ from onecopy.vmm.qemu import Qemu
 
 
 def _qemu(rom: bool) -> Qemu:
-    return Qemu("/usr/bin/qemu-system-x86_64", "7.2.0", "pc-q35-7.2", ("pc-q35-7.2",), rom)
+    return Qemu("/usr/bin/qemu-system-x86_64", "7.2.0", "pc-q35-7.2", ("pc-q35-7.2",), rom, ())
 
 
 @pytest.mark.parametrize(

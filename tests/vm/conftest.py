@@ -222,6 +222,8 @@ def clones(host: Host, saved: Artifact) -> Iterator[Clones]:
     yield start
     for record in started:
         host.end(record)
+    # Those that a test let end by themselves.
+    host.forget(*(record.name for record in started))
 
 
 @pytest.fixture
@@ -242,6 +244,8 @@ def cold(host: Host) -> Iterator[Cold]:
     yield boot
     for record in started:
         host.end(record)
+    # Those that a test let end by themselves.
+    host.forget(*(record.name for record in started))
 
 
 def _start(

@@ -135,6 +135,9 @@ def test_a_process_that_starts_many_keeps_nothing(
             assert guests[0].wait(STUCK)
             assert eventually(lambda: len(children()) == 3)
         assert vmms(host) == []
+        # The others ended with their block; each time it takes the place of the one before.
+        assert [each.name for each in mine.ended()] == ["again-1"]
+    mine.forget("again-1")
     assert eventually(lambda: not children())
     assert eventually(lambda: descriptors() == before)
     assert eventually(lambda: threading.active_count() <= threads)

@@ -30,7 +30,7 @@ def left(host: Host) -> dict[str, list[str]]:
     return {
         "vmms": [str(pid) for pid in vmms(host)],
         "leases": [record.holder for record in host.store.leases()],
-        "folders": [path.name for path in host.run.iterdir() if path.is_dir()],
+        "folders": sorted(path.name for path in host.run.iterdir() if path.is_dir()),
         "workspaces": [path.name for path in (host.store.root / "tmp").iterdir()],
     }
 
@@ -61,6 +61,10 @@ def test_a_killed_vmm_leaves_nothing(host: Host, saved: Artifact, clones: Clones
         time.sleep(0.01)
     assert host.store.users(saved.digest) == []
     assert guest.name not in run_command("ps").stdout
+    # But for what it printed, and that it was killed.
+    assert guest.name in run_command("ps", "-a").stdout
+    assert left(host) == {**before, "folders": sorted([*before["folders"], ".ended"])}
+    assert run_command("rm", guest.name).returncode == 0
     assert left(host) == before
 
 

@@ -6,8 +6,10 @@ refuses beforehand is in test_lifecycle.py.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
+from onecopy.guest.reasons import Cause
+from onecopy.guest.stop import wait_for_end
+from onecopy.host import kmsg
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from tests.conftest import cannot_run
@@ -79,5 +85,30 @@ def test_in_the_middle_of_many(
     subprocess.run([ONECOPY, "ps"], check=True, capture_output=True)
     assert vmms(host) == before
     assert [guest.name for guest in host.guests()] == [other.name]
+    # None of them was handed out.
+    assert host.ended() == []
     assert run_in(other, "hostname").stdout.decode().strip() == other.name
     assert not any((host.store.root / "tmp").iterdir())
+
+
+def test_a_guest_s_qemu(host: Host, clones: Clones, run_in: RunIn, group: Path) -> None:
+    """It is told apart from one that somebody has killed."""
+    guest, killed = clones(2)
+    limit = next(
+        each for each in ("memory.max", "memory.limit_in_bytes") if (group / each).exists()
+    )
+    (group / limit).write_text(str(16 * MIB))
+    (group / "cgroup.procs").write_text(str(guest.pid))
+    with pytest.raises(OnecopyError):
+        # What it has already is the old group's.
+        run_in(guest, "python3", "-c", "bytes(b'x') * (96 << 20)")
+    assert _killed(group)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert asyncio.run(wait_for_end(guest, 60)) and asyncio.run(wait_for_end(killed, 60))
+    host.sweep()
+    causes = {each.name: each.ended.cause for each in host.ended() if each.ended}
+    if not kmsg.deaths():
+        cannot_run("this user may not read the kernel's log")
+    assert causes == {guest.name: Cause.HOST_OUT_OF_MEMORY, killed.name: Cause.KILLED}
+    told = subprocess.run([ONECOPY, "ps", "-a"], check=True, capture_output=True, text=True).stdout
+    assert "the host's kernel killed QEMU: out of memory in its control group" in told

@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Sequence
 
 from onecopy.errors import InvalidInput, NotFound, ProgramFailed
-from onecopy.guest import attach, commit, copy, save, stop
+from onecopy.guest import attach, commit, copy, ended, save, stop
 from onecopy.guest.exec import Completed, run_streaming
 from onecopy.guest.folder import Attached, GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.packing import Limits
 from onecopy.guest.place import StrPath
+from onecopy.guest.reasons import Ended
 from onecopy.guest.streams import KEPT, Kept, Sink, Streams
 from onecopy.model import Reference, parse_mount
 from onecopy.vmm.launch import printed
@@ -118,8 +119,19 @@ class Guest:
         self._folder().keep()
 
     def log(self) -> str:
-        """What QEMU and the guest's console have printed."""
-        return printed(self._folder().path)
+        """What QEMU and the guest's console have printed; the last of it if it ended by itself."""
+        try:
+            return printed(self._folder().path)
+        except NotFound:
+            if not self.ended():
+                raise
+            return printed(ended.path(self._host.run, self.name))
+
+    def ended(self) -> Ended | None:
+        """How it ended, if it did by itself and is still known; None if not."""
+        self._host.sweep()
+        found = ended.find(self._host.run, self.name)
+        return found.ended if found and found.process == self.record.process else None
 
     def _with_agent(self) -> GuestFolder:
         """Raise InvalidInput, too, for a bare machine."""

@@ -83,6 +83,14 @@ class Host:
         host = self._swept()
         return Guest(host, host.guest(name).record())
 
+    def ended(self) -> list[GuestRecord]:
+        """Guests that ended by themselves, and are known until `forget`; ``ended`` says why."""
+        return self._swept().ended()
+
+    def forget(self, *names: str) -> None:
+        """Remove what is known of guests that ended by themselves, their logs included."""
+        self._swept().forget(*names)
+
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         """What is stored: every ``segment``, ``system`` and ``kernel``."""
         return self._both()[0].store.artifacts(kind)

@@ -42,7 +42,7 @@ _COMMANDS = {
     "write": "Write standard input to an SC range of a segment; all guests see it at once.",
     "grant": "Restrict a segment or saved system to the guests named, also patterns such as web-*.",
     "revoke": "Take grants back: these guests cannot load the segment or saved system any more.",
-    "rm": "Remove segments, saved systems or kernels.",
+    "rm": "Remove segments, saved systems, kernels, and guests that have ended.",
     "report": "Show what the memory of all guests costs, by the kernel's counters.",
     "top": "Show guests, what they share and KSM, live, until q is typed.",
     "advise": "Read the memory of guests, and say what they could share, and how.",

@@ -4,19 +4,21 @@ import click
 
 from onecopy.cli.output import print_json
 from onecopy.cli.params import ReferenceType
+from onecopy.errors import NotFound
 from onecopy.model import Reference
 
 
 @click.command("inspect")
-@click.argument("name", type=ReferenceType())
+@click.argument("name", type=ReferenceType(guests=True))
 def command(name: Reference) -> None:
     """Show all that is known of a segment, saved system, kernel or guest.
 
     JSON: docs/json.md. A running guest of that name is shown in preference, with its memory by the
-    kernel's counters.
+    kernel's counters; what ended by itself only if nothing else has the name.
     """
     import msgspec
 
+    from onecopy.guest import ended
     from onecopy.guest.artifacts import describe_fully
     from onecopy.guest.host import Host
     from onecopy.guest.maps import guest_maps
@@ -31,5 +33,11 @@ def command(name: Reference) -> None:
             raise no_process(guest.pid)
         account = msgspec.to_builtins(accounts[0])
         print_json(msgspec.to_builtins(guest) | {"account": account})
-    else:
+        return
+    try:
         print_json(describe_fully(host.store, host.store.resolve(name)))
+    except NotFound:
+        gone = ended.find(host.run, name.name)
+        if not gone or name.digest:
+            raise
+        print_json(msgspec.to_builtins(gone) | {"account": None})

@@ -1,19 +1,29 @@
 """onecopy logs"""
 
+from __future__ import annotations
+
 import codecs
 import contextlib
 import io
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import click
 
+from onecopy.cli.output import print_line
 from onecopy.cli.params import GuestType
+from onecopy.errors import NotFound
+
+if TYPE_CHECKING:
+    from onecopy.guest.folder import GuestFolder
+    from onecopy.guest.host import Host
+    from onecopy.vmm.logs import Log
 
 
 @click.command("logs")
-@click.argument("guest", type=GuestType())
+@click.argument("guest", type=GuestType(ended=True))
 @click.option(
     "-f", "--follow", is_flag=True, help="Go on showing what comes, until the guest ends."
 )
@@ -22,16 +32,16 @@ from onecopy.cli.params import GuestType
 def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
     """Show what a guest's console, and QEMU, have printed.
 
-    The newest few MiB of it are kept. A terminal obeys control characters, and a guest prints what
+    The newest few MiB of it are kept; of a guest that ended by itself the last 64 KiB, and why it
+    ended is told on standard error. A terminal obeys control characters, and a guest prints what
     it likes: without --raw they are shown as escapes, such as \\x1b.
     """
     from onecopy.guest.host import Host
     from onecopy.vmm import logs
 
     host = Host.open()
-    folder = host.guest(guest)
     write = _as_it_is if raw else _shown()
-    log = logs.Log(folder.path, logs.QEMU if qemu else logs.CONSOLE)
+    log, folder = _opened(host, guest, logs.QEMU if qemu else logs.CONSOLE)
     if log.was_cut:
         click.echo("(older lines were dropped)", err=True)
     with contextlib.closing(log):
@@ -39,11 +49,28 @@ def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
             for data in log.read():
                 write(data, False)
             sys.stdout.flush()
-            if not follow or not host.store.is_held(guest):
+            if not follow or not folder or not host.store.is_held(guest):
                 write(b"", True)
                 return
             host.keep_logging(folder)
             time.sleep(0.2)
+
+
+def _opened(host: Host, guest: str, name: str) -> tuple[Log, GuestFolder | None]:
+    """The log of a guest, and its folder if it runs."""
+    from onecopy.guest import ended
+    from onecopy.guest.folder import no_guest
+    from onecopy.vmm.logs import Log
+
+    try:
+        folder = host.guest(guest)
+        return Log(folder.path, name), folder
+    except (NotFound, FileNotFoundError) as error:
+        record = ended.find(host.run, guest)
+        if not record or not record.ended:
+            raise error if isinstance(error, NotFound) else no_guest(guest) from error
+        print_line(f"onecopy: {guest} has ended: {record.ended.reason}", sys.stderr)
+        return Log(ended.path(host.run, guest), name), None
 
 
 def _as_it_is(data: bytes, _: bool) -> None:

@@ -23,12 +23,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class ReferenceType(click.ParamType[Any]):
-    """A segment, saved system or kernel (of ``kind``)."""
+    """A segment, saved system or kernel (of ``kind``); with ``guests`` also a guest's name."""
 
     name = "reference"
 
-    def __init__(self, kind: str | None = None) -> None:
+    def __init__(self, kind: str | None = None, *, guests: bool = False) -> None:
         self._kind = kind
+        self._guests = guests
 
     def convert(self, value: Any, param: object, ctx: object) -> Reference:
         return value if isinstance(value, Reference) else Reference.parse(value)
@@ -36,19 +37,28 @@ class ReferenceType(click.ParamType[Any]):
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
         from onecopy.store import Store
 
-        found = Store().artifacts(self._kind)
-        return [CompletionItem(a.ref) for a in found if a.ref.startswith(incomplete)]
+        found = [artifact.ref for artifact in Store().artifacts(self._kind)]
+        if self._guests:
+            from onecopy.guest.host import Host
+
+            host = Host.open()
+            found += [guest.name for guest in host.guests() + host.ended()]
+        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
 
 
 class GuestType(click.ParamType[Any]):
-    """A running guest."""
+    """A running guest, or with ``ended`` also one that has ended."""
 
     name = "guest"
+
+    def __init__(self, *, ended: bool = False) -> None:
+        self._ended = ended
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
         from onecopy.guest.host import Host
 
-        guests = Host.open().guests()
+        host = Host.open()
+        guests = host.guests() + (host.ended() if self._ended else [])
         return [CompletionItem(g.name) for g in guests if g.name.startswith(incomplete)]
 
 

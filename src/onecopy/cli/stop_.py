@@ -10,8 +10,8 @@ from onecopy.errors import InvalidInput
 
 
 @click.command("stop")
-@click.argument("guests", nargs=-1, type=GuestType())
-@click.option("--all", "every", is_flag=True, help="All guests.")
+@click.argument("guests", nargs=-1, type=GuestType(ended=True))
+@click.option("--all", "every", is_flag=True, help="All guests that run.")
 @click.option(
     "--timeout",
     type=SecondsType(0),
@@ -27,7 +27,12 @@ from onecopy.errors import InvalidInput
     help="Do not ask: end them (what they wrote is gone anyway, but for disks).",
 )
 def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> int:
-    """Stop guests: ask, wait, end."""
+    """Stop guests: ask, wait, end.
+
+    Nothing is kept of them. One that had ended by itself is told, and removed.
+    """
+    from onecopy.guest import ended
+    from onecopy.guest.folder import GuestRecord
     from onecopy.guest.host import Host
     from onecopy.guest.lost import find, shown
     from onecopy.guest.stop import stop_guests
@@ -36,10 +41,22 @@ def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> 
         raise InvalidInput("say which guests to stop", hint="name them, or give --all")
     host = Host.open()
     records = shown(host) if every else []
-    # One that is not there lets the others run for no longer.
-    code = each_of(guests, lambda name: records.append(find(host, name)))
+    gone: list[GuestRecord] = []
 
+    def choose(name: str) -> None:
+        known = name in ended.names(host.run) and ended.find(host.run, name)
+        if known:
+            gone.append(known)
+        else:
+            records.append(find(host, name))
+
+    # One that is not there lets the others run for no longer.
+    code = each_of(guests, choose)
     endings = asyncio.run(stop_guests(host, records, 0 if now else timeout))
     for record, ending in zip(records, endings, strict=True):
         print(f"{record.name} {ending.text}")
+    host.forget(*(record.name for record in gone))
+    for record in gone:
+        if record.ended:
+            print(f"{record.name} had ended: {record.ended.reason}")
     return code

@@ -116,6 +116,7 @@ def noted(
         domain=domain,
         listener=vmm.listener,
         agent=config.agent,
+        traced="-trace" in vmm.argv,
     )
 
 

@@ -56,6 +56,7 @@ def launch_spec(
         console_fd="FD",
         ram=Ram.ANONYMOUS,
         rom=host.qemu.rom,
+        traces=host.qemu.traces,
         kernel=_booted_kernel(prepared, folder),
         card=card,
         publish=prepared.spec.publish,

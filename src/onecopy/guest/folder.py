@@ -6,6 +6,7 @@
         system.json     what a saved system's record says of it (machine.py)
         starting        link to the mark of the command that starts it; leads nowhere afterwards
         owner           link to the mark of the process that it ends with; only if it does
+        ending          link to the mark of the command that ends it; leads nowhere afterwards
         monitor.sock    QMP; monitor.lock is held by the command that speaks it
         agent.in .out   pipes to the guest agent, agent.lock beside them
         identity.in .out  pipes to the guest's identity program
@@ -22,6 +23,8 @@
 
     RUN/.starting-ID    locked by a command that starts guests; gone when they are handed out
     RUN/.owner-ID       locked by a process as long as it wants its guests (Host.owner)
+    RUN/.ending-ID      locked by a command that ends guests, until they are gone
+    RUN/.ended          what is left of guests that ended by themselves (ended.py)
 
     RUN/.store          the path of the store
 
@@ -42,6 +45,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import AgentFailed, Incompatible, NotFound, OnecopyError
+from onecopy.guest.reasons import Ended
 from onecopy.host import files, process
 from onecopy.host.files import process_folder
 from onecopy.host.lock import is_held, is_left
@@ -51,7 +55,7 @@ from onecopy.host.vmms import Process, store_id
 from onecopy.model import PageClass
 from onecopy.store import Store
 
-_MARKS = ("starting", "owner")
+_MARKS = ("starting", "owner", "ending")
 #: How the run folders of VMMs begin that wait to become guests: no guest's name has a dot.
 POOL = "pool."
 
@@ -154,6 +158,10 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """Bytes of ``memory`` that came after the saved system was loaded."""
     disks: tuple[GuestDisk, ...] = ()
     """Whose content stays when it ends."""
+    traced: bool = False
+    """Whether its QEMU notes in its log how it ends (vmm/traces.py)."""
+    ended: Ended | None = None
+    """How it ended, if it has, by itself (ended.py)."""
     note: str = ""
     """What is wrong with it now (lost.py); "" as a rule, and always in the file."""
     schema: int = 3
@@ -162,6 +170,11 @@ class GuestRecord(msgspec.Struct, frozen=True):
     def process(self) -> Process:
         """Its VMM."""
         return Process(self.pid, self.start_ticks)
+
+
+def no_guest(name: str) -> NotFound:
+    """The error for a name that no guest has."""
+    return NotFound(f"there is no guest {name!r}", hint="`onecopy ps` lists the running guests")
 
 
 def no_agent(name: str) -> AgentFailed:
@@ -196,9 +209,7 @@ class GuestFolder:
         except FileNotFoundError:
             text = b""
         if not text or (self._mark.exists() and not self._ours):
-            raise NotFound(
-                f"there is no guest {self.name!r}", hint="`onecopy ps` lists the running guests"
-            )
+            raise no_guest(self.name)
         try:
             return msgspec.json.decode(text, type=GuestRecord)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -266,6 +277,17 @@ class GuestFolder:
     def owner(self) -> Path | None:
         """The mark of the process that it ends with, if it does."""
         return _target(self.path / "owner")
+
+    def ends_by(self, mark: Path) -> None:
+        """Its VMM is about to be ended, or has been asked to end, by the command with this mark."""
+        (self.path / "ending").unlink(missing_ok=True)
+        (self.path / "ending").symlink_to(mark)
+
+    @property
+    def is_being_ended(self) -> bool:
+        """Whether a command is ending it: it does not end by itself, then."""
+        mark = _target(self.path / "ending")
+        return mark is not None and is_held(mark)
 
     def keep(self) -> None:
         """From now on it does not end with the process that started it."""
@@ -365,7 +387,7 @@ def is_mark(path: Path) -> bool:
 
 
 def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
-    """A new mark, ``starting`` or ``owner``, and the descriptor that locks it."""
+    """A new mark, ``starting``, ``owner`` or ``ending``, and the descriptor that locks it."""
     mark = run / f".{kind}-{secrets.token_hex(8)}"
     fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)

@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import replace
 
 from onecopy.errors import Incompatible, NotFound
+from onecopy.guest import ended
 from onecopy.guest.folder import (
     POOL,
     Batch,
@@ -22,7 +23,7 @@ from onecopy.guest.folder import (
     lock_mark,
     run_root,
 )
-from onecopy.guest.sweep import sweep
+from onecopy.guest.sweep import preserve, sweep
 from onecopy.host import cgroup, files, vmms
 from onecopy.host.lock import alone
 from onecopy.host.runbase import make_own, make_run_base
@@ -60,14 +61,35 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     def guest(self, name: str) -> GuestFolder:
         """The folder of a running guest; raise NotFound."""
         folder = GuestFolder(self.run / name, self.batch_seen)
-        folder.record()
+        with self._knowing_ended(name):
+            folder.record()
         return folder
 
     def guest_with_agent(self, name: str) -> GuestFolder:
         """The same, if something is to be done inside it; raise AgentFailed of a bare machine."""
         folder = GuestFolder(self.run / name, self.batch_seen)
-        folder.require_agent()
+        with self._knowing_ended(name):
+            folder.require_agent()
         return folder
+
+    @contextlib.contextmanager
+    def _knowing_ended(self, name: str) -> Iterator[None]:
+        """Say of a guest that is not there that it has ended, and why, if that is known."""
+        try:
+            yield
+        except NotFound:
+            if record := ended.find(self.run, name):
+                raise ended.no_more(record) from None
+            raise
+
+    def ended(self) -> list[GuestRecord]:
+        """The guests that ended by themselves and are still known, by name."""
+        return ended.records(self.run)
+
+    def forget(self, *names: str) -> None:
+        """Remove what is kept of guests that ended by themselves."""
+        with self.locked():
+            ended.forget(self.run, *names)
 
     def seeing(self, batch: Batch) -> Host:
         """This host for who starts guests, and does with one of them what others do later."""
@@ -224,19 +246,46 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         return GuestFolder(self.run / name, batch), record
 
     def end(self, *records: GuestRecord) -> None:
-        """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds."""
-        # Not by their command lines: these are their own memory, which they may change.
-        vmms.end(each.process for each in records)
-        ended = {each.process for each in records if not each.process.lives()}
-        with self.locked():
-            folders = [(GuestFolder(self.run / each.name), each) for each in records]
-            # Another one may have the name by now.
-            self.remove(*(folder for folder, record in folders if folder.is_of(record)))
-        for entry in vmms.entries() if ended else ():
-            if entry.process in ended:
+        """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds.
+
+        What is to be known of those that have ended by themselves is kept.
+        """
+        with self.ending(*records):
+            # Not by their command lines: these are their own memory, which they may change.
+            vmms.end(each.process for each in records)
+            gone = {each.process for each in records if not each.process.lives()}
+            with self.locked():
+                deaths, theirs = ended.Deaths(), self._folders_of(records)
+                for folder in theirs:
+                    preserve(self, deaths, folder)
+                self.remove(*theirs)
+        for entry in vmms.entries() if gone else ():
+            if entry.process in gone:
                 GuestFolder(self.run.parent / entry.store / entry.holder).remove()
                 entry.forget()
         self.store.sweep()
+
+    def _folders_of(self, records: Iterable[GuestRecord]) -> list[GuestFolder]:
+        """The folders of these guests: another one may have the name of one by now."""
+        found = [(GuestFolder(self.run / each.name), each) for each in records]
+        return [folder for folder, record in found if folder.is_of(record)]
+
+    def ending(self, *records: GuestRecord) -> AbstractContextManager[None]:
+        """Guests that run, and end meanwhile, do so because they are told to."""
+        return self._ending(self._folders_of(each for each in records if each.process.lives()))
+
+    @contextlib.contextmanager
+    def _ending(self, folders: Iterable[GuestFolder]) -> Iterator[None]:
+        with self.locked():
+            mark, fd = lock_mark(self.run, "ending")
+        try:
+            for folder in folders:
+                with contextlib.suppress(FileNotFoundError):
+                    folder.ends_by(mark)
+            yield
+        finally:
+            mark.unlink(missing_ok=True)
+            os.close(fd)
 
     def sweep(self) -> None:
         """Remove what no living command or VMM owns: folders, and guests never handed out."""
@@ -255,9 +304,10 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     def drop(self, *folders: GuestFolder) -> None:
         """Remove run folders of the caller's; what is left of their VMMs is ended first."""
         theirs = [each for folder in folders for each in self.on_record(folder.name)]
-        vmms.end(each.process for each in theirs)
-        with self.locked():
-            self.remove(*folders)
+        with self._ending(folders):
+            vmms.end(each.process for each in theirs)
+            with self.locked():
+                self.remove(*folders)
 
     def remove(self, *folders: GuestFolder) -> None:
         """Remove run folders, and with the last what was noted at the first start; under lock."""

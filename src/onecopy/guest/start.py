@@ -130,6 +130,7 @@ def launch_spec(
         ram=Ram.COPY_ON_WRITE,
         ram_path=source.ram,
         rom=host.qemu.rom,
+        traces=host.qemu.traces,
         card=card,
         publish=spec.publish,
         ksm=open_to(spec.ksm, source.domain),

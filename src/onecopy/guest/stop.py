@@ -80,9 +80,10 @@ async def stop_guests(
             return Stopped(Ending.UNASKED)
         return await _Stopping(host, record, patience).run(turn)
 
-    endings = await asyncio.gather(*map(one, records), return_exceptions=True)
-    # Whatever became of asking one of them: all of them end.
-    host.end(*records)
+    with host.ending(*records):
+        endings = await asyncio.gather(*map(one, records), return_exceptions=True)
+        # Whatever became of asking one of them: all of them end.
+        host.end(*records)
     return [_known(each) for each in endings]
 
 

@@ -8,10 +8,13 @@ sweep. Not here: the store's own leftovers (store/collect.py).
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 from typing import Protocol
 
+from onecopy.guest import ended
+from onecopy.guest.ended import Deaths
 from onecopy.guest.folder import POOL, GuestFolder, is_mark
 from onecopy.guest.resuming import go_on
 from onecopy.host import vmms
@@ -20,6 +23,8 @@ from onecopy.host.removal import remove_tree
 from onecopy.host.vmms import Entry, Process
 from onecopy.store import Store
 from onecopy.store.leftovers import going_on, tell
+
+_log = logging.getLogger("onecopy")
 
 
 class Swept(Protocol):
@@ -66,11 +71,15 @@ def _unwanted(host: Swept) -> list[Process]:
 
 
 def _sweep_folders(host: Swept) -> None:
-    there = host.folders()
+    there, deaths = host.folders(), Deaths()
+    ended.sweep(host.run)
     for path in there:
         with going_on(path):
             folder = GuestFolder(path)
-            if folder.abandoned or not host.store.is_held(path.name):
+            if folder.abandoned:
+                _remove(host, folder)
+            elif not host.store.is_held(path.name):
+                preserve(host, deaths, folder)
                 _remove(host, folder)
     for path in host.run.iterdir():
         if is_mark(path):
@@ -82,6 +91,33 @@ def _sweep_folders(host: Swept) -> None:
         if entry.holder not in names and not entry.process.lives():
             with going_on(entry.path):
                 entry.forget()
+
+
+def preserve(host: Swept, deaths: Deaths, folder: GuestFolder) -> None:
+    """Keep what is to be known of a guest that has ended, whose folder is removed next; under lock.
+
+    That is nothing of one that a command ended, or that was never handed out.
+    """
+    if folder.is_being_ended or not (left := ended.look(folder, _uid(host, folder), deaths)):
+        return
+    if _kept(host.run, left):
+        # What it printed may be what fills the disk.
+        folder.remove()
+        if why := _kept(host.run, left):
+            _log.warning("onecopy: what %s printed is lost: %s", folder.name, why)
+
+
+def _kept(run: Path, left: ended.Left) -> str:
+    """Keep something of a guest; why not, else ""."""
+    try:
+        ended.keep(run, left)
+    except OSError as error:
+        return error.strerror or "unknown error"
+    return ""
+
+
+def _uid(host: Swept, folder: GuestFolder) -> int:
+    return next((each.uid for each in host.on_record(folder.name)), -1)
 
 
 def _remove(host: Swept, folder: GuestFolder) -> None:

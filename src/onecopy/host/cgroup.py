@@ -55,7 +55,7 @@ def create(pid: int, memory: int, threads: int, root: Path = Path("/")) -> Path 
     if above is None:
         return None
     for _ in range(_TRIES):
-        group = above / secrets.token_hex(8)
+        group = above / f"{pid}-{secrets.token_hex(8)}"
         try:
             group.mkdir(mode=0o755)
             (group / "memory.max").write_text(str(memory))
@@ -95,6 +95,20 @@ def processes(root: Path = Path("/")) -> dict[int, Path]:
         with contextlib.suppress(OSError):
             found |= {int(pid): group for pid in (group / "cgroup.procs").read_text().split()}
     return found
+
+
+def was_short_of_memory(pid: int, root: Path = Path("/")) -> bool:
+    """Whether the kernel killed, for memory, a process that had a group of ours; until `sweep`.
+
+    The kernel counts all kills in a group, also those for the memory of the whole host.
+    """
+    for group in _groups(root):
+        with contextlib.suppress(OSError):
+            if group.name.startswith(f"{pid}-") and not (group / "cgroup.procs").read_text():
+                events = (group / "memory.events").read_text()
+                if re.search(r"^oom_kill [1-9]", events, re.MULTILINE):
+                    return True
+    return False
 
 
 def remove(group: Path) -> None:

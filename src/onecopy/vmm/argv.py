@@ -148,6 +148,8 @@ class Launch(msgspec.Struct, frozen=True):
     ram_path: Path | None = None
     rom: bool = False
     """This QEMU can map a read-only file copy-on-write (``rom=off``, QEMU >= 8.2)."""
+    traces: tuple[str, ...] = ()
+    """Events by which this QEMU notes in its log how it ends (traces.py)."""
     kernel: Kernel | None = None
     """None: the machine waits for a saved state (``-incoming defer``)."""
     card: Card | None = None
@@ -189,6 +191,7 @@ def _process(launch: Launch) -> list[str]:
         "none",
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        *(word for name in launch.traces for word in ("-trace", name)),
     ]
 
 

@@ -23,7 +23,7 @@ from onecopy.host import cgroup, reap, seccomp, vmms
 from onecopy.host.process import stat, wait_for_end
 from onecopy.host.vmms import has_ended
 from onecopy.model import Mergeable
-from onecopy.vmm import bounds, closed, logs, resolver
+from onecopy.vmm import bounds, closed, logs, resolver, traces
 from onecopy.vmm.answering import Answers
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
@@ -159,9 +159,10 @@ class Vmm:
 def printed(folder: Path) -> str:
     """What QEMU (qemu.log) and the guest (console.log) of a run folder printed."""
     texts = []
-    for name in (logs.QEMU, logs.CONSOLE):
-        with contextlib.suppress(OSError):
-            texts.append(logs.read(folder, name))
+    with contextlib.suppress(OSError):
+        texts.append(traces.read(logs.read(folder, logs.QEMU)).rest)
+    with contextlib.suppress(OSError):
+        texts.append(logs.read(folder, logs.CONSOLE))
     return "\n".join(text.strip() for text in texts if text.strip())
 
 

@@ -14,6 +14,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from onecopy.host import limits
 from onecopy.host.syscall import punch_hole
 from onecopy.vmm.bounds import LOG_ROOM, file_room, let_write
@@ -87,6 +89,11 @@ class Log:
         """Whether some of what was said has been dropped."""
         return _mark(self._path).exists()
 
+    @property
+    def written(self) -> float:
+        """When something was last written to it, in seconds since the epoch."""
+        return os.fstat(self._fd).st_mtime
+
     def read(self) -> Iterator[bytes]:
         """What is new, in pieces; without the NULs that holes, and the ends of blocks, read as."""
         for start, stop in _extents(self._fd, self._at):
@@ -106,6 +113,36 @@ def read(folder: Path, name: str) -> str:
         return b"".join(log.read()).decode(errors="replace")
     finally:
         log.close()
+
+
+class Tail(msgspec.Struct, frozen=True):
+    """The newest that a log has."""
+
+    data: bytes
+    cut: bool
+    """Whether there was something older."""
+    written: float | None
+    """When something was last written to it, in seconds since the epoch; None if never."""
+
+    @property
+    def text(self) -> str:
+        """It, whatever its bytes are."""
+        return self.data.decode(errors="replace")
+
+
+def tail(folder: Path, name: str, most: int) -> Tail:
+    """The last ``most`` bytes of a log; nothing of one that cannot be read."""
+    with contextlib.suppress(OSError), contextlib.closing(Log(folder, name)) as log:
+        data = b"".join(log.read())
+        return Tail(data[-most:], log.was_cut or len(data) > most, log.written if data else None)
+    return Tail(b"", False, None)
+
+
+def write(folder: Path, name: str, said: Tail) -> None:
+    """Keep what a log had in another folder. Raises OSError."""
+    (folder / name).write_bytes(said.data)
+    if said.cut:
+        _mark(folder / name).touch(0o600)
 
 
 def _extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:

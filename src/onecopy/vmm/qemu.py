@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import Incompatible, as_root
+from onecopy.errors import CommandFailed, Incompatible, as_root
 from onecopy.host import files
 from onecopy.run import find_program, run
+from onecopy.vmm import traces
 
 BINARY = "qemu-system-x86_64"
+_QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
 
 
 class Qemu(msgspec.Struct, frozen=True):
@@ -25,6 +28,8 @@ class Qemu(msgspec.Struct, frozen=True):
     """All q35 machines that it can be."""
     rom: bool
     """memory-backend-file has ``rom`` (>= 8.2): a read-only file can be mapped copy-on-write."""
+    traces: tuple[str, ...]
+    """The trace events by which it notes how it ends (traces.py); empty if it does not."""
 
     def require_machine(self, machine: str) -> None:
         """Raise Incompatible if this QEMU cannot be ``machine``."""
@@ -38,7 +43,7 @@ class Qemu(msgspec.Struct, frozen=True):
 def probe(cache: Path) -> Qemu:
     """The QEMU on this host; raise MissingProgram.
 
-    Asking takes three runs of QEMU, so the answer is kept in folder ``cache`` for as long as the
+    Asking takes four runs of QEMU, so the answer is kept in folder ``cache`` for as long as the
     binary stays the same.
     """
     binary = find_program(BINARY)
@@ -67,4 +72,15 @@ def _ask(binary: str) -> Qemu:
         machine=newest[1],
         machines=tuple(re.findall(r"^(pc-q35-\S+)", machines, re.MULTILINE)),
         rom=bool(re.search(r"^\s*rom=", options, re.MULTILINE)),
+        traces=_traces(binary),
     )
+
+
+def _traces(binary: str) -> tuple[str, ...]:
+    # What it does not have it warns of; how it was built decides where the events go.
+    line = [binary, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
+    for name in traces.WANTED:
+        line += ["-trace", name]
+    with contextlib.suppress(CommandFailed):
+        return traces.of_binary(run(line, stdin=_QUIT, both=True))
+    return ()
