@@ -141,15 +141,12 @@ def test_who_does_not_confirm_is_not_handed_out(
 
 
 @pytest.fixture
-def two(host: Host, systemd_root: Artifact) -> Iterator[list[GuestRecord]]:
+def two(host: Host, systemd_system: Artifact) -> Iterator[list[GuestRecord]]:
     """Two clones of a saved Debian with systemd."""
-    spec = ColdSpec(root=Reference.parse(systemd_root.ref), memory=256 * MIB)
-    system = asyncio.run(save_system(host, Reference("own"), spec)).artifact
-    guests = start(host, system, ["own-1", "own-2"], CloneSpec())
+    guests = start(host, systemd_system, ["own-1", "own-2"], CloneSpec())
     yield guests
     for guest in guests:
         host.end(guest)
-    host.store.remove(Reference("own"))
 
 
 def test_clones_of_a_systemd_guest(two: list[GuestRecord], run_in: RunIn) -> None:
