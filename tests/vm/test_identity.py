@@ -14,12 +14,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from onecopy.errors import AgentFailed
-from onecopy.guest.cold import ColdSpec
 from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import start_many
-from onecopy.guest.save import save_guest, save_system
+from onecopy.guest.save import save_guest
 from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact

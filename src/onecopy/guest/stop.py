@@ -17,10 +17,10 @@ import msgspec
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.errors import OnecopyError
 from onecopy.guest.exec import run_captured
+from onecopy.guest.fairtime import FairTime
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import turns
-from onecopy.guest.fairtime import FairTime
 from onecopy.host import process
 from onecopy.vmm import logs
 from onecopy.vmm.agent import Agent
