@@ -59,11 +59,9 @@ def minimal(host: Host, busybox_root: Artifact) -> Artifact:
     return asyncio.run(save_system(host, Reference("minimal"), spec)).artifact
 
 
-@pytest.fixture(scope="module")
-def busybox(
-    host: Host, busybox_root: Artifact, tmp_path_factory: pytest.TempPathFactory
-) -> Artifact:
-    """Saved system: busybox's init."""
+@pytest.fixture(scope="session")
+def busybox_init_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Root segment: busybox with its init."""
     folder = tmp_path_factory.mktemp("init")
     for path in ("bin", "sbin", "etc"):
         (folder / path).mkdir()
@@ -72,8 +70,13 @@ def busybox(
     (folder / "bin/sh").symlink_to("busybox")
     (folder / "sbin/init").symlink_to("../bin/busybox")
     (folder / "etc/inittab").write_text("::sysinit:/bin/busybox true\n")
-    build_segment(host.store, Reference("busybox-init"), f"dir:{folder}")
-    spec = ColdSpec(Reference("busybox-init"), memory=128 * MIB)
+    return build_segment(host.store, Reference("busybox-init"), f"dir:{folder}")
+
+
+@pytest.fixture(scope="module")
+def busybox(host: Host, busybox_init_root: Artifact) -> Artifact:
+    """Saved system: busybox's init."""
+    spec = ColdSpec(Reference.parse(busybox_init_root.ref), memory=128 * MIB)
     return asyncio.run(save_system(host, Reference("busybox-saved"), spec)).artifact
 
 
