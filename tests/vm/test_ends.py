@@ -1,7 +1,7 @@
 """Ends of guests: each comes within seconds, and is told; `stop` gives programs their time.
 
-Not here: all ends under all inits (tests/workloads/test_ends.py), and how the host keeps what was
-told (tests/unit/test_ended.py).
+Not here: all ends under all inits (tests/workloads/ends_table.py), and how the host keeps what was
+told.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The whole table: each end, under each init, of booted guests and of clones.
 
-It takes long, and is no part of `script/test` (testpaths); the short form is tests/vm/test_ends.py.
+It takes long, and is run by its name alone (`pytest tests/workloads/ends_table.py`); the short form
+is tests/vm/test_ends.py.
 """
 
 from __future__ import annotations
