@@ -195,6 +195,13 @@ def systemd_root(host: Host) -> Artifact:
 
 
 @pytest.fixture(scope="session")
+def systemd_system(host: Host, systemd_root: Artifact) -> Artifact:
+    """Saved system: Debian with systemd, up."""
+    spec = ColdSpec(root=Reference.parse(systemd_root.ref), memory=256 * MIB)
+    return asyncio.run(save_system(host, Reference("systemd-saved"), spec)).artifact
+
+
+@pytest.fixture(scope="session")
 def saved(host: Host, python_root: Artifact, app: Artifact) -> Artifact:
     """Saved system: ``python_root`` with the app at /srv/app answering on port 80."""
     spec = ColdSpec(

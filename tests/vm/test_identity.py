@@ -14,12 +14,11 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from onecopy.errors import AgentFailed
-from onecopy.guest.cold import ColdSpec
 from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import start_many
-from onecopy.guest.save import save_guest, save_system
+from onecopy.guest.save import save_guest
 from onecopy.guest.start import CloneSpec, start_clone, template
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
@@ -141,15 +140,12 @@ def test_who_does_not_confirm_is_not_handed_out(
 
 
 @pytest.fixture
-def two(host: Host, systemd_root: Artifact) -> Iterator[list[GuestRecord]]:
+def two(host: Host, systemd_system: Artifact) -> Iterator[list[GuestRecord]]:
     """Two clones of a saved Debian with systemd."""
-    spec = ColdSpec(root=Reference.parse(systemd_root.ref), memory=256 * MIB)
-    system = asyncio.run(save_system(host, Reference("own"), spec)).artifact
-    guests = start(host, system, ["own-1", "own-2"], CloneSpec())
+    guests = start(host, systemd_system, ["own-1", "own-2"], CloneSpec())
     yield guests
     for guest in guests:
         host.end(guest)
-    host.store.remove(Reference("own"))
 
 
 def test_clones_of_a_systemd_guest(two: list[GuestRecord], run_in: RunIn) -> None:

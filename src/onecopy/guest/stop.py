@@ -1,6 +1,6 @@
 """Stopping guests: ask, wait, kill, clean up.
 
-Not here: what a guest does when it is asked (build/files/stop), the time that it has (patience.py).
+Not here: what a guest does when it is asked (build/files/stop), the time that it has (fairtime.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import msgspec
 from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.errors import OnecopyError
 from onecopy.guest.exec import run_captured
+from onecopy.guest.fairtime import FairTime
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.many import turns
-from onecopy.guest.patience import Patience
 from onecopy.host import process
 from onecopy.vmm import logs
 from onecopy.vmm.agent import Agent
@@ -113,11 +113,11 @@ class _Stopping:
             async with turn:
                 if not await self._ask():
                     return Stopped(Ending.DEAF)
-                patience = Patience(self._record.pid, self._seconds + _GRACE)
+                patience = FairTime(self._record.pid, self._seconds + _GRACE)
                 ended = await self._ended(patience, while_busy=True)
             ended = ended or await self._ended(patience)
             if not ended and self._left():
-                ended = await self._ended(Patience(self._record.pid, _FINISHING))
+                ended = await self._ended(FairTime(self._record.pid, _FINISHING))
             if left := self._left():
                 return Stopped(Ending.KILLED, left)
             return Stopped(Ending.SHUT_DOWN if ended else Ending.LATE)
@@ -129,7 +129,7 @@ class _Stopping:
         path = f"{TOOLS_MOUNTPOINT}/bin/busybox"
         call = Agent(self._folder.path).call("guest-exec", Nothing, path=path, arg=argv)
         asking = asyncio.ensure_future(call)
-        patience = Patience(self._record.pid, _ASKING)
+        patience = FairTime(self._record.pid, _ASKING)
         try:
             while not asking.done() and (pause := patience.pause()):
                 await asyncio.wait({asking}, timeout=pause)
@@ -139,7 +139,7 @@ class _Stopping:
             with contextlib.suppress(OnecopyError, asyncio.CancelledError):
                 await asking
 
-    async def _ended(self, patience: Patience, *, while_busy: bool = False) -> bool:
+    async def _ended(self, patience: FairTime, *, while_busy: bool = False) -> bool:
         """Wait until it has ended, as long as there is patience; whether it has."""
         while pause := patience.pause():
             if await wait_for_end(self._record, pause):

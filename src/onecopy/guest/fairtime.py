@@ -1,7 +1,7 @@
 """The time that a guest gets for something, which it may not use while it waits for processors.
 
 On a host with more to do than it can, a guest's seconds are few: what its threads waited for the
-host's processors (proc_pid_schedstat, run_delay) is not counted, or only a fifth of it.
+host's processors (proc_pid_schedstat, run_delay) is not counted, or only a tenth of it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from onecopy.host.files import ROOT
 #: Seconds between two looks, and from which on it can be told whether a guest rests.
 _LOOK, _BEGINNING = 0.25, 1.0
 #: The least share of time that is counted.
-_LEAST = 0.2
+_LEAST = 0.1
 #: Share of the time counted below which a guest waits for something else than processors.
 _RESTING = 0.5
 
 
-class Patience:
+class FairTime:
     """A guest's time, beginning now."""
 
     def __init__(self, pid: int, seconds: float, root: Path = ROOT) -> None:
