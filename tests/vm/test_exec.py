@@ -31,6 +31,8 @@ from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
 from tests.vm.conftest import Clones, Cold, RunIn
 
+#: Takes more and more memory (perl).
+_HOG = "push @taken, 'x' x 1e6 while 1"
 EXEC = [str(Path(sys.executable).with_name("onecopy")), "exec"]
 #: Seconds after which something that must not block has blocked.
 STUCK = 120
@@ -321,4 +323,10 @@ def test_in_a_debian_with_systemd(cold: Cold, systemd_root: Artifact, run_in: Ru
     assert (state.exit_code, state.stdout) == (0, b"running\n"), failed
     assert run_in(guest, "systemctl", "is-active", "multi-user.target").stdout == b"active\n"
     assert run_in(guest, "cat", "/proc/1/comm").stdout == b"systemd\n"
+    # The agent has logged none of that, and a program that takes all memory takes nobody with it.
+    journal = run_in(guest, "sh", "-c", "journalctl -q | grep -c -e qemu-ga -e guest-exec")
+    assert journal.stdout == b"0\n"
+    assert run_in(guest, "perl", "-e", _HOG).exit_code == 137
+    assert b"Killed process" in run_in(guest, "dmesg").stdout
+    assert run_in(guest, "systemctl", "is-system-running").stdout == b"running\n"
     assert run_in(guest, "hostname").stdout.decode().strip() == guest.name

@@ -39,6 +39,12 @@ _NO_VERSION = re.compile(r"E: (?:Version|Release) '(\S+)' for '(\S+)' was not fo
 _NO_PACKAGE = re.compile(r"Unable to locate package (\S+)|Package '(\S+)' has no installation")
 _NO_SUITE = re.compile(r"does not have a Release file|404 +Not Found")
 _EXPIRED = re.compile(r"Release file for (\S+) is (?:expired|not valid yet)")
+# As in Docker's images (apt.conf(5)).
+_APT = """\
+Acquire::GzipIndexes "true";
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+"""
 _NO_NETWORK = re.compile(
     r"Could not (connect|resolve)|Unable to connect|Temporary failure|timed out"
 )
@@ -111,6 +117,7 @@ class DebianSource(msgspec.Struct, frozen=True):
                 if disk_is_full(error):
                     raise
                 raise self.explain(error.output) from error
+            _spare_memory(into)
             progress("taking out what differs from run to run")
             varying = normalise(into, start)
         if varying:
@@ -149,6 +156,13 @@ class DebianSource(msgspec.Struct, frozen=True):
             what = f"Debian {self.suite} cannot be installed"
             hint = "the lines above are mmdebstrap's"
         return BadSource(f"{what}\n{said}", hint=hint)
+
+
+def _spare_memory(tree: Path) -> None:
+    """Have apt keep package lists compressed, and no cache of them: all are in a guest's memory."""
+    settings = tree / "etc/apt/apt.conf.d"
+    if settings.is_dir():
+        (settings / "90onecopy").write_text(_APT)
 
 
 def _broken(lines: Sequence[str]) -> tuple[str, str] | None:

@@ -23,11 +23,11 @@ TOOLS_NAME = "onecopy-tools"
 #: The compiler is for a program of ours, and no part of the segment.
 _PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
 _SCRIPTS = (
-    *("start", "agent", "session", "exec", "stop", "off", "programs", "unwatched"),
+    *("start", "session", "exec", "stop", "off", "programs", "unwatched"),
     *("names", "keys", "renew", "timers", "segment", "fit"),
 )
-#: In C.
-_PROGRAMS = ("identity", "watcher")
+#: In C. "quiet" is a library.
+_PROGRAMS = ("identity", "watcher", "keeper", "exec")
 #: Those that are called by their own names.
 _COMMANDS = ("onecopy-segment", "dhcp")
 
@@ -98,8 +98,10 @@ def _assemble(debian: Path, tree: Path) -> None:
         # The loader itself is listed by its absolute path: only plain names are libraries.
         if arrow and "/" not in name and str(debian) in rest:
             shutil.copy(rest.split(" (")[0], tree / "lib" / name.strip())
+    compiler: list[str | Path] = [*unpacked, debian / "usr/bin/tcc", "-nostdlib", "-nostdinc"]
     for program in _PROGRAMS:
-        _compile([*unpacked, debian / "usr/bin/tcc"], program, tree / "bin")
+        _compile([*compiler, "-static"], program, tree / "bin" / program)
+    _compile([*compiler, "-shared"], "quiet", tree / "lib/quiet.so")
     for applet in run([busybox, "--list"]).split():
         (tree / "applets" / applet).symlink_to("../bin/busybox")
     for name in (*_SCRIPTS, *_COMMANDS):
@@ -108,12 +110,11 @@ def _assemble(debian: Path, tree: Path) -> None:
         (tree / name).chmod(0o755)
 
 
-def _compile(compiler: Sequence[str | Path], name: str, into: Path) -> None:
-    """Compile a program that needs no library and no header."""
-    with tempfile.TemporaryDirectory(dir=into) as sources:
+def _compile(compiler: Sequence[str | Path], name: str, out: Path) -> None:
+    """Compile a program that needs no library and no header but ours."""
+    with tempfile.TemporaryDirectory(dir=out.parent) as sources:
         # Parts of a program are files that it includes.
         for part in files().iterdir():
-            if part.name.endswith(".c"):
+            if part.name.endswith((".c", ".h")):
                 (Path(sources) / part.name).write_bytes(part.read_bytes())
-        source = Path(sources) / f"{name}.c"
-        run([*compiler, "-static", "-nostdlib", "-nostdinc", "-o", into / name, source])
+        run([*compiler, "-o", out, Path(sources) / f"{name}.c"])

@@ -35,7 +35,15 @@ TIMED_OUT = 124
 
 _BUSYBOX = f"{TOOLS_MOUNTPOINT}/bin/busybox"
 #: BUSYBOX TAG: ends the wrapper of that tag, and all in its session, of which we have not heard.
-_KILL = 'for pid in $("$0" pgrep -f "/exec $1 "); do kill -9 "-$pid"; done'
+#: Of a command line, whose words end in zeros, the shell reads all but the zeros.
+_KILL = """\
+for at in /proc/[0-9]*; do
+    line=
+    read -r line <"$at/cmdline"
+    case $line in
+        *"/exec$1"*) kill -9 "-${at#/proc/}" ;;
+    esac
+done 2>/dev/null"""
 
 
 class _Started(msgspec.Struct, frozen=True):

@@ -1,0 +1,36 @@
+/*
+ * What programs without a C library share: system calls, and _start, which calls
+ * begin(argc and argv as the kernel left them). For tcc, and Linux on x86-64 (syscalls(2)).
+ */
+
+enum {
+    SYS_read, SYS_write, SYS_open, SYS_close, SYS_poll = 7, SYS_rt_sigaction = 13, SYS_ioctl = 16,
+    SYS_pipe = 22, SYS_dup2 = 33, SYS_nanosleep = 35, SYS_getpid = 39, SYS_fork = 57, SYS_execve = 59, SYS_exit,
+    SYS_wait4, SYS_fcntl = 72, SYS_getppid = 110, SYS_prctl = 157, SYS_pidfd_open = 434
+};
+
+struct pollfd { int fd; short events, revents; };
+enum { POLLIN = 1, POLLOUT = 4 };
+
+long call(long number, ...);
+asm(".globl _start\n"
+    "_start: mov %rsp, %rdi\n and $-16, %rsp\n call begin\n"
+    ".globl call\n"
+    "call: mov %rdi, %rax\n mov %rsi, %rdi\n mov %rdx, %rsi\n mov %rcx, %rdx\n mov %r8, %r10\n"
+    "syscall\n ret\n");
+
+/* The compiler calls it where a structure is filled. */
+void *memset(void *at, int value, unsigned long size)
+{
+    for (char *byte = at; size; size--)
+        *byte++ = value;
+    return at;
+}
+
+static long length(char *text)
+{
+    long count = 0;
+    while (text[count])
+        count++;
+    return count;
+}
