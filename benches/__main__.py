@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,6 +26,7 @@ from benches.many import measure_many
 from benches.report import Report, machine_facts
 from benches.setup import ALONE, SYSTEM, Setup, set_up
 from benches.starts import measure_starts
+from benches.translated import measure_translated
 from benches.truth import measure_truth
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
@@ -33,7 +35,7 @@ from onecopy.vmm.accel import Choice
 
 PARTS = ("starts", "batches", "programs", "first", "kinds", "idle")
 #: Only when asked for: they need a large root, nearly all of the host, or much time.
-FURTHER = ("layout", "many", "truth")
+FURTHER = ("layout", "many", "truth", "translated")
 
 
 def _arguments() -> argparse.Namespace:
@@ -116,13 +118,21 @@ async def _all(setup: Setup, arguments: argparse.Namespace) -> Report:
         report.kinds = await measure_kinds(setup, arguments.guests, not arguments.no_ksm, _tell)
     if "idle" in wanted:
         report.idle = await measure_idle(setup, arguments.idle, not arguments.no_ksm, _tell)
+    await _further(setup, arguments, wanted, report)
+    return report
+
+
+async def _further(
+    setup: Setup, arguments: argparse.Namespace, wanted: Sequence[str], report: Report
+) -> None:
     if "layout" in wanted:
         report.layouts = await measure_layouts(setup, arguments.layouts, _tell)
     if "many" in wanted:
         report.many = await measure_many(setup, arguments.many, _tell)
     if "truth" in wanted:
         report.truth = await measure_truth(setup, arguments.idle, arguments.guests, _tell)
-    return report
+    if "translated" in wanted:
+        report.translated = await measure_translated(setup, arguments.programs, _tell)
 
 
 def main() -> int:

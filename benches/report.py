@@ -24,6 +24,7 @@ from benches.merging import Merged
 from benches.places import Place
 from benches.setup import Setup
 from benches.starts import MOMENTS, Starts
+from benches.translated import Room
 from benches.truth import Truth
 from onecopy.host import meminfo, prefetch
 from onecopy.model import format_size
@@ -51,6 +52,7 @@ class Report:
     layouts: list[Layout] | None = None
     many: Many | None = None
     truth: Truth | None = None
+    translated: list[Room] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Seconds and bytes; each spread with all its values."""
@@ -81,13 +83,20 @@ class Report:
             parts.append("### The first guest\n\n" + _first_guests(self.first))
         if self.idle:
             parts.append("### An idle clone, beyond the shared copy\n\n" + _idle(self.idle))
+        parts += self._further()
+        return "\n\n".join(parts) + "\n"
+
+    def _further(self) -> list[str]:
+        parts = []
         if self.layouts:
             parts.append("### Large files, as they are and aligned\n\n" + _layouts(self.layouts))
         if self.many:
             parts.append("### Many clones at once\n\n" + _many(self.many))
         if self.truth:
             parts.append("### Whether the figures are true\n\n" + _truth(self.truth))
-        return "\n\n".join(parts) + "\n"
+        if self.translated:
+            parts.append("### Room for translated code (TCG)\n\n" + _rooms(self.translated))
+        return parts
 
 
 def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, str]:
@@ -133,6 +142,23 @@ def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
             f"{merging.full_scans} full scans; the guests of that column are those of the first."
         )
     return text
+
+
+def _rooms(rooms: Sequence[Room]) -> str:
+    most = {room.work: room for room in rooms if room.size == max(r.size for r in rooms)}
+    head = ["work", "room", "processor time", "of that with most room", "dropped", "QEMU's own"]
+    rows = [
+        [
+            room.work,
+            _mib(room.size),
+            _s(room.cpu),
+            f"{room.cpu / most[room.work].cpu:.2f}",
+            f"{room.dropped:g}",
+            _mib(room.private),
+        ]
+        for room in rooms
+    ]
+    return table(head, rows)
 
 
 def _starts(starts: Starts) -> str:

@@ -13,7 +13,18 @@ from msgspec.structs import fields, replace
 
 from onecopy.errors import GuestFailed, MissingProgram
 from onecopy.model import HUGE_PAGE_SIZE, MIB, Mergeable
-from onecopy.vmm.argv import MAX_SEGMENTS, Card, Hardware, Kernel, Launch, Mode, Ram, Slot, command
+from onecopy.vmm.argv import (
+    LEAST_TRANSLATED,
+    MAX_SEGMENTS,
+    Card,
+    Hardware,
+    Kernel,
+    Launch,
+    Mode,
+    Ram,
+    Slot,
+    command,
+)
 from onecopy.vmm.launch import launch, prepare
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu import Qemu, probe
@@ -70,6 +81,7 @@ def _cases(root: Path) -> dict[str, Case]:
         "classes-rom": (replace(hardware, segments=modes), replace(clone, rom=True)),
         "unmergeable": (hardware, replace(clone, ksm=Mergeable.NONE)),
         "traces": (hardware, replace(clone, traces=("qemu_system_shutdown_request", "other"))),
+        "translated": (hardware, replace(clone, translated=LEAST_TRANSLATED)),
         "extra": (hardware, replace(clone, extra=("-S",))),
     }
 

@@ -17,6 +17,7 @@ import pytest
 
 from onecopy.build.create import NewRange, create_segment
 from onecopy.errors import GuestFailed, StoreDamaged
+from onecopy.guest import admission
 from onecopy.guest.attach import attach
 from onecopy.guest.disks import DiskSpec
 from onecopy.guest.fitting import Fitting
@@ -24,12 +25,14 @@ from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.save import save_guest
 from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.host import smaps
 from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
 from onecopy.store import Artifact
 from onecopy.vmm import bounds, logs
+from onecopy.vmm.argv import LEAST_TRANSLATED
 from onecopy.vmm.bounds import LOG_ROOM
-from onecopy.vmm.monitor import Monitor
-from tests.vm.conftest import Clones, RunIn
+from onecopy.vmm.monitor import Monitor, connect
+from tests.vm.conftest import Clones, Cold, RunIn
 
 DISK = 64 * MIB
 
@@ -84,6 +87,33 @@ def test_real_ones(host: Host, clones: Clones, fitted: GuestRecord, run_in: RunI
     after = limits(plain)
     assert after["data size"] - before["data size"] == HUGE_PAGE_SIZE
     assert after["address space"] - before["address space"] == 2 * HUGE_PAGE_SIZE
+
+
+def test_translated_code(host: Host, cold: Cold, python_root: Artifact, run_in: RunIn) -> None:
+    """Under TCG a guest that works fills the memory for it, and takes no more."""
+    # A boot alone is more code than there is room for.
+    guest = cold(python_root, translated=LEAST_TRANSLATED)
+    if guest.accel == "tcg":
+        said = asyncio.run(_human(host, guest, "info jit"))
+        (dropped,) = re.findall(r"TB flush count\s+(\d+)", said)
+        assert int(dropped) >= 1, said
+    work = (
+        "import glob; [compile(open(f).read(), f, 'exec') for f in glob.glob('/usr/lib/py*/*.py')]"
+    )
+    done = run_in(guest, "python3", "-c", work, timeout=600)
+    assert done.exit_code == 0, done.stderr
+    own = [m for m in smaps.read(guest.pid) if not m.path.startswith("/") and m.size < guest.memory]
+    code = sum(mapping.private for mapping in own if "x" in mapping.perms and not mapping.path)
+    room = LEAST_TRANSLATED if guest.accel == "tcg" else 0
+    assert room * 0.7 <= code <= room
+    # What admission counts besides the guest's RAM.
+    counted = admission.of_cold("kvm", 0).each + room
+    assert sum(mapping.private for mapping in own) < counted
+
+
+async def _human(host: Host, guest: GuestRecord, line: str) -> str:
+    async with connect(host.run / guest.name / "monitor.sock") as monitor:
+        return await monitor.human(line)
 
 
 def test_a_guest_that_says_too_much(host: Host, clones: Clones, run_in: RunIn) -> None:

@@ -146,18 +146,17 @@ class Host:
         )
         found = host.store.resolve(Reference.parse(system), "system")
         source = await asyncio.to_thread(start.template, host, found, choice(accel))
+        added = added_memory(fitting, source.config)
+        need = admission.of_clones(source.accel.name, count, added)
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-            spec = start.CloneSpec(ports, bridge, mergeable(ksm), fitting, allow_host)
+            spec = start.CloneSpec(
+                ports, bridge, mergeable(ksm), fitting, allow_host, need.translated
+            )
             return start.start_clone(host, source, name, spec, batch)
 
         names = many.names_for(found.name, name, count)
-        each = (
-            0
-            if overcommit
-            else admission.of_clone(source.accel.name, added_memory(fitting, source.config))
-        )
-        guests = await self._begin(names, publish, each, one)
+        guests = await self._begin(names, publish, 0 if overcommit else need.each, one)
         try:
             yield guests
             await self._sync(guests)
@@ -182,14 +181,15 @@ class Host:
         host, spec = self._swept(), cold_spec(segment, options)
         spec = replace(spec, bridge=bridge, ksm=mergeable(ksm), disks=_disks(disks, name, count))
         prepared = await asyncio.to_thread(cold.prepare_cold, host, spec)
+        need = admission.of_cold(prepared.accel.name, prepared.hardware.memory, count)
+        spec = replace(spec, translated=need.translated)
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
             mine = replace(prepared, spec=replace(spec, publish=ports))
             return boot.run_cold(host, mine, name, batch)
 
         names = many.names_for(prepared.root.name, name, count)
-        needed = admission.of_cold(prepared.accel.name, prepared.hardware.memory)
-        guests = await self._begin(names, publish, 0 if overcommit else needed, one)
+        guests = await self._begin(names, publish, 0 if overcommit else need.each, one)
         try:
             yield guests
             await self._sync(guests)

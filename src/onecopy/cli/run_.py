@@ -23,9 +23,10 @@ from onecopy.cli.params import (
     typed_options,
 )
 from onecopy.errors import InvalidInput
-from onecopy.model import Mergeable, Reference
+from onecopy.model import MIB, Mergeable, Reference
 
 if TYPE_CHECKING:
+    from onecopy.guest.admission import Need
     from onecopy.guest.disks import DiskSpec
     from onecopy.guest.folder import Batch, GuestRecord
     from onecopy.guest.host import Host
@@ -123,9 +124,10 @@ def command(
             _tell_of_ksm(tell)
         options |= {"ksm": ksm, "bridge": bridge, "disks": disks}
         if cold:
-            starter, each = _cold(host, source, options, tell, needs_agent=bool(cmd))
+            starter, need = _cold(host, source, options, count, tell, needs_agent=bool(cmd))
         else:
-            starter, each = _clone(host, source, options, needs_agent=bool(cmd))
+            starter, need = _clone(host, source, options, count, needs_agent=bool(cmd))
+        _tell_of_room(tell, need)
         ports = {one: numbered(publish, number) for number, one in enumerate(names)}
         if dry_run:
             argv = [starter(one, ports[one]).argv() for one in names]
@@ -135,7 +137,7 @@ def command(
                 names,
                 lambda one, batch: starter(one, ports[one]).start(batch),
                 keep_going=keep_going,
-                each=0 if overcommit else each,
+                each=0 if overcommit else need.each,
             )
             code = _started(_finished(host, start, cmd, keep), as_json, bool(cmd))
             pool.refill(host)
@@ -158,8 +160,8 @@ class _Start:
 
 
 def _clone(
-    host: Host, source: Reference, options: dict[str, Any], *, needs_agent: bool
-) -> tuple[Callable[[str, Ports], _Start], int]:
+    host: Host, source: Reference, options: dict[str, Any], count: int, *, needs_agent: bool
+) -> tuple[Callable[[str, Ports], _Start], Need]:
     from onecopy.guest import admission, start
     from onecopy.guest.fitting import Fitting, added_memory
     from onecopy.guest.folder import no_agent
@@ -182,25 +184,29 @@ def _clone(
     if needs_agent and not template.config.agent:
         raise no_agent(str(source))
 
+    added = added_memory(fitting, template.config)
+    need = admission.of_clones(template.accel.name, count, added)
+
     def starter(name: str, ports: Ports) -> _Start:
         bridge, ksm, allow_host = (options[key] for key in ("bridge", "ksm", "allow_host"))
-        spec = start.CloneSpec(ports, bridge, Mergeable(ksm), fitting, allow_host)
+        spec = start.CloneSpec(ports, bridge, Mergeable(ksm), fitting, allow_host, need.translated)
         return _Start(
             lambda: start.dry_run(host, template, name, spec),
             lambda batch: start.start_clone(host, template, name, spec, batch),
         )
 
-    return starter, admission.of_clone(template.accel.name, added_memory(fitting, template.config))
+    return starter, need
 
 
 def _cold(
     host: Host,
     source: Reference,
     options: dict[str, Any],
+    count: int,
     tell: Callable[[str], None],
     *,
     needs_agent: bool,
-) -> tuple[Callable[[str, Ports], _Start], int]:
+) -> tuple[Callable[[str, Ports], _Start], Need]:
     from msgspec.structs import replace
 
     from onecopy.guest import admission, boot, cold
@@ -212,15 +218,27 @@ def _cold(
     if needs_agent and not prepared.agent:
         raise no_agent(str(source))
     tell(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
+    need = admission.of_cold(prepared.accel.name, prepared.hardware.memory, count)
+    spec = replace(prepared.spec, translated=need.translated)
 
     def starter(name: str, ports: Ports) -> _Start:
-        mine = replace(prepared, spec=replace(prepared.spec, publish=ports))
+        mine = replace(prepared, spec=replace(spec, publish=ports))
         return _Start(
             lambda: boot.dry_run(host, mine, name),
             lambda batch: boot.run_cold(host, mine, name, batch),
         )
 
-    return starter, admission.of_cold(prepared.accel.name, prepared.hardware.memory)
+    return starter, need
+
+
+def _tell_of_room(tell: Callable[[str], None], need: Need) -> None:
+    from onecopy.vmm.argv import TRANSLATED
+
+    if need.translated < TRANSLATED:
+        tell(
+            f"the host has memory for {need.translated // MIB} MiB of translated code in each "
+            f"QEMU, not {TRANSLATED // MIB}: guests that work are slower"
+        )
 
 
 def _tell_of_ksm(tell: Callable[[str], None]) -> None:

@@ -61,6 +61,7 @@ def launch_spec(
         card=card,
         publish=prepared.spec.publish,
         ksm=open_to(prepared.spec.ksm, prepared.domain),
+        translated=prepared.spec.translated,
     )
 
 

@@ -24,7 +24,7 @@ from onecopy.guest.machine import SystemConfig
 from onecopy.model import MIB, Mergeable, Reference, align_up
 from onecopy.store import Artifact, Store
 from onecopy.vmm.accel import Accelerator, Choice, choose
-from onecopy.vmm.argv import Hardware
+from onecopy.vmm.argv import TRANSLATED, Hardware
 from onecopy.vmm.cpu import DEFAULT, qemu_cpu
 
 #: Bytes that a guest needs to come up. QEMU 10.0.13 tells guests of queues eight times as long as
@@ -64,6 +64,8 @@ class ColdSpec(msgspec.Struct, frozen=True):
     disks: tuple[DiskSpec, ...] = ()
     """They come once the guest is ready."""
     accel: Choice = Choice.AUTO
+    translated: int = TRANSLATED
+    """Bytes for translated code under TCG (admission.py)."""
     kernel: Path | None = None
     modules: Path | None = None
 

@@ -98,14 +98,14 @@ async def _start(
     host: Host, source: Template, names: list[str], owner: Path, port: int
 ) -> tuple[list[GuestRecord], float]:
     """The guests, and how many seconds it took until they were handed out."""
-    spec = CloneSpec(publish=((0, port),) if port else ())
+    need = admission.of_clones(source.accel.name, len(names))
+    spec = CloneSpec(publish=((0, port),) if port else (), translated=need.translated)
 
     def start(name: str, batch: Batch) -> asyncio.Future[GuestRecord]:
         return asyncio.ensure_future(start_clone(host, source, name, spec, batch))
 
     began = time.monotonic()
-    each = admission.of_clone(source.accel.name)
-    done = await start_many(host, names, start, owner=owner, each=each)
+    done = await start_many(host, names, start, owner=owner, each=need.each)
     return list(done.guests), time.monotonic() - began
 
 

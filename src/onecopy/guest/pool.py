@@ -58,7 +58,8 @@ async def resize(host: Host, artifact: Artifact, size: int) -> Pool:
     """
     if size:
         source = start.template(host, artifact)
-        admission.require(admission.of_clone(source.accel.name), size - _ready(host, artifact))
+        missing = max(size - _ready(host, artifact), 1)
+        admission.require(admission.of_clones(source.accel.name, missing).each, missing)
     _note(host, artifact.ref, size)
     await fill(host)
     return Pool(artifact.ref, size, tuple(_of(host, artifact)))
@@ -80,11 +81,13 @@ async def fill(host: Host) -> None:
 
 async def _prepare(host: Host, artifact: Artifact, count: int) -> None:
     source = start.template(host, artifact)
+    need = admission.of_clones(source.accel.name, count)
+    spec = start.CloneSpec(translated=need.translated)
     await many.start_many(
         host,
         [f"{POOL}{secrets.token_hex(4)}" for _ in range(count)],
-        lambda name, batch: start.prepare_clone(host, source, name, batch),
-        each=admission.of_clone(source.accel.name),
+        lambda name, batch: start.prepare_clone(host, source, name, batch, spec),
+        each=need.each,
     )
 
 

@@ -43,8 +43,14 @@ from onecopy.vmm.reply import decimal, shown
 #: longer than the kernel puts off what is not urgent (one second: net/core/link_watch.c).
 _RESTING = 0.02
 _REST = 1.25
+#: The same with an init of the image's own: udev ends workers that were idle for 3 s (event_run()
+#: in systemd's src/udev/udevd.c), which each clone would do again.
+_REST_OF_INIT = 3.75
 #: Seconds after which a guest that does not come to rest is saved all the same.
-_PATIENCE = 10.0
+_PATIENCE, _PATIENCE_WITH_INIT = 10.0, 20.0
+#: Wait until udev has seen to all devices, as `udevadm settle` does: systemd calls a system running
+#: while modules are still being loaded for its devices. Five minutes at most.
+_SETTLED = "n=0; while [ -e /run/udev/queue ] && [ $n -lt 600 ]; do sleep .5; n=$((n + 1)); done"
 
 
 class Saved(msgspec.Struct, frozen=True):
@@ -82,7 +88,9 @@ async def save_system(
         )
     config = system_config(host, prepared)
     _require_fixed(config.segments)
-    admission.require(admission.of_cold(prepared.accel.name, prepared.hardware.memory))
+    need = admission.of_cold(prepared.accel.name, prepared.hardware.memory)
+    admission.require(need.each)
+    prepared = replace(prepared, spec=replace(prepared.spec, translated=need.translated))
     require_disk(host.store.root, prepared.hardware.memory + STATE_ROOM)
     name = f"saving-{secrets.token_hex(4)}"
     with (
@@ -98,7 +106,9 @@ async def save_system(
             config = await _hooked(folder.path, on_clone, config)
             config = await _rehearsed(folder.path, name, card, config)
             progress("ready; waiting until it is quiet")
-            await _quiet(vmm)
+            if prepared.command is None:
+                await run_captured(folder.path, ["sh", "-c", _SETTLED], timeout=600)
+            await _quiet(vmm, with_init=prepared.command is None)
             progress("freezing it")
             source = Source(vmm.pid, prepared.hardware.memory, None)
             still = frozen(folder.path, progress, last=True)
@@ -258,18 +268,19 @@ async def _cpu_room(folder: Path) -> int:
     return decimal(last, "the last processor of the guest", most=1 << 16) + 1 if last else 0
 
 
-async def _quiet(vmm: Vmm) -> None:
+async def _quiet(vmm: Vmm, *, with_init: bool) -> None:
     """Wait until the guest rests: what it was still about to do each clone would do again.
 
-    Right after boot that is much: links coming up, delayed work, start-up jobs. A guest that never
-    rests is taken as it is after ``_PATIENCE``.
+    Right after boot that is much: links coming up, delayed work, start-up jobs, with an init of the
+    image's own also modules for its devices. A guest that never rests is taken as it is.
     """
-    deadline = time.monotonic() + _PATIENCE
+    rest = _REST_OF_INIT if with_init else _REST
+    deadline = time.monotonic() + (_PATIENCE_WITH_INIT if with_init else _PATIENCE)
     used = process.cpu_seconds(vmm.pid)
     while time.monotonic() < deadline:
-        await asyncio.sleep(_REST)
+        await asyncio.sleep(rest)
         before, used = used, process.cpu_seconds(vmm.pid)
-        if used - before <= _REST * _RESTING:
+        if used - before <= rest * _RESTING:
             return
 
 

@@ -39,7 +39,7 @@ from onecopy.model import Mergeable
 from onecopy.store import Artifact
 from onecopy.vmm import answering
 from onecopy.vmm.accel import Accelerator, Choice, choose
-from onecopy.vmm.argv import Card, Hardware, Launch, Ram, command
+from onecopy.vmm.argv import TRANSLATED, Card, Hardware, Launch, Ram, command
 from onecopy.vmm.launch import Vmm, prepare
 from onecopy.vmm.monitor import connect
 
@@ -55,6 +55,8 @@ class CloneSpec(msgspec.Struct, frozen=True):
     fitting: Fitting = NOTHING
     allow_host: bool = False
     """Whether its user-mode network reaches what listens on the host."""
+    translated: int = TRANSLATED
+    """Bytes for translated code under TCG (admission.py)."""
 
     @property
     def can_be_prepared(self) -> bool:
@@ -134,6 +136,7 @@ def launch_spec(
         card=card,
         publish=spec.publish,
         ksm=open_to(spec.ksm, source.domain),
+        translated=spec.translated,
     )
 
 
@@ -177,12 +180,14 @@ async def start_clone(
             return handed_out(folder, vmm, record, began)
 
 
-async def prepare_clone(host: Host, source: Template, name: str, batch: Batch) -> GuestRecord:
+async def prepare_clone(
+    host: Host, source: Template, name: str, batch: Batch, spec: CloneSpec = _PLAIN
+) -> GuestRecord:
     """A VMM that is to become a clone some time (pool.py): the saved state is loaded, and it waits.
 
     Raises as `start_clone`.
     """
-    async with _launched(host, source, name, _PLAIN, batch, runs=False) as (folder, vmm, record, _):
+    async with _launched(host, source, name, spec, batch, runs=False) as (folder, vmm, record, _):
         folder.set_aside(record)
         vmm.detach()
         return record

@@ -52,11 +52,15 @@ KERNEL_LINE = (
     # maxmem would make Linux set aside 64 MiB for bounce buffers that no device here needs.
     "swiotlb=noforce "
     # QEMU's TSC does not drift between vCPUs of one VMM: no watchdog timer that wakes idle guests.
-    "tsc=reliable nowatchdog "
+    "tsc=reliable nowatchdog mce=ignore_ce "
     # Nor do tidy-up timers: memory in no need of compacting, counters that nobody reads.
     "sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=60 "
     "random.trust_cpu=on net.ifnames=0"
 )
+#: Bytes of QEMU's memory for the guest's code as TCG has translated it: as much as work needs
+#: (benches/translated.py), and the least that a guest is started with. Once they are full all is
+#: dropped, and translated anew when it runs (tcg/region.c). QEMU's own choice is up to 1 GiB.
+TRANSLATED, LEAST_TRANSLATED = 128 * MIB, 32 * MIB
 #: What a kernel by itself is told, which may not be Linux.
 BARE_KERNEL_LINE = "console=ttyS0,115200"
 
@@ -158,6 +162,8 @@ class Launch(msgspec.Struct, frozen=True):
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
     ports_later: bool = False
     """Ports may be published while it runs."""
+    translated: int = TRANSLATED
+    """Bytes for translated code under TCG."""
     ksm: Mergeable = Mergeable.RAM
     """QEMU offers the guest's memory to KSM, spawn.py the VMM's own. KSM knows no trust domains."""
     later: Path | None = None
@@ -206,7 +212,7 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
         "-machine",
         f"{hardware.machine},{options},memory-backend=ram",
         "-accel",
-        launch.accel,
+        _accelerator(launch),
         "-cpu",
         hardware.cpu,
         "-smp",
@@ -216,6 +222,12 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
         "-device",
         "vmgenid,guid=auto",
     ]
+
+
+def _accelerator(launch: Launch) -> str:
+    # It is no part of a machine's state: what was saved with another size starts.
+    tcg = launch.accel == "tcg"
+    return f"tcg,tb-size={launch.translated // MIB}" if tcg else launch.accel
 
 
 def _processors(cpus: int) -> str:

@@ -23,8 +23,6 @@ LOG_ROOM = 4 * MIB
 _THREADS = 96
 #: Bytes of QEMU's own memory, without the stacks of these threads, which are hardly touched.
 _OWN = 512 * MIB
-#: TCG's translated code (tcg/region.c), which grows up to that.
-_TRANSLATED = 1024 * MIB
 #: Programs, libraries and what is mapped for a moment.
 _MAPPED = 1024 * MIB
 #: Descriptors: two and more for each queue of a device, one for each connection of the guest.
@@ -66,7 +64,7 @@ def memory(hardware: Hardware, spec: Launch) -> int:
 
 
 def _own(spec: Launch) -> int:
-    return _OWN + (_TRANSLATED if spec.accel == "tcg" else 0)
+    return _OWN + (spec.translated if spec.accel == "tcg" else 0)
 
 
 def _stack() -> int:
