@@ -29,8 +29,8 @@ NONE = "none"
 #: Each clone gets host keys of its own, at which OpenSSH's server starts itself anew (renew).
 _KEYS = "SSH host keys"
 _UNIT = ".service"
-#: Words in a line about a generator.
-_FIELDS = 6
+#: Tabs in a line about a generator.
+_TABS = 5
 #: Entries of each kind that a guest may tell, and characters of a word.
 _MOST = 100
 _WORD = 80
@@ -82,10 +82,15 @@ async def _look(folder: Path) -> Found:
     done = await _clone(folder, "look")
     if done.exit_code:
         raise GuestFailed(f"the guest does not tell what its programs are: {said(done)}")
-    lines = done.stdout.decode(errors="replace").splitlines()
+    return read(done.stdout)
+
+
+def read(told: bytes) -> Found:
+    """Read what a guest tells (build/files/clone, look); raise AgentFailed."""
+    lines = told.decode(errors="replace").splitlines()
     runs = [shown(line[5:], _WORD) for line in lines if line.startswith("runs ")]
-    rows = [line.split("\t") for line in lines if "\t" in line]
-    found = [_generator(row, runs) for row in rows[:_MOST] if len(row) == _FIELDS]
+    rows = [line.split("\t") for line in lines if line.count("\t") == _TABS]
+    found = [_generator(row, runs) for row in rows[:_MOST]]
     return Found(tuple(runs[:_MOST]), tuple(found))
 
 
@@ -94,8 +99,9 @@ def _generator(row: Sequence[str], runs: Sequence[str]) -> Generator:
     kind, program, unit, source, hook, processes = (shown(word, _WORD) for word in row)
     unit = "" if unit == "-" else unit
     ready = hook if hook in ready_hooks() else ""
-    names = {ready, f"restart:{program}", f"restart:{unit}", f"restart:{unit}".removesuffix(_UNIT)}
-    covers = (each for each in runs if each in names or _signals(each, program))
+    names = {program, unit, unit.removesuffix(_UNIT)} - {""}
+    hooks = {ready, *(f"restart:{name}" for name in names)}
+    covers = (each for each in runs if each in hooks or _signals(each, program))
     return Generator(
         program=program,
         unit=unit,
