@@ -159,6 +159,14 @@ def document(saved: "Saved") -> dict[str, Any]:
     }
 
 
+def _way(found: "Generator") -> str:
+    if found.hook:
+        return f"--clone-hook {found.hook}"
+    if found.unit.endswith(".service"):
+        return f"--clone-hook restart:{found.unit}"
+    return f"--clone-hook signal:NAME:{found.program}, if a signal has it seed again"
+
+
 def warning(generators: "Sequence[Generator]") -> list[str]:
     """What clones have in common, and what to do about it; nothing if nothing is left to do."""
     left = sorted((g for g in generators if not g.covered), key=lambda g: not g.secrets)
@@ -168,8 +176,7 @@ def warning(generators: "Sequence[Generator]") -> list[str]:
     for each in left:
         kind = "keys and tokens" if each.secrets else "numbers"
         unit = f" in {each.unit}" if each.unit else ""
-        what = each.hook or f"restart:{each.unit or each.program}"
-        lines.append(f"  {each.program}{unit} ({each.source}): {kind}; --clone-hook {what}")
+        lines.append(f"  {each.program}{unit} ({each.source}): {kind}; {_way(each)}")
     lines.append(
         "save again with these hooks (auto: all ready ones), or have --on-clone restart the "
         "programs; docs/saved-systems.md"
