@@ -13,6 +13,8 @@ from onecopy.guest.start import start_clone, template
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn
 
+#: Name -> values.
+Drawn = dict[str, set[str]]
 #: `... COMMAND`, after ``ask`` was defined: wait until it succeeds, for up to some minutes.
 SETTLED = """\
 settled() {
@@ -34,8 +36,12 @@ def write(run_in: RunIn, guest: GuestRecord, path: str, content: str, mode: str 
 
 def drawn(
     host: Host, system: Artifact, script: str, names: Sequence[str] = ("draws-1", "draws-2")
-) -> list[dict[str, str]]:
-    """What a shell script says in clones of ``system``: "NAME VALUE", a line each."""
+) -> list[Drawn]:
+    """What a shell script says in clones of ``system``: "NAME VALUE", a line each.
+
+    A request that is lost costs a clone a value: so there are several of each name, and clones that
+    draw alike have some in common.
+    """
     source = template(host, system)
     begun = start_many(
         host, names, lambda name, batch: start_clone(host, source, name, batch=batch)
@@ -48,9 +54,19 @@ def drawn(
             host.end(guest)
 
 
-def _said(host: Host, guest: GuestRecord, script: str) -> dict[str, str]:
+def _said(host: Host, guest: GuestRecord, script: str) -> Drawn:
     done = asyncio.run(run_captured(host.run / guest.name, ["sh", "-c", script], timeout=600))
     assert done.exit_code == 0, done
-    words = [line.partition(" ") for line in done.text.splitlines()]
-    assert all(value for _, _, value in words), done
-    return {name: value for name, _, value in words}
+    values: Drawn = {}
+    for line in done.text.splitlines():
+        name, _, value = line.partition(" ")
+        values.setdefault(name, set()).add(value)
+    assert "" not in set().union(*values.values()), done
+    return values
+
+
+def alike(pair: Sequence[Drawn]) -> set[str]:
+    """Names of which two clones have values in common."""
+    first, second = pair
+    assert first.keys() == second.keys()
+    return {name for name, values in first.items() if values & second[name]}
