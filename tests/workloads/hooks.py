@@ -23,7 +23,7 @@ from tests.vm.conftest import Cold, RunIn
 ROOT = Reference("hooks", "trixie")
 PACKAGES = (
     *("systemd-sysv", "dbus", "nginx", "postgresql", "nodejs", "default-jdk-headless"),
-    *("php-fpm", "rabbitmq-server", "rsyslog", "python3"),
+    *("php-fpm", "rabbitmq-server", "python3"),
 )
 SAVED = Reference("services-hooked")
 
@@ -121,7 +121,7 @@ for pool in /etc/php/*/fpm/pool.d/www.conf; do
     sed -i 's/^pm = .*/pm = static/; s/^pm.max_children = .*/pm.max_children = 1/' $pool
 done
 systemctl daemon-reload
-systemctl restart php8.4-fpm nginx rabbitmq-server rsyslog
+systemctl restart php8.4-fpm nginx rabbitmq-server
 systemctl start node-app java-app pool
 """
 #: "NAME VALUE": what each service draws, and the names that it has.
@@ -145,9 +145,6 @@ done
 echo rabbitmq-cookie $(md5sum </var/lib/rabbitmq/.erlang.cookie)
 echo rabbitmq-up $(rabbitmqctl -q await_startup && echo yes)
 echo rabbitmq-cluster $(rabbitmqctl -q eval 'rabbit_nodes:cluster_name().')
-logger here
-{SETTLED} grep -q here /var/log/syslog
-echo rsyslog $(grep here /var/log/syslog | tail -n 1 | cut -d ' ' -f 2)
 """
 #: Drawn from generators of programs.
 OWN = {
@@ -181,14 +178,14 @@ def guest(host: Host, cold: Cold, run_in: RunIn) -> GuestRecord:
 def save(host: Host, guest: GuestRecord) -> Iterator[dict[str, Saved]]:
     """What came of saving the guest without hooks ("plain"), and then with them."""
     plain = asyncio.run(save_guest(host, Reference(f"{SAVED.name}-plain"), guest.name))
-    hooked = asyncio.run(save_guest(host, SAVED, guest.name, clone_hooks=("auto", "rsyslog")))
+    hooked = asyncio.run(save_guest(host, SAVED, guest.name, clone_hooks=("auto",)))
     yield {"plain": plain, "hooked": hooked}
     for saved in (plain, hooked):
         host.store.remove(Reference.parse(saved.artifact.ref))
 
 
 def test_alike_without_hooks_and_not_with_them(host: Host, save: dict[str, Saved]) -> None:
-    hooks = ("jvm", "nginx", "node", "php-fpm", "postgresql", "rabbitmq", "rsyslog")
+    hooks = ("jvm", "nginx", "node", "php-fpm", "postgresql", "rabbitmq")
     assert save["hooked"].clone_hooks == hooks
     same = alike(drawn(host, save["plain"].artifact, DRAW))
     assert same >= OWN
@@ -199,6 +196,5 @@ def test_alike_without_hooks_and_not_with_them(host: Host, save: dict[str, Saved
         assert each.pop("rabbitmq-up") == {"yes"}
         # Ten tries a second.
         assert all(int(tries) <= 10 for tries in each.pop("pool-tries"))
-        assert each.pop("rsyslog") == {f"own-{number}"}
         assert f"own-{number}" in "".join(each.pop("rabbitmq-cluster"))
     assert not alike(pair)
