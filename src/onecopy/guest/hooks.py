@@ -142,4 +142,6 @@ async def _choose(
 
 
 async def _clone(folder: Path, *words: str) -> Completed:
-    return await run_captured(folder, ["sh", f"{TOOLS_MOUNTPOINT}/clone", *words], timeout=_TIMEOUT)
+    # The image's own shell may be any.
+    argv = [f"{TOOLS_MOUNTPOINT}/bin/busybox", "sh", f"{TOOLS_MOUNTPOINT}/clone", *words]
+    return await run_captured(folder, argv, timeout=_TIMEOUT)
