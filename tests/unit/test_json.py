@@ -16,6 +16,7 @@ from msgspec.structs import fields
 
 from onecopy.build.kernel import KernelConfig
 from onecopy.cli import onecopy
+from onecopy.cli.save_ import document
 from onecopy.demo import show
 from onecopy.demo.measure import Measured
 from onecopy.errors import GuestFailed
@@ -24,11 +25,12 @@ from onecopy.guest.advising import Advised, Step
 from onecopy.guest.artifacts import describe, describe_fully
 from onecopy.guest.disks import OwnDisk
 from onecopy.guest.folder import Attached, Device, GuestDisk, run_root
-from onecopy.guest.machine import MappedSegment, SystemConfig
+from onecopy.guest.machine import Generator, MappedSegment, SystemConfig
 from onecopy.guest.many import Started
 from onecopy.guest.pinning import Pinned
 from onecopy.guest.pool import Pool
 from onecopy.guest.reasons import Ended
+from onecopy.guest.save import Saved
 from onecopy.guest.warming import Warmed
 from onecopy.sharing import merging, report
 from onecopy.sharing.account import GuestAccount, SegmentUse
@@ -81,6 +83,8 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "inspect: artifact": [key for key in full if key not in describe(store, artifact)],
         "inspect: layer": list(full["layers"][0]),
         "inspect: config of a system": _struct(SystemConfig),
+        "inspect: generator of a system": _struct(Generator),
+        "save: document": list(document(Saved(artifact, 1, 1, 0.1))),
         "inspect: segment of a system": _struct(MappedSegment),
         "inspect: config of a kernel": _struct(KernelConfig),
         "inspect: guest": ["account"],

@@ -31,6 +31,12 @@ ROOTS = {"python": ("python3",), "systemd": ("systemd-sysv", "dbus")}
 #: Debian 13 as people run it.
 SERVICES = Reference("services", "trixie")
 SERVICES_PACKAGES = ("systemd-sysv", "dbus", "openssh-server", "cron")
+#: Debian 13 with services that hold random generators of their own (about 20 s to build).
+DAEMONS = Reference("daemons", "trixie")
+DAEMONS_PACKAGES = (
+    *("systemd-sysv", "dbus", "openssh-server"),
+    *("redis-server", "nginx", "python3"),
+)
 #: A system that is no Linux: the kernel by itself of that package.
 MEMTEST = Reference("memtest")
 MEMTEST_PACKAGE = "memtest86+"
@@ -56,7 +62,8 @@ def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Host
         ensure_tools(kept.store, suite=host)
         for suite in roots:
             _ensure_roots(kept, suite)
-        _ensure_services(kept)
+        _ensure_services(kept, SERVICES, SERVICES_PACKAGES)
+        _ensure_services(kept, DAEMONS, DAEMONS_PACKAGES)
         _ensure_memtest(kept)
         # The answers of QEMU and of the KVM probe are kept beside the store, too.
         choose(Choice.AUTO, kept.qemu.binary, kernel.layer("kernel").path, kept.store.cache)
@@ -70,10 +77,9 @@ def _ensure_roots(kept: Host, suite: str) -> None:
             build_segment(kept.store, ref, f"debian:{suite}", include=packages)
 
 
-def _ensure_services(kept: Host) -> None:
-    if not kept.store.find(SERVICES, "segment"):
-        source = f"debian:{SERVICES.version}"
-        build_segment(kept.store, SERVICES, source, include=SERVICES_PACKAGES)
+def _ensure_services(kept: Host, ref: Reference, packages: Sequence[str]) -> None:
+    if not kept.store.find(ref, "segment"):
+        build_segment(kept.store, ref, f"debian:{ref.version}", include=packages)
 
 
 def _ensure_memtest(kept: Host) -> None:

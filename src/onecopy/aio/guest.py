@@ -9,6 +9,7 @@ from onecopy.errors import InvalidInput, NotFound, ProgramFailed
 from onecopy.guest import attach, commit, copy, ended, save, stop
 from onecopy.guest.exec import Completed, run_streaming
 from onecopy.guest.folder import Attached, GuestFolder, GuestRecord
+from onecopy.guest.hooks import checked
 from onecopy.guest.host import Host
 from onecopy.guest.packing import Limits
 from onecopy.guest.place import StrPath
@@ -98,11 +99,19 @@ class Guest:
         ref = None if target is None else Reference.parse(target)
         return await commit.commit(self._host, self.name, segment, ref)
 
-    async def save(self, system: str, *, on_clone: str | None = None) -> save.Saved:
+    async def save(
+        self,
+        system: str,
+        *,
+        on_clone: str | None = None,
+        clone_hooks: Sequence[str] | None = None,
+    ) -> save.Saved:
         """Store it, as it is now, as a saved system; it goes on."""
         self._folder()
-        ref = Reference.parse(system)
-        return await save.save_guest(self._host, ref, self.name, on_clone=on_clone)
+        ref, hooks = Reference.parse(system), checked(clone_hooks)
+        return await save.save_guest(
+            self._host, ref, self.name, on_clone=on_clone, clone_hooks=hooks
+        )
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait up to ``timeout`` seconds until it ends by itself; return whether it has ended."""

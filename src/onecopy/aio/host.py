@@ -16,6 +16,7 @@ from onecopy.guest import admission, boot, cold, many, pool, save, start, stop
 from onecopy.guest.disks import DiskSpec, require_sensible
 from onecopy.guest.fitting import Fitting, added_memory
 from onecopy.guest.folder import Batch, GuestRecord
+from onecopy.guest.hooks import checked
 from onecopy.guest.host import Host as GuestHost
 from onecopy.guest.maps import report_all
 from onecopy.guest.place import StrPath
@@ -202,15 +203,19 @@ class Host:
         root: str,
         *,
         on_clone: str | None = None,
+        clone_hooks: Sequence[str] | None = None,
         progress: Callable[[str], None] = lambda _: None,
         **options: Unpack[BootOptions],
     ) -> save.Saved:
         """Boot a root segment, wait until it is ready, and save it as a system.
 
-        ``on_clone`` is a shell command that each clone runs before it is handed out.
+        Each clone runs ``clone_hooks`` (as `onecopy save --clone-hook`), then ``on_clone``, a shell
+        command, before it is handed out.
         """
-        spec, ref = cold_spec(root, options), Reference.parse(system)
-        return await save.save_system(self._swept(), ref, spec, progress, on_clone=on_clone)
+        spec, ref, hooks = cold_spec(root, options), Reference.parse(system), checked(clone_hooks)
+        return await save.save_system(
+            self._swept(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
+        )
 
     async def _begin(
         self,

@@ -24,7 +24,7 @@ TOOLS_NAME = "onecopy-tools"
 _PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
 _SCRIPTS = (
     *("start", "session", "exec", "stop", "off", "programs", "unwatched"),
-    *("names", "keys", "renew", "timers", "segment", "fit"),
+    *("names", "keys", "renew", "timers", "segment", "fit", "processes", "generators", "clone"),
 )
 #: In C. "quiet" is a library.
 _PROGRAMS = ("identity", "watcher", "keeper", "exec")
@@ -73,9 +73,15 @@ def ensure_tools(
 
 def _scripts_digest() -> str:
     digest = hashlib.sha256()
-    for entry in sorted(files().iterdir(), key=str):
-        digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
+    for entry in sorted([*files().iterdir(), *files().joinpath("hooks").iterdir()], key=str):
+        if entry.is_file():
+            digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def ready_hooks() -> list[str]:
+    """Return the names of the clone hooks that come with the tools (build/files/hooks)."""
+    return sorted(entry.name for entry in files().joinpath("hooks").iterdir())
 
 
 def _assemble(debian: Path, tree: Path) -> None:
@@ -108,6 +114,9 @@ def _assemble(debian: Path, tree: Path) -> None:
         (tree / name).write_bytes(resource(name))
     for name in _COMMANDS:
         (tree / name).chmod(0o755)
+    (tree / "hooks").mkdir()
+    for name in ready_hooks():
+        (tree / "hooks" / name).write_bytes(resource(f"hooks/{name}"))
 
 
 def _compile(compiler: Sequence[str | Path], name: str, out: Path) -> None:

@@ -133,6 +133,22 @@ class DiskType(click.ParamType[Any]):
         return DiskSpec.parse(str(value))
 
 
+class HookType(click.ParamType[Any]):
+    """A clone hook."""
+
+    name = "hook"
+
+    def convert(self, value: Any, param: object, ctx: object) -> str:
+        from onecopy.guest.hooks import check_hook
+
+        return check_hook(str(value))
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        from onecopy.build.tools import ready_hooks
+
+        return [CompletionItem(each) for each in ready_hooks() if each.startswith(incomplete)]
+
+
 domain_option = click.option(
     "--domain",
     metavar="NAME",

@@ -1,7 +1,7 @@
 """What makes a clone a machine of its own; nothing is handed out without.
 
 Name and machine-id, in the kernel and in files; address of its network card and of IP, clock,
-random numbers; SSH host keys if the image has some; and what a hook of the user's does. Not through
+random numbers; SSH host keys if the image has some; and what clone hooks do (hooks.py). Not through
 the guest agent: its first answer alone makes a clone run some ten thousand blocks of code that it
 has not run yet, which under TCG takes longer than all the rest of a start. A small program of ours
 that already waits in the saved system (build/files/identity.c) needs a fraction of that.
@@ -29,7 +29,7 @@ from onecopy.vmm.reply import address, decimal, shown
 
 #: Seconds a guest may take to answer.
 TIMEOUT = 60.0
-#: Seconds that new SSH host keys and the user's hook may take.
+#: Seconds that new SSH host keys and the clone hooks may take.
 HOOK_TIMEOUT = 300.0
 #: Bytes that an answer may have.
 _LIMIT = 4096
@@ -48,7 +48,7 @@ _FAILURES = {
     "timers": "stop its calendar timers: its systemd does not answer",
     "freeze": "let its programs stand still",
     "keys": "make SSH host keys of its own",
-    "hook": "run what was given with --on-clone",
+    "hook": "run its clone hooks",
     "renew": "run what makes it another machine",
 }
 

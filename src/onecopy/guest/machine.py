@@ -47,6 +47,23 @@ class MappedSegment(msgspec.Struct, frozen=True):
     """Its place in the segment."""
 
 
+class Generator(msgspec.Struct, frozen=True):
+    """A program with a random generator of its own, which all clones have in the same state."""
+
+    program: str
+    unit: str
+    """Of systemd, that it runs in; "" if none."""
+    source: str
+    """The library, or the program, that the generator is part of."""
+    secrets: bool
+    """Whether keys and tokens come from it; else it is for numbers alone."""
+    processes: int
+    hook: str
+    """The ready hook for it; "" if there is none."""
+    covered: str
+    """What seeds it again in each clone; "" if nothing does."""
+
+
 class SystemConfig(msgspec.Struct, frozen=True):
     """Config record of a saved system: what must hold again when it is started."""
 
@@ -73,6 +90,10 @@ class SystemConfig(msgspec.Struct, frozen=True):
     """Whether our agent is in its guests: not in bare machines (cold.py)."""
     cpu_room: int = 0
     """Processors that its kernel can have: those that it has, and places for more. 0: unknown."""
+    clone_hooks: tuple[str, ...] = ()
+    """What each clone runs before it is handed out, in that order and before ``on_clone``."""
+    generators: tuple[Generator, ...] = ()
+    """Programs whose random generators clones have in common."""
     schema: int = _SCHEMA
 
     @classmethod

@@ -24,9 +24,10 @@ from onecopy.guest.cold import ColdSpec, Prepared, prepare_cold, system_config
 from onecopy.guest.exec import run_captured
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.freezing import frozen
+from onecopy.guest.hooks import hooked
 from onecopy.guest.host import Host
 from onecopy.guest.identity import Identity
-from onecopy.guest.machine import MappedSegment, SystemConfig
+from onecopy.guest.machine import Generator, MappedSegment, SystemConfig
 from onecopy.guest.network import new_card, shown_card
 from onecopy.guest.plugging import changing
 from onecopy.guest.script import said
@@ -63,6 +64,10 @@ class Saved(msgspec.Struct, frozen=True):
     """Bytes of it that take disk: what is not zeroes."""
     pause: float
     """Seconds that the guest stood still."""
+    clone_hooks: tuple[str, ...] = ()
+    """What each clone runs before it is handed out, in that order."""
+    generators: tuple[Generator, ...] = ()
+    """Programs whose random generators clones have in common."""
 
 
 async def save_system(
@@ -72,11 +77,13 @@ async def save_system(
     progress: Callable[[str], None] = lambda _: None,
     *,
     on_clone: str | None = None,
+    clone_hooks: Sequence[str] | None = None,
 ) -> Saved:
     """Boot ``spec``, wait for its sign of readiness, and store it as saved system ``ref``.
 
-    Each clone runs ``on_clone``, a shell command, before it is handed out, and must succeed in it.
-    Raises what prepare_cold raises, GuestFailed, NotReady, and NotEnough for disk. Nothing of the
+    Each clone runs ``clone_hooks`` (hooks.py) and then ``on_clone``, a shell command, before it is
+    handed out, and must succeed in them. Raises what prepare_cold raises, InvalidInput for a hook
+    that the guest cannot have, GuestFailed, NotReady, and NotEnough for disk. Nothing of the
     guest or of its files is left, whatever happens.
     """
     _require_free(host, ref, spec.root.name)
@@ -103,7 +110,8 @@ async def save_system(
         launched = _launched(host, prepared, folder.path, name, card)
         async with booted(host, prepared, launched, lease) as (vmm, _):
             await _read_folders(folder.path, config.segments)
-            config = await _hooked(folder.path, on_clone, config)
+            config = await _told(folder.path, on_clone, config)
+            config = await _hooked(folder.path, clone_hooks, config, progress)
             config = await _rehearsed(folder.path, name, card, config)
             progress("ready; waiting until it is quiet")
             if prepared.command is None:
@@ -129,10 +137,12 @@ async def save_guest(
     progress: Callable[[str], None] = lambda _: None,
     *,
     on_clone: str | None = None,
+    clone_hooks: Sequence[str] | None = None,
 ) -> Saved:
     """Store a running guest as saved system ``ref``, as it is now; it goes on.
 
-    ``on_clone`` is as for `save_system`; None leaves what the guest has from its own saved system.
+    ``on_clone`` and ``clone_hooks`` are as for `save_system`; None leaves what the guest has from
+    its own saved system.
     Raises NotFound, InvalidInput (it has what a saved system cannot have), InUse (a program runs in
     it by exec), GuestFailed, AgentFailed, NotEnough, NotPermitted, OtherDomain.
     """
@@ -143,11 +153,12 @@ async def save_guest(
         _require_fixed(config.segments)
         _require_unfitted(record, config)
         require_disk(host.store.root, record.memory + STATE_ROOM)
-        if on_clone is not None:
+        if on_clone is not None or clone_hooks is not None:
             folder.require_agent()
         if config.agent:
             progress("letting it get ready")
-        config = await _hooked(folder.path, on_clone, config)
+        config = await _told(folder.path, on_clone, config)
+        config = await _hooked(folder.path, clone_hooks, config, progress)
         config = await _prepared(folder.path, config, card=bool(record.mac))
         with host.store.workspace() as work:
             progress("freezing it")
@@ -176,15 +187,28 @@ def _source(record: GuestRecord) -> Source:
     return Source(record.pid, record.memory, Path(record.ram_path) if record.ram_path else None)
 
 
-async def _hooked(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
-    """Give the guest what its clones are to run."""
+async def _told(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
+    """Give the guest the user's command that its clones are to run."""
     if on_clone is None:
         return config
     argv = ["sh", "-c", "cat >/run/onecopy/on-clone"]
     done = await run_captured(folder, argv, stdin=on_clone.encode(), timeout=30)
     if done.exit_code:
         raise GuestFailed(f"the guest does not take what its clones are to run: {said(done)}")
-    return msgspec.structs.replace(config, on_clone=on_clone or None)
+    return replace(config, on_clone=on_clone or None)
+
+
+async def _hooked(
+    folder: Path,
+    clone_hooks: Sequence[str] | None,
+    config: SystemConfig,
+    progress: Callable[[str], None],
+) -> SystemConfig:
+    """Choose the hooks of its clones, and note why they should have some."""
+    if not config.agent:
+        return config
+    found = await hooked(folder, clone_hooks, progress)
+    return replace(config, clone_hooks=found.runs, generators=found.generators)
 
 
 def _frozen(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> snapshot.Freezing:
@@ -312,7 +336,9 @@ async def _stored(
     # and too late after it.
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.sleep(0)
-    return Saved(artifact, config.memory, stored, taken.pause)
+    return Saved(
+        artifact, config.memory, stored, taken.pause, config.clone_hooks, config.generators
+    )
 
 
 def dry_run(host: Host, prepared: Prepared) -> list[str]:
