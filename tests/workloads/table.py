@@ -15,7 +15,7 @@ from tests.workloads.campaign import Outcome
 from tests.workloads.powercut import Cut, Database
 from tests.workloads.tap import End, Lost, Results
 
-_BEGIN, _END = "<!-- script/workloads --write: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- script/workloads --write: begin -->", "<!-- end -->"
 _HEAD = ("workload", "Debian", "accelerator", "chroot", "booted", "clones", "result")
 
 
@@ -128,14 +128,14 @@ def plain(rows: Sequence[Row]) -> str:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Put the rows between the marks of ``path``, in place of those of the same workloads."""
-    before, mark, rest = path.read_text().partition(_BEGIN)
-    old, end, after = rest.partition(_END)
+    before, mark, rest = path.read_text().partition(BEGIN)
+    old, end, after = rest.partition(END)
     if not mark or not end:
-        raise OnecopyError(f"{path} has no marks {_BEGIN} and {_END}")
+        raise OnecopyError(f"{path} has no marks {BEGIN} and {END}")
     new = {row.cells[:2]: "| " + " | ".join(row.cells) + " |" for row in rows}
     kept = {}
     for line in old.strip().splitlines()[2:]:
         cells = tuple(cell.strip() for cell in line.strip("|").split("|"))
         kept[cells[:2]] = line
     lines = [*plain(()).splitlines(), *(kept | new).values()]
-    path.write_text(f"{before}{_BEGIN}\n" + "\n".join(lines) + f"\n{_END}{after}")
+    path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}")

@@ -22,6 +22,7 @@ from typing import Any
 
 #: Seconds that one module may take in a slow guest.
 LIMIT = 1500
+_COMPLETE = "complete"
 #: Open files: guests and a chroot have other limits of their own.
 FILES = (1024, 4096)
 
@@ -73,8 +74,9 @@ def run_module(name: str, results: int, err: int) -> None:
         else:
             unittest.defaultTestLoader.loadTestsFromModule(module).run(told)
         os.chdir("/")
-    lines = "".join(f"{how} {test}\n" for test, how in told.ended.items())
-    os.write(results, lines.encode())
+    lines = [f"{how} {test}" for test, how in told.ended.items()]
+    # A module that exits in the middle has not written the last line.
+    os.write(results, "\n".join([*lines, _COMPLETE]).encode())
 
 
 def child(name: str, results: int) -> None:
@@ -114,9 +116,10 @@ def ends_of(name: str) -> list[tuple[str, str]]:
             os.killpg(pid, signal.SIGKILL)  # what it left behind
         results.seek(0)
         lines = results.read().decode().splitlines()
-    sys.stderr.write(f"{name}: {used.ru_utime + used.ru_stime:.1f} s\n")
-    found = [(how, line.removeprefix(f"{how} ")) for line in lines for how in _hows(line)]
-    return [*found, ("not ok", f"test.{name}: wait status {status}")] if status else found
+    sys.stderr.write(f"{name}: {used.ru_utime + used.ru_stime:.1f} s, wait status {status}\n")
+    if status or not lines or lines.pop() != _COMPLETE:
+        lines.append(f"not ok test.{name}: did not come to its end")
+    return [(how, line.removeprefix(f"{how} ")) for line in lines for how in _hows(line)]
 
 
 def _hows(line: str) -> list[str]:
