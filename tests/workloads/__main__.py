@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,16 @@ from random import Random
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.host import Host
+from tests.vm.conftest import remove_rules
 from tests.vm.kept import PROJECT, kept_store
 from tests.workloads import aged, campaign, powercut, table
 from tests.workloads.catalogue import AGED, WORKLOADS, Workload
+from tests.workloads.roots import ensure_root
 from tests.workloads.tap import Lost
 
 _POWERCUT, _AGED, _ENDS, _HOOKS = "powercut", "aged", "ends", "hooks"
 #: Tests of other files that belong to the whole form.
-_PYTEST = {_ENDS: "tests/workloads/test_ends.py", _HOOKS: "tests/workloads/test_hooks.py"}
+_PYTEST = {_ENDS: "tests/vm/test_ends.py", _HOOKS: "tests/vm/test_hooks.py"}
 
 
 def main() -> int:
@@ -85,6 +88,8 @@ def _host(arguments: argparse.Namespace) -> Iterator[Host]:
         finally:
             host.sweep()
             host.end(*host.guests())
+            shutil.rmtree(host.run, ignore_errors=True)
+            remove_rules()
 
 
 def _run(host: Host, name: str, arguments: argparse.Namespace) -> list[table.Row]:
@@ -98,7 +103,7 @@ def _run(host: Host, name: str, arguments: argparse.Namespace) -> list[table.Row
 
 
 def _workload(host: Host, workload: Workload, accel: str) -> table.Row:
-    root = campaign.ensure_root(host, workload.root, _tell)
+    root = ensure_root(host, workload.root, _tell)
     outcome = campaign.run(host, workload, root, accel, _tell)
     for line in outcome.wrong:
         _tell(f"{workload.label}: {line}")
@@ -110,7 +115,7 @@ def _workload(host: Host, workload: Workload, accel: str) -> table.Row:
 def _powercuts(host: Host, arguments: argparse.Namespace) -> list[table.Row]:
     rows = []
     for database in powercut.DATABASES:
-        campaign.ensure_root(host, database.root, _tell)
+        ensure_root(host, database.root, _tell)
         kinds = ["booted", "clone"] * arguments.cuts
         random = Random(arguments.seed)  # noqa: S311
         done = powercut.cuts(host, database, kinds[: arguments.cuts], random, arguments.accel)
@@ -119,7 +124,7 @@ def _powercuts(host: Host, arguments: argparse.Namespace) -> list[table.Row]:
 
 
 def _aged(host: Host, arguments: argparse.Namespace) -> list[table.Row]:
-    campaign.ensure_root(host, AGED, _tell)
+    ensure_root(host, AGED, _tell)
     done = aged.run(host, arguments.clones, arguments.accel)
     for line in done.wrong():
         _tell(line)

@@ -18,7 +18,7 @@ from onecopy.guest.host import Host
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.workloads import expected, places, tap
-from tests.workloads.catalogue import Root, Workload
+from tests.workloads.catalogue import Workload
 
 _SYSTEM = "workload"
 
@@ -41,16 +41,6 @@ class Outcome(msgspec.Struct, frozen=True):
 def ensure_programs(host: Host) -> None:
     """Build the segment of programs; it is the same while they are."""
     build_segment(host.store, Reference(places.SEGMENT), f"dir:{places.PROGRAMS}")
-
-
-def ensure_root(host: Host, root: Root, tell: Tell) -> Artifact:
-    """The root of a workload, built if it is not there."""
-    ref = Reference(root.name, root.suite)
-    found = host.store.find(ref, "segment")
-    if found:
-        return found
-    tell(f"building {ref}")
-    return build_segment(host.store, ref, f"debian:{root.suite}", include=root.packages)
 
 
 def run(host: Host, workload: Workload, root: Artifact, accel: str, tell: Tell) -> Outcome:

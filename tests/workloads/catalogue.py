@@ -10,13 +10,16 @@ import msgspec
 from tests.vm.kept import SUITE, TEST_PACKAGES
 from tests.workloads.places import MOUNTPOINT
 
+#: Roots that are no Debian.
+TREES = ("busybox", "musl")
+
 
 class Root(msgspec.Struct, frozen=True):
-    """A root segment: packages of a Debian suite."""
+    """A root segment: packages of a Debian suite, or one of TREES."""
 
     name: str
     suite: str
-    packages: tuple[str, ...]
+    packages: tuple[str, ...] = ()
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -168,6 +171,10 @@ WORKLOADS = (
         Root("java", "bookworm", ("default-jdk-headless",)),
         _program("Check.java", interpreter="java"),
         memory="512M",
+    ),
+    *(
+        Workload("tree", Root("tree", tree), _program("busybox.sh", interpreter="/bin/sh"))
+        for tree in TREES
     ),
     *map(_systemd, ("bookworm", "trixie", "sid")),
     Workload(
