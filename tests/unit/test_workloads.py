@@ -96,9 +96,11 @@ def test_rows_replace_those_of_the_same_workload(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{table.BEGIN}\n{table.plain(())}\n{table.END}\nafter\n")
     table.write(page, [table.Row("one", "sid", booted="1 passed"), table.Row("two", "sid")])
+    table.write(page, [table.failed("one:sid", "lost | gone\nmore")])
+    assert "| **lost / gone** |" in page.read_text()
     table.write(page, [table.Row("one", "sid", booted="2 passed")])
     text = page.read_text()
-    assert "2 passed" in text and "1 passed" not in text and "| two | sid |" in text
+    assert "2 passed" in text and "1 passed" not in text and "lost" not in text and "| two | sid |" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n")
 
 

@@ -38,14 +38,15 @@ def main() -> int:
         for name in arguments.what or _names():
             began = time.monotonic()
             try:
-                rows += _run(host, name, arguments)
+                new = _run(host, name, arguments)
             except (Lost, OnecopyError) as error:
-                rows.append(table.failed(name, str(error)))
+                new = [table.failed(name, str(error))]
                 _tell(f"{name}: {error}")
+            rows += new
+            if arguments.write:
+                table.write(PROJECT / "docs/workloads.md", new)
             _tell(f"{name}: {time.monotonic() - began:.0f} s")
     print(table.plain(rows))
-    if arguments.write:
-        table.write(PROJECT / "docs/workloads.md", rows)
     return 1 if any(row.wrong for row in rows) else 0
 
 

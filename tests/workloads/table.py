@@ -117,7 +117,9 @@ def of_pytest(name: str, report: Path) -> Row:
 
 def failed(name: str, why: str) -> Row:
     """The row of what did not come to its end."""
-    return Row(name, result=(why.splitlines() or ["no result"])[0][:120], wrong=True)
+    workload, _, suite = name.partition(":")
+    result = (why.splitlines() or ["no result"])[0][:120].replace("|", "/")
+    return Row(workload, suite, result=result, wrong=True)
 
 
 def plain(rows: Sequence[Row]) -> str:
