@@ -43,19 +43,21 @@ time.time_ns = lambda: now_ns() - int(by) * 10**9
 from onecopy.__main__ import main
 main()
 """
-#: Timers whose units are due each day.
-_TIMERS = "dpkg-db-backup.timer logrotate.timer e2scrub_all.timer"
-_SET_BACK = f"""\\
-systemctl start {_TIMERS}
+#: Sets the clock of a guest back, and lets timers forget when they were last due.
+_SET_BACK = f"""\
+timers=$(systemctl list-unit-files --type timer --state enabled --no-legend | cut -d " " -f 1)
+systemctl stop $timers
+rm -f /var/lib/systemd/timers/*
 date -s @$(($(date +%s) - {AGE})) >&2
+systemctl start $timers
 systemctl list-timers --all >&2
-within() {{ for n in $(seq 60); do "$@" && return; sleep 1; done; return 1; }}
-within sh -c 'systemctl list-jobs | grep -q "No jobs"'
-journalctl --sync
-journalctl -n 1 --show-cursor -q | sed -n 's/^-- cursor: //p' >/run/cursor
+for n in $(seq 60); do
+    systemctl list-jobs | grep -q "No jobs" && exit
+    sleep 1
+done
+exit 1
 """
-#: The journal since the save, and whether anything runs that was due.
-_JOURNAL = "journalctl --sync; journalctl -o json --all --after-cursor=$(cat /run/cursor)"
+_JOURNAL = "journalctl --sync; journalctl -b -o json --all"
 
 
 class Clone(msgspec.Struct, frozen=True):
@@ -83,7 +85,8 @@ class Campaign(msgspec.Struct, frozen=True):
     def wrong(self) -> list[str]:
         """What speaks against it; empty if all is as it must be."""
         found = [f"{c.name} ran {', '.join(c.ran)}" for c in self.clones if c.ran]
-        return [*found, *(f"{c.name} logged {line}" for c in self.clones for line in c.wrong_names)]
+        lines = [(c.name, line) for c in self.clones for line in c.wrong_names]
+        return [*found, *(f"{name} logged {line}" for name, line in lines)]
 
 
 def run(host: Host, count: int, accel: str = "auto") -> Campaign:
@@ -93,13 +96,13 @@ def run(host: Host, count: int, accel: str = "auto") -> Campaign:
     """
     with onecopy.Host(host.store.root) as api:
         try:
-            _save(api, host.store.root, accel)
+            known = _save(api, host.store.root, accel)
             with _clones(api, _FRESH, count, accel) as (_, fresh_seconds, fresh_memory):
                 pass
             with _clones(api, _SYSTEM, count, accel) as (guests, seconds, memory):
                 time.sleep(WATCHED)
                 with ThreadPoolExecutor(4) as pool:
-                    looked = list(pool.map(_look, guests))
+                    looked = list(pool.map(lambda guest: _look(guest, known), guests))
                 used = guests[0].record.accel
         finally:
             for ref in (_FRESH, _SYSTEM):
@@ -108,8 +111,11 @@ def run(host: Host, count: int, accel: str = "auto") -> Campaign:
     return Campaign(used, looked, seconds, fresh_seconds, memory, fresh_memory)
 
 
-def _save(api: onecopy.Host, home: Path, accel: str) -> None:
-    """Save one guest twice: as it is, and with the clocks set back."""
+def _save(api: onecopy.Host, home: Path, accel: str) -> set[str]:
+    """Save one guest twice: as it is, and with the clocks set back.
+
+    Returns the cursors of its own journal, which is in its clones, too.
+    """
     root = f"{AGED.name}:{AGED.suite}"
     with api.boot(root, name="aged", accel=accel, timeout=1200) as [guest]:
         guest.save(str(_FRESH))
@@ -119,6 +125,12 @@ def _save(api: onecopy.Host, home: Path, accel: str) -> None:
         done = subprocess.run(argv, capture_output=True, text=True, env=env)
         if done.returncode:
             raise Lost(f"the old system is not saved: {done.stderr}")
+        return {line["__CURSOR"] for line in _journal(guest)}
+
+
+def _journal(guest: onecopy.Guest) -> list[dict[str, str]]:
+    text = places.in_guest(guest, _JOURNAL, 600)
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
 
 @contextmanager
@@ -136,22 +148,19 @@ def _clones(
         yield guests, seconds, memory
 
 
-def _look(guest: onecopy.Guest) -> Clone:
-    """What a clone's journal says since the system was saved, and its own clock."""
+def _look(guest: onecopy.Guest, known: set[str]) -> Clone:
+    """What a clone's journal says beside the lines that it has from its saved system."""
     timers = places.in_guest(guest, "ls /usr/lib/systemd/system /etc/systemd/system", 300)
     due = {name.removesuffix(".timer") for name in timers.split() if name.endswith(".timer")}
-    text = places.in_guest(guest, _JOURNAL, 300)
-    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    if not lines:
-        raise Lost(f"{guest.name} has an empty journal")
-    ran = {
-        line["UNIT"]
-        for line in lines
-        if line.get("JOB_TYPE") == "start" and line.get("UNIT", "").removesuffix(".service") in due
-    }
+    own = [line for line in _journal(guest) if line["__CURSOR"] not in known]
+    if not due or not own:
+        raise Lost(f"{guest.name} has {len(due)} timers, and {len(own)} lines in its journal")
+    started = {line.get("UNIT", "") for line in own if line.get("JOB_TYPE") == "start"}
     wrong = [
         f"{line.get('MESSAGE')} as {line.get('_HOSTNAME')}"
-        for line in lines
+        for line in own
         if line.get("_HOSTNAME") != guest.name
     ]
-    return Clone(guest.name, sorted(ran), wrong)
+    return Clone(
+        guest.name, sorted(unit for unit in started if unit.removesuffix(".service") in due), wrong
+    )
