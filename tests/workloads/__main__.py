@@ -88,8 +88,9 @@ def _host(arguments: argparse.Namespace) -> Iterator[Host]:
             yield host
         finally:
             host.sweep()
-            host.end(*host.guests())
-            shutil.rmtree(host.run, ignore_errors=True)
+            if not arguments.store:  # nobody else has guests of it
+                host.end(*host.guests())
+                shutil.rmtree(host.run)
             remove_rules()
 
 

@@ -117,7 +117,7 @@ def _save(api: onecopy.Host, home: Path, accel: str) -> set[str]:
     Returns the cursors of its own journal, which is in its clones, too.
     """
     root = f"{AGED.name}:{AGED.suite}"
-    with api.boot(root, name="aged", accel=accel, timeout=1200) as [guest]:
+    with api.boot(root, accel=accel, timeout=1200) as [guest]:
         guest.save(str(_FRESH))
         places.in_guest(guest, _SET_BACK, 300)
         env = {**os.environ, "ONECOPY_HOME": str(home)}
@@ -139,7 +139,7 @@ def _clones(
 ) -> Iterator[tuple[list[onecopy.Guest], float, float]]:
     """Clones; the seconds until they were handed out, and what a VMM has in the middle (bytes)."""
     began = time.monotonic()
-    with api.start(str(system), count, name=f"aged-{system.version}", accel=accel) as guests:
+    with api.start(str(system), count, accel=accel) as guests:
         seconds = time.monotonic() - began
         time.sleep(5)
         memory = statistics.median(

@@ -84,7 +84,7 @@ def _guests(
     if not has_init(root):
         options["run"] = ""
     system = Reference(_SYSTEM, workload.name)
-    with api.boot(root.ref, name="workload-booted", **options) as [guest]:
+    with api.boot(root.ref, **options) as [guest]:
         if workload.setup:
             tell(f"{workload.label}: set up")
             places.in_guest(guest, workload.setup, workload.timeout)
@@ -103,7 +103,7 @@ def _guests(
 def _clones(api: onecopy.Host, workload: Workload, system: str, accel: str) -> dict[str, str]:
     count = workload.clones
     with (
-        api.start(system, count, name="workload", accel=accel) as guests,
+        api.start(system, count, accel=accel) as guests,
         ThreadPoolExecutor(count) as pool,
     ):
         texts = pool.map(

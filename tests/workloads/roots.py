@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from onecopy.build.debian import normalise
+from onecopy.build.normalise import normalise
 from onecopy.build.packages import fetch_package
 from onecopy.build.segment import build_segment
 from onecopy.errors import BadSource
