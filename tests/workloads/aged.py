@@ -99,10 +99,12 @@ def run(host: Host, count: int, accel: str = "auto") -> Campaign:
             known = _save(api, host.store.root, accel)
             with _clones(api, _FRESH, count, accel) as (_, fresh_seconds, fresh_memory):
                 pass
-            with _clones(api, _SYSTEM, count, accel) as (guests, seconds, memory):
+            with (
+                ThreadPoolExecutor(4) as pool,
+                _clones(api, _SYSTEM, count, accel) as (guests, seconds, memory),
+            ):
                 time.sleep(WATCHED)
-                with ThreadPoolExecutor(4) as pool:
-                    looked = list(pool.map(lambda guest: _look(guest, known), guests))
+                looked = list(pool.map(lambda guest: _look(guest, known), guests))
                 used = guests[0].record.accel
         finally:
             for ref in (_FRESH, _SYSTEM):

@@ -102,9 +102,10 @@ def _guests(
 
 def _clones(api: onecopy.Host, workload: Workload, system: str, accel: str) -> dict[str, str]:
     count = workload.clones
+    # If this is interrupted the guests end first, and with them what the threads wait for.
     with (
-        api.start(system, count, accel=accel) as guests,
         ThreadPoolExecutor(count) as pool,
+        api.start(system, count, accel=accel) as guests,
     ):
         texts = pool.map(
             lambda guest: places.in_guest(guest, workload.check, workload.timeout * count), guests
