@@ -30,6 +30,8 @@ LIMIT = 7200.0
 #: boots emulated hosts. Under KVM they would show nothing else.
 _ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_rig.py")
 
+#: Beside tests/vm: a workload, and power cuts.
+_WORKLOADS = "tests/workloads/test_short.py"
 #: Bytes: a machine of 8 GiB can do the smoke tests.
 _SMOKE_MEMORY = 5120 * MIB
 #: Where an emulated host has the root of the guests that are compared.
@@ -59,7 +61,7 @@ async def tests(
 
 async def smoke(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     """The few tests that script/test runs under KVM, too."""
-    wanted = arguments or ["tests/vm", *_ELSEWHERE]
+    wanted = arguments or ["tests/vm", _WORKLOADS, *_ELSEWHERE]
     return await tests(debian, out, ["-m", "smoke", *wanted], _SMOKE_MEMORY)
 
 

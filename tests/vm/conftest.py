@@ -108,7 +108,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
             left = vmms(mine)
             shutil.rmtree(mine.run)
             shutil.rmtree(root)
-            _remove_rules()
+            remove_rules()
         assert not left, f"VMMs were left: {left}"
 
 
@@ -135,7 +135,7 @@ def vmms(host: Host) -> list[int]:
     return found
 
 
-def _remove_rules() -> None:
+def remove_rules() -> None:
     """Remove the rules that close guests, unless somebody else has some."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     if not any(is_closed(User.of(pid)) for pid in pids):

@@ -26,8 +26,11 @@ from onecopy.vmm.accel import Choice, choose
 PROJECT = Path(__file__).parents[2]
 #: The suite of the guests' roots.
 SUITE = os.environ.get("ONECOPY_TEST_SUITE", "bookworm")
-#: Name of a kept segment -> the Debian packages in it; its version is the suite.
-ROOTS = {"python": ("python3",), "systemd": ("systemd-sysv", "dbus")}
+#: Suite -> Python, its own tests, and the names of services that these ask for.
+TEST_PACKAGES = {
+    "bookworm": ("python3", "libpython3.11-testsuite", "netbase"),
+    "trixie": ("python3", "libpython3.13-testsuite", "netbase"),
+}
 #: Debian 13 as people run it.
 SERVICES = Reference("services", "trixie")
 SERVICES_PACKAGES = ("systemd-sysv", "dbus", "openssh-server", "cron")
@@ -70,8 +73,13 @@ def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Host
         yield kept
 
 
+def _roots(suite: str) -> dict[str, tuple[str, ...]]:
+    """Name of a kept segment -> the Debian packages in it; its version is the suite."""
+    return {"python": TEST_PACKAGES[suite], "systemd": ("systemd-sysv", "dbus")}
+
+
 def _ensure_roots(kept: Host, suite: str) -> None:
-    for name, packages in ROOTS.items():
+    for name, packages in _roots(suite).items():
         ref = Reference(name, suite)
         if not kept.store.find(ref, "segment"):
             build_segment(kept.store, ref, f"debian:{suite}", include=packages)
@@ -92,8 +100,9 @@ def _ensure_memtest(kept: Host) -> None:
 
 
 def builders_digest() -> str:
-    """Changes with all that builds segments."""
-    digest = hashlib.sha256()
+    """Changes with all that builds segments, and with what is in those that are kept."""
+    roots = {suite: _roots(suite) for suite in TEST_PACKAGES}
+    digest = hashlib.sha256(repr((roots, SERVICES_PACKAGES)).encode())
     files = (PROJECT / "src/onecopy/build").rglob("*")
     for path in sorted(p for p in files if p.is_file() and p.suffix != ".pyc"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

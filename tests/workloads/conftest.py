@@ -1,0 +1,12 @@
+"""The fixtures of tests/vm, for workloads."""
+
+from tests.vm.conftest import (  # noqa: F401
+    busybox_root,
+    cold,
+    host,
+    python_root,
+    run_in,
+    saved,
+    static_root,
+    systemd_root,
+)

@@ -1,0 +1,83 @@
+"""Tests that do not pass, or not everywhere, and why: each entry was looked into.
+
+An entry that no longer says how things are fails the campaign, as a difference does that has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import msgspec
+
+from tests.workloads.tap import End, Results
+
+CHROOT, BOOTED, CLONE = "chroot", "booted", "clone"
+
+
+class Expected(msgspec.Struct, frozen=True):
+    """How some tests of a workload end, and why."""
+
+    workload: str
+    """Its name; the short form of "cpython" has those of its entries whose tests ran."""
+    tests: str
+    """Names of tests, as fnmatch has it."""
+    chroot: End
+    guests: End
+    """Booted guests and clones."""
+    reason: str
+
+    def says(self, ends: Mapping[str, End | None]) -> bool:
+        """Whether a test ended as this says, in each place that it ran in."""
+        wanted = {CHROOT: self.chroot}
+        return all(end is wanted.get(place, self.guests) for place, end in ends.items())
+
+
+_PASSED, _FAILED, _SKIPPED = End.PASSED, End.FAILED, End.SKIPPED
+
+EXPECTED = (
+    Expected(
+        "cpython",
+        "test.test_uuid.*.test_ifconfig_getnode",
+        _SKIPPED,
+        _PASSED,
+        "the chroot has no network card whose address could be told, guests have one",
+    ),
+)
+
+
+def differences(
+    workload: str, results: Mapping[str, Results], expected: tuple[Expected, ...] = EXPECTED
+) -> list[str]:
+    """What is wrong with the results of all places: a line for each test, and for each stale entry.
+
+    A test is right if it passed or was skipped everywhere, or ended as an entry says. An entry of
+    which no test ran is for a longer form of the workload.
+    """
+    entries = [each for each in expected if each.workload == workload]
+    ran: set[Expected] = set()
+    used: set[Expected] = set()
+    wrong = []
+    for test in sorted({test for result in results.values() for test in result.ends}):
+        ends = {place: result.ends.get(test) for place, result in results.items()}
+        named = [each for each in entries if fnmatchcase(test, each.tests)]
+        fitting = [each for each in named if each.says(ends)]
+        ran.update(named)
+        used.update(fitting)
+        if not fitting and set(ends.values()) not in ({End.PASSED}, {End.SKIPPED}):
+            told = ", ".join(f"{p} {end.value if end else 'missing'}" for p, end in ends.items())
+            wrong.append(f"{test}: {told}")
+    stale = [each for each in entries if each in ran and each not in used]
+    return [*wrong, *(f"{each.tests}: expected to differ, but does not" for each in stale)]
+
+
+def not_own(results: Mapping[str, Results]) -> list[str]:
+    """What two places have alike that each must have for itself."""
+    seen: dict[tuple[str, str], str] = {}
+    wrong = []
+    for place, result in results.items():
+        for name, value in result.own.items():
+            other = seen.setdefault((name, value), place)
+            if other != place:
+                wrong.append(f"{name} of {other} and {place} is the same: {value}")
+    return wrong
