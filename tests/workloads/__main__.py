@@ -26,7 +26,7 @@ from tests.workloads.tap import Lost
 
 _POWERCUT, _AGED, _ENDS, _HOOKS = "powercut", "aged", "ends", "hooks"
 #: Tests of other files that belong to the whole form.
-_PYTEST = {_ENDS: "tests/vm/test_ends.py", _HOOKS: "tests/vm/test_hooks.py"}
+_PYTEST = {_ENDS: "tests/workloads/ends_table.py", _HOOKS: "tests/workloads/hooks.py"}
 
 
 def main() -> int:
