@@ -103,7 +103,6 @@ def test_a_system_two_days_old(host: Host, original: GuestRecord, run_in: RunIn)
         assert {"daily.timer", "dpkg-db-backup.timer", *OTHERS} <= timers
         made = clones_of(host, ["old-1", "old-2", "old-3"])
         for clone in made:
-            assert set(text(run_in, clone, TIMERS).split()) == OTHERS
             assert abs(behind(run_in, clone)) < 30
         for clone in made:
             _armed_again(run_in, clone, timers)
@@ -128,7 +127,7 @@ def _armed_again(run_in: RunIn, clone: GuestRecord, timers: set[str]) -> None:
 
 
 def _nothing_ran(clone: GuestRecord, journal: str) -> None:
-    """All that was logged since its start bears its name, and is of no timer's unit."""
+    """All that was logged since its start bears its name; timers were armed, and none has fired."""
     entries = [json.loads(line) for line in journal.splitlines()]
     start = next(
         number
@@ -138,6 +137,7 @@ def _nothing_ran(clone: GuestRecord, journal: str) -> None:
     since = entries[start:]
     assert {each["_HOSTNAME"] for each in since} == {clone.name}
     assert {each["_HOSTNAME"] for each in entries[:start]} != {clone.name}
+    assert [each for each in since if "Started daily.timer" in str(each.get("MESSAGE"))]
     units = {each.get("UNIT") or each.get("_SYSTEMD_UNIT") for each in since}
     ran = {f"{timer.removesuffix('.timer')}.service" for timer in ("daily", "dpkg-db-backup")}
     more = {

@@ -219,6 +219,9 @@ static int renew(char *verb, char *argument)
     return code > 1 ? fail("renew", verb) : !code;
 }
 
+#include "freezer.c"
+#include "connections.c"
+
 static void reopen(int *fd, char *path, int flags)
 {
     if (*fd >= 0)
@@ -309,6 +312,8 @@ static void prepare(int card)
         return;
     more = !code;
     read_readers();
+    /* Not for its answer: the kernel loads modules for it, and has time to be done with that. */
+    look_for_connections();
     say("prepared\n");
 }
 
@@ -343,8 +348,6 @@ static int write_files(char *name, char *id)
         call(SYS_kill, readers[i], SIGHUP);
     return 1;
 }
-#include "freezer.c"
-#include "connections.c"
 
 static void set_address(struct sockaddr *addr, char *text)
 {
