@@ -42,7 +42,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="script/bench",
         description="Measure plain guests, KSM, segments and saved systems side by side.",
-        epilog="The store is that of onecopy (ONECOPY_HOME); the root segment onecopy-bench-root "
+        epilog="The store is that of onecopy (ONECOPY_HOME); the root segment bench-root "
         "stays in it. KSM is the whole host's: it is switched on for a while, then as it was.",
     )
     parser.add_argument(

@@ -35,8 +35,8 @@ from onecopy.model import HUGE_PAGE_SIZE, MIB, PAGE_SIZE, Reference
 
 #: Removed at the end.
 TREES = {
-    "as it is": Reference("onecopy-bench-layout", "plain"),
-    "aligned": Reference("onecopy-bench-layout", "aligned"),
+    "as it is": Reference("bench-layout", "plain"),
+    "aligned": Reference("bench-layout", "aligned"),
 }
 _SOURCE, _PACKAGES = "debian:bookworm", ["python3", "nodejs", "clang"]
 #: Files below this have hardly a whole 2 MiB that is mapped in one piece.

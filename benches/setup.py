@@ -23,10 +23,10 @@ from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
 #: Kept in the store for the next run.
-ROOT = Reference("onecopy-bench-root")
+ROOT = Reference("bench-root")
 #: Removed at the end.
-SYSTEM = Reference("onecopy-bench")
-ALONE = Reference("onecopy-bench-alone")
+SYSTEM = Reference("bench")
+ALONE = Reference("bench-alone")
 _SOURCE, _PACKAGES = "debian:bookworm", ["python3"]
 #: A shell command: the application answers (asked in the guest, of itself).
 READY = "python3 -c 'import urllib.request; urllib.request.urlopen(\"http://127.0.0.1\")'"
