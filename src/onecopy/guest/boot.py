@@ -33,6 +33,7 @@ from onecopy.guest.folder import Batch, GuestRecord
 from onecopy.guest.host import Host
 from onecopy.guest.network import Network, new_card, settings, shown_card
 from onecopy.guest.ports import published, require_free
+from onecopy.host import tsc
 from onecopy.store import Artifact, Lease
 from onecopy.vmm import reply
 from onecopy.vmm.agent import Agent
@@ -67,8 +68,19 @@ def launch_spec(
 
 def _booted_kernel(prepared: Prepared, folder: Path) -> Kernel:
     if prepared.agent:
-        return Kernel(prepared.kernel.layer("kernel").path, folder / "initrd")
+        append = _clock(prepared.accel.name)
+        return Kernel(prepared.kernel.layer("kernel").path, folder / "initrd", append)
     return Kernel(prepared.root.layer("kernel").path, None)
+
+
+def _clock(accel: str) -> str:
+    """What a kernel is told of the speed of its clock.
+
+    Under TCG its time-stamp counter is the host's. On a busy host it measures that by a timer which
+    is late, and its clock runs several times too fast for ever.
+    """
+    megahertz = tsc.megahertz() if accel == "tcg" else None
+    return f"tsc_early_khz={megahertz * 1000}" if megahertz else ""
 
 
 def dry_run(host: Host, prepared: Prepared, name: str) -> list[str]:

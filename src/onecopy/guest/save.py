@@ -179,7 +179,7 @@ def _launched(host: Host, prepared: Prepared, folder: Path, name: str, card: Car
     spec = launch_spec(host, prepared, folder, name, card)
     # Freed memory is zeroes, which need not be stored. Not for guests that stay: it makes a kernel
     # touch all its RAM while it boots.
-    kernel = spec.kernel and replace(spec.kernel, append="init_on_free=1")
+    kernel = spec.kernel and replace(spec.kernel, append=f"{spec.kernel.append} init_on_free=1")
     return replace(spec, kernel=kernel)
 
 
