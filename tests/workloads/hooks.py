@@ -68,7 +68,7 @@ server {
     location / {
         include fastcgi_params;
         fastcgi_param SCRIPT_FILENAME /srv/draw.php;
-        fastcgi_pass unix:/run/php/php-fpm.sock;
+        fastcgi_pass unix:/run/php/php8.4-fpm.sock;
     }
 }
 """
