@@ -58,3 +58,8 @@ def test_what_qemu_may_translate_is_counted(
             admission.require(need.each, count)
     cold = admission.of_cold("tcg", 256 * MIB)
     assert cold.each - admission.of_cold("kvm", 256 * MIB).each == cold.translated == 128 * MIB
+
+
+@pytest.mark.usefixtures("small_host")
+def test_no_guest_at_all_needs_what_one_does() -> None:
+    assert admission.of_clones("tcg", 0) == admission.of_clones("tcg", 1)

@@ -50,7 +50,7 @@ def _of(accel: str, count: int, each: int) -> Need:
         return Need(each, TRANSLATED)
     info, room = meminfo.read(), TRANSLATED
     if info.available is not None:
-        room = (info.available - _kept(info)) // count - each
+        room = (info.available - _kept(info)) // max(count, 1) - each
     room = min(max(room - room % MIB, LEAST_TRANSLATED), TRANSLATED)
     return Need(each + room, room)
 
