@@ -108,8 +108,9 @@ def children() -> list[str]:
     found = []
     for entry in Path("/proc/self/task").glob("*/children"):
         for pid in entry.read_text().split():
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
-            found += [name] if name.startswith("qemu") else []
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                found += [name] if name.startswith("qemu") else []
     return found
 
 
