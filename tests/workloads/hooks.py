@@ -146,9 +146,9 @@ echo rabbitmq-cookie $(md5sum </var/lib/rabbitmq/.erlang.cookie)
 echo rabbitmq-up $(rabbitmqctl -q await_startup && echo yes)
 echo rabbitmq-cluster $(rabbitmqctl -q eval 'rabbit_nodes:cluster_name().')
 """
-#: Drawn from generators of programs.
+#: Drawn from generators of programs that go on. PHP seeds mt_rand for each request.
 OWN = {
-    *("php-mt_rand", "php-openssl", "node-bytes", "node-uuid", "node-number", "node-key"),
+    *("php-openssl", "node-bytes", "node-uuid", "node-number", "node-key"),
     *("java-drbg", "java-number", "postgresql", "rabbitmq-cookie"),
 }
 
