@@ -45,7 +45,7 @@ async def frozen(
     """
     with Pipe(folder, "identity") as pipe:
         pipe.drain()
-        go_on, seconds = not last, _TIMEOUT
+        seconds = _TIMEOUT
         try:
             asked = await _freeze(pipe, tell)
 
@@ -60,11 +60,11 @@ async def frozen(
             yield still
         except BaseException as error:
             # The first error is the one to tell.
-            go_on = True
             seconds = _TIMEOUT if isinstance(error, Exception) else GRACE
             raise
         finally:
-            if go_on:
+            # One that is saved as its last is ended, whatever happens.
+            if not last:
                 await _thaw(pipe, seconds)
 
 
