@@ -171,7 +171,7 @@ def test_the_watcher_comes_back(host: Host, minimal: Artifact, run_in: RunIn) ->
     look = "cd /proc/$(pidof @onecopy-watcher) && cat oom_score_adj cgroup && cut -d' ' -f41 stat"
     killed = f"kill -9 {before[0]}; until {look}; do usleep 100000; done 2>/dev/null"
     lines = run_in(guest, "sh", "-c", killed).text.splitlines()
-    assert lines == ["-1000", "1:name=onecopy:/watcher", "0::/onecopy/agent", "1"]
+    assert lines == ["-1000", "1:name=onecopy:/watcher", "0::/onecopy-guest/agent", "1"]
     assert run_in(guest, "pidof", "@onecopy-watcher").text.split() != before
     told = end_all(host, [guest], ["poweroff -f"])
     assert POWERED_OFF in told[0].console

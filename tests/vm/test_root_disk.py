@@ -208,7 +208,7 @@ def test_memory_and_processes_that_run_out_are_the_programs_own(run: Run) -> Non
     assert run("python3", "-c", HOG).exit_code == 137
     assert b"Killed process" in run("dmesg").stdout
     # Its limit leaves some for the agent, which starts one more when all others are taken.
-    group = "/sys/fs/cgroup/onecopy/exec"
+    group = "/sys/fs/cgroup/onecopy-guest/exec"
     most = int(run("cat", f"{group}/pids.max").text)
     assert most < int(run("cat", "/proc/sys/kernel/threads-max").text)
     run("sh", "-c", f"echo 40 >{group}/pids.max")

@@ -9,7 +9,7 @@
 
 #include "linux.h"
 
-#define GROUP "/run/onecopy/cgroup/onecopy/exec/cgroup.procs"
+#define GROUP "/run/onecopy/cgroup/onecopy-guest/exec/cgroup.procs"
 
 enum { O_WRONLY = 1, O_NONBLOCK = 04000, O_CLOEXEC = 02000000, FIONREAD = 0x541b };
 enum { F_SETFD = 2, FD_CLOEXEC = 1, F_SETFL = 4 };

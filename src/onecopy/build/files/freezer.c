@@ -2,7 +2,7 @@
  * The freezer: all user space but ours stands still from right before the snapshot until a clone is
  * a machine of its own (Linux Documentation/admin-guide/cgroup-v2.rst, cgroup.freeze).
  *
- * A part of identity.c. Ours is in the group onecopy/agent, which is never frozen.
+ * A part of identity.c. Ours is in the group onecopy-guest/agent, which is never frozen.
  */
 
 #define GROUPS "/run/onecopy/cgroup/"
@@ -112,11 +112,11 @@ static int freeze_all(void)
         for (char *at = entries; done && at < entries + count; at += *(unsigned short *)(at + 16)) {
             /* struct linux_dirent64: inode, offset, length, type, name. */
             char *name = at + 19;
-            if (at[18] == DT_DIR && *name != '.' && !same(name, "onecopy"))
+            if (at[18] == DT_DIR && *name != '.' && !same(name, "onecopy-guest"))
                 done = freeze_group(name);
         }
     call(SYS_close, fd);
-    return done && freeze_group("onecopy/exec");
+    return done && freeze_group("onecopy-guest/exec");
 }
 
 static void doze(int milliseconds)

@@ -104,7 +104,7 @@ static void guard(void)
     struct sigaction ignored = {(void *)1, 0, 0, 0};
     int priority = 50;
     call(SYS_rt_sigaction, SIGTERM, &ignored, 0, 8);
-    put(AT_FDCWD, "/run/onecopy/cgroup/onecopy/agent/cgroup.procs", 0, "0");
+    put(AT_FDCWD, "/run/onecopy/cgroup/onecopy-guest/agent/cgroup.procs", 0, "0");
     put(AT_FDCWD, "/proc/self/oom_score_adj", 0, "-1000");
     call(SYS_sched_setscheduler, 0, SCHED_FIFO, &priority);
 }
