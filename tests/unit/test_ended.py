@@ -16,6 +16,7 @@ from onecopy.guest.ended import KEPT, MOST, Deaths, Left
 from onecopy.guest.folder import GuestFolder, GuestRecord
 from onecopy.guest.reasons import Cause
 from onecopy.vmm import logs
+from tests.conftest import cannot_run
 from tests.unit.guest_kit import record
 from tests.unit.small_disk import tmpfs
 
@@ -146,3 +147,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
         folder.remove()
         ended.keep(run, left)
         assert ended.find(run, "web") == left.record
+
+
+def test_nothing_is_left_with_another_user(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        cannot_run("only root can end guests of another user")
+    os.chown(tmp_path, 65534, 65534)
+    kept(tmp_path, "web")
+    assert ended.records(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []

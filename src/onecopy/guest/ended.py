@@ -85,7 +85,12 @@ def look(folder: GuestFolder, uid: int, deaths: Deaths) -> Left | None:
 
 
 def keep(run: Path, left: Left) -> None:
-    """Keep it, in place of an earlier guest of its name. Raises OSError."""
+    """Keep it, in place of an earlier guest of its name. Raises OSError.
+
+    Not in the run folder of another user, who could neither read nor remove it.
+    """
+    if run.stat().st_uid != os.geteuid():
+        return
     folder = run / _FOLDER
     folder.mkdir(mode=0o700, exist_ok=True)
     new = folder / _NEW
