@@ -54,7 +54,7 @@ def test_two_builds_are_one(tmp_path: Path) -> None:
     assert (tree / "usr/sbin/make-ssl-cert").exists()
     assert not list(tree.glob("etc/ssl/*/*snakeoil*"))
     # Where packages link manual pages of theirs (update-alternatives(1)).
-    assert list((tree / "usr/share/man/man1").iterdir()) == []
+    assert all(page.is_symlink() for page in (tree / "usr/share/man/man1").iterdir())
     # Compiled files must still fit their sources, or every import would compile anew.
     (tmp_path / "mount").mkdir()
     subprocess.run(["mount", "-o", "ro,loop", tmp_path / "image", tmp_path / "mount"], check=True)
