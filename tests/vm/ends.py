@@ -27,20 +27,21 @@ HALTED = "onecopy: the guest was halted"
 RESET = "sysrq: Resetting"
 PANIC = "Kernel panic - not syncing: sysrq triggered crash"
 OUT_OF_MEMORY = "Kernel panic - not syncing: Out of memory"
-#: Each ends our watcher and all else, and then the machine, as an init does.
-AFTER_ALL = "trap '' TERM; kill -TERM -1; sleep 1; kill -KILL -1; sleep 1; "
 
 #: Command in the guest -> what is told of its end, whatever its init.
 FORCED = {
     "reboot -f": REBOOTED,
     "poweroff -f": POWERED_OFF,
     "halt -f": HALTED,
-    AFTER_ALL + "reboot -f": REBOOTED,
     "echo o >/proc/sysrq-trigger": POWERED_OFF,
     "echo b >/proc/sysrq-trigger": RESET,
     "echo c >/proc/sysrq-trigger": PANIC,
     "echo 1 >/proc/sys/vm/panic_on_oom; tail /dev/zero": OUT_OF_MEMORY,
 }
+#: Before an end: ends our watcher and all else, as an init does.
+AFTER_ALL = "trap '' TERM; kill -TERM -1; sleep 1; kill -KILL -1; sleep 1; "
+#: Not with the minimal init, which ends the machine with its command, and may be first.
+ALONE = {AFTER_ALL + "reboot -f": REBOOTED}
 ASKED = {"reboot": REBOOTED, "poweroff": POWERED_OFF, "halt": HALTED}
 MINIMAL = {"kill -9 $(cat /run/onecopy/command.pid)": "the command ended with exit code 137"}
 SYSTEMD = {
@@ -57,8 +58,8 @@ SYSTEMD = {
 #: All of them, for each init.
 ENDS = {
     "minimal": FORCED | ASKED | MINIMAL,
-    "busybox": FORCED | ASKED,
-    "systemd": FORCED | ASKED | SYSTEMD,
+    "busybox": FORCED | ALONE | ASKED,
+    "systemd": FORCED | ALONE | ASKED | SYSTEMD,
 }
 #: Seconds after which a guest that does not end hangs, on a host with much else to do.
 STUCK = 240.0
