@@ -63,7 +63,7 @@ def test_a_killed_vmm_leaves_nothing(host: Host, saved: Artifact, clones: Clones
     assert guest.name not in run_command("ps").stdout
     # But for what it printed, and that it was killed.
     assert guest.name in run_command("ps", "-a").stdout
-    assert left(host) == {**before, "folders": sorted([*before["folders"], ".ended"])}
+    assert left(host) == {**before, "folders": sorted({*before["folders"], ".ended"})}
     assert run_command("rm", guest.name).returncode == 0
     assert left(host) == before
 
