@@ -224,7 +224,8 @@ def test_run_ps_and_inspect_are_right_about_guests(host: Host, web: str) -> None
         assert str(host.run / guest["name"]) in " ".join(real_command(guest["pid"]))
         assert abs(guest["started"] - Path(f"/proc/{guest['pid']}").stat().st_mtime) < 60
         assert guest["accel"] in ("kvm", "tcg")
-        assert guest["accel"] in real_command(guest["pid"])
+        line = real_command(guest["pid"])
+        assert line[line.index("-accel") + 1].partition(",")[0] == guest["accel"]
         assert asyncio.run(memory_of(host, guest["name"])) == guest["memory"]
         maps = Path(f"/proc/{guest['pid']}/maps").read_text()
         assert re.search(rf"rw-p .* {guest['ram_path']}$", maps, re.MULTILINE)
