@@ -111,9 +111,9 @@ def test_a_root_of_debian(
     assert (name, new) == (clone.name, for_bus)
     assert re.fullmatch("[0-9a-f]{32}", new)
     assert new != before
-    assert hosts == [
-        "127.0.0.1\tlocalhost",
-        "::1\tlocalhost ip6-localhost ip6-loopback",
+    # What the package netbase has put there stays.
+    assert hosts[0] == "127.0.0.1\tlocalhost"
+    assert hosts[-2:] == [
         f"127.0.1.1\t{clone.name}.example.org {clone.name}\t# onecopy",
         "10.0.0.9 friend",
     ]
