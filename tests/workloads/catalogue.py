@@ -50,22 +50,17 @@ def _program(name: str, *words: str, interpreter: str = "sh") -> str:
 
 #: What script/test runs: modules of seconds, and of all kinds.
 QUICK = (
-    "test_glob",
     "test_shutil",
     "test_mmap",
-    "test_uuid",
     "test_fcntl",
-    "test_fileio",
-    "test_filecmp",
-    "test_stat",
     "test_select",
     "test_time",
     "test_thread",
-    "test_wait4",
 )
 #: Files, links, sockets, time, random numbers, processes, memory, threads.
 WHOLE = (
     *QUICK,
+    *("test_glob", "test_uuid", "test_fileio", "test_filecmp", "test_stat", "test_wait4"),
     "test_tempfile",
     "test_random",
     "test_posixpath",
