@@ -23,7 +23,7 @@ grep 'Kernel code' /proc/iomem
 KPROBE = f"""\
 {MOUNT}
 cd {TRACING}
-echo p:probe_of_ours {PROBED} >kprobe_events && echo 1 >events/kprobes/enable &&
+echo p:probe_of_ours {PROBED} >>kprobe_events && echo 1 >events/kprobes/enable &&
 cat /etc/hostname /etc/passwd >/dev/null 2>&1
 grep -c 'probe_of_ours: ({PROBED}' trace
 """
@@ -40,7 +40,10 @@ grep -c '{PROBED} <-' trace
 STATE = f"""\
 {MOUNT}
 cd {TRACING}
-cat current_tracer kprobe_events enabled_functions
+cat current_tracer
+# But for those by which our watcher learns that the guest ends.
+grep -v ':onecopy/' kprobe_events
+grep -vE '^kernel_(restart|restart_prepare|power_off|halt) ' enabled_functions
 grep -vc '^#' trace
 """
 
