@@ -36,7 +36,6 @@ def test_cpython_says_the_same_in_a_chroot_a_guest_and_a_clone(
         assert results.count(End.PASSED) > MANY, place
 
 
-@pytest.mark.smoke
 def test_nothing_acknowledged_is_lost_when_the_power_goes(
     host: Host, python_root: Artifact
 ) -> None:
