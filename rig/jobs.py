@@ -32,8 +32,8 @@ _ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_
 
 #: Beside tests/vm: a workload, and power cuts.
 _WORKLOADS = "tests/workloads/test_short.py"
-#: Bytes: a machine of 8 GiB can do the smoke tests.
-_SMOKE_MEMORY = 5120 * MIB
+#: Bytes: a machine of 10 GiB can do the smoke tests.
+_SMOKE_MEMORY = 6144 * MIB
 #: Where an emulated host has the root of the guests that are compared.
 _COMPARE_ROOT = "/opt/onecopy/compare-root"
 _SUITES = tuple(release.suite for release in RELEASES.values())
