@@ -34,12 +34,6 @@ TEST_PACKAGES = {
 #: Debian 13 as people run it.
 SERVICES = Reference("services", "trixie")
 SERVICES_PACKAGES = ("systemd-sysv", "dbus", "openssh-server", "cron")
-#: Debian 13 with services that hold random generators of their own (about 20 s to build).
-DAEMONS = Reference("daemons", "trixie")
-DAEMONS_PACKAGES = (
-    *("systemd-sysv", "dbus", "openssh-server"),
-    *("redis-server", "nginx", "python3"),
-)
 #: A system that is no Linux: the kernel by itself of that package.
 MEMTEST = Reference("memtest")
 MEMTEST_PACKAGE = "memtest86+"
@@ -66,7 +60,6 @@ def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Host
         for suite in roots:
             _ensure_roots(kept, suite)
         _ensure_services(kept, SERVICES, SERVICES_PACKAGES)
-        _ensure_services(kept, DAEMONS, DAEMONS_PACKAGES)
         _ensure_memtest(kept)
         # The answers of QEMU and of the KVM probe are kept beside the store, too.
         choose(Choice.AUTO, kept.qemu.binary, kernel.layer("kernel").path, kept.store.cache)

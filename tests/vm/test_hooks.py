@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from onecopy.build.segment import build_segment
 from onecopy.errors import AgentFailed, InvalidInput
 from onecopy.guest.folder import GuestRecord
 from onecopy.guest.host import Host
@@ -19,7 +20,6 @@ from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.hooks_kit import SETTLED, alike, drawn, write
 from tests.vm.conftest import Cold, RunIn
-from tests.vm.kept import DAEMONS
 
 #: Answers what it draws from OpenSSL's generator, and from Python's, at each request; and draws
 #: beforehand, so that both are seeded. SIGHUP starts it anew, in the same process.
@@ -54,6 +54,14 @@ FIRST = "#!/bin/sh\necho 1 $(hostname) >>/tmp/ran\n"
 SECOND = "#!/bin/sh\necho 2 >>/tmp/ran\n[ ! -e /tmp/bad ] || { echo no luck; exit 4; }\n"
 
 SaveHooked = Callable[..., Saved]
+
+
+#: Debian 13 with services that hold random generators of their own.
+DAEMONS = Reference("daemons", "trixie")
+DAEMONS_PACKAGES = (
+    *("systemd-sysv", "dbus", "openssh-server"),
+    *("redis-server", "nginx", "python3"),
+)
 
 
 @pytest.fixture
@@ -175,7 +183,8 @@ def prepared(cold: Cold, root: Artifact, run_in: RunIn) -> GuestRecord:
 
 
 def test_services_of_systemd(host: Host, cold: Cold, run_in: RunIn, save: SaveHooked) -> None:
-    guest = prepared(cold, host.store.resolve(DAEMONS, "segment"), run_in)
+    root = build_segment(host.store, DAEMONS, "debian:trixie", include=DAEMONS_PACKAGES)
+    guest = prepared(cold, root, run_in)
     saved = save(guest)
     found = {each.program: each for each in saved.generators}
     assert [found[name].hook for name in ("nginx", "redis-server")] == ["nginx", "redis"]
