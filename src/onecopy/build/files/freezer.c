@@ -8,7 +8,6 @@
 #define GROUPS "/run/onecopy/cgroup/"
 
 enum { O_DIRECTORY = 0200000, DT_DIR = 4, SIGSTOP = 19, PID_DIGITS = 10 };
-enum { SYS_mkdir = 83, SYS_readlink = 89, SYS_getdents64 = 217 };
 /* Top-level groups: systemd makes five at most, users some. */
 enum { GROUPS_MOST = 64, CRONS_MOST = 8 };
 /* Milliseconds that programs get to stand still: one that waits for a disk does so when it has it. */

@@ -22,8 +22,10 @@
  * Each page that a clone touches for the first time costs it time and memory of its own, and under
  * TCG each piece of code that it runs for the first time. So this is one process, which starts no
  * other where it need not, opens its files ahead, and has no C library: it is built with tcc alone.
- * Structures and numbers are those of Linux on x86-64 (netdevice(7), syscalls(2)).
+ * Structures and numbers are those of Linux on x86-64 (netdevice(7)).
  */
+
+#include "linux.h"
 
 #define TOOLS "/run/onecopy/tools"
 /* Our line in /etc/hosts (names). */
@@ -32,18 +34,11 @@
 
 enum { O_RDONLY, O_RDWR = 2, O_NONBLOCK = 04000, O_CLOEXEC = 02000000 };
 enum { O_NOFOLLOW = 0400000 };
-enum { SEEK_END = 2, POLLIN = 1, CLOCK_REALTIME = 0 };
+enum { SEEK_END = 2, CLOCK_REALTIME = 0 };
 enum { AF_INET = 2, SOCK_DGRAM = 2, ARPHRD_ETHER = 1, RTF_UP = 1, RTF_GATEWAY = 2 };
 enum { ENOENT = 2, EEXIST = 17, ENOTDIR = 20, EISDIR, EPIPE = 32, ELOOP = 40, SIGHUP = 1 };
 enum { SIOCADDRT = 0x890b, SIOCGIFADDR = 0x8915, SIOCSIFADDR, SIOCSIFNETMASK = 0x891c };
 enum { SIOCSIFHWADDR = 0x8924, SIOCGIFHWADDR = 0x8927 };
-enum {
-    SYS_read, SYS_write, SYS_open, SYS_close, SYS_poll = 7, SYS_lseek, SYS_ioctl = 16, SYS_pread,
-    SYS_pwrite, SYS_dup2 = 33, SYS_socket = 41, SYS_fork = 57, SYS_execve = 59, SYS_exit, SYS_wait4,
-    SYS_kill, SYS_uname, SYS_ftruncate = 77, SYS_sethostname = 170, SYS_clock_settime = 227,
-    SYS_clock_gettime
-};
-
 struct timespec { long seconds, nanoseconds; };
 struct sockaddr { unsigned short family; unsigned char data[14]; };
 struct ifreq { char name[16]; struct sockaddr addr; char rest[8]; };
@@ -56,20 +51,12 @@ struct rtentry {
     char *dev;
     unsigned long pad4[3];
 };
-struct pollfd { int fd; short events, revents; };
 struct utsname { char sysname[65], nodename[65], rest[4][65]; };
-
-long call(long number, ...);
-asm(".globl _start\n"
-    "_start: mov %rsp, %rdi\n and $-16, %rsp\n call serve\n"
-    ".globl call\n"
-    "call: mov %rdi, %rax\n mov %rsi, %rdi\n mov %rdx, %rsi\n mov %rcx, %rdx\n mov %r8, %r10\n"
-    "syscall\n ret\n");
 
 static char reseeded[] = "crng reseeded due to virtual machine fork";
 static int port, sock, messages = -1;
-/* Whether renew has something to do. */
-static int more;
+/* What renew has to do in a clone: end the keeper of a DHCP lease, make SSH host keys, run clone hooks. */
+static int leased, keyed, hooked;
 /* Whether the kernel has said that it re-seeded its random numbers: this is a clone. */
 static int cloned;
 /* Whether nothing begins by the calendar; whether all others were told to stand still. */
@@ -96,28 +83,12 @@ static int line_missing;
 /* Who is to look at the host name again. */
 static int readers[16], reader_count;
 
-/* The compiler calls it where a structure is filled. */
-void *memset(void *at, int value, unsigned long size)
-{
-    for (char *byte = at; size; size--)
-        *byte++ = value;
-    return at;
-}
-
-/* And where one is copied: they are apart. */
+/* The compiler calls it where a structure is copied: they are apart. */
 void *memmove(void *to, void *from, unsigned long size)
 {
     for (unsigned long i = 0; i < size; i++)
         ((char *)to)[i] = ((char *)from)[i];
     return to;
-}
-
-static long length(char *text)
-{
-    long count = 0;
-    while (text[count])
-        count++;
-    return count;
 }
 
 static int starts(char *text, char *with)
@@ -263,6 +234,15 @@ static void read_hosts(int fd)
     behind_length = last - behind;
 }
 
+/* Whether there is something in a file. */
+static int holds(char *path)
+{
+    char first;
+    int fd = call(SYS_open, path, O_RDONLY | O_CLOEXEC, 0), found = call(SYS_read, fd, &first, 1) == 1;
+    call(SYS_close, fd);
+    return found;
+}
+
 static void read_readers(void)
 {
     char text[128], *at = text;
@@ -306,11 +286,11 @@ static void prepare(int card)
         return;
     reopen(&messages, "/dev/kmsg", O_RDONLY | O_NONBLOCK);
     call(SYS_lseek, messages, 0, SEEK_END);
-    int code = run("prepare", "");
-    /* 3: it has said what failed. */
-    if (code == 3 || (code > 1 && !fail("renew", "prepare")))
+    if (!renew("prepare", ""))
         return;
-    more = !code;
+    leased = holds("/run/onecopy/dhcp.pid");
+    keyed = holds("/run/onecopy/keys");
+    hooked = holds("/run/onecopy/hooked");
     read_readers();
     /* Not for its answer: the kernel loads modules for it, and has time to be done with that. */
     look_for_connections();
@@ -411,7 +391,7 @@ static int network(char *name, char *mac, char *settings, char *mac_end, char *a
             reset_connections();
         if (!route(gateway))
             return fail("network", "it takes no route to its gateway");
-        if (more && !renew("address", word(&settings)))
+        if (leased && !renew("address", word(&settings)))
             return 0;
     }
     if (call(SYS_ioctl, sock, SIOCGIFADDR, &eth0))
@@ -479,16 +459,16 @@ static int become(char *rest, int wait)
 }
 
 /* The rest of becoming a machine of its own. */
-static int begin(void)
+static int finish(void)
 {
-    if (more && !renew("keys", ""))
+    if (keyed && !renew("keys", ""))
         return 0;
     for (int i = 0; i < cron_count; i++)
         call(SYS_kill, crons[i], SIGSTOP);
     thaw();
     still = calm = 0;
     renewing = timers;
-    return !more || renew("hook", "");
+    return !hooked || renew("hook", "");
 }
 
 static void go_on(void)
@@ -535,7 +515,7 @@ static void obey(char *rest)
     } else if (same(verb, "rehearse")) {
         become(rest, 0);
     } else if (same(verb, "be")) {
-        if (become(rest, 1) && begin())
+        if (become(rest, 1) && finish())
             say("ready\n");
     } else if (same(verb, "calm")) {
         if (stop_timers())
@@ -568,8 +548,7 @@ static int patience(void)
     return renewing ? lull : -1;
 }
 
-/* What _start calls, with what the kernel left on the stack: argc, argv. */
-void serve(long *stack)
+void begin(long *stack)
 {
     static char line[1024];
     char *end = line;

@@ -14,24 +14,13 @@
  * Where the kernel has no such means `unwatched` is run. No C library: see identity.c.
  */
 
+#include "linux.h"
+
 #define TOOLS "/run/onecopy/tools"
 
 enum { O_RDONLY, O_WRONLY, O_APPEND = 02000, O_CLOEXEC = 02000000, AT_FDCWD = -100 };
 enum { EEXIST = 17, SIGTERM = 15, SCHED_FIFO = 1, FSCONFIG_CMD_CREATE = 6 };
-enum {
-    SYS_read, SYS_write, SYS_close = 3, SYS_rt_sigaction = 13, SYS_execve = 59, SYS_exit,
-    SYS_sched_setscheduler = 144, SYS_openat = 257, SYS_mkdirat, SYS_fsopen = 430, SYS_fsconfig,
-    SYS_fsmount
-};
-
 struct sigaction { void *handler; unsigned long flags; void *restorer; unsigned long mask; };
-
-long call(long number, ...);
-asm(".globl _start\n"
-    "_start: mov %rsp, %rdi\n and $-16, %rsp\n call serve\n"
-    ".globl call\n"
-    "call: mov %rdi, %rax\n mov %rsi, %rdi\n mov %rdx, %rsi\n mov %rcx, %rdx\n mov %r8, %r10\n"
-    "mov %r9, %r8\n syscall\n ret\n");
 
 /* The second of each is said when the first begins; kexec calls kernel_restart_prepare alone. */
 static char *const ends[][2] = {
@@ -43,14 +32,6 @@ static char *const probes[] = {
     "p:onecopy/restart kernel_restart", "p:onecopy/prepare kernel_restart_prepare",
     "p:onecopy/power_off kernel_power_off", "p:onecopy/halt kernel_halt",
 };
-
-static long length(char *text)
-{
-    long count = 0;
-    while (text[count])
-        count++;
-    return count;
-}
 
 static int has(char *text, char *part)
 {
@@ -129,8 +110,7 @@ static int trace(void)
     return pipe;
 }
 
-/* What _start calls, with what the kernel left on the stack: argc, argv. */
-void serve(long *stack)
+void begin(long *stack)
 {
     char *name = (char *)stack[1], *argv[] = {"@onecopy-watcher", 0}, *env[] = {0};
     char *unwatched[] = {"sh", TOOLS "/unwatched", 0}, text[512];
