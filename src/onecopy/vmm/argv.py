@@ -212,7 +212,7 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
         "-machine",
         f"{hardware.machine},{options},memory-backend=ram",
         "-accel",
-        _accelerator(launch),
+        accelerator(launch.accel, launch.translated),
         "-cpu",
         hardware.cpu,
         "-smp",
@@ -224,10 +224,10 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
     ]
 
 
-def _accelerator(launch: Launch) -> str:
+def accelerator(name: str, translated: int = TRANSLATED) -> str:
+    """Return the value of ``-accel``, with that many bytes for translated code under TCG."""
     # It is no part of a machine's state: what was saved with another size starts.
-    tcg = launch.accel == "tcg"
-    return f"tcg,tb-size={launch.translated // MIB}" if tcg else launch.accel
+    return f"tcg,tb-size={translated // MIB}" if name == "tcg" else name
 
 
 def _processors(cpus: int) -> str:

@@ -18,13 +18,13 @@ import msgspec
 
 from onecopy.host.landlock import IOCTL_DEV
 from onecopy.model import MIB
+from onecopy.vmm.argv import accelerator
 from onecopy.vmm.cpu import DEFAULT, qemu_cpu
 from onecopy.vmm.given import READ, WRITE
 from onecopy.vmm.tool import Limits, Task, Tool, named, running
 from onecopy.vmm.user import KVM
 
 _MEMORY = 512 * MIB
-_TRANSLATED = 128 * MIB
 #: Seconds that it may take at all, and of a processor.
 _SECONDS = 24 * 3600
 #: Bytes of the overlay: a journal is replayed into it.
@@ -116,13 +116,12 @@ def _open(ends: ExitStack, path: Path) -> int:
 
 
 def _machine(parts: Parts, modules: int) -> list[str]:
-    accel = f"tcg,tb-size={_TRANSLATED // MIB}" if parts.accel == "tcg" else parts.accel
     options = "hpet=off,vmport=off,smm=off,smbus=off,sata=off,usb=off,i8042=off,graphics=off"
     ceiling = _MEMORY + modules + 1024 * MIB
     return [
         *(parts.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-machine", f"{parts.machine},{options}", "-accel", accel),
+        *("-machine", f"{parts.machine},{options}", "-accel", accelerator(parts.accel)),
         *("-cpu", qemu_cpu("host" if parts.accel == "kvm" else DEFAULT, parts.accel), "-smp", "2"),
         *("-m", f"size={_MEMORY}B,slots=1,maxmem={ceiling}B", "-serial", "stdio"),
     ]
