@@ -154,7 +154,7 @@ def test_a_minimal_init(host: Host, tmp_path: Path, cold: Cold, run_in: RunIn) -
     (tmp_path / "etc/fstab").write_text(FSTAB + "tmpfs /mnt tmpfs size=1m 0 0\n")
     script = "mount -a && echo $(hostname) >/mnt/mark"
     (tmp_path / "etc/inittab").write_text(f"::sysinit:/bin/sh -c '{script}'\n::respawn:/bin/sh\n")
-    root = build_segment(host.store, Reference("minimal"), f"dir:{tmp_path}")
+    root = build_segment(host.store, Reference("inittab"), f"dir:{tmp_path}")
     guest = cold(root, memory=128 * MIB)
     assert run_in(guest, "readlink", "/proc/1/exe").stdout == b"/bin/busybox\n"
     assert run_in(guest, "cat", "/proc/1/comm").stdout == b"init\n"
