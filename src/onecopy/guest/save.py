@@ -44,11 +44,12 @@ from onecopy.vmm.reply import decimal, shown
 #: longer than the kernel puts off what is not urgent (one second: net/core/link_watch.c).
 _RESTING = 0.02
 _REST = 1.25
-#: The same with an init of the image's own: udev ends workers that were idle for 3 s (event_run()
-#: in systemd's src/udev/udevd.c), which each clone would do again.
-_REST_OF_INIT = 3.75
+#: The same with an init of the image's own: udev ends workers that were idle for 3 s, or up to 4, as
+#: it pleases (on_post() in systemd's src/udev/udevd.c), which each clone would do again. The last of
+#: them saw the port of our own exec go.
+_REST_OF_INIT = 5.0
 #: Seconds after which a guest that does not come to rest is saved all the same.
-_PATIENCE, _PATIENCE_WITH_INIT = 10.0, 20.0
+_PATIENCE, _PATIENCE_WITH_INIT = 10.0, 25.0
 #: Wait until udev has seen to all devices, as `udevadm settle` does: systemd calls a system running
 #: while modules are still being loaded for its devices. Five minutes at most.
 _SETTLED = "n=0; while [ -e /run/udev/queue ] && [ $n -lt 600 ]; do sleep .5; n=$((n + 1)); done"
