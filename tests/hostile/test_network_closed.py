@@ -46,13 +46,22 @@ def tcp(address, port):
     with socket.create_connection((address, port), 20) as s:
         return s.recv(100).decode()
 
+def answer(s, data, more):
+    "What comes back of what is sent again each second."
+    s.settimeout(1)
+    for last in [False] * 5 + [True]:
+        s.send(data)
+        try:
+            return more()
+        except TimeoutError:
+            if last:
+                raise
+
 def udp(address, port):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        s.settimeout(1)
         s.connect((address, port))
-        s.send(b"?")
-        return s.recv(100).decode()
+        return answer(s, b"?", lambda: s.recv(100).decode())
 
 def checksum(data):
     total = sum(struct.unpack(f">{len(data) // 2}H", data))
@@ -70,13 +79,16 @@ def forged(address, port):
     ip = ip[:10] + struct.pack(">H", checksum(ip)) + ip[12:]
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as s:
         s.bind(("eth0", 0x0800))
-        s.settimeout(5)
+
+        def flags():
+            while True:
+                packet = s.recv(2000)[14:]
+                if packet[9] == 6 and packet[12:16] == theirs:
+                    return "answered" if packet[33] & 2 else "reset"
+
         # To whatever plays the gateway: it takes all frames that it is sent.
-        s.send(b"\\x52\\x55\\xc6\\x12\\x00\\x02" + s.getsockname()[4] + b"\\x08\\x00" + ip + tcp)
-        while True:
-            packet = s.recv(2000)[14:]
-            if packet[9] == 6 and packet[12:16] == theirs:
-                return "answered" if packet[33] & 2 else "reset"
+        gateway = b"\\x52\\x55\\xc6\\x12\\x00\\x02"
+        return answer(s, gateway + s.getsockname()[4] + b"\\x08\\x00" + ip + tcp, flags)
 
 def tried(what):
     kind, address, port = what
