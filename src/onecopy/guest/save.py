@@ -44,9 +44,9 @@ from onecopy.vmm.reply import decimal, shown
 #: longer than the kernel puts off what is not urgent (one second: net/core/link_watch.c).
 _RESTING = 0.02
 _REST = 1.25
-#: The same with an init of the image's own: udev ends workers that were idle for 3 s, or up to 4, as
-#: it pleases (on_post() in systemd's src/udev/udevd.c), which each clone would do again. The last of
-#: them saw the port of our own exec go.
+#: The same with an init of the image's own: udev ends workers that were idle for 3 to 4 s (see
+#: on_post() in systemd's src/udev/udevd.c), which each clone would do again. The last of them saw
+#: the port of our own exec go.
 _REST_OF_INIT = 5.0
 #: Seconds after which a guest that does not come to rest is saved all the same.
 _PATIENCE, _PATIENCE_WITH_INIT = 10.0, 25.0
