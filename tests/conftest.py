@@ -5,10 +5,16 @@ import signal
 from typing import NoReturn
 
 import pytest
+from hypothesis import settings
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach what the tests start: a shell without job control has it ignored."""
+    """Let Ctrl-C reach what the tests start: a shell without job control has it ignored.
+
+    No property has a deadline: a busy machine is no fault.
+    """
+    settings.register_profile("onecopy", deadline=None)
+    settings.load_profile("onecopy")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from onecopy.build.tree import walk
+from onecopy.images.tree import walk
 from onecopy.model import MIB
 
 #: File system -> the least size (MiB) that it takes, and what makes it.

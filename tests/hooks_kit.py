@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Sequence
 
 from onecopy.guest.exec import run_captured
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.start import start_clone, template
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn
 

@@ -2,7 +2,7 @@
 
 A terminal obeys control characters: they move the cursor, change the title, answer as if typed.
 Some others turn text around, or cannot be seen. All of these are shown as escapes. Not here: where
-that is done (cli/output.py, sharing/page.py).
+that is done (cli/output.py, sharing/advice_page.py).
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from onecopy import aio
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.place import StrPath
-from onecopy.guest.reasons import Ended
+from onecopy.guest.end_reason import Ended
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.transfer.destination import StrPath
 from onecopy.leaving import at_exit
 from onecopy.loop import LoopThread
 from onecopy.store import Artifact

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from onecopy.host import syscall
+from onecopy.linux import syscall
 from tests.fuzz.mutate import make
 from tests.fuzz.readers import Reader
 

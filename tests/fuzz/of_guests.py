@@ -11,21 +11,21 @@ from typing import Any
 import msgspec
 
 from onecopy.errors import OnecopyError
-from onecopy.guest import requests
-from onecopy.guest.packing import Unpacker, Unusable
+from onecopy.guest.segments import protocol
+from onecopy.guest.transfer.tar import Unpacker, Unusable
 from tests.fuzz.readers import Reader
 
 
 def _requests(data: bytes, _: Path) -> None:
-    lines = requests.Lines()
+    lines = protocol.Lines()
     for at in range(0, len(data), 700):
         for found in lines.feed(data[at : at + 700]):
-            if isinstance(found, requests.Request):
+            if isinstance(found, protocol.Request):
                 assert found.line().count(b"\n") == 1
-                answer = requests.refusal(found.id, OnecopyError(" ".join(found.arguments)), ())
+                answer = protocol.refusal(found.id, OnecopyError(" ".join(found.arguments)), ())
             else:
-                answer = requests.error(found.id, "invalid-input", 2, found.why)
-            assert answer.endswith(b"\n") and len(answer) <= requests.LIMIT
+                answer = protocol.error(found.id, "invalid-input", 2, found.why)
+            assert answer.endswith(b"\n") and len(answer) <= protocol.LIMIT
 
 
 def _unpacked(data: bytes, folder: Path) -> None:
@@ -43,17 +43,17 @@ class _Status(msgspec.Struct):
 
 
 def _replies(data: bytes, _: Path) -> None:
-    from onecopy.vmm import reply  # type: ignore[attr-defined,unused-ignore]
+    from onecopy.vmm import guest_reply  # type: ignore[attr-defined,unused-ignore]
 
     for form in (_Status, dict[str, int], list[dict[str, Any]]):
         try:
-            value = reply.read(data, form, "the reply")
+            value = guest_reply.read(data, form, "the reply")
         except OnecopyError:
             continue
-        reply.convert(value, dict, "the reply")
-    assert reply.shown(data).isprintable()
-    assert 0 <= reply.decimal(data, "it", most=10**6) <= 10**6
-    reply.address(data, "it")
+        guest_reply.convert(value, dict, "the reply")
+    assert guest_reply.shown(data).isprintable()
+    assert 0 <= guest_reply.decimal(data, "it", most=10**6) <= 10**6
+    guest_reply.address(data, "it")
 
 
 def archive(form: int = tarfile.GNU_FORMAT) -> bytes:
@@ -87,7 +87,7 @@ def readers() -> list[Reader]:
         Reader("requests", _requests, lines, share=12),
         Reader("cp", _unpacked, [archive()], (Unusable, OSError), share=2),
     ]
-    if find_spec("onecopy.vmm.reply"):
+    if find_spec("onecopy.vmm.guest_reply"):
         replies = [
             b'{"exited":true,"exitcode":1}',
             b'{"return":{"pid":12}}',

@@ -8,7 +8,7 @@ import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from onecopy.build.create import file_system
+from onecopy.images.create import file_system
 from tests.fuzz.of_guests import archive
 from tests.fuzz.readers import Reader, text
 
@@ -19,15 +19,15 @@ def _heads(data: bytes, folder: Path) -> None:
 
 
 def _archives(data: bytes, folder: Path) -> None:
-    from onecopy.build.tarformat import TarReader  # type: ignore[import-not-found,unused-ignore]
-    from onecopy.build.unpack import unpack  # type: ignore[import-not-found,unused-ignore]
+    from onecopy.images.tar_format import TarReader  # type: ignore[import-not-found,unused-ignore]
+    from onecopy.images.unpack import unpack  # type: ignore[import-not-found,unused-ignore]
 
     (folder / "into").mkdir()
     unpack(TarReader(io.BytesIO(data), lambda *_: None), folder / "into")
 
 
 def _fstabs(data: bytes, _: Path) -> None:
-    from onecopy.build import fstab  # type: ignore[attr-defined,unused-ignore]
+    from onecopy.images import fstab  # type: ignore[attr-defined,unused-ignore]
 
     for entry in fstab.parse_fstab(text(data)):
         fstab.find_partition(entry.device, [])
@@ -47,14 +47,12 @@ def readers() -> list[Reader]:
         b"QFI\xfb\0\0\0\3",
     ]
     found = [Reader("heads", _heads, heads, share=3)]
-    if find_spec("onecopy.build.tarformat"):
-        from onecopy.build.paxheader import (  # type: ignore[import-not-found,unused-ignore]
-            BadMember,
-        )
+    if find_spec("onecopy.images.tar_format"):
+        from onecopy.images.pax_header import BadMember
 
         forms = [archive(tarfile.PAX_FORMAT), archive(), archive(tarfile.USTAR_FORMAT)[:6000]]
         found.append(Reader("archives", _archives, forms, (BadMember, OSError), share=2))
-    if find_spec("onecopy.build.fstab"):
+    if find_spec("onecopy.images.fstab"):
         lines = [
             b"UUID=0a-1 / ext4 defaults 0 1\n/dev/sda2 /home\\040x btrfs subvol=@home 0 2\n",
             b"LABEL=a /var xfs rw\n# no\n/dev/sda3 none swap sw 0 0\n",

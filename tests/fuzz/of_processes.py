@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onecopy.host import meminfo, process, smaps
+from onecopy.linux import process
+from onecopy.linux.counters import meminfo, smaps
 from onecopy.vmm import cmdline
 from tests.fuzz.readers import Reader, text
 

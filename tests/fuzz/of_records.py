@@ -8,11 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.build.kernel import KernelConfig
-from onecopy.build.ranges import Range, SegmentConfig
 from onecopy.errors import OnecopyError
-from onecopy.guest.folder import GuestFolder
 from onecopy.guest.machine import SystemConfig
+from onecopy.guest.run_directory import GuestFolder
+from onecopy.images.kernel import KernelConfig
+from onecopy.images.range_record import Range, SegmentConfig
 from onecopy.model import PageClass, Reference
 from onecopy.store import Artifact, Store, access, lease, names, oci
 from onecopy.store.layout import Layout

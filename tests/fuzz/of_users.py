@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from onecopy import cli
-from onecopy.build.create import NewRange
 from onecopy.cli.params import PublishType, SecondsType
-from onecopy.guest.disks import DiskSpec
+from onecopy.guest.lifecycle.disks import DiskSpec
 from onecopy.guest.machine import check_mountpoint
+from onecopy.images.create import NewRange
 from onecopy.model import Reference, check_guest_name, in_order, parse_mount, parse_size
 from onecopy.store.access import check_domain, check_grant
 from tests.fuzz.readers import Reader, text

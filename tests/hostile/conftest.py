@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from onecopy.host.syscall import unshare_mounts
+from onecopy.linux.syscall import unshare_mounts
 from tests.vm.conftest import (  # noqa: F401
     app,
     busybox_root,

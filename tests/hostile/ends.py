@@ -123,9 +123,10 @@ def _serve() -> None:
     from onecopy import cli
 
     for name in cli._COMMANDS:
-        importlib.import_module(f"onecopy.cli.{name}_")
+        importlib.import_module(f"onecopy.cli.{name}_cmd")
     # What commands import when they run.
-    from onecopy.guest import advising, planning, pool  # noqa: F401
+    from onecopy.guest.lifecycle import pool  # noqa: F401
+    from onecopy.guest.observe import advise, plan  # noqa: F401
     from onecopy.store import Store
 
     Store()

@@ -122,7 +122,7 @@ class Liar:
         self.write(json.dumps({"return": value}).encode() + b"\n")
 
     def on_ports(self, kind: str, arguments: Any) -> None:
-        """A wrapper of its own, instead of build/files/exec."""
+        """A wrapper of its own, instead of images/files/exec."""
         if arguments["arg"][0] == "kill":
             os.kill(-int(arguments["arg"][2][1:]), signal.SIGKILL)
             self.write(b'{"return": {"pid": 4}}\n')

@@ -23,17 +23,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onecopy.build.image import make_image
-from onecopy.build.kernel import ensure_kernel
-from onecopy.build.segment import build_segment
-from onecopy.build.source import open_source
 from onecopy.errors import BadSource, NotEnough, OnecopyError
-from onecopy.host.removal import remove_tree
+from onecopy.images.build import build_segment
+from onecopy.images.fs_image import make_image
+from onecopy.images.kernel import ensure_kernel
+from onecopy.images.source import open_source
+from onecopy.linux.removal import remove_tree
 from onecopy.model import Reference
 from onecopy.store import Store
 from tests.conftest import cannot_run
 from tests.hostile import tar_kit as tar
-from tests.unit.test_removal import nest
+from tests.unit.linux.test_removal import nest
 
 REF = Reference.parse("hostile:1")
 GOOD = tar.file(b"good", b"data")
@@ -458,7 +458,7 @@ def test_a_disk_that_an_archive_fills(tmp_path: Path) -> None:
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from onecopy.build.segment import build_segment
+from onecopy.images.build import build_segment
 from onecopy.errors import OnecopyError
 from onecopy.model import Reference
 from onecopy.store import Store

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecopy.errors import NotFound, OnecopyError
-from onecopy.host import ksm, meminfo, pagemap, process, smaps, zoneinfo
+from onecopy.linux import process
+from onecopy.linux.counters import ksm, meminfo, pagemap, smaps, zoneinfo
 from onecopy.model import MIB
-from onecopy.sharing import live, report
+from onecopy.sharing import live_figures, report
 from onecopy.sharing.account import GuestMaps
 from onecopy.vmm import cmdline
 
@@ -34,7 +35,7 @@ READERS: dict[str, list[Callable[[Path], object]]] = {
 }
 ALL: list[Callable[[Path], object]] = [
     lambda root: report.collect([MAPS], root=root),
-    lambda root: live.sample([("cold", PID)], merging=True, root=root),
+    lambda root: live_figures.sample([("cold", PID)], merging=True, root=root),
 ]
 fast = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -87,7 +88,7 @@ def test_what_ends_before_it_is_read_at_all(root: Path) -> None:
     for name in READERS:
         (root / "proc" / str(PID) / name).write_bytes(b"")
     assert report.collect([MAPS], root=root).guests == ()
-    assert live.sample([("cold", PID)], merging=True, root=root) == []
+    assert live_figures.sample([("cold", PID)], merging=True, root=root) == []
     with pytest.raises(NotFound):
         smaps.read_rollup(PID, root)
 

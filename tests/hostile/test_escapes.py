@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from onecopy.guest.exec import run_captured
-from onecopy.guest.host import Host
-from onecopy.guest.save import save_guest
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.runtime import Host
 from onecopy.model import Reference
 from tests.vm.conftest import Clones
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.create import NewRange, create_segment
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.create import NewRange, create_segment
 from onecopy.model import MIB, PageClass, Reference
 from onecopy.store import Artifact
 

@@ -21,14 +21,14 @@ import pytest
 from onecopy import cli
 
 # Imported before it is the turn of a user who cannot reach them.
-from onecopy.cli import advise_, report_, top_  # noqa: F401
-from onecopy.guest import advising, planning, watch  # noqa: F401
-from onecopy.guest.host import Host
-from onecopy.guest.maps import vmm_maps
+from onecopy.cli import advise_cmd, report_cmd, top_cmd  # noqa: F401
+from onecopy.guest.observe import advise, plan, top  # noqa: F401
+from onecopy.guest.observe.accounts import vmm_maps
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB
-from onecopy.sharing import live, report
+from onecopy.sharing import live_figures, report
 from onecopy.store import Artifact
-from onecopy.vmm import foreign
+from onecopy.vmm import external_qemu
 from tests.hostile.impostor import compile_impostor, impostor, require_root
 from tests.unit.other_user import NOBODY, as_nobody
 
@@ -161,8 +161,8 @@ def test_root_watches(crowd: set[int], host: Host) -> None:
 
 
 def test_root_plans(crowd: set[int], host: Host, saved: Artifact) -> None:
-    size = planning.Size(first=1, more=1, settle=0.2)
-    found = asyncio.run(planning.measure(host, saved, size))
+    size = plan.Size(first=1, more=1, settle=0.2)
+    found = asyncio.run(plan.measure(host, saved, size))
     assert crowd and found.clones == 2 and found.each > MIB
 
 
@@ -215,12 +215,12 @@ def test_memory_that_keeps_its_reader_waiting(program: Path, tmp_path: Path) -> 
 
 
 def test_many_of_one_user_hide_nobody_else(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign, "MOST", 6)
-    known = {vmm.pid for vmm in foreign.find(()).vmms}
+    monkeypatch.setattr(external_qemu, "MOST", 6)
+    known = {vmm.pid for vmm in external_qemu.find(()).vmms}
     with ExitStack() as stack:
         many = {stack.enter_context(impostor(program)).pid for _ in range(20)}
         one = stack.enter_context(impostor(program, uid=OTHER)).pid
-        found = foreign.find(known - many - {one})
+        found = external_qemu.find(known - many - {one})
     seen = {vmm.pid for vmm in found.vmms}
     assert one in seen and 0 < len(seen & many) < 6 and len(seen) <= 6
     assert found.left_out
@@ -234,7 +234,7 @@ def test_only_what_is_open_is_taken(program: Path) -> None:
         impostor(program, ["-hda", f"{secret}"], f"path:{secret}") as liar,
         impostor(program, ["-hda", f"{secret}"], f"open:{program.parent}/fifo") as other,
     ):
-        vmms = {vmm.pid: vmm for vmm in foreign.find(()).vmms}
+        vmms = {vmm.pid: vmm for vmm in external_qemu.find(()).vmms}
     known = secret.stat()
     assert vmms[honest.pid].disks == (str(secret),)
     assert vmms[honest.pid].regular == {str(secret): (known.st_dev, known.st_ino)}
@@ -255,10 +255,10 @@ def test_they_end_while_they_are_read(program: Path) -> None:
             began, seen = time.monotonic(), set[int]()
             # On a busy machine few come and go.
             while (past := time.monotonic() - began) < 5 or (len(seen) <= 10 and past < STUCK):
-                found = foreign.find(())
+                found = external_qemu.find(())
                 seen |= {vmm.pid for vmm in found.vmms}
                 told = report.collect([], map(vmm_maps, found.vmms))
-                live.sample([(vmm.name, vmm.pid) for vmm in found.vmms], merging=True)
+                live_figures.sample([(vmm.name, vmm.pid) for vmm in found.vmms], merging=True)
                 for each in told.others:
                     # Of one that was ending nothing is said, rather than less than it had.
                     assert each.note or (each.pss_total or 0) > 0
@@ -278,7 +278,7 @@ def test_another_file_of_the_same_name(program: Path) -> None:
     with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout and process.stdout.readline() == b"ready\n"
-            (vmm,) = (vmm for vmm in foreign.find(()).vmms if vmm.pid == process.pid)
+            (vmm,) = (vmm for vmm in external_qemu.find(()).vmms if vmm.pid == process.pid)
         finally:
             process.kill()
     assert (vmm.disks, vmm.regular) == ((), {})

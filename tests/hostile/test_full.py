@@ -18,7 +18,7 @@ import pytest
 
 from onecopy import cli
 from onecopy.errors import NotEnough
-from onecopy.guest.folder import run_root
+from onecopy.guest.run_directory import run_root
 from onecopy.model import Reference
 from onecopy.store import Store
 from tests.unit.other_user import NOBODY, as_nobody
@@ -84,7 +84,7 @@ def test_a_full_store_is_emptied_by_an_ordinary_user(
     # Another user may not be able to read our files.
     importlib.import_module("onecopy.cli.failures")
     for command in cli._COMMANDS:
-        importlib.import_module(f"onecopy.cli.{command}_")
+        importlib.import_module(f"onecopy.cli.{command}_cmd")
     with _disk(name) as disk:
         assert as_nobody(partial(_use, disk, fill)) == []
 

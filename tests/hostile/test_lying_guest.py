@@ -1,7 +1,8 @@
 """A guest whose agent lies: each lie is an error about that guest, in time and in bounds.
 
 The guest is real, and so is the port; the agent on it is ours (liar.py). Not here: replies of every
-kind and all byte streams (tests/unit/test_lies.py), QEMUs that do not answer (test_stopped_vmm.py).
+kind and all byte streams (tests/unit/vmm/test_guest_reply.py), QEMUs that do not answer
+(test_stopped_vmm.py).
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import AgentFailed, OnecopyError, TooLarge
-from onecopy.guest import copy, stop
 from onecopy.guest.exec import TIMED_OUT, run_captured, run_streaming
-from onecopy.guest.folder import Batch, GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import names_for, start_many
-from onecopy.guest.packing import Limits
-from onecopy.guest.start import start_clone, template
-from onecopy.guest.streams import Streams
+from onecopy.guest.exec_streams import Streams
+from onecopy.guest.lifecycle import stop
+from onecopy.guest.lifecycle.batch import names_for, start_many
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.transfer import copy
+from onecopy.guest.transfer.tar import Limits
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.agent import Agent

@@ -22,11 +22,11 @@ import pytest
 
 from onecopy.errors import CommandFailed, Incompatible
 from onecopy.guest.exec import run_captured
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.store import Artifact, Store
 from onecopy.vmm.argv import GATEWAY, NAME_SERVER, NETWORK
-from onecopy.vmm.user import User
+from onecopy.vmm.vmm_user import User
 from tests.hostile.net_world import HOST, METADATA, OUTSIDE, PORT, RESOLVER, World, world
 from tests.unit.other_user import NOBODY
 from tests.vm.test_bad_luck import copy

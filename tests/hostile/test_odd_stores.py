@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.packages import fetch_package, host_suite
-from onecopy.build.segment import build_segment
 from onecopy.errors import BadSource
+from onecopy.images.build import build_segment
+from onecopy.images.deb_packages import fetch_package, host_suite
 from onecopy.model import Reference
 from onecopy.store import Store
 from tests.conftest import cannot_run

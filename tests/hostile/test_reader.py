@@ -22,12 +22,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onecopy.build.reader import Reader
-from onecopy.build.reading import DiskTree
 from onecopy.errors import BadSource
+from onecopy.images.disk_files import DiskTree
+from onecopy.images.disk_reader import Reader
 from onecopy.model import MIB
-from onecopy.vmm.reader import Running
-from onecopy.vmm.tool import Limits, Task, running
+from onecopy.vmm.confined_tool import Limits, Task, running
+from onecopy.vmm.reader_vm import Running
 from tests.conftest import cannot_run
 
 #: An answer to each question of a whole disk with a root and a home.

@@ -20,9 +20,9 @@ import pytest
 
 from onecopy.errors import AgentFailed, GuestFailed
 from onecopy.guest.exec import run_captured
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.resuming import go_on
+from onecopy.guest.resume import go_on
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.vmm.monitor import connect
 from tests.vm.conftest import Clones, RunIn
 

@@ -21,12 +21,12 @@ import pytest
 from msgspec.structs import replace
 
 from onecopy.errors import AlreadyExists, InUse
-from onecopy.guest import lost
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.host import vmms
+from onecopy.guest import lost_vmms
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux import vmm_registry
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.conftest import cannot_run
@@ -66,7 +66,7 @@ def memtest(host: Host) -> Artifact:
 def guest(memtest: Artifact, cold: Cold) -> Iterator[GuestRecord]:
     record = cold(memtest)
     yield record
-    vmms.end([record.process])
+    vmm_registry.end([record.process])
 
 
 def onecopy(*args: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -109,7 +109,7 @@ def check_known(host: Host, memtest: Artifact, guest: GuestRecord) -> dict[str, 
     prepared = prepare_cold(host, ColdSpec(root=Reference.parse(memtest.ref)))
     with pytest.raises(AlreadyExists):
         asyncio.run(run_cold(host, prepared, guest.name))
-    assert vmms.Process(guest.pid, guest.start_ticks).lives()
+    assert vmm_registry.Process(guest.pid, guest.start_ticks).lives()
     return found
 
 
@@ -120,7 +120,7 @@ def check_ended(host: Host, guest: GuestRecord, *args: str, home: Path | None = 
     assert not guest.process.lives()
     assert shown(guest.name, home) is None
     assert not (host.run / guest.name).exists()
-    assert not [each for each in vmms.entries() if each.holder == guest.name]
+    assert not [each for each in vmm_registry.entries() if each.holder == guest.name]
 
 
 def test_one_that_lets_go_of_its_lease(
@@ -152,7 +152,7 @@ def test_its_run_folder_is_removed(
     assert found["kind"] == "lost" and "run folder" in str(found["note"])
     assert host.store.users(memtest.digest) == [guest.name]
     # What `stop --all` takes.
-    assert guest.process in [each.process for each in lost.shown(host)]
+    assert guest.process in [each.process for each in lost_vmms.shown(host)]
     check_ended(host, guest, guest.name)
 
 
@@ -165,10 +165,10 @@ def test_nothing_is_left_of_it_but_its_user(
     guest = host.guest("stray").record()
     if shedding:
         shed(inject, guest.pid)
-    for entry in vmms.of_store(host.run.name):
+    for entry in vmm_registry.of_store(host.run.name):
         entry.forget()
     shutil.rmtree(host.run / guest.name)
-    (found,) = [each for each in lost.lost(host) if each.pid == guest.pid]
+    (found,) = [each for each in lost_vmms.lost(host) if each.pid == guest.pid]
     assert found.name == (
         f"uid-{Path('/proc', str(guest.pid)).stat().st_uid}" if shedding else guest.name
     )
@@ -210,17 +210,17 @@ def test_its_store_is_removed(
         Host.open(host.store.root)
         assert not other.run.exists()
     finally:
-        vmms.end([guest.process])
+        vmm_registry.end([guest.process])
 
 
 def test_a_guest_s_number_is_not_given_out_again(host: Host, guest: GuestRecord) -> None:
     """As long as its VMM or a file of it is there."""
     uid = Path(f"/proc/{guest.pid}").stat().st_uid
-    assert uid in vmms.users()
-    vmms.end([guest.process])
-    assert uid in vmms.users()
+    assert uid in vmm_registry.users()
+    vmm_registry.end([guest.process])
+    assert uid in vmm_registry.users()
     host.end(guest)
-    assert uid not in vmms.users()
+    assert uid not in vmm_registry.users()
 
 
 def test_another_process_with_its_number_is_not_ended(host: Host, guest: GuestRecord) -> None:
@@ -228,10 +228,10 @@ def test_another_process_with_its_number_is_not_ended(host: Host, guest: GuestRe
     other = subprocess.Popen(["sleep", "60"])
     try:
         began = int(Path(f"/proc/{other.pid}/stat").read_text().split()[21])
-        vmms.register(host.run / "early", vmms.Process(other.pid, began - 1), 0)
+        vmm_registry.register(host.run / "early", vmm_registry.Process(other.pid, began - 1), 0)
         assert shown("early") is None
         assert not host.store.is_held("early")
-        assert not [each for each in vmms.entries() if each.holder == "early"]
+        assert not [each for each in vmm_registry.entries() if each.holder == "early"]
         assert other.poll() is None
     finally:
         other.kill()

@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 from onecopy.cli.output import print_table
-from onecopy.host import meminfo
+from onecopy.linux.counters import meminfo
 from onecopy.model import format_size
 from tests.soak.campaign import Campaign
 from tests.soak.setup import soaked

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 from tests.soak.remains import Remains
 
 ONECOPY = Path(sys.executable).parent / "onecopy"

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.cold import ColdSpec
-from onecopy.guest.host import Host
-from onecopy.guest.save import save_system
+from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from tests.soak.campaign import BASE
 from tests.vm.conftest import APP, PYTHON_ROOT

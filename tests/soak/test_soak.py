@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 from tests.conftest import cannot_run
 from tests.soak.campaign import KINDS, Campaign
 from tests.soak.remains import Remains

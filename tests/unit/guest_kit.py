@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from onecopy.guest.folder import GuestRecord
+from onecopy.guest.run_directory import GuestRecord
 
 
 def record(name: str, **changes: Any) -> GuestRecord:

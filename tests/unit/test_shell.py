@@ -1,6 +1,6 @@
 """No path is ever part of a program's text: what a shell runs here are constants.
 
-What varies goes by arguments or by the environment. Not here: odd stores (test_store_open.py).
+What varies goes by arguments or by the environment. Not here: odd stores (test_opening.py).
 """
 
 import ast
@@ -15,9 +15,9 @@ SOURCE = Path(onecopy.__file__).parent
 SHELLS = {"sh", "bash", "dash", "/bin/sh", "/bin/bash"}
 #: What users typed: a command of theirs, here or in a guest of theirs; and what is checked there.
 TYPED = {
-    ("run.py", "command"),
-    ("guest/boot.py", "loop"),
-    ("guest/boot.py", "script"),
+    ("subprocesses.py", "command"),
+    ("guest/lifecycle/boot.py", "loop"),
+    ("guest/lifecycle/boot.py", "script"),
 }
 
 

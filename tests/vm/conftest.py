@@ -16,23 +16,23 @@ from typing import Protocol
 
 import pytest
 
-from onecopy.build.kernel import ensure_kernel
-from onecopy.build.segment import build_segment
 from onecopy.errors import BadSource, MissingProgram
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.exec import Completed, run_captured
-from onecopy.guest.folder import Batch, GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import names_for, start_many
-from onecopy.guest.save import save_system
-from onecopy.guest.start import start_clone, template
-from onecopy.guest.streams import KEPT
+from onecopy.guest.exec_streams import KEPT
+from onecopy.guest.lifecycle.batch import names_for, start_many
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.images.kernel import ensure_kernel
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice, choose
-from onecopy.vmm.closed import TABLE, is_closed
-from onecopy.vmm.user import User
+from onecopy.vmm.closed_network import TABLE, is_closed
+from onecopy.vmm.vmm_user import User
 from tests.conftest import cannot_run
 from tests.vm.kept import SUITE, kept_store
 

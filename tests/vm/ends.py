@@ -1,6 +1,6 @@
 """Ends of guests: what brings each about, and the line of the console that tells it.
 
-Not here: what the host makes of it (guest/reasons.py).
+Not here: what the host makes of it (guest/end_reason.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import msgspec
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.exec import run_captured
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.stop import wait_for_end
+from onecopy.guest.lifecycle.stop import wait_for_end
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.vmm import logs
 
 REBOOTED = "onecopy: the guest was rebooted"

@@ -1,7 +1,7 @@
 """A store with what takes long to make, kept from one test run to the next.
 
 It lies in ``$ONECOPY_TEST_CACHE`` (default: .cache/onecopy-tests) and holds kernel, tools and
-Debian roots. It is made anew when src/onecopy/build changes.
+Debian roots. It is made anew when src/onecopy/images changes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from onecopy.build.kernel import ensure_kernel
-from onecopy.build.packages import fetch_package
-from onecopy.build.segment import build_segment
-from onecopy.build.tools import ensure_tools
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.images.deb_packages import fetch_package
+from onecopy.images.kernel import ensure_kernel
+from onecopy.images.tools import ensure_tools
 from onecopy.model import Reference
-from onecopy.run import run
+from onecopy.subprocesses import run
 from onecopy.vmm.accel import Choice, choose
 
 PROJECT = Path(__file__).parents[2]
@@ -96,7 +96,7 @@ def builders_digest() -> str:
     """Changes with all that builds segments, and with what is in those that are kept."""
     roots = {suite: _roots(suite) for suite in TEST_PACKAGES}
     digest = hashlib.sha256(repr((roots, SERVICES_PACKAGES)).encode())
-    files = (PROJECT / "src/onecopy/build").rglob("*")
+    files = (PROJECT / "src/onecopy/images").rglob("*")
     for path in sorted(p for p in files if p.is_file() and p.suffix != ".pyc"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]

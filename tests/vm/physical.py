@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.host import pagemap, smaps
-from onecopy.host.smaps import Mapping
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux.counters import pagemap, smaps
+from onecopy.linux.counters.smaps import Mapping
 from onecopy.model import PAGE_SIZE
 from onecopy.vmm.monitor import connect
 

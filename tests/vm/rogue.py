@@ -13,8 +13,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from onecopy.vmm.argv import Hardware, Launch
-from onecopy.vmm.launch import launch
 from onecopy.vmm.logs import QEMU, read
+from onecopy.vmm.qemu_process import launch
 from tests.conftest import cannot_run
 
 SOURCE = Path(__file__).with_suffix(".c")

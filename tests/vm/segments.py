@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from onecopy.build.create import NewRange, create_segment
-from onecopy.guest.attach import attach, detach
-from onecopy.guest.folder import Attached, GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import Attached, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments.attach import attach, detach
+from onecopy.images.create import NewRange, create_segment
 from onecopy.model import HUGE_PAGE_SIZE, PAGE_SIZE, PageClass, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn

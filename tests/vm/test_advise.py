@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from onecopy.errors import InvalidInput, NotFound
-from onecopy.guest import advising
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.observe import advise
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB, Reference
 from tests.vm.conftest import Clones, RunIn
 
@@ -61,7 +61,7 @@ def test_what_is_known_is_found_and_no_more(
     host: Host, alike: list[GuestRecord], files: Path
 ) -> None:
     names = [guest.name for guest in alike]
-    advised = advising.look(host, names, files=[files])
+    advised = advise.look(host, names, files=[files])
     found = advised.survey
     assert not found.left_out
     advice = found.advice

@@ -22,8 +22,8 @@ import pytest
 
 import onecopy
 from onecopy import aio, errors
-from onecopy.guest.folder import is_mark
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import is_mark
+from onecopy.guest.runtime import Host
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import vmms

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.create import NewRange, create_segment
-from onecopy.build.segment import build_segment
 from onecopy.errors import (
     AlreadyExists,
     GuestFailed,
@@ -22,9 +20,11 @@ from onecopy.errors import (
     StoreDamaged,
     TooLarge,
 )
-from onecopy.guest import advising
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.observe import advise
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.images.create import NewRange, create_segment
 from onecopy.model import MIB, PageClass, Reference
 from onecopy.store import Access, Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
@@ -158,7 +158,7 @@ def test_a_truncated_blob_is_not_mapped(
 def test_two_commands_load_the_same_at_once(
     host: Host, clones: Clones, run_in: RunIn, site: Artifact
 ) -> None:
-    from onecopy.guest.attach import attach
+    from onecopy.guest.segments.attach import attach
 
     guests = clones(2)
 
@@ -191,10 +191,10 @@ def test_a_guest_of_a_domain(
     assert mergeable(other) and not mergeable(guest)
     # Nor is any advised.
     with pytest.raises(InvalidInput, match="domains"):
-        advising.look(host, [other.name, guest.name])
-    left_out = {each.name for each in advising.look(host).survey.left_out}
+        advise.look(host, [other.name, guest.name])
+    left_out = {each.name for each in advise.look(host).survey.left_out}
     assert guest.name in left_out and other.name not in left_out
-    found = advising.look(host, [guest.name])
+    found = advise.look(host, [guest.name])
     assert found.domain == "blue" and found.survey.advice.own > MIB
     ways = {way.name: way.saves for way in found.survey.advice.ways}
     assert ways["ksm"] == 0

@@ -1,7 +1,7 @@
 """When things go wrong: full disks, killed commands, killed QEMUs, guests that never come up.
 
 After each of them the next command finds nothing left, and the store whole. Not here: the store's
-own crash tests, line by line (tests/unit/test_store_crash.py).
+own crash tests, line by line (tests/unit/store/test_crash.py).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 import pytest
 
 from onecopy import errors
-from onecopy.build.kernel import ensure_kernel
-from onecopy.build.tools import ensure_tools
 from onecopy.errors import AgentFailed, InUse, OnecopyError
 from onecopy.guest import ports
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.host import Host
-from onecopy.host.vmms import of_store as vmms_on_record
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.runtime import Host
+from onecopy.images.kernel import ensure_kernel
+from onecopy.images.tools import ensure_tools
+from onecopy.linux.vmm_registry import of_store as vmms_on_record
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact, NewLayer, Store
 from onecopy.vmm.agent import Agent
@@ -265,7 +265,7 @@ def command_lines() -> Iterator[bytes]:
 TOO_LATE = """
 import os, signal
 from onecopy.__main__ import main
-from onecopy.guest.folder import Batch
+from onecopy.guest.run_directory import Batch
 
 hand_out = Batch.hand_out
 
@@ -554,14 +554,14 @@ def test_a_port_that_is_lost_to_another_program_meanwhile(
 
     def lose(publish: ports.Ports) -> None:
         free(publish)
-        monkeypatch.setattr("onecopy.guest.boot.require_free", free)
+        monkeypatch.setattr("onecopy.guest.lifecycle.boot.require_free", free)
         taken.bind(("127.0.0.1", publish[0][0]))
         taken.listen()
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setattr("onecopy.guest.boot.require_free", lose)
+    monkeypatch.setattr("onecopy.guest.lifecycle.boot.require_free", lose)
     spec = ColdSpec(
         root=Reference.parse(busybox_root.ref), publish=((port, 80),), command="sleep 600"
     )

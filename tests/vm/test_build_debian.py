@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.image import make_image
-from onecopy.build.source import open_source
-from onecopy.build.tree import find_init
 from onecopy.errors import BadSource, NotEnough
+from onecopy.images.fs_image import make_image
+from onecopy.images.source import open_source
+from onecopy.images.tree import find_init
 from tests.conftest import cannot_run
 
 

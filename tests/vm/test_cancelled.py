@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from onecopy.errors import OnecopyError
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.folder import Batch, GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import prepare_clone, start_clone, template
-from onecopy.host import vmms
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.restore import prepare_clone, start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux import vmm_registry
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones
@@ -95,7 +95,7 @@ def cancelled_at(number: int, twice: int, work: Callable[[], Coroutine[Any, Any,
 def check_nothing_left(host: Host, what: str) -> None:
     assert qemus(host) == [], what
     assert [path.name for path in host.folders()] == [], what
-    assert vmms.of_store(host.run.name) == [], what
+    assert vmm_registry.of_store(host.run.name) == [], what
     host.store.sweep()
     assert list((host.store.root / "leases").iterdir()) == [], what
     marks = [path.name for path in host.run.iterdir() if path.name.startswith(".starting")]

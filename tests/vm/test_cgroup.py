@@ -1,6 +1,6 @@
 """Control groups that limit a real process: in a guest of ours, whose kernel has version 2 alone.
 
-The hosts of these tests may have none. host/cgroup.py is tried as it is, with the standard library
+The hosts of these tests may have none. linux/cgroup.py is tried as it is, with the standard library
 of the guest's Python.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onecopy.host import cgroup
+from onecopy.linux import cgroup
 from tests.vm.conftest import Clones, RunIn
 
 TRY = """\

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.shared import write as host_write
-from onecopy.host import pagemap
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments.live_write import write as host_write
+from onecopy.linux.counters import pagemap
 from onecopy.model import PAGE_SIZE, PageClass, Reference
 from onecopy.store import Artifact
 from tests.vm import physical

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from onecopy.build.segment import build_segment
 from onecopy.errors import (
     AlreadyExists,
     GuestFailed,
@@ -23,10 +22,11 @@ from onecopy.errors import (
     NotEnough,
     StoreDamaged,
 )
-from onecopy.guest.commit import Committed, commit
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.host import private
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments.commit import Committed, commit
+from onecopy.images.build import build_segment
+from onecopy.linux import cow_pages
 from onecopy.model import MIB, Reference
 from onecopy.store import Access, Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
@@ -151,7 +151,7 @@ def test_qemu_dies_in_the_middle(
 ) -> None:
     (guest,) = clones(1)
     change(host, guest, run_in, "second")
-    real: Copy = private.copy_out
+    real: Copy = cow_pages.copy_out
 
     def copy(pid: int, runs: Any, out: int) -> None:
         ended = os.pidfd_open(pid)
@@ -160,7 +160,7 @@ def test_qemu_dies_in_the_middle(
         os.close(ended)
         real(pid, runs, out)
 
-    monkeypatch.setattr(private, "copy_out", copy)
+    monkeypatch.setattr(cow_pages, "copy_out", copy)
     with pytest.raises(GuestFailed, match="nothing was stored"):
         make(host, guest)
     unchanged(host, notes)
@@ -174,7 +174,7 @@ def test_the_disk_fills_in_the_middle(
     change(host, guest, run_in, "second")
     tmp = host.store.root / "tmp"
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24M", "small", tmp], check=True)
-    real: Copy = private.copy_out
+    real: Copy = cow_pages.copy_out
 
     def copy(pid: int, runs: Any, out: int) -> None:
         with pytest.raises(OSError, match="No space"), (tmp / "filler").open("wb", 0) as file:
@@ -182,7 +182,7 @@ def test_the_disk_fills_in_the_middle(
                 file.write(bytes(MIB))
         real(pid, runs, out)
 
-    monkeypatch.setattr(private, "copy_out", copy)
+    monkeypatch.setattr(cow_pages, "copy_out", copy)
     try:
         with pytest.raises(NotEnough):
             make(host, guest)
@@ -206,8 +206,9 @@ def test_a_killed_command_leaves_the_guest_running(
     (guest,) = clones(1)
     change(host, guest, run_in, "second")
     program = (
-        "import time, sys; from onecopy.guest import commit, pause; pause._WATCHDOG = 3; "
-        "commit.private.copy_out = lambda *a: (print('here', flush=True), time.sleep(1000)); "
+        "import time, sys; from onecopy.guest import pause; pause._WATCHDOG = 3; "
+        "from onecopy.guest.segments import commit; "
+        "commit.cow_pages.copy_out = lambda *a: (print('here', flush=True), time.sleep(1000)); "
         "from onecopy.cli import main; main(['commit', sys.argv[1], 'notes'])"
     )
     with subprocess.Popen(
@@ -233,7 +234,7 @@ def test_a_killed_command_leaves_the_guest_running(
 def test_a_range_without_a_file_system(
     host: Host, clones: Clones, run_in: RunIn, tmp_path: Path
 ) -> None:
-    from onecopy.build.create import NewRange, create_segment
+    from onecopy.images.create import NewRange, create_segment
     from onecopy.model import HUGE_PAGE_SIZE, PageClass
 
     create_segment(

@@ -17,36 +17,36 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.create import NewRange, create_segment
-from onecopy.build.kernel import ensure_kernel
-from onecopy.build.segment import build_segment
-from onecopy.build.tools import ensure_tools
-from onecopy.guest import start
-from onecopy.guest.attach import attach
-from onecopy.guest.begin import described, with_segments
-from onecopy.guest.cold import ColdSpec
-from onecopy.guest.commit import commit
-from onecopy.guest.disks import DiskSpec
 from onecopy.guest.exec import run_captured
-from onecopy.guest.fitting import Fitting
-from onecopy.guest.folder import GuestFolder, GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.maps import guest_maps
-from onecopy.guest.save import save_system
-from onecopy.guest.start import CloneSpec, start_clone, template
-from onecopy.guest.stop import stop_guests
-from onecopy.host import landlock, limits
-from onecopy.host.process import exists
+from onecopy.guest.lifecycle import restore
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.disks import DiskSpec
+from onecopy.guest.lifecycle.launch import described, with_segments
+from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.lifecycle.stop import stop_guests
+from onecopy.guest.observe.accounts import guest_maps
+from onecopy.guest.run_directory import GuestFolder, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments.attach import attach
+from onecopy.guest.segments.commit import commit
+from onecopy.images.build import build_segment
+from onecopy.images.create import NewRange, create_segment
+from onecopy.images.kernel import ensure_kernel
+from onecopy.images.tools import ensure_tools
+from onecopy.linux.process import exists
+from onecopy.linux.sandbox import landlock, rlimits
 from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
 from onecopy.sharing.account import measure
 from onecopy.store import Artifact, Store
-from onecopy.vmm import bounds, resolver
+from onecopy.vmm import name_servers, vmm_limits
 from onecopy.vmm.argv import PORTS, Card, Hardware, Launch
-from onecopy.vmm.bounds import LOG_ROOM
-from onecopy.vmm.launch import prepare
 from onecopy.vmm.logs import CONSOLE, QEMU
-from onecopy.vmm.user import KVM, User, new_user
+from onecopy.vmm.qemu_process import prepare
+from onecopy.vmm.vmm_limits import LOG_ROOM
+from onecopy.vmm.vmm_user import KVM, User, new_user
 from tests.conftest import cannot_run
 from tests.unit.bpf import decide, seccomp_filters
 from tests.unit.other_user import NOBODY, as_nobody
@@ -234,18 +234,18 @@ def assert_no_way_out(outcome: Outcome, *, network: bool = False) -> None:
 
 def assert_limited(outcome: Outcome, hardware: Hardware, spec: Launch, user: User | None) -> None:
     """It had no more than a VMM needs, and was not ended by it: QEMU would go on."""
-    limit = bounds.of_vmm(hardware, spec, user)
+    limit = vmm_limits.of_vmm(hardware, spec, user)
     if user:
         # Its own one counts, and the one that waits for an answer.
         assert int(outcome["threads"]) in (
-            bounds.threads(hardware) - 1,
-            bounds.threads(hardware) - 2,
+            vmm_limits.threads(hardware) - 1,
+            vmm_limits.threads(hardware) - 2,
         )
-    assert 0 < int(outcome["open files"]) < limit[limits.OPEN_FILES]
-    room = limit[limits.PRIVATE] // MIB
+    assert 0 < int(outcome["open files"]) < limit[rlimits.OPEN_FILES]
+    room = limit[rlimits.PRIVATE] // MIB
     assert room // 2 < int(outcome["private MiB"]) <= room
     both = int(outcome["private MiB"]) + int(outcome["shared MiB"])
-    assert both <= limit[limits.ADDRESS_SPACE] // MIB
+    assert both <= limit[rlimits.ADDRESS_SPACE] // MIB
     assert outcome[f"flood {CONSOLE}"] == f"{LOG_ROOM} EFBIG"
     for name in (CONSOLE, QEMU):
         assert (spec.folder / name).stat().st_size == LOG_ROOM
@@ -261,7 +261,7 @@ def test_a_rogue_clone(
     (neighbour,) = clones(1)
     source = template(host, saved)
     folder, lease = place
-    spec = start.launch_spec(host, source, folder.path, CloneSpec(), None)
+    spec = restore.launch_spec(host, source, folder.path, CloneSpec(), None)
     hardware = with_segments(source.hardware, described(source.placed))
     theirs, blob = host.run / neighbour.name, source.artifact.layers[-1].path
     closed = [
@@ -319,7 +319,7 @@ def test_a_low_port_is_the_only_one(
     source = template(host, saved)
     folder, lease = place
     card = Card("52:54:00:00:00:01", "198.18.1.0")
-    spec = start.launch_spec(host, source, folder.path, CloneSpec(publish=((given, 80),)), card)
+    spec = restore.launch_spec(host, source, folder.path, CloneSpec(publish=((given, 80),)), card)
     hardware = with_segments(source.hardware, described(source.placed))
     binds = [("bind", port) for port in (given, *others, 18080, 0)]
     reads = [("read", path) for path in ("/etc/resolv.conf", "/etc/passwd", "/etc/hostname")]
@@ -327,7 +327,7 @@ def test_a_low_port_is_the_only_one(
     # They are not there, or it may not read them.
     names, *beside = [outcome[f"read {path}"] for _, path in reads]
     assert names == "ok"
-    if resolver.can_hide() or not resolver.opens_more():
+    if name_servers.can_hide() or not name_servers.opens_more():
         assert set(beside) <= {"ENOENT", "EACCES"}
     told = [outcome[f"bind {port}"] for _, port in binds]
     assert told == ["ok", "EACCES", "EACCES", "EACCES", "ok"]
@@ -470,7 +470,7 @@ async def _rogue_of_user(
     ]
     with host.batch() as batch, host.claim("rogue", [system.digest], batch) as (folder, lease):
         prepare(folder.path)
-        spec = start.launch_spec(host, source, folder.path, CloneSpec(), None)
+        spec = restore.launch_spec(host, source, folder.path, CloneSpec(), None)
         # Even if nothing else kept its owner from writing to it.
         source.ram.chmod(0o644)
         hardware = with_segments(source.hardware, described(source.placed))

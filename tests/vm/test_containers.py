@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn

@@ -1,6 +1,6 @@
 """`onecopy cp`: files and folders into guests and back, what is refused, and what is killed.
 
-Not here: hostile archives (tests/unit/test_packing.py), the same from Python (test_api.py).
+Not here: hostile archives (tests/unit/guest/test_tar.py), the same from Python (test_api.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones, Cold, RunIn

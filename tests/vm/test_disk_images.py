@@ -18,17 +18,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from onecopy.build.disk import open_disk
-from onecopy.build.diskformat import find_format
-from onecopy.build.image import make_image
-from onecopy.build.reader import Reader, reader
-from onecopy.build.readerfiles import reader_parts
-from onecopy.build.reading import DiskTree
 from onecopy.errors import BadSource, NotEnough
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
+from onecopy.images.disk_files import DiskTree
+from onecopy.images.disk_format import find_format
+from onecopy.images.disk_reader import Reader, reader
+from onecopy.images.fs_image import make_image
+from onecopy.images.reader_initramfs import reader_parts
+from onecopy.images.sources.disk import open_disk
 from onecopy.model import MIB
-from onecopy.run import run
-from onecopy.vmm.reader import Disk
+from onecopy.subprocesses import run
+from onecopy.vmm.reader_vm import Disk
 from tests.disk_kit import disk, facts, file_system, known, make_tree
 
 #: A machine's disk: EFI, its root, what its fstab mounts of it, and what nobody does.
@@ -285,7 +285,7 @@ def test_killed_it_leaves_no_guest(host: Host, tmp_path: Path) -> None:
     code = """if True:
         import sys
         from pathlib import Path
-        from onecopy.build.source import open_source
+        from onecopy.images.source import open_source
 
         open_source(f"disk:{sys.argv[1]}").unpack(Path(sys.argv[2]), lambda _: None)
     """

@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.ended import path
-from onecopy.guest.folder import GuestFolder, GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.reasons import Cause
-from onecopy.guest.start import start_clone, template
-from onecopy.guest.stop import stop_guests, wait_for_end
-from onecopy.host import vmms
+from onecopy.guest.end_reason import Cause
+from onecopy.guest.ended_guests import path
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.lifecycle.stop import stop_guests, wait_for_end
+from onecopy.guest.run_directory import GuestFolder, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux import vmm_registry
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
@@ -175,7 +175,7 @@ def test_no_more_than_that_is_left(host: Host, ended: dict[str, GuestRecord]) ->
     assert host.folders() == []
     assert list((host.store.root / "leases").iterdir()) == []
     # Their user numbers may be given out again: no file of theirs is left.
-    assert vmms.of_store(host.run.name) == []
+    assert vmm_registry.of_store(host.run.name) == []
     for name in ended:
         files = {each.name: each.stat() for each in path(host.run, name).iterdir()}
         assert files.keys() == {"guest.json", "console.log", "qemu.log"}
@@ -221,7 +221,7 @@ def test_nothing_is_kept_of_what_is_stopped(
             looked.append(GuestFolder(host.run / record.name).path.exists())
         return found
 
-    monkeypatch.setattr("onecopy.guest.stop.wait_for_end", wait)
+    monkeypatch.setattr("onecopy.guest.lifecycle.stop.wait_for_end", wait)
     asyncio.run(stop_guests(host, [guest]))
     assert looked and not any(looked)
     assert host.ended() == []

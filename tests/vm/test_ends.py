@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.cold import ColdSpec
-from onecopy.guest.disks import DiskSpec
-from onecopy.guest.fitting import Fitting
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.save import save_system
-from onecopy.guest.start import CloneSpec, start_clone, template
-from onecopy.guest.stop import Ending, Stopped, stop_guests, wait_for_end
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.disks import DiskSpec
+from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests, wait_for_end
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn

@@ -24,8 +24,8 @@ import pytest
 
 from onecopy.errors import GuestFailed, NoSlot
 from onecopy.guest.exec import run_captured
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect

@@ -1,7 +1,7 @@
 """What guests get at their start beyond what was saved: memory, processors, segments, disks.
 
-Not here: what is refused before a guest is started (tests/unit/test_fitting.py), that a VMM with a
-disk is confined (test_confinement.py), processors under KVM (kvm/test_processors.py).
+Not here: what is refused before a guest is started (tests/unit/guest/test_resources.py), that a VMM
+with a disk is confined (test_confinement.py), processors under KVM (kvm/test_processors.py).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 
 from onecopy import aio
-from onecopy.build.segment import build_segment
 from onecopy.errors import GuestFailed, InUse, InvalidInput, OnecopyError
-from onecopy.guest import disks
-from onecopy.guest.disks import DiskSpec
-from onecopy.guest.fitting import Fitting
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.maps import guest_maps
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import CloneSpec, Template, start_clone, template
-from onecopy.guest.stop import Ending, Stopped, stop_guests
+from onecopy.guest.lifecycle import disks
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.disks import DiskSpec
+from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.restore import CloneSpec, Template, start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests
+from onecopy.guest.observe.accounts import guest_maps
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.sharing import report
 from onecopy.store import Artifact

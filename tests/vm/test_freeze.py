@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from tests.vm.conftest import Clones, RunIn
 from tests.vm.segments import load

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from onecopy.build.segment import build_segment
 from onecopy.errors import AgentFailed, InvalidInput
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.save import Saved, save_guest
+from onecopy.guest.lifecycle.save import Saved, save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.hooks_kit import SETTLED, alike, drawn, write

@@ -15,11 +15,11 @@ import pytest
 
 from onecopy.errors import AgentFailed
 from onecopy.guest.exec import run_captured
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn

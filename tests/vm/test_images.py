@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.maps import guest_maps
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.observe.accounts import guest_maps
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.sharing import report
 from onecopy.store import Artifact

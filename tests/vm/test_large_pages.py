@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import HUGE_PAGE_SIZE, PAGE_SIZE, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn

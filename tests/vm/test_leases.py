@@ -15,8 +15,8 @@ from collections.abc import Callable
 import pytest
 
 from onecopy.errors import InUse
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import vmms

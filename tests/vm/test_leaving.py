@@ -12,7 +12,7 @@ import pytest
 
 import onecopy
 from onecopy import aio
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 from onecopy.store import Artifact
 from tests.vm.conftest import vmms
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import pytest
 
-from onecopy.build.kernel import KernelConfig, ensure_kernel
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
+from onecopy.images.kernel import KernelConfig, ensure_kernel
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.argv import FIRST_ADDRESS

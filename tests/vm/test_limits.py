@@ -1,7 +1,7 @@
 """What real VMMs may use of the host, and what becomes of what they were lent.
 
 Not here: a program of ours in QEMU's place (test_confinement.py), logs without a guest
-(tests/unit/test_logs.py).
+(tests/unit/vmm/test_logs.py).
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.create import NewRange, create_segment
 from onecopy.errors import GuestFailed, StoreDamaged
-from onecopy.guest import admission
-from onecopy.guest.attach import attach
-from onecopy.guest.disks import DiskSpec
-from onecopy.guest.fitting import Fitting
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import CloneSpec, start_clone, template
-from onecopy.host import smaps
+from onecopy.guest.lifecycle import admission
+from onecopy.guest.lifecycle.disks import DiskSpec
+from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments.attach import attach
+from onecopy.images.create import NewRange, create_segment
+from onecopy.linux.counters import smaps
 from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
 from onecopy.store import Artifact
-from onecopy.vmm import bounds, logs
+from onecopy.vmm import logs, vmm_limits
 from onecopy.vmm.argv import LEAST_TRANSLATED
-from onecopy.vmm.bounds import LOG_ROOM
 from onecopy.vmm.monitor import Monitor, connect
+from onecopy.vmm.vmm_limits import LOG_ROOM
 from tests.vm.conftest import Clones, Cold, RunIn
 
 DISK = 64 * MIB
@@ -123,7 +123,7 @@ def test_a_guest_that_says_too_much(host: Host, clones: Clones, run_in: RunIn) -
     console = folder / logs.CONSOLE
     room = console.stat().st_size + 64 * 1024
     flood = "yes $(seq 100) | head -c 200000 >/dev/ttyS0; echo; sleep 0.2; echo {} >/dev/ttyS0"
-    with bounds.writing_at_most(guest.pid, room):
+    with vmm_limits.writing_at_most(guest.pid, room):
         run_in(guest, "sh", "-c", flood.format("lost"))
         assert console.stat().st_size == room
         assert "lost" not in logs.read(folder, logs.CONSOLE)
@@ -177,7 +177,7 @@ def test_a_state_larger_than_any(
 ) -> None:
     """QEMU can write no more than the room for it, and the guest goes on."""
     (guest,) = clones(1)
-    monkeypatch.setattr("onecopy.guest.snapshot.STATE_ROOM", 64 * 1024)
+    monkeypatch.setattr("onecopy.guest.lifecycle.snapshot.STATE_ROOM", 64 * 1024)
     with pytest.raises(GuestFailed, match="refused xen-save-devices-state"):
         asyncio.run(save_guest(host, Reference("large"), guest.name))
     assert host.store.find(Reference("large"), "system") is None

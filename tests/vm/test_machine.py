@@ -12,12 +12,12 @@ import msgspec
 import pytest
 
 from onecopy.errors import GuestFailed, Incompatible
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.restore import template
 from onecopy.guest.machine import SystemConfig
-from onecopy.guest.start import template
-from onecopy.host import smaps
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux.counters import smaps
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice

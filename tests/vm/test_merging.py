@@ -1,6 +1,6 @@
 """KSM merges what clones have written for themselves, and they go on with pages of their own.
 
-The machine's settings of KSM are put back. Not here: bench figures (benches/merging.py).
+The machine's settings of KSM are put back. Not here: bench figures (benchmarks/merging.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import Incompatible
-from onecopy.guest import advising
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import names_for
-from onecopy.guest.start import CloneSpec, start_clone, template
-from onecopy.host import ksm, smaps
+from onecopy.guest.lifecycle.batch import names_for
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.observe import advise
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux.counters import ksm, smaps
 from onecopy.model import MIB, PAGE_SIZE, Mergeable
 from onecopy.store import Artifact
 from tests.conftest import cannot_run
@@ -131,7 +131,7 @@ def test_what_it_would_still_gain(host: Host, clones: Clones, run_in: RunIn) -> 
     guests = clones(2)
 
     def gain() -> int:
-        ways = advising.look(host, [guest.name for guest in guests]).survey.advice.ways
+        ways = advise.look(host, [guest.name for guest in guests]).survey.advice.ways
         return next(way.saves for way in ways if way.name == "ksm")
 
     before = gain()

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from onecopy.errors import AgentFailed
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import start_clone, template
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import InvalidInput, NotFound, NotPermitted
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import CloneSpec, start_clone, template
-from onecopy.host.tap import open_tap
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.runtime import Host
+from onecopy.linux.tap import open_tap
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.argv import NAME_SERVER

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import start_clone, template
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB, Reference
 from tests.vm.conftest import RunIn
 from tests.vm.kept import SERVICES

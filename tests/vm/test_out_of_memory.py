@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import OnecopyError
-from onecopy.guest.host import Host
-from onecopy.guest.reasons import Cause
-from onecopy.guest.stop import wait_for_end
-from onecopy.host import kmsg
+from onecopy.guest.end_reason import Cause
+from onecopy.guest.lifecycle.stop import wait_for_end
+from onecopy.guest.runtime import Host
+from onecopy.linux import kmsg
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from tests.conftest import cannot_run

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onecopy.guest.folder import GuestRecord
-from onecopy.host import pagemap
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.linux.counters import pagemap
 from onecopy.model import MIB, PAGE_SIZE
 from tests.vm import physical
 from tests.vm.conftest import Clones, RunIn

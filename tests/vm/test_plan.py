@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from onecopy.errors import GuestFailed
-from onecopy.guest import planning
-from onecopy.guest.host import Host
+from onecopy.guest.observe import plan
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB
 from onecopy.sharing.forecast import Work
 from onecopy.store import Artifact
@@ -28,7 +28,7 @@ _EAT = Work(
 _ASK = Work('test "$(busybox wget -qO- http://127.0.0.1:$PORT/)" = $GUEST', 80)
 
 
-def plan(*args: str) -> dict[str, Any]:
+def planned(*args: str) -> dict[str, Any]:
     argv = [ONECOPY, "plan", "--json", *args]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -37,37 +37,37 @@ def plan(*args: str) -> dict[str, Any]:
 
 def test_a_few_clones_are_measured(host: Host, saved: Artifact) -> None:
     before = {guest.name for guest in host.guests()}
-    assert planning.kept(host, saved) is None
-    profile = asyncio.run(planning.measure(host, saved, planning.Size(1, 3, 1.0)))
+    assert plan.kept(host, saved) is None
+    profile = asyncio.run(plan.measure(host, saved, plan.Size(1, 3, 1.0)))
     assert {guest.name for guest in host.guests()} == before
     assert profile.digest == saved.digest and profile.clones == 4
     assert profile.shared > 8 * MIB and profile.each > MIB and profile.start_cpu > 0
-    planning.keep(host, saved, profile)
-    assert planning.kept(host, saved) == profile
+    plan.keep(host, saved, profile)
+    assert plan.kept(host, saved) == profile
     # The command takes what is known.
-    found = plan("--system", saved.ref, "--guests", "100", "--memory", "2G")
+    found = planned("--system", saved.ref, "--guests", "100", "--memory", "2G")
     assert found["profile"]["digest"] == saved.digest and found["profile"]["clones"] == 4
     assert found["memory"] == profile.shared + found["per_host"] * profile.each
     assert found["fits"]
 
 
 def test_clones_that_work_cost_more(host: Host, saved: Artifact) -> None:
-    size = planning.Size(1, 2, 1.0)
-    idle = asyncio.run(planning.measure(host, saved, size))
-    busy = asyncio.run(planning.measure(host, saved, size, work=_EAT))
+    size = plan.Size(1, 2, 1.0)
+    idle = asyncio.run(plan.measure(host, saved, size))
+    busy = asyncio.run(plan.measure(host, saved, size, work=_EAT))
     assert busy.each > idle.each + 0.8 * _EATEN
-    planning.keep(host, saved, busy)
-    assert planning.kept(host, saved) is None and planning.kept(host, saved, _EAT) == busy
+    plan.keep(host, saved, busy)
+    assert plan.kept(host, saved) is None and plan.kept(host, saved, _EAT) == busy
 
 
 def test_work_reaches_a_port_of_each(host: Host, saved: Artifact) -> None:
-    size = planning.Size(1, 2, 1.0)
-    assert asyncio.run(planning.measure(host, saved, size, work=_ASK)).work == _ASK
+    size = plan.Size(1, 2, 1.0)
+    assert asyncio.run(plan.measure(host, saved, size, work=_ASK)).work == _ASK
 
 
 def test_work_that_fails(host: Host, saved: Artifact) -> None:
     before = {guest.name for guest in host.guests()}
     with pytest.raises(GuestFailed, match="exit code 3: no such work"):
         work = Work("echo no such work >&2; exit 3")
-        asyncio.run(planning.measure(host, saved, planning.Size(1, 1, 1.0), work=work))
+        asyncio.run(plan.measure(host, saved, plan.Size(1, 1, 1.0), work=work))
     assert {guest.name for guest in host.guests()} == before

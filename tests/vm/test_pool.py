@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 
 import onecopy
-from onecopy.build.segment import build_segment
 from onecopy.errors import AlreadyExists
-from onecopy.guest import pool
-from onecopy.guest.fitting import Fitting
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle import pool
+from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import Reference, parse_mount
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn, vmms
@@ -148,7 +148,7 @@ def test_a_name_that_is_taken_costs_nothing(host: Host, saved: Artifact) -> None
 _KILLED = """
 import os, sys
 from pathlib import Path
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 
 host, digest, left = Host.open(), sys.argv[1], int(sys.argv[2])
 rename = Path.rename

@@ -7,9 +7,9 @@ import select
 import signal
 from pathlib import Path
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.artifacts import describe
-from onecopy.guest.host import Host
+from onecopy.guest.observe.inspect import describe
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones, RunIn

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import onecopy as onecopy_api
-from onecopy.build.create import NewRange, create_segment
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.maps import guest_maps
-from onecopy.host import kpage, pagemap, smaps
-from onecopy.host.smaps import Mapping
+from onecopy.guest.observe.accounts import guest_maps
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.create import NewRange, create_segment
+from onecopy.linux.counters import kpage, pagemap, smaps
+from onecopy.linux.counters.smaps import Mapping
 from onecopy.model import MIB, PAGE_SIZE, PageClass, Reference
 from onecopy.sharing import report
 from onecopy.sharing.account import find_ram
-from onecopy.vmm import foreign
+from onecopy.vmm import external_qemu
 from tests.vm.conftest import Clones, RunIn
 from tests.vm.segments import SIZE, load, make
 
@@ -141,7 +141,7 @@ def onecopy(*args: str) -> str:
 def wait_until_found(pid: int) -> None:
     """Between fork and exec it is no QEMU."""
     deadline = time.monotonic() + 60
-    while pid not in {each.pid for each in foreign.find(()).vmms}:
+    while pid not in {each.pid for each in external_qemu.find(()).vmms}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.segment import build_segment
 from onecopy.errors import AlreadyExists, NotFound, OtherDomain, Restricted
 from onecopy.guest.exec import Completed
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.host import process
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.linux import process
 from onecopy.model import Reference
 from onecopy.store import Access, Artifact
 from tests.vm.conftest import Clones, Cold, RunIn

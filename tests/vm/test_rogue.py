@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 from onecopy.store import Artifact
 from tests.vm import physical
 from tests.vm.conftest import Clones, RunIn

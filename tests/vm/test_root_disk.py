@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from onecopy.errors import AgentFailed
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
 from onecopy.guest.exec import Completed, run_captured
-from onecopy.guest.fitting import Fitting
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.save import save_guest
-from onecopy.guest.start import CloneSpec, start_clone, template
-from onecopy.guest.streams import KEPT
+from onecopy.guest.exec_streams import KEPT
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 

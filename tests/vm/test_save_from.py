@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from onecopy.errors import InUse, InvalidInput
-from onecopy.guest.attach import attach
 from onecopy.guest.exec import run_captured
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.save import Saved, save_guest
-from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import Saved, save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments.attach import attach
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
@@ -118,7 +118,7 @@ def test_what_cannot_be_saved(
 #: A command that has a guest's programs frozen and does not come to its end.
 FREEZE = """
 import asyncio, pathlib, sys
-from onecopy.guest.freezing import frozen
+from onecopy.guest.lifecycle.freeze import frozen
 async def work():
     async with frozen(pathlib.Path(sys.argv[1]), print):
         print("frozen", flush=True)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.cold import ColdSpec
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import names_for, start_many
-from onecopy.guest.save import save_system
-from onecopy.guest.start import start_clone, template
-from onecopy.host import kpage, pagemap, prefetch, residency
+from onecopy.guest.lifecycle.batch import names_for, start_many
+from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.linux import prefetch
+from onecopy.linux.counters import kpage, pagemap, residency
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
 from tests.vm import physical

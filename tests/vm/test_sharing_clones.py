@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.host import kpage, pagemap
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux.counters import kpage, pagemap
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.store import Artifact
 from tests.vm import physical

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from onecopy.guest.disks import DiskSpec
-from onecopy.guest.folder import GuestRecord
+from onecopy.guest.lifecycle.disks import DiskSpec
+from onecopy.guest.run_directory import GuestRecord
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones, Cold, RunIn

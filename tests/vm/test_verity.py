@@ -1,6 +1,6 @@
 """fs-verity for real: in a guest, whose kernel has it, on an ext4 of its own.
 
-Few hosts of the tests have a file system with it; host/verity.py, which needs nothing but Python,
+Few hosts of the tests have a file system with it; linux/verity.py, which needs nothing but Python,
 is given to the guest as it is.
 Looked at is what a store does with a blob, and what guests get of one that was changed.
 """
@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import onecopy
-from onecopy import host
-from onecopy.host import verity
+from onecopy import linux
+from onecopy.linux import verity
 from onecopy.store import Artifact
 from tests.conftest import cannot_run
 from tests.vm.conftest import Cold, RunIn
@@ -29,7 +29,7 @@ INSIDE = r"""
 import ctypes, errno, json, mmap, os, signal, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, "/tmp/verity")
-from onecopy.host import verity
+from onecopy.linux import verity
 
 def run(*argv):
     subprocess.run(argv, check=True)
@@ -114,7 +114,7 @@ def parcel(tmp_path: Path) -> bytes:
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
         for path in (image, tmp_path / "inside.py"):
             tar.add(path, path.name)
-        for module in (onecopy, host, verity):
+        for module in (onecopy, linux, verity):
             source = Path(str(module.__file__))
             tar.add(source, source.relative_to(Path(str(onecopy.__file__)).parents[1]))
     return out.getvalue()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 
-from onecopy.guest import warming
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.mapped import Users
-from onecopy.guest.start import start_clone, template
-from onecopy.guest.touched import extents_of
-from onecopy.host import prefetch, residency, smaps
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.pagecache import preload
+from onecopy.guest.pagecache.access_record import extents_of
+from onecopy.guest.pagecache.mapped import Users
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux import prefetch
+from onecopy.linux.counters import residency, smaps
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact, Layer
 from tests.vm.conftest import Cold, RunIn
@@ -61,19 +62,19 @@ def test_a_cold_guest_is_recorded_and_loaded(
     assert run_in(guest, "python3", "-c", "import json").exit_code == 0
     host.end(guest)
     touched = resident(image)
-    told = [each for artifact in artifacts for each in warming.record(host.store, artifact)]
+    told = [each for artifact in artifacts for each in preload.record(host.store, artifact)]
     print(f"touched, read-ahead included: {sum(touched)} of {len(touched)} pages")
     assert any(touched)
 
     # The command: all that was touched, before any guest.
     drop(layers)
-    assert [each.what for each in warming.warm(host.store, python_root)] == ["recorded"]
+    assert [each.what for each in preload.warm(host.store, python_root)] == ["recorded"]
     until_resident(image, touched)
 
     # A guest by itself: also what it does not touch is there, if it is on record.
     assert len(told) == len({layer.digest for layer in layers})
-    warming.warm(host.store, python_root, whole=True)
-    warming.record(host.store, python_root)
+    preload.warm(host.store, python_root, whole=True)
+    preload.record(host.store, python_root)
     whole = resident(image)
     assert sum(touched) < sum(whole) * NEARLY
     drop(layers)
@@ -86,10 +87,10 @@ def test_what_a_guest_touched_of_what_is_all_in_memory(
     host: Host, cold: Cold, run_in: RunIn, python_root: Artifact
 ) -> None:
     image = python_root.layer("image")
-    warming.warm(host.store, python_root, whole=True)
+    preload.warm(host.store, python_root, whole=True)
     guest = cold(python_root, memory=MEMORY)
     assert run_in(guest, "cat", "/etc/debian_version").exit_code == 0
-    (told,) = warming.record(host.store, python_root, Users(host, python_root))
+    (told,) = preload.record(host.store, python_root, Users(host, python_root))
     mapped = sum(m.rss for m in smaps.read(guest.pid) if m.path == str(image.path))
     assert told.what == "touched"
     assert 0 < mapped <= told.wanted + PAGE_SIZE
@@ -98,7 +99,7 @@ def test_what_a_guest_touched_of_what_is_all_in_memory(
     host.end(guest)
 
     # Of what no guest has mapped it is what is in memory.
-    (told,) = warming.record(host.store, python_root, Users(host, python_root))
+    (told,) = preload.record(host.store, python_root, Users(host, python_root))
     assert (told.what, told.wanted > mapped) == ("recorded", True)
 
 
@@ -107,7 +108,7 @@ def test_a_clone_s_ram_is_loaded(host: Host, saved: Artifact) -> None:
     drop(list(saved.layers))
     host.end(_clone(host, saved))
     touched = resident(ram)
-    warming.record(host.store, saved)
+    preload.record(host.store, saved)
     assert any(touched)
 
     # Not by the clone, which maps what it touches: what no clone has touched.
@@ -115,7 +116,7 @@ def test_a_clone_s_ram_is_loaded(host: Host, saved: Artifact) -> None:
     assert any(other)
     prefetch.drop(ram.path)
     prefetch.load(ram.path, extents_of(other, ram.size))
-    warming.record(host.store, saved)
+    preload.record(host.store, saved)
     wanted = resident(ram)
     assert any(wanted)
     drop(list(saved.layers))

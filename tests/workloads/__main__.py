@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 from onecopy.errors import OnecopyError
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 from tests.vm.conftest import remove_rules
 from tests.vm.kept import PROJECT, kept_store
 from tests.workloads import aged, campaign, powercut, table

@@ -20,8 +20,8 @@ from pathlib import Path
 import msgspec
 
 import onecopy
-from onecopy.guest.host import Host
-from onecopy.host import process
+from onecopy.guest.runtime import Host
+from onecopy.linux import process
 from onecopy.model import Reference
 from tests.workloads import places
 from tests.workloads.catalogue import AGED

@@ -12,9 +12,9 @@ import msgspec
 
 import onecopy
 from onecopy.aio.options import BootOptions
-from onecopy.build.segment import build_segment
-from onecopy.guest.cold import has_init
-from onecopy.guest.host import Host
+from onecopy.guest.lifecycle.bootplan import has_init
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.workloads import expected, places, tap

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from onecopy.guest.boot import run_cold
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.save import save_system
-from onecopy.guest.start import CloneSpec, start_clone, template
-from onecopy.guest.stop import Ending, Stopped, stop_guests
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.model import MIB, Reference
 from tests.vm.conftest import busybox_root, host, systemd_root  # noqa: F401
 from tests.vm.ends import AFTER_ALL, ENDS, POWERED_OFF, end_all, wrong

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from onecopy.build.segment import build_segment
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.save import Saved, save_guest
+from onecopy.guest.lifecycle.save import Saved, save_guest
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from tests.hooks_kit import SETTLED, alike, drawn, write
 from tests.vm.conftest import Cold, RunIn

@@ -20,8 +20,8 @@ import msgspec
 import onecopy
 from onecopy.aio.options import BootOptions
 from onecopy.errors import OnecopyError
-from onecopy.guest import disks
-from onecopy.guest.host import Host
+from onecopy.guest.lifecycle import disks
+from onecopy.guest.runtime import Host
 from onecopy.model import Reference
 from tests.workloads import places
 from tests.workloads.catalogue import PYTHON, SERVERS, Root

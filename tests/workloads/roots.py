@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from onecopy.build.normalise import normalise
-from onecopy.build.packages import fetch_package
-from onecopy.build.segment import build_segment
 from onecopy.errors import BadSource
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.images.deb_packages import fetch_package
+from onecopy.images.normalise import normalise
 from onecopy.model import Reference
-from onecopy.run import run
 from onecopy.store import Artifact
+from onecopy.subprocesses import run
 from tests.workloads.catalogue import TREES, Root
 from tests.workloads.places import PROGRAMS
 

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 from onecopy.store import Artifact
 from tests.vm.conftest import ACCEL
 from tests.workloads import campaign, powercut

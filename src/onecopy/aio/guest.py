@@ -6,17 +6,20 @@ import shlex
 from collections.abc import Sequence
 
 from onecopy.errors import InvalidInput, NotFound, ProgramFailed
-from onecopy.guest import attach, commit, copy, ended, save, stop
+from onecopy.guest import ended_guests
+from onecopy.guest.end_reason import Ended
 from onecopy.guest.exec import Completed, run_streaming
-from onecopy.guest.folder import Attached, GuestFolder, GuestRecord
-from onecopy.guest.hooks import checked
-from onecopy.guest.host import Host
-from onecopy.guest.packing import Limits
-from onecopy.guest.place import StrPath
-from onecopy.guest.reasons import Ended
-from onecopy.guest.streams import KEPT, Kept, Sink, Streams
+from onecopy.guest.exec_streams import KEPT, Kept, Sink, Streams
+from onecopy.guest.lifecycle import save, stop
+from onecopy.guest.lifecycle.clone_hooks import checked
+from onecopy.guest.run_directory import Attached, GuestFolder, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments import attach, commit
+from onecopy.guest.transfer import copy
+from onecopy.guest.transfer.destination import StrPath
+from onecopy.guest.transfer.tar import Limits
 from onecopy.model import Reference, parse_mount
-from onecopy.vmm.launch import printed
+from onecopy.vmm.qemu_process import printed
 
 
 class Guest:
@@ -134,12 +137,12 @@ class Guest:
         except NotFound:
             if not self.ended():
                 raise
-            return printed(ended.path(self._host.run, self.name))
+            return printed(ended_guests.path(self._host.run, self.name))
 
     def ended(self) -> Ended | None:
         """How it ended, if it did by itself and is still known; None if not."""
         self._host.sweep()
-        found = ended.find(self._host.run, self.name)
+        found = ended_guests.find(self._host.run, self.name)
         return found.ended if found and found.process == self.record.process else None
 
     def _with_agent(self) -> GuestFolder:

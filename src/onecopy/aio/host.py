@@ -12,15 +12,15 @@ from msgspec.structs import replace
 
 from onecopy.aio.guest import Guest
 from onecopy.aio.options import BootOptions, choice, cold_spec, mergeable
-from onecopy.guest import admission, boot, cold, many, pool, save, start, stop
-from onecopy.guest.disks import DiskSpec, require_sensible
-from onecopy.guest.fitting import Fitting, added_memory
-from onecopy.guest.folder import Batch, GuestRecord
-from onecopy.guest.hooks import checked
-from onecopy.guest.host import Host as GuestHost
-from onecopy.guest.maps import report_all
-from onecopy.guest.place import StrPath
+from onecopy.guest.lifecycle import admission, batch, boot, bootplan, pool, restore, save, stop
+from onecopy.guest.lifecycle.clone_hooks import checked
+from onecopy.guest.lifecycle.disks import DiskSpec, require_sensible
+from onecopy.guest.lifecycle.resources import Fitting, added_memory
+from onecopy.guest.observe.accounts import report_all
 from onecopy.guest.ports import Ports, numbered
+from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.runtime import Host as GuestHost
+from onecopy.guest.transfer.destination import StrPath
 from onecopy.leaving import at_exit
 from onecopy.loop import NOT_OPEN
 from onecopy.model import Reference, check_ports, parse_mount, parse_size
@@ -146,17 +146,17 @@ class Host:
             disks=specs,
         )
         found = host.store.resolve(Reference.parse(system), "system")
-        source = await asyncio.to_thread(start.template, host, found, choice(accel))
+        source = await asyncio.to_thread(restore.template, host, found, choice(accel))
         added = added_memory(fitting, source.config)
         need = admission.of_clones(source.accel.name, count, added)
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-            spec = start.CloneSpec(
+            spec = restore.CloneSpec(
                 ports, bridge, mergeable(ksm), fitting, allow_host, need.translated
             )
-            return start.start_clone(host, source, name, spec, batch)
+            return restore.start_clone(host, source, name, spec, batch)
 
-        names = many.names_for(found.name, name, count)
+        names = batch.names_for(found.name, name, count)
         guests = await self._begin(names, publish, 0 if overcommit else need.each, one)
         try:
             yield guests
@@ -181,7 +181,7 @@ class Host:
         """Guests that boot a root segment; all else as `start`."""
         host, spec = self._swept(), cold_spec(segment, options)
         spec = replace(spec, bridge=bridge, ksm=mergeable(ksm), disks=_disks(disks, name, count))
-        prepared = await asyncio.to_thread(cold.prepare_cold, host, spec)
+        prepared = await asyncio.to_thread(bootplan.prepare_cold, host, spec)
         need = admission.of_cold(prepared.accel.name, prepared.hardware.memory, count)
         spec = replace(spec, translated=need.translated)
 
@@ -189,7 +189,7 @@ class Host:
             mine = replace(prepared, spec=replace(spec, publish=ports))
             return boot.run_cold(host, mine, name, batch)
 
-        names = many.names_for(prepared.root.name, name, count)
+        names = batch.names_for(prepared.root.name, name, count)
         guests = await self._begin(names, publish, 0 if overcommit else need.each, one)
         try:
             yield guests
@@ -227,7 +227,7 @@ class Host:
         host, owner = self._both()
         pairs = tuple(check_ports(*pair) for pair in publish)
         ports = {guest: numbered(pairs, number) for number, guest in enumerate(names)}
-        started = await many.start_many(
+        started = await batch.start_many(
             host,
             names,
             lambda guest, batch: one(guest, ports[guest], batch),

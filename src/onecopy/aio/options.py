@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from onecopy.errors import InvalidInput
-from onecopy.guest.cold import ColdSpec
-from onecopy.guest.place import StrPath
+from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.transfer.destination import StrPath
 from onecopy.model import Mergeable, Reference, parse_mount, parse_size
 from onecopy.vmm.accel import Choice
 

@@ -69,7 +69,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"onecopy.cli.{cmd_name}_")
+        module = importlib.import_module(f"onecopy.cli.{cmd_name}_cmd")
         command: click.Command = module.command
         return command
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onecopy.guest.cold import ColdSpec
-    from onecopy.guest.disks import DiskSpec
+    from onecopy.guest.lifecycle.bootplan import ColdSpec
+    from onecopy.guest.lifecycle.disks import DiskSpec
     from onecopy.model import Reference
 
 
@@ -32,7 +32,7 @@ def cold_spec(
     disks: tuple[DiskSpec, ...] = (),
 ) -> ColdSpec:
     """What the user asked for."""
-    from onecopy.guest.cold import ColdSpec
+    from onecopy.guest.lifecycle.bootplan import ColdSpec
     from onecopy.model import Mergeable
     from onecopy.vmm.accel import Choice
 

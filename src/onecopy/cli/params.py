@@ -16,7 +16,7 @@ from onecopy.errors import InvalidInput
 from onecopy.model import Reference, check_name, check_ports, parse_mount, parse_size
 
 if TYPE_CHECKING:
-    from onecopy.guest.disks import DiskSpec
+    from onecopy.guest.lifecycle.disks import DiskSpec
     from onecopy.store import Access
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -39,7 +39,7 @@ class ReferenceType(click.ParamType[Any]):
 
         found = [artifact.ref for artifact in Store().artifacts(self._kind)]
         if self._guests:
-            from onecopy.guest.host import Host
+            from onecopy.guest.runtime import Host
 
             host = Host.open()
             found += [guest.name for guest in host.guests() + host.ended()]
@@ -55,7 +55,7 @@ class GuestType(click.ParamType[Any]):
         self._ended = ended
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        from onecopy.guest.host import Host
+        from onecopy.guest.runtime import Host
 
         host = Host.open()
         guests = host.guests() + (host.ended() if self._ended else [])
@@ -128,7 +128,7 @@ class DiskType(click.ParamType[Any]):
     name = "size|file[:/mountpoint]"
 
     def convert(self, value: Any, param: object, ctx: object) -> DiskSpec:
-        from onecopy.guest.disks import DiskSpec
+        from onecopy.guest.lifecycle.disks import DiskSpec
 
         return DiskSpec.parse(str(value))
 
@@ -139,12 +139,12 @@ class HookType(click.ParamType[Any]):
     name = "hook"
 
     def convert(self, value: Any, param: object, ctx: object) -> str:
-        from onecopy.guest.hooks import check_hook
+        from onecopy.guest.lifecycle.clone_hooks import check_hook
 
         return check_hook(str(value))
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        from onecopy.build.tools import ready_hooks
+        from onecopy.images.tools import ready_hooks
 
         return [CompletionItem(each) for each in ready_hooks() if each.startswith(incomplete)]
 

@@ -1,4 +1,4 @@
 """`onecopy demo`: the main job from beginning to end, on real guests, with the kernel's figures.
 
-May import every room, as cli/ does. Not here: benches (benches/), which compare with other ways.
+May import every room, as cli/ does. Not here: benchmarks/.
 """

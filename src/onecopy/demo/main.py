@@ -9,12 +9,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from onecopy.build.packages import host_suite
-from onecopy.build.segment import build_segment
 from onecopy.demo.measure import Measured, start_batch
-from onecopy.guest import boot, save, start
-from onecopy.guest.cold import ColdSpec, prepare_cold
-from onecopy.guest.host import Host
+from onecopy.guest.lifecycle import boot, restore, save
+from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.images.deb_packages import host_suite
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
@@ -56,13 +56,13 @@ async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[s
         ),
     )
     tell(f"starting {SAVED_GUESTS} guests from the saved system")
-    template = start.template(host, system)
+    template = restore.template(host, system)
     saved = await _batch(
         host,
         "saved",
         SAVED_GUESTS,
-        lambda name, ports, batch: start.start_clone(
-            host, template, name, start.CloneSpec(publish=ports), batch
+        lambda name, ports, batch: restore.start_clone(
+            host, template, name, restore.CloneSpec(publish=ports), batch
         ),
     )
     return f"{prepared.accel.name}: {prepared.accel.reason}", [cold, saved]

@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import msgspec
 
-from onecopy.guest.folder import Batch, GuestRecord
-from onecopy.guest.host import Host
-from onecopy.guest.many import start_many
-from onecopy.guest.maps import guest_maps
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.ports import Ports
+from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.runtime import Host
 from onecopy.sharing import report
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"

@@ -1,6 +1,6 @@
 """What the memory of a range is made of, by its page class: a blob, or a copy that someone shares.
 
-Copies are memory files (host/memory.py): their size is sealed, and the kernel drops them with the
+Copies are memory files (linux/memfd.py): their size is sealed, and the kernel drops them with the
 last VMM that has them, however it ends. Not here: how QEMU is told (vmm/argv.py).
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.guest.host import Host
-from onecopy.host import memory
-from onecopy.host.lock import locked
+from onecopy.guest.runtime import Host
+from onecopy.linux import memfd
+from onecopy.linux.lock import locked
 from onecopy.model import PageClass
 from onecopy.store import Layer, Lease, Store
 from onecopy.vmm.argv import Mode, Slot
@@ -124,7 +124,7 @@ class Backings:
         """
         left, unloaded = None, self._host.unloaded(needed.segment)
         for guest, pid in self._host.vmms(self._host.store.users(needed.segment)):
-            fd = memory.find(pid, needed.memory_name, needed.size)
+            fd = memfd.find(pid, needed.memory_name, needed.size)
             if fd is None:
                 continue
             # There is one copy: who comes after the first has the same.
@@ -135,7 +135,7 @@ class Backings:
             left = fd
         if left is None:
             return _copy(needed, needed.memory_name)
-        memory.fill(left, needed.layer.path if needed.layer else None)
+        memfd.fill(left, needed.layer.path if needed.layer else None)
         return left
 
 
@@ -145,7 +145,7 @@ def _slot(needed: Needed, path: Path) -> Slot:
 
 def _copy(needed: Needed, name: str, *, sealed: bool = False) -> int:
     content = needed.layer.path if needed.layer else None
-    return memory.create(name, needed.size, content, sealed=sealed)
+    return memfd.create(name, needed.size, content, sealed=sealed)
 
 
 @contextlib.asynccontextmanager

@@ -17,13 +17,13 @@ from typing import Annotated, Any
 
 import msgspec
 
-from onecopy.build.bootfiles import TOOLS_MOUNTPOINT
 from onecopy.deadline import Deadline
 from onecopy.errors import AgentFailed, GuestFailed, OnecopyError
-from onecopy.guest.execports import HURRY, Ports, plugged
-from onecopy.guest.streams import SAID, Kept, Sink, Streams, Tail, give
+from onecopy.guest.exec_ports import HURRY, Ports, plugged
+from onecopy.guest.exec_streams import SAID, Kept, Sink, Streams, Tail, give
+from onecopy.images.initramfs import TOOLS_MOUNTPOINT
 from onecopy.vmm.agent import Agent
-from onecopy.vmm.reply import Nothing, shown
+from onecopy.vmm.guest_reply import Nothing, shown
 
 #: Seconds an agent may say nothing while a program runs: other guests or the program itself may let
 #: it wait, and only that the program has ended without a word is asked.

@@ -1,10 +1,11 @@
 """What makes a clone a machine of its own; nothing is handed out without.
 
 Name and machine-id, in the kernel and in files; address of its network card and of IP, clock,
-random numbers; SSH host keys if the image has some; and what clone hooks do (hooks.py). Not through
-the guest agent: its first answer alone makes a clone run some ten thousand blocks of code that it
-has not run yet, which under TCG takes longer than all the rest of a start. A small program of ours
-that already waits in the saved system (build/files/identity.c) needs a fraction of that.
+random numbers; SSH host keys if the image has some; and what clone hooks do
+(guest/lifecycle/clone_hooks.py). Not through the guest agent: its first answer alone makes a clone
+run some ten thousand blocks of code that it has not run yet, which under TCG takes longer than all
+the rest of a start. A small program of ours that already waits in the saved system
+(images/files/identity.c) needs a fraction of that.
 
 The kernel's random numbers are re-seeded by the vmgenid device when the guest runs on (Linux
 drivers/virt/vmgenid.c); the guest waits until its kernel has said so (drivers/char/random.c).
@@ -21,11 +22,11 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import AgentFailed
-from onecopy.guest import hostkeys
+from onecopy.guest import ssh_host_keys
 from onecopy.guest.network import settings
 from onecopy.vmm.argv import Card
-from onecopy.vmm.pipe import Pipe
-from onecopy.vmm.reply import address, decimal, shown
+from onecopy.vmm.guest_reply import address, decimal, shown
+from onecopy.vmm.port_pipe import Pipe
 
 #: Seconds a guest may take to answer.
 TIMEOUT = 60.0
@@ -128,7 +129,11 @@ async def ask(pipe: Pipe, line: str, answer: str, timeout: float) -> str:
         if word == answer:
             return rest
         if word not in _ANSWERS:
-            raise hostkeys.refusal(said) if said.startswith(hostkeys.FAILED) else _failed(said)
+            raise (
+                ssh_host_keys.refusal(said)
+                if said.startswith(ssh_host_keys.FAILED)
+                else _failed(said)
+            )
         said = await _ask(pipe, "", timeout)
     raise AgentFailed(f"asked to {line} the guest says {shown(said)!r}")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.build.bootfiles import TOOLS_MOUNTPOINT, Mount
-from onecopy.build.ranges import Range, SegmentConfig, layer_of
 from onecopy.errors import Incompatible, InvalidInput, NoSlot, StoreDamaged
 from onecopy.guest.backing import Needed
+from onecopy.images.initramfs import TOOLS_MOUNTPOINT, Mount
+from onecopy.images.range_record import Range, SegmentConfig, layer_of
 from onecopy.model import PageClass
 from onecopy.store import Artifact, Layer
 from onecopy.store.artifact import decode_config
@@ -87,7 +87,7 @@ class SystemConfig(msgspec.Struct, frozen=True):
     on_clone: str | None = None
     """What each clone runs before it is handed out."""
     agent: bool = True
-    """Whether our agent is in its guests: not in bare machines (cold.py)."""
+    """Whether our agent is in its guests: not in bare machines (guest/lifecycle/bootplan.py)."""
     cpu_room: int = 0
     """Processors that its kernel can have: those that it has, and places for more. 0: unknown."""
     clone_hooks: tuple[str, ...] = ()

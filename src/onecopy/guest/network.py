@@ -2,7 +2,7 @@
 
 In a user-mode network (each guest's own) the address is drawn here; in a bridge its network gives
 one by DHCP. Not here: forwarded ports (ports.py), how QEMU is told (vmm/argv.py), how the guest is
-(identity.py, build/files/start).
+(identity.py, images/files/start).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import InvalidInput
-from onecopy.guest.folder import GuestRecord
-from onecopy.guest.host import Host
 from onecopy.guest.ports import Ports
-from onecopy.host.tap import open_tap
-from onecopy.vmm import closed, router
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.linux.tap import open_tap
+from onecopy.vmm import closed_network, router
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Card
-from onecopy.vmm.user import User, have_own_numbers
+from onecopy.vmm.vmm_user import User, have_own_numbers
 
 #: How many user-mode guests there can be before an address comes a second time.
 _ADDRESSES = int(NETWORK.broadcast_address) - int(FIRST_ADDRESS)
@@ -65,7 +65,7 @@ def new_card(
 ) -> Iterator[Card | None]:
     """A card for a new guest with this run folder; None if it has none.
 
-    One of a bridge is ``connected`` to it, or to be so later (host/tap.py, connect_tap). Raises
+    One of a bridge is ``connected`` to it, or to be so later (linux/tap.py, connect_tap). Raises
     NotFound, NotPermitted, InvalidInput, Incompatible.
     """
     wanted.require_sense()
@@ -103,13 +103,13 @@ def _has_router(wanted: Network) -> bool:
 def can_be_closed(host: Host, record: GuestRecord) -> bool:
     """Whether a prepared guest, which an older onecopy may have prepared, is kept from the host."""
     there = router.is_there(host.run / record.name)
-    return there or not record.mac or closed.is_closed(User.of(record.pid))
+    return there or not record.mac or closed_network.is_closed(User.of(record.pid))
 
 
 def require_closed(record: GuestRecord, folder: Path) -> None:
     """Have in force what keeps a guest that is woken from this host; raise Incompatible."""
     if record.mac and not router.is_there(folder):
-        closed.require(User.of(record.pid), "")
+        closed_network.require(User.of(record.pid), "")
 
 
 def inherited(card: Card | None) -> Sequence[int]:

@@ -2,7 +2,7 @@
 
 First the file systems of a segment are frozen (FIFREEZE: what is written is on the device, and
 whoever writes waits), then the processors are stopped. Whoever is killed meanwhile leaves a mark;
-the next command lets the guest go on (resuming.py), and its own watchdog thaws the file systems.
+the next command lets the guest go on (resume.py), and its own watchdog thaws the file systems.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Iterator
 import msgspec
 
 from onecopy.errors import GuestFailed, NotFound, OnecopyError
-from onecopy.guest import script
-from onecopy.guest.folder import GuestFolder
-from onecopy.host.lock import locked_within
+from onecopy.guest import guest_script
+from onecopy.guest.run_directory import GuestFolder
+from onecopy.linux.lock import locked_within
 from onecopy.vmm.monitor import GRACE, TIMEOUT, Monitor, connect
 
 #: Seconds after which the guest thaws by itself.
@@ -39,23 +39,27 @@ async def paused(folder: GuestFolder, segment: str) -> AsyncIterator[None]:
 
     It also raises GuestFailed at the end if the file systems were not frozen all the time.
     """
-    frozen = await script.segment(folder.path, "freeze", segment, str(_WATCHDOG), timeout=_TIMEOUT)
+    frozen = await guest_script.segment(
+        folder.path, "freeze", segment, str(_WATCHDOG), timeout=_TIMEOUT
+    )
     try:
         if frozen.exit_code:
-            raise GuestFailed(f"{folder.name} could not freeze {segment}: {script.said(frozen)}")
+            raise GuestFailed(
+                f"{folder.name} could not freeze {segment}: {guest_script.said(frozen)}"
+            )
         async with stopped(folder):
             yield
     except BaseException as error:
         # If the guest is gone there is nothing to thaw, and the first error is the one to tell.
         seconds = _TIMEOUT if isinstance(error, Exception) else _THAWING
         with contextlib.suppress(OnecopyError):
-            await script.segment(folder.path, "thaw", segment, timeout=seconds)
+            await guest_script.segment(folder.path, "thaw", segment, timeout=seconds)
         raise
-    thawed = await script.segment(folder.path, "thaw", segment, timeout=_TIMEOUT)
+    thawed = await guest_script.segment(folder.path, "thaw", segment, timeout=_TIMEOUT)
     if thawed.exit_code:
         raise GuestFailed(
             f"{folder.name} did not keep {segment} frozen; nothing was stored: "
-            f"{script.said(thawed)}",
+            f"{guest_script.said(thawed)}",
             hint="try again when the guest has less to do",
         )
 
@@ -109,7 +113,7 @@ async def _marked(folder: GuestFolder) -> AsyncIterator[contextlib.ExitStack]:
 
 @contextlib.contextmanager
 def copying(name: str) -> Iterator[None]:
-    """Raise GuestFailed if the guest ends while its memory is copied (host/private.py)."""
+    """Raise GuestFailed if the guest ends while its memory is copied (linux/cow_pages.py)."""
     try:
         yield
     except NotFound as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from onecopy.errors import InUse, InvalidInput, NotPermitted
 from onecopy.vmm import router
 from onecopy.vmm.monitor import Monitor
-from onecopy.vmm.user import port_capabilities
+from onecopy.vmm.vmm_user import port_capabilities
 
 Ports = tuple[tuple[int, int], ...]
 """(port on 127.0.0.1, port of the guest) pairs; 0 for any free port of the host."""

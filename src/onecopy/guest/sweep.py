@@ -13,14 +13,14 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from onecopy.guest import ended
-from onecopy.guest.ended import Deaths
-from onecopy.guest.folder import POOL, GuestFolder, is_mark
-from onecopy.guest.resuming import go_on
-from onecopy.host import vmms
-from onecopy.host.lock import if_left, is_left
-from onecopy.host.removal import remove_tree
-from onecopy.host.vmms import Entry, Process
+from onecopy.guest import ended_guests
+from onecopy.guest.ended_guests import Deaths
+from onecopy.guest.resume import go_on
+from onecopy.guest.run_directory import POOL, GuestFolder, is_mark
+from onecopy.linux import vmm_registry
+from onecopy.linux.lock import if_left, is_left
+from onecopy.linux.removal import remove_tree
+from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.store import Store
 from onecopy.store.leftovers import going_on, tell
 
@@ -28,7 +28,7 @@ _log = logging.getLogger("onecopy")
 
 
 class Swept(Protocol):
-    """What is swept: guest/host.py."""
+    """What is swept: guest/runtime.py."""
 
     @property
     def store(self) -> Store: ...
@@ -46,7 +46,7 @@ def sweep(host: Swept) -> None:
     with host.locked():
         unwanted = _unwanted(host)
     if unwanted:
-        vmms.end(unwanted)
+        vmm_registry.end(unwanted)
     with host.locked():
         _sweep_folders(host)
     if unwanted:
@@ -72,7 +72,7 @@ def _unwanted(host: Swept) -> list[Process]:
 
 def _sweep_folders(host: Swept) -> None:
     there, deaths = host.folders(), Deaths()
-    ended.sweep(host.run)
+    ended_guests.sweep(host.run)
     for path in there:
         with going_on(path):
             folder = GuestFolder(path)
@@ -98,7 +98,7 @@ def preserve(host: Swept, deaths: Deaths, folder: GuestFolder) -> None:
 
     That is nothing of one that a command ended, or that was never handed out.
     """
-    if folder.is_being_ended or not (left := ended.look(folder, _uid(host, folder), deaths)):
+    if folder.is_being_ended or not (left := ended_guests.look(folder, _uid(host, folder), deaths)):
         return
     if _kept(host.run, left):
         # What it printed may be what fills the disk.
@@ -107,10 +107,10 @@ def preserve(host: Swept, deaths: Deaths, folder: GuestFolder) -> None:
             _log.warning("onecopy: what %s printed is lost: %s", folder.name, why)
 
 
-def _kept(run: Path, left: ended.Left) -> str:
+def _kept(run: Path, left: ended_guests.Left) -> str:
     """Keep something of a guest; why not, else ""."""
     try:
-        ended.keep(run, left)
+        ended_guests.keep(run, left)
     except OSError as error:
         return error.strerror or "unknown error"
     return ""
@@ -131,17 +131,21 @@ def _remove(host: Swept, folder: GuestFolder) -> None:
 
 def _sweep_stores(run: Path) -> None:
     """Remove the run folders of stores that are there no more, with no VMM left."""
-    for store in vmms.stores() - {run.name}:
+    for store in vmm_registry.stores() - {run.name}:
         if not (run.parent / store).exists():
-            _forget_dead(vmms.of_store(store))
-    others = [path for path in run.parent.iterdir() if path != run and (path / vmms.STORE).exists()]
+            _forget_dead(vmm_registry.of_store(store))
+    others = [
+        path
+        for path in run.parent.iterdir()
+        if path != run and (path / vmm_registry.STORE).exists()
+    ]
     gone = [path for path in others if _is_gone(path)]
     if not gone:
         return
     for path in gone:
-        theirs = vmms.of_store(path.name)
+        theirs = vmm_registry.of_store(path.name)
         if any(entry.process.lives() for entry in theirs):
-            continue  # `ps` shows it (lost.py)
+            continue  # `ps` shows it (lost_vmms.py)
         with going_on(path), if_left(path / ".lock") as lock:
             if lock is not None and _is_gone(path):
                 tell(path, remove_tree(path))
@@ -156,6 +160,6 @@ def _forget_dead(entries: list[Entry]) -> None:
 
 def _is_gone(run: Path) -> bool:
     with contextlib.suppress(OSError):
-        root = Path(os.fsdecode((run / vmms.STORE).read_bytes()))
-        return root.is_absolute() and not vmms.is_store(root, run.name)
+        root = Path(os.fsdecode((run / vmm_registry.STORE).read_bytes()))
+        return root.is_absolute() and not vmm_registry.is_store(root, run.name)
     return False

@@ -1,6 +1,6 @@
 """One guest's account: which of its memory is its own, and which it shares.
 
-Not here: many guests together (``report``), reading smaps (``onecopy.host.smaps``).
+Not here: many guests together (``report``), reading smaps (``onecopy.linux.counters.smaps``).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import NotPermitted, Unreadable
-from onecopy.host import files, ksm, process, smaps
-from onecopy.host.files import Identity
-from onecopy.host.smaps import Mapping
+from onecopy.linux import files, process
+from onecopy.linux.counters import ksm, smaps
+from onecopy.linux.counters.smaps import Mapping
+from onecopy.linux.files import Identity
 from onecopy.model import PAGE_SIZE
 
 #: Bytes of a memory map that are read: 60 times what a QEMU has, and of our own all that the kernel

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from onecopy.model import MIB, PAGE_SIZE
-from onecopy.sharing.contents import Contents
-from onecopy.sharing.scan import ZERO, Hashes, Marks, Numbers, Scan
+from onecopy.sharing.file_pages import Contents
+from onecopy.sharing.ram_scan import ZERO, Hashes, Marks, Numbers, Scan
 
 #: A way is not worth its trouble below these: bytes, and a share of what guests have alone.
 _LEAST, _LEAST_SHARE = 16 * MIB, 0.02

@@ -6,7 +6,7 @@ each of these, c processor seconds for a start and P processors, N starts take
 
     integral of c / (P - n u) over n from 0 to N  =  c / u * ln(P / (P - N u)).
 
-Pure. Not here: measuring (guest/planning.py).
+Pure. Not here: measuring (guest/observe/plan.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import msgspec
 from msgspec.structs import replace
 
 from onecopy.errors import InvalidInput, NotFound, NotPermitted
-from onecopy.host import files, patience, residency
+from onecopy.linux import bounded_wait, files
+from onecopy.linux.counters import residency
 from onecopy.sharing.account import GuestAccount, GuestMaps, measure, unreadable
 
 #: Grows when a field of ``Report.to_json`` changes its meaning or goes; new fields do not count.
@@ -213,7 +214,9 @@ def collect(
     every = [*known, *beside]
     measured = partial(_measured, root=root)
     # Half of the time is the kernel's, which counts for several at once.
-    accounts = patience.each(measured, every, _late, seconds=_PATIENCE, at_once=os.cpu_count() or 1)
+    accounts = bounded_wait.each(
+        measured, every, _late, seconds=_PATIENCE, at_once=os.cpu_count() or 1
+    )
     alive = [(maps, account) for maps, account in zip(every, accounts, strict=True) if account]
     pids = {maps.pid for maps in known}
     return Report(
@@ -262,7 +265,7 @@ def _blobs(
         others = None if hidden else len(users) - guests
         found.append(Blob(names, "ram", path, None, None, guests, others))
     measured = partial(_with_sizes, which=which, root=root)
-    return patience.each(measured, found, lambda blob: blob, seconds=_PATIENCE)
+    return bounded_wait.each(measured, found, lambda blob: blob, seconds=_PATIENCE)
 
 
 def _shared_ram(maps: GuestMaps, root: Path) -> str | None:

@@ -13,12 +13,13 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible, NotFound, NotPermitted, Unreadable
-from onecopy.host import meminfo, patience
-from onecopy.sharing import contents
+from onecopy.linux import bounded_wait
+from onecopy.linux.counters import meminfo
+from onecopy.sharing import file_pages
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.advice import Advice, advise
-from onecopy.sharing.contents import Contents, Image
-from onecopy.sharing.scan import Scan, scan
+from onecopy.sharing.file_pages import Contents, Image
+from onecopy.sharing.ram_scan import Scan, scan
 
 #: How long one process may keep us waiting for a part of its memory, in seconds.
 _PATIENCE = 5.0
@@ -64,7 +65,7 @@ def survey(
     began = time.process_time()
     room = [2 * (meminfo.read().total or 0)]
     one = partial(_scan, room=room, tell=tell)
-    looked = patience.each(one, guests, lambda _: _LATE, seconds=_PATIENCE)
+    looked = bounded_wait.each(one, guests, lambda _: _LATE, seconds=_PATIENCE)
     for maps, found in zip(guests, looked, strict=True):
         if isinstance(found, Scan):
             scans.append(found)
@@ -100,4 +101,4 @@ def _contents(
     if not names:
         return None
     tell(f"reading {', '.join(dict.fromkeys(names))}")
-    return contents.of(images, trees)
+    return file_pages.of(images, trees)

@@ -10,7 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from onecopy.host.sparse import data_ranges
+from onecopy.linux.sparse import data_ranges
 
 _CHUNK = 1 << 20
 _ZEROES = bytes(_CHUNK)

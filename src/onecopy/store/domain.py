@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from onecopy.errors import InvalidInput
-from onecopy.host.sparse import copy_file
+from onecopy.linux.sparse import copy_file
 from onecopy.model import PAGE_SIZE
 from onecopy.store.oci import Descriptor
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from onecopy.errors import InvalidInput, NotFound, StoreDamaged
-from onecopy.host import verity
+from onecopy.linux import verity
 from onecopy.store.artifact import NewLayer
 from onecopy.store.digest import file_digest
 from onecopy.store.disk import require_disk

@@ -3,14 +3,13 @@
 ::
 
     ROOT/oci-layout, index.json, blobs/sha256/HEX     an OCI image layout (image-layout.md)
-    ROOT/lock              flock(2)ed by whoever changes anything
-    ROOT/tmp/FOLDER        a workspace, flocked by its owner (workspace.py)
-    ROOT/tmp/FILE          lives only while its writer has ``lock``: else it is a crash's remains
-    ROOT/leases/NAME.json  flocked by the guest that holds it (lease.py)
-    ROOT/live/             what the host writes to and guests read (live.py)
-    ROOT/reserve/          what a change takes where nothing is left (reserve.py)
-    ROOT/cache/            what can be made again; may be emptied at any time
-    ROOT/disks/            of guests (guest/disks.py); nothing else in the store knows of them
+    ROOT/lock              flock(2)ed by whoever changes anything ROOT/tmp/FOLDER        a
+    workspace, flocked by its owner (workspace.py) ROOT/tmp/FILE          lives only while its
+    writer has ``lock``: else it is a crash's remains ROOT/leases/NAME.json  flocked by the guest
+    that holds it (lease.py) ROOT/live/             what the host writes to and guests read
+    (live.py) ROOT/reserve/          what a change takes where nothing is left (reserve.py)
+    ROOT/cache/            what can be made again; may be emptied at any time ROOT/disks/
+    of guests (guest/lifecycle/disks.py); nothing else in the store knows of them
 
 Not here: how a store is first made (opening.py), what the files say (oci.py), which of them are
 wanted (collect.py).

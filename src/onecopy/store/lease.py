@@ -19,16 +19,16 @@ from types import TracebackType
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.host import vmms
-from onecopy.host.lock import is_held
-from onecopy.host.removal import remove_tree
+from onecopy.linux import vmm_registry
+from onecopy.linux.lock import is_held
+from onecopy.linux.removal import remove_tree
 from onecopy.store import oci
 from onecopy.store.layout import Layout
 from onecopy.store.leftovers import tell
 
 _FILES = ".files"
 _FURTHER = "+"
-#: How holders begin that are no guests but keep blobs in memory (guest/pinning.py).
+#: How holders begin that are no guests but keep blobs in memory (guest/pagecache/pin.py).
 PIN = "pinned-"
 
 
@@ -127,7 +127,7 @@ def rename(layout: Layout, holder: str, name: str) -> None:
     folder = layout.leases
     (folder / f"{holder}{_FILES}").rename(folder / f"{name}{_FILES}")
     path_of(layout, holder).rename(path_of(layout, name))
-    vmms.rename(layout.root, holder, name)
+    vmm_registry.rename(layout.root, holder, name)
 
 
 def scan(layout: Layout) -> tuple[list[LeaseRecord], list[Path]]:
@@ -146,7 +146,7 @@ def any_stale(layout: Layout) -> bool:
 
 def is_live(layout: Layout, holder: str) -> bool:
     """Whether ``holder`` has a live lease."""
-    return is_held(path_of(layout, holder)) or vmms.holds(layout.root, holder)
+    return is_held(path_of(layout, holder)) or vmm_registry.holds(layout.root, holder)
 
 
 def _sorted_out(layout: Layout) -> tuple[list[Path], list[Path]]:
@@ -154,7 +154,7 @@ def _sorted_out(layout: Layout) -> tuple[list[Path], list[Path]]:
     paths = sorted(_files(layout))
     free = {path for path in paths if not is_held(path)}
     if free:
-        living = vmms.holders(layout.root)
+        living = vmm_registry.holders(layout.root)
         free = {path for path in free if _holder(path) not in living}
     return [path for path in paths if path not in free], sorted(free)
 
@@ -175,7 +175,7 @@ def _unused_folders(layout: Layout) -> list[Path]:
         for folder in layout.leases.glob(f"*{_FILES}")
         if not is_held(path_of(layout, folder.name.removesuffix(_FILES)))
     }
-    living = vmms.holders(layout.root) if unused else set()
+    living = vmm_registry.holders(layout.root) if unused else set()
     return [folder for holder, folder in unused.items() if holder not in living]
 
 

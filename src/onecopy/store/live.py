@@ -2,14 +2,14 @@
 
 ``ROOT/live/HEX.N`` belongs to range N of the segment whose manifest is HEX. It starts as the stored
 content and goes when nothing names or holds the segment any more. Not here: writing to it
-(guest/shared.py).
+(guest/segments/live_write.py).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from onecopy.host.sparse import copy_file
+from onecopy.linux.sparse import copy_file
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
 from onecopy.store.leftovers import going_on

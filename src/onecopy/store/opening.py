@@ -11,7 +11,7 @@ import unicodedata
 from pathlib import Path
 
 from onecopy.errors import Incompatible, InvalidInput, StoreDamaged
-from onecopy.host.statfs import remote_kind
+from onecopy.linux.statfs import remote_kind
 from onecopy.store import oci
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout

@@ -15,7 +15,7 @@ from typing import TypeVar
 from msgspec import structs
 
 from onecopy.errors import InUse, NotFound, StoreDamaged
-from onecopy.host.lock import is_held
+from onecopy.linux.lock import is_held
 from onecopy.model import Reference, check_name, check_new_name, in_order
 from onecopy.store import access as who
 from onecopy.store import collect, holding, lease, live, loading, names, oci, putting, workspace

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.host.lock import is_held
-from onecopy.host.removal import remove_tree
+from onecopy.linux.lock import is_held
+from onecopy.linux.removal import remove_tree
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
 from onecopy.store.leftovers import going_on, tell

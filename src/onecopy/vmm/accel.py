@@ -16,11 +16,11 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible
-from onecopy.host import files
+from onecopy.linux import files
 from onecopy.vmm.confine import Confinement
-from onecopy.vmm.given import READ
+from onecopy.vmm.passed_files import READ
 from onecopy.vmm.spawn import start
-from onecopy.vmm.user import new_user
+from onecopy.vmm.vmm_user import new_user
 
 #: Seconds after which a probe guest that said nothing new is given up, and after which any is: on a
 #: busy host it may be slow.

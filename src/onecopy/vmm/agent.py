@@ -1,8 +1,8 @@
 """QEMU's guest agent, over the pipes of a run folder (QEMU docs/interop/qemu-ga-ref).
 
 Any number of commands may talk to one agent: each call is one exchange under a lock of the run
-folder. What it answers is believed as little as all that a guest says (reply.py). Not here: running
-programs with their streams (guest/exec.py).
+folder. What it answers is believed as little as all that a guest says (guest_reply.py). Not here:
+running programs with their streams (guest/exec.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from onecopy.errors import AgentFailed
-from onecopy.host.lock import locked, locked_within
-from onecopy.vmm.pipe import Pipe
-from onecopy.vmm.reply import Nothing, read, shown
+from onecopy.linux.lock import locked, locked_within
+from onecopy.vmm.guest_reply import Nothing, read, shown
+from onecopy.vmm.port_pipe import Pipe
 
 #: Seconds an agent may take to answer one call, on a host that has much else to do.
 TIMEOUT = 60.0

@@ -1,7 +1,7 @@
 """The QEMU command line, as a pure function of what the guest is made of.
 
-Nothing here touches the host: tested as text (tests/unit/test_argv.py) and by really starting what
-it builds (tests/vm). Devices have fixed slots and ids, so that a saved system finds the same
+Nothing here touches the host: tested as text (tests/unit/vmm/test_argv.py) and by really starting
+what it builds (tests/vm). Devices have fixed slots and ids, so that a saved system finds the same
 machine again (QEMU docs/devel/migration/main.rst: source and destination must be configured alike).
 """
 
@@ -58,7 +58,7 @@ KERNEL_LINE = (
     "random.trust_cpu=on net.ifnames=0"
 )
 #: Bytes of QEMU's memory for the guest's code as TCG has translated it: as much as work needs
-#: (benches/translated.py), and the least that a guest is started with. Once they are full all is
+#: (benchmarks/translated.py), and the least that a guest is started with. Once they are full all is
 #: dropped, and translated anew when it runs (tcg/region.c). QEMU's own choice is up to 1 GiB.
 TRANSLATED, LEAST_TRANSLATED = 128 * MIB, 32 * MIB
 #: What a kernel by itself is told, which may not be Linux.
@@ -132,7 +132,7 @@ class Card(msgspec.Struct, frozen=True):
 
     @property
     def closed(self) -> bool:
-        """Whether what QEMU sends is to be kept from this host (closed.py)."""
+        """Whether what QEMU sends is to be kept from this host (closed_network.py)."""
         return self.tap is None and not self.allow_host
 
 
@@ -153,7 +153,7 @@ class Launch(msgspec.Struct, frozen=True):
     rom: bool = False
     """This QEMU can map a read-only file copy-on-write (``rom=off``, QEMU >= 8.2)."""
     traces: tuple[str, ...] = ()
-    """Events by which this QEMU notes in its log how it ends (traces.py)."""
+    """Events by which this QEMU notes in its log how it ends (end_traces.py)."""
     kernel: Kernel | None = None
     """None: the machine waits for a saved state (``-incoming defer``)."""
     card: Card | None = None

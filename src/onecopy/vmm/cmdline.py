@@ -2,7 +2,7 @@
 
 qemu-system(1): -name, -m, -object, -machine, -numa, -mem-path, -drive, -blockdev. Any text gives an
 answer: what makes no sense is left out, as is what no QEMU would have that many of. Pure. Not here:
-whether any of it is true (foreign.py), and our own command line (argv.py).
+whether any of it is true (external_qemu.py), and our own command line (argv.py).
 """
 
 from __future__ import annotations

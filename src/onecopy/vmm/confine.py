@@ -1,8 +1,8 @@
 """What a VMM may: nothing but what its guest needs, whatever the guest makes of it.
 
-A new VMM is a user of its own (if root starts it: user.py), has no capability, and is under
+A new VMM is a user of its own (if root starts it: vmm_user.py), has no capability, and is under
 Landlock and a seccomp filter. QEMU's own `-sandbox` comes on top. Not here: which files a guest is
-made of (given.py), how a confined process is started (spawn.py).
+made of (passed_files.py), how a confined process is started (spawn.py).
 """
 
 from __future__ import annotations
@@ -17,18 +17,25 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible
-from onecopy.host import landlock, seccomp
-from onecopy.host.landlock import EXECUTE, IOCTL_DEV, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
-from onecopy.host.limits import Limits
-from onecopy.host.syscall import (
+from onecopy.linux.sandbox import landlock, seccomp
+from onecopy.linux.sandbox.landlock import (
+    EXECUTE,
+    IOCTL_DEV,
+    READ_DIR,
+    READ_FILE,
+    WRITE_FILE,
+    Ruleset,
+)
+from onecopy.linux.sandbox.rlimits import Limits
+from onecopy.linux.syscall import (
     PR_SET_NO_NEW_PRIVS,
     prctl,
     randomize_no_addresses,
     set_capabilities,
     unshare_folder,
 )
-from onecopy.vmm import resolver
-from onecopy.vmm.user import KVM, User
+from onecopy.vmm import name_servers
+from onecopy.vmm.vmm_user import KVM, User
 
 #: QEMU, its libraries, its firmware, the time zone.
 _PROGRAMS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache")
@@ -47,20 +54,20 @@ class Confinement(msgspec.Struct, frozen=True):
     capabilities: int
     """What it keeps of ours (capabilities(7))."""
     rights: Mapping[int, int]
-    """Descriptor of ours -> what for the VMM may open its file (landlock.py)."""
+    """Descriptor of ours -> what for the VMM may open its file (linux/sandbox/landlock.py)."""
     kvm: bool
     asks: bool
-    """Whether opening a file for reading and writing is answered by us (answering.py)."""
+    """Whether opening a file for reading and writing is answered by us (open_notify.py)."""
     merge: bool = False
     """Whether KSM may merge its own memory, for which it gives up address randomisation."""
     inet: bool = False
     """Whether it has TCP and UDP (QEMU's user-mode network)."""
     etc: Path | None = None
-    """What it has in place of /etc (resolver.py), all of which it may read; None: the host's."""
+    """What it has in place of /etc (name_servers.py), and may read; None: the host's."""
     binds: tuple[int, ...] | None = None
     """The only TCP ports that it may listen at (0: any that is free); None: all."""
     limits: Limits = msgspec.field(default_factory=dict)
-    """How much it may use (host/limits.py)."""
+    """How much it may use (linux/sandbox/rlimits.py)."""
 
 
 def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int | None:
@@ -71,7 +78,7 @@ def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int 
     try:
         # A working directory of its own, entered while it may.
         if confinement.etc:
-            resolver.hide(confinement.etc)
+            name_servers.hide(confinement.etc)
         else:
             unshare_folder()
         os.chdir(folder)
@@ -105,7 +112,7 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
         rules.allow_paths(below, READ_FILE | READ_DIR | EXECUTE)
         rules.allow_paths(_HOST, READ_FILE | READ_DIR)
         if confinement.inet:
-            rules.allow_paths([confinement.etc or resolver.folder()], READ_FILE)
+            rules.allow_paths([confinement.etc or name_servers.folder()], READ_FILE)
         if confinement.kvm:
             rules.allow_paths([KVM], READ_FILE | WRITE_FILE | IOCTL_DEV)
         for fd, right in confinement.rights.items():
@@ -150,7 +157,7 @@ def filter_program(confinement: Confinement) -> bytes:
     ]
     if confinement.inet:
         # Others have the kernel open sockets that are nobody's, so that no rule knows their user
-        # (closed.py): MPTCP, SMC.
+        # (closed_network.py): MPTCP, SMC.
         protocols = (0, socket.IPPROTO_ICMP, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
         blocks.append(seccomp.deny_unless(seccomp.SOCKET, 2, protocols, errno.EACCES))
         blocks.append(seccomp.allow_only(seccomp.SOCKET, 0, inet, errno.EACCES))

@@ -1,9 +1,10 @@
 """What a guest's console and QEMU said, in files that cannot fill the host.
 
 QEMU appends to ``console.log`` and ``qemu.log`` in the run folder. A file that is no disk may have
-LOG_ROOM bytes (bounds.py), and what goes over that is dropped. The limit is one on offsets, and one
-for all files of a process: so `make_room` makes the logs as long as the old limit, sparsely, raises
-that, and drops all but the newest of what they had. Not here: where they are shown (cli/logs_.py).
+LOG_ROOM bytes (vmm_limits.py), and what goes over that is dropped. The limit is one on offsets, and
+one for all files of a process: so `make_room` makes the logs as long as the old limit, sparsely,
+raises that, and drops all but the newest of what they had. Not here: where they are shown
+(cli/logs_cmd.py).
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.host import limits
-from onecopy.host.syscall import punch_hole
-from onecopy.vmm.bounds import LOG_ROOM, file_room, let_write
+from onecopy.linux.sandbox import rlimits
+from onecopy.linux.syscall import punch_hole
+from onecopy.vmm.vmm_limits import LOG_ROOM, file_room, let_write
 
 CONSOLE, QEMU = "console.log", "qemu.log"
 #: Bytes of a log from which on room is made, and how many are kept then.
@@ -44,7 +45,7 @@ def make_room(folder: Path, pid: int, largest: int = 0) -> None:
     One command at a time does this (Host.locked). Raises OSError.
     """
     present = file_room(pid)
-    if present == limits.UNLIMITED:
+    if present == rlimits.UNLIMITED:
         return
     # No log is longer than the limit was.
     begin = -(-max(present, largest) // _BLOCK) * _BLOCK

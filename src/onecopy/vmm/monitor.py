@@ -22,8 +22,8 @@ from qemu.qmp.events import EventListener
 
 from onecopy.deadline import Deadline
 from onecopy.errors import AgentFailed, GuestFailed
-from onecopy.host.lock import locked
-from onecopy.vmm.reply import convert
+from onecopy.linux.lock import locked
+from onecopy.vmm.guest_reply import convert
 
 # The library logs what it also raises.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import CommandFailed, Incompatible, as_root
-from onecopy.host import files
-from onecopy.run import find_program, run
-from onecopy.vmm import traces
+from onecopy.linux import files
+from onecopy.subprocesses import find_program, run
+from onecopy.vmm import end_traces
 
 BINARY = "qemu-system-x86_64"
 _QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
@@ -29,7 +29,7 @@ class Qemu(msgspec.Struct, frozen=True):
     rom: bool
     """memory-backend-file has ``rom`` (>= 8.2): a read-only file can be mapped copy-on-write."""
     traces: tuple[str, ...]
-    """The trace events by which it notes how it ends (traces.py); empty if it does not."""
+    """The trace events by which it notes how it ends (end_traces.py); empty if it does not."""
 
     def require_machine(self, machine: str) -> None:
         """Raise Incompatible if this QEMU cannot be ``machine``."""
@@ -79,8 +79,8 @@ def _ask(binary: str) -> Qemu:
 def _traces(binary: str) -> tuple[str, ...]:
     # What it does not have it warns of; how it was built decides where the events go.
     line = [binary, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
-    for name in traces.WANTED:
+    for name in end_traces.WANTED:
         line += ["-trace", name]
     with contextlib.suppress(CommandFailed):
-        return traces.of_binary(run(line, stdin=_QUIT, both=True))
+        return end_traces.of_binary(run(line, stdin=_QUIT, both=True))
     return ()

@@ -1,9 +1,10 @@
 """The way out of a closed guest whose QEMU has no user of its own: a router of the guest's.
 
 An ordinary user's guests are that user, and in some containers root's have numbers that others
-have, too: rules that go by users (closed.py) would hit these. So the guest's card is a tap device
-in new namespaces of user and network, where rules of our own let through what is for the outside,
-and slirp4netns takes it there: one process, which ends with the guest. QEMU itself needs no socket.
+have, too: rules that go by users (closed_network.py) would hit these. So the guest's card is a tap
+device in new namespaces of user and network, where rules of our own let through what is for the
+outside, and slirp4netns takes it there: one process, which ends with the guest. QEMU itself needs
+no socket.
 
     guest - QEMU - tap "guest" - [ rules, NAT ] - "tap0" - slirp4netns - the host's sockets
 
@@ -28,11 +29,11 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible, InUse, MissingProgram
-from onecopy.host import reap
-from onecopy.host.files import ROOT
-from onecopy.run import Detached, find_program
+from onecopy.linux import child_reaper
+from onecopy.linux.files import ROOT
+from onecopy.subprocesses import Detached, find_program
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK
-from onecopy.vmm.closed import LINK_LOCAL, METADATA, cannot
+from onecopy.vmm.closed_network import LINK_LOCAL, METADATA, cannot
 
 #: In the run folder.
 SOCKET = "network.sock"
@@ -117,7 +118,7 @@ def _connected(program: str, pid: int, folder: Path, ends: contextlib.ExitStack)
             if not select.select([ready], [], [], _PATIENCE)[0] or os.read(ready, 1) != b"1":
                 raise cannot(f"it does not start: {shlex.join(line)}", _HINT)
             process.keep()
-            reap.adopt(process.pid)
+            child_reaper.adopt(process.pid)
     finally:
         for fd in (exit_end, ready, ready_end):
             if fd >= 0:

@@ -1,6 +1,6 @@
 """Starting a confined program, which inherits what it is given and nothing else.
 
-Not here: what it may (confine.py), what it is (launch.py, accel.py).
+Not here: what it may (confine.py), what it is (qemu_process.py, accel.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TypeVar
 import msgspec
 
 from onecopy.errors import Incompatible
-from onecopy.host import limits
-from onecopy.host.syscall import (
+from onecopy.linux.sandbox import rlimits
+from onecopy.linux.syscall import (
     PR_GET_DUMPABLE,
     PR_GET_MEMORY_MERGE,
     PR_GET_THP_DISABLE,
@@ -30,9 +30,9 @@ from onecopy.host.syscall import (
     ignored,
     prctl,
 )
-from onecopy.run import environment
+from onecopy.subprocesses import environment
 from onecopy.vmm.confine import Confinement, enter, ruleset
-from onecopy.vmm.user import User
+from onecopy.vmm.vmm_user import User
 
 #: What QEMU allocates in blocks of some size, mostly queues of virtio devices, it hardly touches:
 #: as mappings of their own untouched pages take no memory. One arena holds the rest of all threads.
@@ -118,7 +118,7 @@ def _limit(started: Started, confinement: Confinement) -> None:
     """Limit what has just been started, and has seen nothing yet that could make it misbehave."""
     pid = started.process.pid
     try:
-        as_user(pid, lambda: limits.apply(pid, confinement.limits))
+        as_user(pid, lambda: rlimits.apply(pid, confinement.limits))
     except ProcessLookupError:
         return
     except OSError as error:

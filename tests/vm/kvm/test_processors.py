@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from onecopy.errors import TooLarge
-from onecopy.guest.fitting import Fitting
-from onecopy.guest.host import Host
-from onecopy.guest.start import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.runtime import Host
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn
 

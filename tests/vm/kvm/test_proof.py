@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from onecopy.guest.host import Host
+from onecopy.guest.runtime import Host
 from onecopy.vmm.monitor import connect
 from tests.vm.conftest import Clones, RunIn
 

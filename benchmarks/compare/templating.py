@@ -1,0 +1,79 @@
+"""Guests from a frozen one without segments, as other projects have them: its RAM mapped
+copy-on-write, its root a disk.
+
+What is in the frozen guest's page cache is shared with its RAM; what a guest reads later it keeps
+for itself. They have no identity of their own. Here to be compared with, made of the same parts as
+onecopy's saved systems (onecopy.guest.lifecycle.save).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from benchmarks.answers import before, free_port, until
+from benchmarks.compare.mix import PORT, SHELL, Tell, Ware
+from benchmarks.kinds import new_name
+from benchmarks.plain import launch_plain, new_plain, start_plain
+from benchmarks.setup import Setup
+from onecopy.guest.lifecycle.snapshot import Snapshot, Source, take
+from onecopy.guest.ports import Ports
+from onecopy.guest.run_directory import GuestFolder
+from onecopy.vmm.argv import Ram
+from onecopy.vmm.monitor import connect
+from onecopy.vmm.qemu_process import Vmm
+
+
+class Templates:
+    """Frozen guests, each made when it is first asked for."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._made: dict[str, Snapshot] = {}
+
+    async def of(self, ware: Ware) -> Snapshot:
+        """The frozen guest of an application."""
+        name = ware.name
+        if name not in self._made:
+            self._tell(f"a frozen guest without segments: {name}")
+            self._made[name] = await _frozen(ware)
+        return self._made[name]
+
+    def files(self) -> list[Path]:
+        """The RAM of all that were made."""
+        return [each.ram for each in self._made.values()]
+
+
+async def _frozen(ware: Ware) -> Snapshot:
+    """Boot a guest, and freeze it once its application answers."""
+    setup, name, port = ware.setup, new_name(), free_port()
+    vmm = start_plain(setup, name, ware.application.command, ((port, PORT), (free_port(), SHELL)))
+    try:
+        await before(vmm.wait(), until(lambda: ware.ask(port), name))
+        work = setup.work / f"{name}.saved"
+        work.mkdir()
+        source = Source(vmm.pid, setup.prepared.hardware.memory, None)
+        return await take(GuestFolder(vmm.folder), source, work, last=True)
+    finally:
+        await vmm.kill()
+
+
+async def start_from(template: Snapshot, setup: Setup, name: str, ports: Ports) -> Vmm:
+    """Start a guest that goes on from where it was frozen."""
+    spec = replace(
+        new_plain(setup, name, ports),
+        ram=Ram.COPY_ON_WRITE,
+        ram_path=template.ram,
+        rom=setup.host.qemu.rom,
+    )
+    vmm = launch_plain(setup, spec)
+    try:
+        async with connect(vmm.folder / "monitor.sock") as monitor:
+            with template.state.open("rb") as state:
+                await monitor.incoming(state.fileno())
+            await monitor.execute("cont")
+    except BaseException:
+        await vmm.kill()
+        raise
+    return vmm

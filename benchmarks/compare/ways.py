@@ -1,0 +1,124 @@
+"""The ways to run the same guests, one function each.
+
+Not here: what the guests are (mix.py), what is measured of them (subprocesses.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from benchmarks.answers import before, free_port, until
+from benchmarks.compare.mix import PORT, SHELL, Ware
+from benchmarks.compare.templating import Templates, start_from
+from benchmarks.kinds import new_name
+from benchmarks.plain import start_plain
+from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.restore import CloneSpec, start_clone
+from onecopy.guest.ports import Ports
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.linux import process
+from onecopy.model import Mergeable
+from onecopy.vmm.qemu_process import Vmm
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """A guest whose application has answered."""
+
+    ware: Ware
+    pid: int
+    shell: int
+    """The port of 127.0.0.1 where its shell is."""
+    seconds: float
+    """From asking for the guest until its application answered."""
+    cpu: float
+    """CPU seconds of its VMM up to then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What guests are started with, besides their ware."""
+
+    ends: contextlib.AsyncExitStack
+    """Ends the guests."""
+    templates: Templates
+
+
+Start = Callable[[Ware, str, Ports, Means], Awaitable[int]]
+"""(ware, name, ports, means) -> the VMM's process id, once the application has answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run guests."""
+
+    name: str
+    start: Start
+    ksm: bool = False
+    """Whether KSM runs all the time."""
+
+
+async def start_one(way: Way, ware: Ware, means: Means) -> Up:
+    """Start a guest and wait until its application answers."""
+    port, shell = free_port(), free_port()
+    name, began = new_name(), time.monotonic()
+    pid = await way.start(ware, name, ((port, PORT), (shell, SHELL)), means)
+    return Up(ware, pid, shell, time.monotonic() - began, process.cpu_seconds(pid))
+
+
+async def _plain(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    vmm = start_plain(ware.setup, name, ware.application.command, ports)
+    return await _watched(vmm, ware, name, ports, means)
+
+
+async def _template(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    vmm = await start_from(await means.templates.of(ware), ware.setup, name, ports)
+    return await _watched(vmm, ware, name, ports, means)
+
+
+async def _watched(vmm: Vmm, ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    """Raise GuestFailed if the VMM ends before the application answers."""
+    means.ends.push_async_callback(vmm.kill)
+    await before(vmm.wait(), _answered(ware, name, ports))
+    return vmm.pid
+
+
+async def _segment(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+    spec = replace(ware.setup.prepared.spec, publish=ports)
+    record = await run_cold(ware.setup.host, replace(ware.setup.prepared, spec=spec), name)
+    return await _ours(record, ware, ports, means)
+
+
+def _saved(ksm: Mergeable) -> Start:
+    async def start(ware: Ware, name: str, ports: Ports, means: Means) -> int:
+        spec = CloneSpec(publish=ports, ksm=ksm)
+        record = await start_clone(ware.setup.host, ware.setup.saved, name, spec)
+        return await _ours(record, ware, ports, means)
+
+    return start
+
+
+async def _ours(record: GuestRecord, ware: Ware, ports: Ports, means: Means) -> int:
+    means.ends.callback(ware.setup.host.end, record)
+    await _answered(ware, record.name, ports)
+    return record.pid
+
+
+async def _answered(ware: Ware, name: str, ports: Ports) -> None:
+    await until(lambda: ware.ask(ports[0][0]), name)
+
+
+#: All, in the order of the tables. `all` has KSM merge the VMMs' own memory, too.
+WAYS = (
+    Way("none", _plain),
+    Way("ksm", _plain, ksm=True),
+    Way("xip", _segment),
+    Way("saved", _template),
+    Way("saved+xip", _saved(Mergeable.RAM)),
+    Way("all", _saved(Mergeable.ALL), ksm=True),
+)

@@ -1,0 +1,90 @@
+"""What all measured guests are made of: one root image, one kernel, one application.
+
+Not here: starting guests (plain.py for those that onecopy has no hand in, kinds.py).
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from onecopy.guest.lifecycle.bootplan import ColdSpec, Prepared, prepare_cold
+from onecopy.guest.lifecycle.restore import Template, template
+from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.model import Reference
+from onecopy.vmm.accel import Choice
+
+#: Kept in the store for the next run.
+ROOT = Reference("bench-root")
+#: Removed at the end.
+SYSTEM = Reference("bench")
+ALONE = Reference("bench-alone")
+_SOURCE, _PACKAGES = "debian:bookworm", ["python3"]
+#: A shell command: the application answers (asked in the guest, of itself).
+READY = "python3 -c 'import urllib.request; urllib.request.urlopen(\"http://127.0.0.1\")'"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Ready to be started, in any number and by any way."""
+
+    host: Host
+    prepared: Prepared
+    """A guest that executes the root image in place and runs the application."""
+    saved: Template
+    """The same guest, saved when the application answered."""
+    work: Path
+    """A scratch folder."""
+    save_seconds: float
+
+    @property
+    def image(self) -> Path:
+        """The root image."""
+        return self.prepared.root.layer("image").path
+
+
+def resource(name: str) -> str:
+    """A file of this folder."""
+    return resources.files("benchmarks").joinpath(name).read_text()
+
+
+def application() -> str:
+    """The shell command that runs the application in a guest."""
+    return f"exec python3 -c {shlex.quote(resource('app.py'))}"
+
+
+async def set_up(
+    host: Host,
+    work: Path,
+    accel: Choice,
+    tell: Callable[[str], None],
+    root: Reference | None = None,
+) -> Setup:
+    """Save the system, on ``root`` or on one that is built if the store lacks it."""
+    if root is None and host.store.find(ROOT, "segment") is None:
+        build_segment(host.store, ROOT, _SOURCE, include=_PACKAGES, progress=tell)
+    spec = ColdSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
+    prepared = prepare_cold(host, spec, tell)
+    began = time.monotonic()
+    artifact = (await save_system(host, SYSTEM, spec, tell)).artifact
+    return Setup(
+        host=host,
+        prepared=prepared,
+        saved=template(host, artifact),
+        work=work,
+        save_seconds=time.monotonic() - began,
+    )
+
+
+async def without_network(setup: Setup, tell: Callable[[str], None]) -> Template:
+    """The same guest, saved without a network card."""
+    spec = replace(setup.prepared.spec, network=False)
+    return template(setup.host, (await save_system(setup.host, ALONE, spec, tell)).artifact)

@@ -1,0 +1,230 @@
+"""How long one start takes: a bare `qemu -S`, a guest from the saved system, and the command.
+
+All in turn, so that a busy moment of the host hits all. The clone is the real start_clone(),
+its phases seen from outside. Not here: booted guests (kinds.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from benchmarks.answers import answered
+from benchmarks.figures import Spread
+from benchmarks.kinds import new_name
+from benchmarks.setup import Setup, without_network
+from onecopy.guest import identity
+from onecopy.guest.lifecycle import launch as launcher
+from onecopy.guest.lifecycle import restore
+from onecopy.guest.ports import Ports
+from onecopy.guest.run_directory import POOL
+from onecopy.subprocesses import environment
+from onecopy.vmm.monitor import Monitor, connect
+from onecopy.vmm.qemu_process import launch
+
+#: Moments of one start, in order, each in seconds from spawning QEMU.
+MOMENTS = {
+    "greeting": "QEMU has greeted (QMP)",
+    "loading": "QEMU was told to load the state",
+    "loaded": "the state is loaded",
+    "running": "`cont` has returned: the guest runs",
+    "confirmed": "the guest has confirmed its identity",
+    "handed out": "the guest is the user's",
+    "answered": "its application has answered over HTTP",
+}
+#: QMP command -> the moment that passes when it is given.
+_BEFORE = {"migrate-incoming": "loading", "cont": "loaded"}
+
+
+@dataclass(frozen=True, slots=True)
+class Starts:
+    """Seconds."""
+
+    empty: Spread
+    """`qemu -machine none -S` until it answers its first QMP command: no machine at all."""
+    bare: Spread
+    """`qemu -S` until it answers its first QMP command."""
+    alone: dict[str, Spread]
+    """As ``moments``, of a clone without a network card, which answers nobody."""
+    moments: dict[str, Spread]
+    """A clone's MOMENTS, from spawning QEMU."""
+    phases: dict[str, Spread]
+    """The same, each from the one before."""
+    command: Spread
+    """`onecopy run SYSTEM` until it exits, the start of Python included."""
+    prepared: dict[str, Spread]
+    """As ``moments``, of a clone that was prepared (`onecopy pool`), from when it is asked for."""
+    prepared_command: Spread
+    """As ``command``, of a clone that was prepared."""
+
+
+async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) -> Starts:
+    """``count`` of each, in turn; the first of each, which warms the host, is left out."""
+    lonely = await without_network(setup, tell)
+    empty, bare, alone, clones, command = [], [], [], [], []
+    prepared, prepared_command = [], []
+    for number in range(count + 1):
+        tell(f"one start, {number} of {count}")
+        empty.append(_bare(setup, ["-machine", "none"]))
+        bare.append(_bare(setup, _machine(setup)))
+        alone.append(await _clone(setup, lonely))
+        clones.append(await _clone(setup, setup.saved, ((0, 80),)))
+        command.append(_command(setup))
+        await _prepare_one(setup)
+        prepared.append(await _clone(setup, setup.saved, ((0, 80),)))
+        await _prepare_one(setup)
+        prepared_command.append(_command(setup))
+    steps = [dict(_steps(clone)) for clone in clones[1:]]
+    return Starts(
+        empty=Spread.of(empty[1:]),
+        bare=Spread.of(bare[1:]),
+        alone=_spreads(alone[1:]),
+        moments=_spreads(clones[1:]),
+        phases=_spreads(steps),
+        command=Spread.of(command[1:]),
+        prepared=_spreads(prepared[1:]),
+        prepared_command=Spread.of(prepared_command[1:]),
+    )
+
+
+async def _prepare_one(setup: Setup) -> None:
+    """One prepared clone, and no pool that is filled again."""
+    with setup.host.batch() as batch:
+        await restore.prepare_clone(setup.host, setup.saved, f"{POOL}bench", batch)
+        batch.hand_out()
+    # QEMU frees what it needed to load the state a little later.
+    await asyncio.sleep(1)
+
+
+def _spreads(clones: list[dict[str, float]]) -> dict[str, Spread]:
+    return {key: Spread.of(clone[key] for clone in clones) for key in clones[0]}
+
+
+def _steps(clone: dict[str, float]) -> Iterator[tuple[str, float]]:
+    last = 0.0
+    for key, moment in clone.items():
+        yield key, moment - last
+        last = moment
+
+
+def _machine(setup: Setup) -> list[str]:
+    """An empty machine of the same type and CPU."""
+    hardware = setup.saved.hardware
+    argv = ["-machine", hardware.machine, "-accel", setup.saved.accel.name]
+    return [*argv, "-cpu", hardware.cpu, "-m", "256M"]
+
+
+def _bare(setup: Setup, machine: list[str]) -> float:
+    """QEMU with a machine that never runs: what no start can go below."""
+    path = setup.work / "bare.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        fd = listener.fileno()
+        binary = setup.host.qemu.binary
+        argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-S", *machine]
+        argv += ["-mon", "chardev=monitor,mode=control"]
+        argv += ["-chardev", f"socket,id=monitor,fd={fd},server=on,wait=off"]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, pass_fds=(fd,), env=environment()
+        )
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            # The greeting comes before there is a machine: what counts is an answer.
+            client.sendall(b'{"execute": "qmp_capabilities"} {"execute": "query-status"}')
+            said = b""
+            while b'"running"' not in said:
+                said += (data := client.recv(65536))
+                if not data:
+                    raise RuntimeError(f"QEMU ended; it said {said!r}")
+            return time.monotonic() - began
+    finally:
+        process.kill()
+        process.wait()
+        path.unlink()
+
+
+async def _clone(setup: Setup, system: restore.Template, publish: Ports = ()) -> dict[str, float]:
+    """The moments of one clone; the last only if it publishes a port."""
+    name = new_name()
+    with _watched() as marks:
+        asked = time.monotonic()
+        record = await restore.start_clone(
+            setup.host, system, name, restore.CloneSpec(publish=publish)
+        )
+        marks["handed out"] = time.monotonic()
+    try:
+        if publish:
+            await answered(record.publish[0][0], name)
+            marks["answered"] = time.monotonic()
+    finally:
+        setup.host.end(record)
+    began = marks.get("spawn", asked)
+    return {key: marks[key] - began for key in MOMENTS if key in marks}
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[dict[str, float]]:
+    """Note when start_clone() passes from one phase to the next."""
+    marks: dict[str, float] = {}
+    become, execute = identity.become, Monitor.execute
+
+    def launching(*args: Any, **options: Any) -> Any:
+        marks["spawn"] = time.monotonic()
+        return launch(*args, **options)
+
+    @contextlib.asynccontextmanager
+    async def connecting(path: Path) -> AsyncIterator[Monitor]:
+        async with connect(path) as monitor:
+            marks["greeting"] = time.monotonic()
+            yield monitor
+
+    async def executing(self: Monitor, command: str, arguments: Any = None) -> Any:
+        if command in _BEFORE:
+            marks[_BEFORE[command]] = time.monotonic()
+        result = await execute(self, command, arguments)
+        if command == "cont":
+            marks["running"] = time.monotonic()
+        return result
+
+    async def becoming(*args: Any, **options: Any) -> str:
+        address = await become(*args, **options)
+        marks["confirmed"] = time.monotonic()
+        return address
+
+    with (
+        patch.object(launcher, "launch", launching),
+        patch.object(restore, "connect", connecting),
+        patch.object(Monitor, "execute", executing),
+        patch.object(identity, "become", becoming),
+    ):
+        yield marks
+
+
+def _command(setup: Setup) -> float:
+    """Wall time of the command line, which leaves the guest running."""
+    name = new_name()
+    program = Path(sys.executable).with_name("onecopy")
+    env = {**os.environ, "ONECOPY_HOME": str(setup.host.store.root)}
+    began = time.monotonic()
+    subprocess.run(
+        [program, "run", setup.saved.artifact.ref, "--name", name],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    seconds = time.monotonic() - began
+    setup.host.end(setup.host.guest(name).record())
+    return seconds

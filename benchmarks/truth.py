@@ -1,0 +1,182 @@
+"""Whether the figures are true: do a report's parts add up, and does what `advise` says come true.
+
+Not here: what each kind of guest costs (kinds.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.figures import Running, evict, settled, taken
+from benchmarks.kinds import Starter, start_one_cold, start_one_plain, start_one_saved
+from benchmarks.merging import merged
+from benchmarks.plain import disk_module
+from benchmarks.setup import Setup
+from onecopy.linux import process_memory
+from onecopy.linux.counters import ksm, meminfo
+from onecopy.model import MIB, PAGE_SIZE
+from onecopy.sharing import report
+from onecopy.sharing.cross_check import Before, Check, check
+from onecopy.sharing.file_pages import Image
+from onecopy.sharing.survey import Sources, Survey, survey
+
+Tell = Callable[[str], None]
+
+#: Guests of which all RAM is their own, for `advise`: how many, and MiB each.
+_MANY, _LARGE = 100, 256
+#: A process of its own, so that what it takes can be told.
+_SYNTHETIC = """
+import resource, sys
+import numpy as np
+from onecopy.sharing.advice import advise
+from onecopy.sharing.ram_scan import Scan
+guests, pages = int(sys.argv[1]), int(sys.argv[2])
+generator = np.random.default_rng(1)
+common = generator.integers(1, 1 << 63, pages // 2, dtype=np.uint64)
+scans = []
+for number in range(guests):
+    own = generator.integers(1, 1 << 63, pages - len(common), dtype=np.uint64)
+    hashes = generator.permutation(np.concatenate((common, own)))
+    every = np.arange(pages), hashes, np.ones(pages, np.bool_)
+    scans.append(Scan(str(number), number, pages * 4096, *every, 0, 0, 0, 0))
+found = advise(scans)
+assert found.possible == (guests - 1) * len(common) * 4096, found
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Bytes and seconds."""
+
+    clones: int
+    clones_check: Check
+    """That many clones of the saved system, at rest."""
+    plain: int
+    plain_check: Check
+    """That many plain guests, at rest."""
+    own: int
+    """What of the plain guests' memory was read."""
+    read_seconds: float
+    """Processor time for reading and hashing it."""
+    copy_seconds: float
+    """The same for copying as much from memory to memory."""
+    peek_seconds: float
+    """The same for copying as much out of a process (process_vm_readv(2)), without hashing."""
+    claims: dict[str, int]
+    """What each way would save, as `advise` says of the plain guests."""
+    came_true: dict[str, int]
+    """What it saved when the same guests were run that way: of the host's memory, with page cache;
+    with KSM the pages that went."""
+    many_memory: int
+    """The largest size of `advise` for 100 guests of 256 MiB (made up: half is common)."""
+    many_seconds: float
+
+
+async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Truth:
+    """``clones`` of the saved system, then ``plain`` guests in every way."""
+    tell(f"{clones} clones, and the check of their report")
+    async with _guests(setup, clones, start_one_saved) as rested:
+        clones_check = rested.check
+    tell(f"{plain} plain guests, and advice for them")
+    async with _guests(setup, plain, start_one_plain) as plainly:
+        root = [Image("root", setup.image)]
+        found = survey([guest.maps for guest in plainly.guests], Sources(root_images=root))
+        before = ksm.read()
+        # While it stands its counts have what has ended since.
+        already = _saved(before) if before and before.run else 0
+        tell("the same, until KSM has merged what it can")
+        async with merged():
+            saved = {"ksm": _saved(ksm.read()) - already}
+    for name, start in (("root", start_one_cold), ("saved", start_one_saved)):
+        tell(f"{plain} guests as advised: {name}")
+        async with _guests(setup, plain, start) as rested:
+            saved[name] = plainly.memory - rested.memory
+    tell(f"advice for {_MANY} guests of {_LARGE} MiB")
+    memory, seconds = _synthetic()
+    return Truth(
+        clones=clones,
+        clones_check=clones_check,
+        plain=plain,
+        plain_check=plainly.check,
+        own=found.advice.own,
+        read_seconds=found.cpu_seconds,
+        copy_seconds=_copy(found.advice.own),
+        peek_seconds=_peek(found.advice.own),
+        claims=_claims(found),
+        came_true=saved,
+        many_memory=memory,
+        many_seconds=seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Rested:
+    """Guests at rest."""
+
+    guests: Sequence[Running]
+    check: Check
+    memory: int
+    """What the host has less free than before, in bytes: page cache, of disks, too, is in it."""
+
+
+@contextlib.asynccontextmanager
+async def _guests(setup: Setup, count: int, start: Starter) -> AsyncIterator[_Rested]:
+    """That many, one after another. None of their files is in the page cache before."""
+    disk_module(setup)
+    files = [item.layer.path for item in setup.prepared.placed if item.layer]
+    evict([*files, setup.saved.ram, setup.image])
+    before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
+    async with contextlib.AsyncExitStack() as ends:
+        guests: Sequence[Running] = [await start(setup, ends) for _ in range(count)]
+        await settled([guest.maps.pid for guest in guests])
+        told = check(before, report.collect(guest.maps for guest in guests))
+        yield _Rested(guests, told, taken(before.memory.unused, meminfo.read().unused))
+
+
+def _saved(told: ksm.Ksm | None) -> int:
+    if told is None or told.pages_sharing is None:
+        raise RuntimeError("there is no KSM")
+    return told.pages_sharing * PAGE_SIZE
+
+
+def _claims(found: Survey) -> dict[str, int]:
+    return {way.name: way.saves for way in found.advice.ways}
+
+
+def _copy(size: int) -> float:
+    """Processor seconds for copying ``size`` bytes, both sides in memory already."""
+    chunk = 256 * MIB
+    source, target = np.ones(chunk, np.uint8), np.zeros(chunk, np.uint8)
+    began = time.process_time()
+    for _ in range(4):
+        np.copyto(target, source)
+    return (time.process_time() - began) / (4 * chunk) * size
+
+
+def _peek(size: int) -> float:
+    """The same for a process's memory as scans read it, here our own: 2 MiB at once."""
+    pages, at_once = 256 * MIB // PAGE_SIZE, 512
+    source, into = np.ones(pages * PAGE_SIZE, np.uint8), np.empty((at_once, PAGE_SIZE), np.uint8)
+    addresses = source.ctypes.data + np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE)
+    began = time.process_time()
+    for at in range(0, pages, at_once):
+        process_memory.read(os.getpid(), addresses[at : at + at_once], into)
+    return (time.process_time() - began) / source.nbytes * size
+
+
+def _synthetic() -> tuple[int, float]:
+    argv = [sys.executable, "-c", _SYNTHETIC, str(_MANY), str(_LARGE * MIB // PAGE_SIZE)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return int(done.stdout), after.ru_utime - before.ru_utime

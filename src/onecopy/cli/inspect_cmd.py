@@ -1,0 +1,43 @@
+"""onecopy inspect"""
+
+import click
+
+from onecopy.cli.output import print_json
+from onecopy.cli.params import ReferenceType
+from onecopy.errors import NotFound
+from onecopy.model import Reference
+
+
+@click.command("inspect")
+@click.argument("name", type=ReferenceType(guests=True))
+def command(name: Reference) -> None:
+    """Show all that is known of a segment, saved system, kernel or guest.
+
+    JSON: docs/json.md. A running guest of that name is shown in preference, with its memory by the
+    kernel's counters; what ended by itself only if nothing else has the name.
+    """
+    import msgspec
+
+    from onecopy.guest import ended_guests
+    from onecopy.guest.observe.accounts import guest_maps
+    from onecopy.guest.observe.inspect import describe_fully
+    from onecopy.guest.runtime import Host
+    from onecopy.linux.files import no_process
+    from onecopy.sharing.report import collect
+
+    host = Host.open()
+    guest = next((each for each in host.guests() if each.name == name.name), None)
+    if guest and not name.digest:
+        accounts = collect(guest_maps([guest])).guests
+        if not accounts:
+            raise no_process(guest.pid)
+        account = msgspec.to_builtins(accounts[0])
+        print_json(msgspec.to_builtins(guest) | {"account": account})
+        return
+    try:
+        print_json(describe_fully(host.store, host.store.resolve(name)))
+    except NotFound:
+        gone = ended_guests.find(host.run, name.name)
+        if not gone or name.digest:
+            raise
+        print_json(msgspec.to_builtins(gone) | {"account": None})

@@ -1,0 +1,92 @@
+"""onecopy logs"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+
+from onecopy.cli.output import print_line
+from onecopy.cli.params import GuestType
+from onecopy.errors import NotFound
+
+if TYPE_CHECKING:
+    from onecopy.guest.run_directory import GuestFolder
+    from onecopy.guest.runtime import Host
+    from onecopy.vmm.logs import Log
+
+
+@click.command("logs")
+@click.argument("guest", type=GuestType(ended=True))
+@click.option(
+    "-f", "--follow", is_flag=True, help="Go on showing what comes, until the guest ends."
+)
+@click.option("--qemu", is_flag=True, help="What QEMU itself printed, in place of the console.")
+@click.option("--raw", is_flag=True, help="Print control characters as they are, not as escapes.")
+def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
+    """Show what a guest's console, and QEMU, have printed.
+
+    The newest few MiB of it are kept; of a guest that ended by itself the last 64 KiB, and why it
+    ended is told on standard error. A terminal obeys control characters, and a guest prints what
+    it likes: without --raw they are shown as escapes, such as \\x1b.
+    """
+    from onecopy.guest.runtime import Host
+    from onecopy.vmm import logs
+
+    host = Host.open()
+    write = _as_it_is if raw else _shown()
+    log, folder = _opened(host, guest, logs.QEMU if qemu else logs.CONSOLE)
+    if log.was_cut:
+        click.echo("(older lines were dropped)", err=True)
+    with contextlib.closing(log):
+        while True:
+            for data in log.read():
+                write(data, False)
+            sys.stdout.flush()
+            if not follow or not folder or not host.store.is_held(guest):
+                write(b"", True)
+                return
+            host.keep_logging(folder)
+            time.sleep(0.2)
+
+
+def _opened(host: Host, guest: str, name: str) -> tuple[Log, GuestFolder | None]:
+    """The log of a guest, and its folder if it runs."""
+    from onecopy.guest import ended_guests
+    from onecopy.guest.run_directory import no_guest
+    from onecopy.vmm.logs import Log
+
+    try:
+        folder = host.guest(guest)
+        return Log(folder.path, name), folder
+    except (NotFound, FileNotFoundError) as error:
+        record = ended_guests.find(host.run, guest)
+        if not record or not record.ended:
+            raise error if isinstance(error, NotFound) else no_guest(guest) from error
+        print_line(f"onecopy: {guest} has ended: {record.ended.reason}", sys.stderr)
+        return Log(ended_guests.path(host.run, guest), name), None
+
+
+def _as_it_is(data: bytes, _: bool) -> None:
+    sys.stdout.buffer.write(data)
+
+
+def _shown() -> Callable[[bytes, bool], None]:
+    """Writes bytes as text; ``True`` says that they are the last.
+
+    A line may end as a serial line's does, with a carriage return.
+    """
+    decoder = io.IncrementalNewlineDecoder(
+        codecs.getincrementaldecoder("utf-8")("surrogateescape"), translate=True
+    )
+
+    def write(data: bytes, last: bool) -> None:
+        sys.stdout.write(decoder.decode(data, last))
+
+    return write

@@ -1,0 +1,109 @@
+"""onecopy report"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+from msgspec import to_builtins
+
+from onecopy.cli.output import duration, print_json, print_line, print_table
+from onecopy.cli.params import json_option
+
+if TYPE_CHECKING:
+    from onecopy.sharing.account import GuestAccount
+    from onecopy.sharing.cross_check import Check
+    from onecopy.sharing.report import Column
+
+
+@click.command("report")
+@click.option(
+    "--check",
+    "checked",
+    is_flag=True,
+    help="Add up the parts, and compare them with the host's own change in used memory.",
+)
+@json_option
+def command(checked: bool, as_json: bool) -> None:
+    """Show what the memory of all guests costs, by the kernel's counters.
+
+    Other QEMU processes of this host are shown, too, in a table of their own. Figures are MiB; ?
+    is what the kernel does not tell this user. What `onecopy pool` has prepared is among the
+    guests, under names that begin with "pool.".
+    """
+    from onecopy.guest.observe.accounts import checked_report, report_all
+    from onecopy.guest.runtime import Host
+    from onecopy.sharing import report
+
+    host = Host.open()
+    result, compared = checked_report(host) if checked else (report_all(host), None)
+    if as_json:
+        print_json(result.to_json() | ({"check": to_builtins(compared)} if compared else {}))
+        return
+    every = [*result.guests, *result.others]
+    columns = [c for c in report.COLUMNS if c.summed and _tells(c, every)]
+    _table("GUEST", columns, result.guests)
+    if result.others:
+        print()
+        _table("OTHER QEMU", columns, result.others)
+    print()
+    blobs = [
+        [
+            blob.name[:40],
+            blob.kind,
+            _mib(blob.size),
+            _mib(blob.resident),
+            _count(blob.guests),
+            _count(blob.others),
+        ]
+        for blob in result.blobs
+    ]
+    print_table(["SHARED FILE", "KIND", "SIZE", "RESIDENT", "GUESTS", "OTHERS"], blobs)
+    print("\nFigures are MiB; ? is what the kernel does not tell. Left out is what is 0 for all.")
+    for column in columns:
+        print(f"{column.heading}: {column.counts}")
+    for note in sorted({each.note for each in every if each.note}):
+        print_line(f"?: {note}")
+    for each in result.left_out:
+        print_line(f"Left out: {each}.")
+    if compared:
+        print()
+        _print_check(compared)
+
+
+def _print_check(compared: Check) -> None:
+    from onecopy.sharing.cross_check import LINES
+
+    share = "" if compared.share is None else f"{compared.share:+.1%}"
+    rows = [
+        [name, _mib(getattr(compared, key)), share if key == "difference" else "", counts]
+        for key, name, counts in LINES
+    ]
+    since = duration(compared.seconds)
+    print_table(["CHECK", "MiB", "", f"since the first guest started, {since} ago"], rows)
+    if compared.left_out:
+        print(f"{compared.left_out} of others' QEMU processes are not in it: they cannot be read.")
+
+
+def _tells(column: Column, guests: Sequence[GuestAccount]) -> bool:
+    from onecopy.sharing import report
+
+    return not guests or any(report.value(guest, column) != 0 for guest in guests)
+
+
+def _table(heading: str, columns: Sequence[Column], guests: Sequence[GuestAccount]) -> None:
+    from onecopy.sharing import report
+
+    rows = [[guest.name, *(_mib(report.value(guest, c)) for c in columns)] for guest in guests]
+    sums = report.totals(guests)
+    rows.append(["in all", *(_mib(sums[column.key]) for column in columns)])
+    print_table([heading, *(column.heading for column in columns)], rows)
+
+
+def _mib(size: int | None) -> str:
+    return "?" if size is None else f"{size / (1 << 20):.2f}"
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else str(number)

@@ -1,0 +1,1 @@
+"""The life of a guest: boot, restore, save, stop."""

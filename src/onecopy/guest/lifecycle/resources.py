@@ -1,0 +1,221 @@
+"""What a guest is fitted with at its start: memory, processors, segments and disks of its own.
+
+All of it comes while the guest runs already, and before it is handed out: what cannot be had, or
+what the guest does not confirm (images/files/fit), ends the start. Not here: the devices
+(vmm/ram_cpu_hotplug.py, vmm/disk_hotplug.py), and which files disks are (disks.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from onecopy.errors import GuestFailed, InvalidInput, TooLarge
+from onecopy.guest import guest_script
+from onecopy.guest.lifecycle.disks import DiskSpec, OpenDisk, opened
+from onecopy.guest.machine import SystemConfig, check_mountpoint
+from onecopy.guest.run_directory import Batch, GuestDisk, GuestFolder, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segment_costs import require_room
+from onecopy.guest.segments.attach import attach
+from onecopy.images.range_record import SegmentConfig
+from onecopy.linux import disk_image
+from onecopy.model import MIB, Reference, format_size
+from onecopy.vmm import disk_hotplug, logs, pmem_hotplug, ram_cpu_hotplug, vmm_limits
+from onecopy.vmm.argv import HOT_ROOM, cpu_room
+from onecopy.vmm.monitor import Monitor, connect
+from onecopy.vmm.ram_cpu_hotplug import MEMORY_BLOCK
+
+#: Seconds that the guest may take to bring all of it into use, and bytes of memory a second at
+#: the least: a kernel that was saved clears new memory, and under TCG does so slowly.
+_PATIENCE, _PACE = 60.0, 16 * MIB
+#: Linux describes each page of new memory in memory that it had (64 bytes for 4 KiB), and no more
+#: than a quarter of that should go there.
+_TIMES = 16
+#: Id of an error of the script -> what to do.
+_HINTS = {
+    "no-cpu": "save the system again with more --cpus",
+    "no-memory": "save the system again with more --memory",
+    "no-mount": "a disk is mounted if it has an ext4 (mkfs.ext4); else leave :/MOUNTPOINT out",
+    "mount-point-in-use": "choose another mount point",
+}
+
+
+class Fitting(msgspec.Struct, frozen=True):
+    """What a user asks for besides what was saved, or booted."""
+
+    memory: int | None = None
+    """Bytes of RAM in all; None: as saved."""
+    cpus: int | None = None
+    """Processors in all; None: as saved."""
+    segments: tuple[tuple[Reference, str], ...] = ()
+    """(segment, mount point) pairs; "" leaves it as a device."""
+    disks: tuple[DiskSpec, ...] = ()
+
+
+NOTHING = Fitting()
+
+
+def require_possible(host: Host, wanted: Fitting, config: SystemConfig, so_far: str) -> None:
+    """Raise for what a machine cannot be fitted with, before anything is started.
+
+    ``so_far`` says how it has what it has: "it boots". Raises InvalidInput, TooLarge, NotFound.
+    """
+    if wanted == NOTHING:
+        return
+    if not config.agent:
+        raise InvalidInput(
+            f"{so_far} as a bare machine, where nobody can tell whether it uses what it is given",
+            hint="leave out --memory, --cpus, --segment and --disk",
+        )
+    if wanted.memory is not None:
+        _require_memory(wanted.memory, config.memory, so_far)
+    if wanted.cpus is not None:
+        _require_cpus(wanted.cpus, config, so_far)
+    sizes = [item.size for item in config.segments]
+    for ref, mountpoint in wanted.segments:
+        segment = host.store.resolve(ref, "segment")
+        sizes += [item.size for item in SegmentConfig.of(segment).ranges]
+        _check_mountpoint(mountpoint)
+    if wanted.segments:
+        require_room(sizes, wanted.memory or config.memory)
+    for spec in wanted.disks:
+        _check_mountpoint(spec.mountpoint)
+    mountpoints = [each for _, each in wanted.segments] + [each.mountpoint for each in wanted.disks]
+    for each in filter(None, mountpoints):
+        if mountpoints.count(each) > 1:
+            raise InvalidInput(f"{each} is there twice", hint="a guest has each mount once")
+
+
+def _check_mountpoint(mountpoint: str) -> None:
+    if mountpoint:
+        check_mountpoint(mountpoint)
+
+
+def _require_memory(wanted: int, saved: int, so_far: str) -> None:
+    more = wanted - saved
+    if more < 0:
+        raise InvalidInput(
+            f"{so_far} with {format_size(saved)} of RAM and cannot have less",
+            hint="save it again with less --memory",
+        )
+    if more % MEMORY_BLOCK:
+        best = saved + more // MEMORY_BLOCK * MEMORY_BLOCK
+        raise InvalidInput(
+            f"{so_far} with {format_size(saved)} of RAM, and more comes in multiples of "
+            f"{MEMORY_BLOCK // MIB} MiB",
+            hint=f"give --memory {best // MIB}M or {(best + MEMORY_BLOCK) // MIB}M",
+        )
+    most = min(saved * _TIMES, HOT_ROOM // 2)
+    if more > most:
+        raise TooLarge(
+            f"{so_far} with {format_size(saved)} of RAM, which can have {format_size(most)} more",
+            hint="save it again with more --memory",
+        )
+
+
+def added_memory(wanted: Fitting, config: SystemConfig) -> int:
+    """Bytes of RAM that come to what was saved."""
+    return 0 if wanted.memory is None else max(wanted.memory - config.memory, 0)
+
+
+def _require_cpus(wanted: int, config: SystemConfig, so_far: str) -> None:
+    saved = config.cpus
+    if wanted < saved:
+        raise InvalidInput(
+            f"{so_far} with {saved} processors and cannot have fewer",
+            hint="save it again with fewer --cpus",
+        )
+    room = min(cpu_room(saved), config.cpu_room or saved)
+    if wanted > room:
+        why = "" if config.accel == "kvm" else f": under {config.accel} Linux takes none later"
+        raise TooLarge(
+            f"{so_far} with --cpus {saved} and can have {room}{why}",
+            hint="save it again with more --cpus",
+        )
+
+
+async def fit(
+    host: Host, batch: Batch, folder: GuestFolder, record: GuestRecord, wanted: Fitting
+) -> GuestRecord:
+    """Give a guest that is being started what it is to have, note that, and return its record.
+
+    The VMM is the caller's to end if this fails. Raises what `disks.opened` and `attach` raise,
+    NoSlot, GuestFailed with what the guest could not do, AgentFailed.
+    """
+    if wanted == NOTHING:
+        return record
+    with contextlib.ExitStack() as files:
+        disks = [files.enter_context(opened(host, record.name, each)) for each in wanted.disks]
+        words: list[str] = []
+        async with connect(folder.path / "monitor.sock") as monitor:
+            words += await _grow(monitor, record, wanted)
+            if disks:
+                with host.locked():
+                    _let_write(folder.path, record.pid, disks)
+            plugged = await _plug(monitor, record.name, disks)
+        for each in plugged:
+            words += ["disk", each.name, each.address, each.mountpoint or "-"]
+        if words:
+            more = (wanted.memory or record.memory) - record.memory
+            await _confirm(folder, words, timeout=_PATIENCE + more / _PACE)
+        memory, cpus = wanted.memory or record.memory, wanted.cpus or record.cpus
+        record = msgspec.structs.replace(
+            record, memory=memory, added=memory - record.memory, cpus=cpus, disks=plugged
+        )
+        folder.write(record)
+        for ref, mountpoint in wanted.segments:
+            await attach(host.seeing(batch), record.name, ref, mountpoint)
+        return folder.record()
+
+
+async def _grow(monitor: Monitor, record: GuestRecord, wanted: Fitting) -> list[str]:
+    """Plug in memory and processors; what the guest is told of them."""
+    words: list[str] = []
+    more = (wanted.memory or record.memory) - record.memory
+    if more:
+        vmm_limits.let_map(record.pid, more, private=True)
+        address = await ram_cpu_hotplug.add_memory(monitor, more)
+        words += ["memory", str(address), str(more)]
+    if wanted.cpus and wanted.cpus > record.cpus:
+        await ram_cpu_hotplug.add_cpus(monitor, wanted.cpus - record.cpus)
+        words += ["cpus", str(wanted.cpus)]
+    return words
+
+
+async def _plug(monitor: Monitor, guest: str, disks: Sequence[OpenDisk]) -> tuple[GuestDisk, ...]:
+    slots = pmem_hotplug.choose(await pmem_hotplug.used_slots(monitor), len(disks), guest)
+    plugged = []
+    for number, (slot, item) in enumerate(zip(slots, disks, strict=True)):
+        name = f"disk{number}"
+        await disk_hotplug.plug(monitor, slot, item.fd, item.form, name)
+        plugged.append(
+            GuestDisk(
+                name=name,
+                path=str(item.path),
+                form=item.form,
+                own=item.spec.file is None,
+                mountpoint=item.spec.mountpoint,
+                address=f"01:{slot:02x}",
+                made=item.made,
+            )
+        )
+    return tuple(plugged)
+
+
+def _let_write(folder: Path, pid: int, disks: Sequence[OpenDisk]) -> None:
+    """Let QEMU write all of its disks, whose images may grow; under the host's lock."""
+    logs.make_room(folder, pid, max(disk_image.most(each.fd, each.form) for each in disks))
+
+
+async def _confirm(folder: GuestFolder, words: Sequence[str], *, timeout: float) -> None:
+    done = await guest_script.fit(folder.path, *words, timeout=timeout)
+    if done.exit_code:
+        reason = done.stderr.decode(errors="replace").partition(":")[0]
+        raise GuestFailed(
+            f"{folder.name} cannot use what it was given: {guest_script.said(done)}",
+            hint=_HINTS.get(reason, ""),
+        )

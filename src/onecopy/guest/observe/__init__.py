@@ -1,0 +1,1 @@
+"""What is said of guests and of the host."""

@@ -1,0 +1,1 @@
+"""Segments of running guests: attach, detach, commit, and the guests' own requests."""

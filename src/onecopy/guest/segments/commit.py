@@ -1,0 +1,180 @@
+"""A new version of a segment from what a guest has made of its own copy: `onecopy commit`.
+
+The guest's file system is frozen and its processors stand still while the pages that it wrote are
+copied; the rest is the stored blob's. Nothing has its name before it is on disk and was read back.
+Not here: which pages these are (linux/cow_pages.py), how the name moves (store/).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from onecopy.errors import CommandFailed, InvalidInput, StoreDamaged
+from onecopy.guest.pause import copying, paused
+from onecopy.guest.run_directory import Attached, Device, GuestFolder, GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments.hotplug import changing, find
+from onecopy.images.range_record import MEDIA_TYPE, SegmentConfig, role
+from onecopy.linux import cow_pages
+from onecopy.linux.cow_pages import Run
+from onecopy.model import PageClass, Reference
+from onecopy.store import Artifact, Layer, NewLayer, require_disk
+from onecopy.store.disk import file_errors
+from onecopy.store.oci import ROLE
+from onecopy.subprocesses import run
+from onecopy.vmm.confined_tool import run_on_file
+
+
+class Committed(msgspec.Struct, frozen=True):
+    """What a commit came to."""
+
+    artifact: Artifact
+    written: int
+    """Bytes of pages that the guest had written."""
+    pause: float
+    """Seconds that its processors stood still."""
+
+
+async def commit(
+    host: Host,
+    name: str,
+    segment: str,
+    target: Reference | None = None,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Committed:
+    """Make what a guest has loaded EW the new version of ``segment``, or ``target``.
+
+    The guest goes on with its own copy; who has the old version keeps it. All or nothing: it
+    returns once the new version is on disk and its digests were verified. Raises NotFound,
+    InvalidInput (not loaded EW), NameMoved (the name means something else than what the guest
+    loaded), AlreadyExists, GuestFailed, AgentFailed, StoreDamaged (the guest has spoilt its file
+    system), NotEnough, NotPermitted.
+    """
+    async with changing(host, name) as folder:
+        record = folder.require_agent()
+        item = find(record, segment)
+        own = _own(record, item)
+        old = host.store.resolve(Reference(item.name, digest=item.digest), "segment")
+        target = target or Reference.parse(item.ref)
+        host.store.require_free("segment", target)
+        expected = item.digest if str(target) == item.ref else None
+        require_disk(host.store.root, sum(device.size for device in own.values()))
+        with host.store.workspace() as work:
+            progress("copying what is stored")
+            for number in own:
+                _copy(old.layer(role(number)), own[number].size, work / role(number))
+            progress("freezing the guest")
+            runs, pause = await _collect(host, record, folder, segment, own, work)
+            for number, device in own.items():
+                _check(work / role(number), device.fs, segment)
+            progress("storing the new version")
+            artifact = _put(host, target, old, set(own), work, expected, changed=any(runs))
+            progress("reading it back")
+            _read_back(host, artifact)
+    return Committed(artifact, sum(each.size for each in runs), pause)
+
+
+def _own(record: GuestRecord, item: Attached) -> dict[int, Device]:
+    """The ranges that the guest has a copy of its own of, by number; raise InvalidInput."""
+    own = {n: d for n, d in enumerate(item.devices) if d.page_class is PageClass.EW}
+    if not own:
+        raise InvalidInput(
+            f"{record.name} has not loaded {item.ref} to write to it",
+            hint=f"`onecopy detach {record.name} {item.name}`, then attach it --exclusive",
+        )
+    return own
+
+
+def _copy(layer: Layer, size: int, out: Path) -> None:
+    run(["cp", "--sparse=always", "--reflink=auto", "--no-preserve=all", layer.path, out])
+    os.truncate(out, size)
+
+
+async def _collect(
+    host: Host,
+    record: GuestRecord,
+    folder: GuestFolder,
+    segment: str,
+    own: dict[int, Device],
+    work: Path,
+) -> tuple[list[Run], float]:
+    """Write the guest's pages over the copies; returns them, and the seconds it stood still."""
+    async with paused(folder, segment):
+        began = time.monotonic()
+        with copying(record.name):
+            runs = await asyncio.to_thread(_overwrite, record.pid, own, work, host.store.root)
+        pause = time.monotonic() - began
+    return runs, pause
+
+
+def _overwrite(pid: int, own: dict[int, Device], work: Path, root: Path) -> list[Run]:
+    found = []
+    for number, device in own.items():
+        runs = cow_pages.own_runs(pid, device.path)
+        with file_errors(root), (work / role(number)).open("r+b", buffering=0) as out:
+            cow_pages.copy_out(pid, runs, out.fileno())
+        found += runs
+    return found
+
+
+def _check(image: Path, fs: str, segment: str) -> None:
+    """Check the file system as after a crash of its machine; raise StoreDamaged."""
+    if not fs:
+        return
+    try:
+        with image.open("r+b") as file:
+            # 1: what a freeze leaves open (that it is mounted) was closed (e2fsck(8)).
+            run_on_file(["e2fsck", "-f", "-p"], file.fileno(), fine=(0, 1))
+    except CommandFailed as error:
+        output = error.message if error.limit else error.output
+        said = "\n".join(output.strip().splitlines()[-5:])
+        raise StoreDamaged(
+            f"the guest's file system on {segment} is not whole; nothing was stored:\n{said}",
+            hint="repair it in the guest, or detach it and attach it anew",
+        ) from error
+
+
+def _put(
+    host: Host,
+    target: Reference,
+    old: Artifact,
+    own: set[int],
+    work: Path,
+    expected: str | None,
+    *,
+    changed: bool,
+) -> Artifact:
+    config = SegmentConfig.of(old)
+    if changed:
+        config = msgspec.structs.replace(config, parent=old.digest)
+    layers = []
+    for number, item in enumerate(config.ranges):
+        if number in own and changed:
+            form = f"{MEDIA_TYPE}+{item.fs or 'raw'}"
+            layers.append(NewLayer(work / role(number), form, {ROLE: role(number)}))
+        elif item.page_class.saved:
+            layers.append(NewLayer.of(old.layer(role(number)), {ROLE: role(number)}))
+    return host.store.put(
+        "segment",
+        target,
+        config.encode(),
+        layers,
+        replace=expected is not None,
+        expected=expected,
+        access=host.store.access(old.name),
+    )
+
+
+def _read_back(host: Host, artifact: Artifact) -> None:
+    """Verify the digests of what is on the disk, not in memory."""
+    for layer in artifact.layers:
+        with layer.path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    host.store.verify(artifact)

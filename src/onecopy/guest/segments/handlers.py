@@ -1,0 +1,109 @@
+"""What the host does for a guest that asks for segments; the rules are those of `onecopy attach`.
+
+Not here: how requests come and go (service.py), what they look like (protocol.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+from onecopy.errors import (
+    AlreadyExists,
+    InvalidInput,
+    NoSlot,
+    NotEnough,
+    NotFound,
+    OnecopyError,
+    OtherDomain,
+    Restricted,
+    TooLarge,
+)
+from onecopy.guest.machine import check_mountpoint
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Host
+from onecopy.guest.segments import protocol
+from onecopy.guest.segments.hotplug import confirm, find, plug, release, require_detachable, words
+from onecopy.guest.segments.protocol import Request
+from onecopy.images.range_record import SegmentConfig
+from onecopy.images.tools import TOOLS_NAME
+from onecopy.model import Reference, check_name
+from onecopy.store import Artifact
+
+#: What a guest is told in full.
+TOLD = (
+    *(AlreadyExists, InvalidInput, NoSlot, NotEnough, NotFound),
+    *(OtherDomain, Restricted, TooLarge),
+)
+
+
+async def answer(host: Host, guest: str, request: Request) -> bytes:
+    """All lines of the answer; raises nothing that the host can refuse."""
+    try:
+        lines = [line async for line in _lines(host, guest, request)]
+    except OnecopyError as error:
+        return protocol.refusal(request.id, error, TOLD)
+    return b"".join(lines)
+
+
+async def _lines(host: Host, guest: str, request: Request) -> AsyncIterator[bytes]:
+    arguments = request.arguments
+    match request.verb:
+        case "load":
+            ref, where = Reference.parse(arguments[0]), protocol.mountpoint(arguments[1])
+            own = protocol.exclusive(arguments[2])
+            loading = await plug(host, guest, ref, where, exclusive=own)
+            name, fs, _, *devices = words(loading, "")
+            yield protocol.ok(request.id, " ".join((name, fs, *devices)))
+        case "loaded":
+            where = protocol.mountpoint(arguments[1])
+            if where:
+                check_mountpoint(where)
+            await confirm(host, guest, check_name(arguments[0]), where)
+            yield protocol.ok(request.id)
+        case "failed":
+            await release(host, guest, check_name(arguments[0]))
+            yield protocol.ok(request.id)
+        case "unload":
+            name = check_name(arguments[0])
+            require_detachable(host.guest(guest).record(), name)
+            await release(host, guest, name)
+            yield protocol.ok(request.id)
+        case "find":
+            yield protocol.item(request.id, _found(host, guest, arguments[0]))
+            yield protocol.ok(request.id)
+        case _:
+            for line in _all(host, host.guest(guest).record()):
+                yield protocol.item(request.id, line)
+            yield protocol.ok(request.id)
+
+
+def _found(host: Host, guest: str, text: str) -> str:
+    record = host.guest(guest).record()
+    artifact = host.store.resolve(Reference.parse(text), "segment")
+    host.store.require_access([artifact.name], guest, record.domain)
+    return _described(artifact, record)
+
+
+def _all(host: Host, record: GuestRecord) -> Iterator[str]:
+    """The segments that a guest may load."""
+    for artifact in host.store.artifacts("segment"):
+        if artifact.name.partition(".")[0] == TOOLS_NAME:
+            continue
+        try:
+            host.store.require_access([artifact.name], record.name, record.domain)
+        except (Restricted, OtherDomain):
+            continue
+        yield _described(artifact, record)
+
+
+def _described(artifact: Artifact, record: GuestRecord) -> str:
+    """NAME:VERSION CLASSES SIZE DIGEST ACCESS LOADED."""
+    ranges = SegmentConfig.of(artifact).ranges
+    try:
+        item = find(record, artifact.name)
+        where = item.mountpoint or "device" if item.digest == artifact.digest else "other-version"
+    except NotFound:
+        where = "-"
+    size = sum(each.size for each in ranges)
+    classes = ",".join(each.page_class for each in ranges)
+    return f"{artifact.ref} {classes} {size} {artifact.digest} yes {where}"

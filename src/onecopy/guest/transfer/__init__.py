@@ -1,0 +1,1 @@
+"""Files and directories into a guest, and out of it."""

@@ -1,0 +1,202 @@
+"""The guests' kernel, as an artifact: image, boot modules, and all modules as a segment.
+
+By default it is the distribution's own cloud kernel package, unpacked and not installed. Modules
+are kept uncompressed, so that the guest maps them in place too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from onecopy.errors import BadSource
+from onecopy.images.deb_packages import fetch_package, host_suite
+from onecopy.images.fs_image import make_image
+from onecopy.images.initramfs import cpio
+from onecopy.images.tree import walk
+from onecopy.model import Reference
+from onecopy.store import Artifact, NewLayer, Store
+from onecopy.store.artifact import decode_config
+from onecopy.subprocesses import run
+
+KERNEL_NAME = "onecopy-kernel"
+#: Newest first; the first that the suite has is taken.
+DEBIAN_PACKAGES = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64")
+#: What a guest needs before its root is mounted; built-in ones are simply not found.
+BOOT_MODULES = (
+    "virtio_pmem",
+    "nd_pmem",
+    "erofs",
+    "ext4",
+    "overlay",
+    "virtio_console",
+    "virtio_net",
+)
+
+#: Folders of modules in one another, at most.
+_MOST_LEVELS = 64
+_UNPACKERS = {".xz": "xz", ".zst": "zstd", ".gz": "gzip"}
+
+
+class KernelConfig(msgspec.Struct, frozen=True):
+    """Config record of a kernel artifact."""
+
+    release: str
+    """As ``uname -r`` says it in the guest."""
+    modules: tuple[str, ...]
+    """Files of the boot module archive, in loading order."""
+    package: str = ""
+    bare: bool = False
+    """A kernel by itself (images/sources/bare_kernel.py)."""
+    schema: int = 1
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> KernelConfig:
+        """The config of a kernel artifact; raise StoreDamaged."""
+        return decode_config(artifact, cls, "then run what needs it: it is fetched again")
+
+
+def ensure_kernel(
+    store: Store,
+    *,
+    kernel: Path | None = None,
+    modules: Path | None = None,
+    suite: str = "",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Artifact:
+    """The kernel to boot guests with: from the store, or built into it.
+
+    It is that of Debian ``suite`` (default: this host's). ``kernel`` (a bzImage) and ``modules``
+    (its ``lib/modules/RELEASE`` folder) name another one. Raises BadSource when they do not fit.
+    """
+    if (kernel is None) != (modules is None):
+        raise BadSource("--kernel and --modules go together", hint="give both, or neither")
+    if kernel is not None and modules is not None:
+        return _custom(store, kernel, modules, progress)
+    suite = suite or host_suite()
+    ref = Reference(KERNEL_NAME, suite)
+    found = store.find(ref, "kernel")
+    if found:
+        return found
+    with store.workspace() as work:
+        package = fetch_package(DEBIAN_PACKAGES, suite, work, progress)
+        progress(f"unpacking {package.name}")
+        run(["dpkg-deb", "--extract", package, work / "tree"])
+        image = next((work / "tree/boot").glob("vmlinuz-*"))
+        folder = next((work / "tree").glob("**/lib/modules/*"))
+        return _put(store, ref, image, folder, work, package.name)
+
+
+def _custom(store: Store, kernel: Path, modules: Path, progress: Callable[[str], None]) -> Artifact:
+    if not kernel.is_file():
+        raise BadSource(f"{kernel} is not a file", hint="give the kernel image, e.g. vmlinuz")
+    if not (modules / "modules.order").is_file():
+        raise BadSource(
+            f"{modules} is not a modules folder",
+            hint="give the folder lib/modules/RELEASE of that kernel",
+        )
+    _require_shallow(modules.resolve())
+    with kernel.open("rb") as file:
+        version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    # A release may hold what a version may not: Debian's have a "+".
+    release = re.sub(r"[^A-Za-z0-9._-]", "-", modules.resolve().name)
+    ref = Reference(KERNEL_NAME, f"{release}-{version}")
+    found = store.find(ref, "kernel")
+    if found:
+        return found
+    progress(f"taking in the kernel {modules.resolve().name}")
+    with store.workspace() as work:
+        image = work / "vmlinuz"
+        shutil.copyfile(kernel, image)
+        return _put(store, ref, image, modules.resolve(), work, "")
+
+
+def _require_shallow(modules: Path) -> None:
+    """Raise BadSource for a folder that is no kernel's: what reads it later recurses."""
+    try:
+        for path, _ in walk(modules):
+            if len(path.parts) - len(modules.parts) > _MOST_LEVELS:
+                raise BadSource(
+                    f"{modules} has more than {_MOST_LEVELS} folders in one another",
+                    hint="give the folder lib/modules/RELEASE of that kernel",
+                )
+    except OSError as error:
+        raise BadSource(f"cannot read {modules}: {error.strerror}", hint="run as root") from error
+
+
+def _put(
+    store: Store, ref: Reference, image: Path, modules: Path, work: Path, package: str
+) -> Artifact:
+    release = modules.name
+    tree = work / "modules" / release
+    shutil.copytree(modules, tree, symlinks=True, ignore=shutil.ignore_patterns("build", "source"))
+    _decompress(tree)
+    _depmod(tree)
+    names = _boot_modules(tree, work / "boot")
+    archive = work / "boot-modules"
+    archive.write_bytes(cpio(work / "boot"))
+    make_image(work / "modules", work / "modules.erofs", "erofs")
+    config = KernelConfig(release=release, modules=tuple(names), package=package)
+    return store.put(
+        "kernel",
+        ref,
+        msgspec.json.encode(config),
+        [
+            _layer(image, "linux", "kernel"),
+            _layer(archive, "cpio", "boot-modules"),
+            _layer(work / "modules.erofs", "erofs", "modules"),
+        ],
+        own=True,
+    )
+
+
+def _layer(path: Path, form: str, role: str) -> NewLayer:
+    return NewLayer(
+        path=path,
+        media_type=f"application/vnd.onecopy.image.v1+{form}",
+        annotations={"org.onecopy.role": role},
+    )
+
+
+def _decompress(tree: Path) -> None:
+    for suffix, program in _UNPACKERS.items():
+        files = sorted(tree.rglob(f"*.ko{suffix}"))
+        if files:
+            run([program, "--decompress", "--quiet", "--force", *files])
+        for left in files:
+            left.unlink(missing_ok=True)  # zstd keeps its input
+
+
+def _depmod(tree: Path) -> None:
+    """modules.dep for the files as they now are (a package makes it when it is installed)."""
+    base = tree.parent.parent / "depmod"
+    (base / "lib").mkdir(parents=True)
+    (base / "lib/modules").symlink_to(tree.parent)
+    run(["depmod", "--basedir", base, tree.name])
+
+
+def _boot_modules(tree: Path, out: Path) -> list[str]:
+    """Copy the boot modules with all they need to ``out``; return the order to load them in."""
+    needs: dict[str, list[str]] = {}
+    for line in (tree / "modules.dep").read_text().splitlines():
+        path, _, rest = line.partition(":")
+        needs[path] = rest.split()
+    by_name = {Path(path).stem.replace("-", "_"): path for path in needs}
+    order: list[str] = []
+    for name in BOOT_MODULES:
+        if name in by_name:
+            # modules.dep lists the nearest dependency first.
+            _append(order, [*reversed(needs[by_name[name]]), by_name[name]])
+    (out / "modules").mkdir(parents=True)
+    for path in order:
+        shutil.copyfile(tree / path, out / "modules" / Path(path).name)
+    return [f"modules/{Path(path).name}" for path in order]
+
+
+def _append(order: list[str], paths: Sequence[str]) -> None:
+    order += [path for path in paths if path not in order]

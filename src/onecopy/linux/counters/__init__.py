@@ -1,0 +1,1 @@
+"""The kernel's counters of memory: /proc and /sys, read and parsed."""

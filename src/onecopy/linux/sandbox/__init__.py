@@ -1,0 +1,1 @@
+"""What limits a process: system calls, files, resources."""

@@ -1,0 +1,163 @@
+"""QEMU with a reader: a guest of our own that mounts what the host's kernel must not.
+
+It has no network, and nothing but a disk image, an overlay that takes its writes, its modules and
+two ports. It is confined, limited and ended as any tool is (confined_tool.py). Not here: what is
+said at the ports, and what runs in it (images/disk_reader.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+
+from onecopy.linux.sandbox.landlock import IOCTL_DEV
+from onecopy.model import MIB
+from onecopy.vmm.argv import accelerator
+from onecopy.vmm.confined_tool import Limits, Task, Tool, named, running
+from onecopy.vmm.cpu import DEFAULT, qemu_cpu
+from onecopy.vmm.passed_files import READ, WRITE
+from onecopy.vmm.vmm_user import KVM
+
+_MEMORY = 512 * MIB
+#: Seconds that it may take at all, and of a processor.
+_SECONDS = 24 * 3600
+#: Bytes of the overlay: a journal is replayed into it.
+_OVERLAY = 16 << 30
+_LINE = "console=ttyS0 quiet loglevel=3 panic=-1 swiotlb=noforce tsc=reliable nowatchdog"
+
+
+class Disk(msgspec.Struct, frozen=True):
+    """A disk image for a reader, open."""
+
+    fd: int
+    """Open for reading."""
+    form: str
+    """As QEMU calls its driver."""
+    overlay: int
+    """An empty qcow2 image of the same size, open for writing."""
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """What a reader is made of."""
+
+    binary: str
+    machine: str
+    accel: str
+    kernel: Path
+    initrd: Path
+    modules: Path
+    """An EROFS image of the kernel's modules."""
+
+
+class Running(msgspec.Struct, frozen=True):
+    """A reader that runs: our ends of its two ports."""
+
+    tool: Tool
+    control: socket.socket
+    data: socket.socket
+
+
+@contextmanager
+def reading(parts: Parts, disk: Disk) -> Iterator[Running]:
+    """Start a reader, which ends with the block.
+
+    Raises MissingProgram, Incompatible if this host cannot confine it, OSError.
+    """
+    with ExitStack() as ends:
+        control, its_control = _pair(ends)
+        data, its_data = _pair(ends)
+        files = [_open(ends, path) for path in (parts.kernel, parts.initrd, parts.modules)]
+        rights = dict.fromkeys((*files, disk.fd, its_control.fileno(), its_data.fileno()), READ)
+        rights[disk.overlay] = WRITE
+        if parts.accel == "kvm":
+            kvm = os.open(KVM, os.O_PATH | os.O_CLOEXEC)
+            ends.callback(os.close, kvm)
+            rights[kvm] = WRITE | IOCTL_DEV
+        ports = {"control": its_control.fileno(), "data": its_data.fileno()}
+        size = os.fstat(files[2]).st_size
+        names = [named(fd) for fd in files]
+        task = Task(
+            [*_machine(parts, size), *_files(size, *names), *_disk(disk), *_ports(ports)],
+            rights,
+            kvm=parts.accel == "kvm",
+            limits=Limits(
+                seconds=_SECONDS,
+                memory=4 << 30,
+                file_size=_OVERLAY,
+                processes=128,
+                files=256,
+            ),
+        )
+        tool = ends.enter_context(running(task))
+        # Its end alone ends what we read.
+        its_control.close()
+        its_data.close()
+        yield Running(tool, control, data)
+
+
+def _pair(ends: ExitStack) -> tuple[socket.socket, socket.socket]:
+    ours, its = socket.socketpair()
+    ends.enter_context(ours)
+    ends.enter_context(its)
+    ours.setblocking(False)
+    return ours, its
+
+
+def _open(ends: ExitStack, path: Path) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    ends.callback(os.close, fd)
+    return fd
+
+
+def _machine(parts: Parts, modules: int) -> list[str]:
+    options = "hpet=off,vmport=off,smm=off,smbus=off,sata=off,usb=off,i8042=off,graphics=off"
+    ceiling = _MEMORY + modules + 1024 * MIB
+    return [
+        *(parts.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *("-machine", f"{parts.machine},{options}", "-accel", accelerator(parts.accel)),
+        *("-cpu", qemu_cpu("host" if parts.accel == "kvm" else DEFAULT, parts.accel), "-smp", "2"),
+        *("-m", f"size={_MEMORY}B,slots=1,maxmem={ceiling}B", "-serial", "stdio"),
+    ]
+
+
+def _files(size: int, kernel: str, initrd: str, modules: str) -> list[str]:
+    backend = f"memory-backend-file,id=modules,size={size},mem-path={modules},share=on,readonly=on"
+    return [
+        *("-kernel", kernel, "-initrd", initrd, "-append", _LINE),
+        *("-object", backend, "-device", "virtio-pmem-pci,memdev=modules"),
+    ]
+
+
+def _disk(disk: Disk) -> list[str]:
+    # Duplicates of our descriptors: the image's owner may be anybody.
+    image = {"driver": "file", "filename": "/dev/fdset/1", "locking": "off"}
+    base: dict[str, object] = {"node-name": "image", "read-only": True, "driver": disk.form}
+    base["file"] = {**image, "read-only": True}
+    if disk.form in ("qcow2", "qed", "vmdk"):
+        base["backing"] = None
+    over = {
+        "node-name": "disk",
+        "driver": "qcow2",
+        "file": {**image, "filename": "/dev/fdset/2"},
+        "backing": "image",
+    }
+    return [
+        *("-add-fd", f"fd={disk.fd},set=1", "-add-fd", f"fd={disk.overlay},set=2"),
+        *("-blockdev", json.dumps(base), "-blockdev", json.dumps(over)),
+        *("-device", "virtio-blk-pci,drive=disk,werror=report,rerror=report"),
+    ]
+
+
+def _ports(ports: dict[str, int]) -> list[str]:
+    argv = ["-device", "virtio-serial-pci,id=serial"]
+    for number, (name, fd) in enumerate(ports.items(), start=1):
+        port = f"virtserialport,bus=serial.0,nr={number},chardev={name},name=org.onecopy.{name}"
+        argv += ["-chardev", f"socket,id={name},fd={fd}", "-device", port]
+    return argv

@@ -1,0 +1,62 @@
+"""compare: what was found, as tables and pictures. The runs themselves: script/compare."""
+
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+from benchmarks.compare.plots import plot_all
+from benchmarks.compare.run import Outcome, Timeline
+from benchmarks.compare.tables import tables
+from benchmarks.figures import Spread
+from onecopy.model import MIB
+
+LINE = Timeline(
+    began=0.0,
+    seconds=[0.0, 1.0, 2.0],
+    used=[0, 100 * MIB, 80 * MIB],
+    marks={"all answer": 0.5, "at rest": 1.5},
+)
+NONE = Outcome(
+    way="none",
+    guests=4,
+    alike=True,
+    first=6.0,
+    seconds=Spread.of([5.0, 4.0, 4.5]),
+    boot_cpu=4.0,
+    resting=80 * MIB,
+    pss=70 * MIB,
+    worked=90 * MIB,
+    peak=100 * MIB,
+    idle=0.01,
+    vmm_cpu=30.0,
+    ksm_cpu=0.0,
+    program={"python": 1.0},
+    load={"python": 82.4},
+    timeline=LINE,
+)
+FOUND = [
+    NONE,
+    replace(NONE, way="all", resting=20 * MIB, ksm_cpu=2.5),
+    replace(NONE, way="none", alike=False, resting=200 * MIB),
+]
+
+
+def test_each_kind_of_guests_has_a_table() -> None:
+    text = tables({"memory": "24 GiB"}, FOUND)
+    alike, different = text.split("### ")[2:]
+    assert alike.startswith("4 guests, with one root in common")
+    assert different.startswith("4 guests, each with a root of its own")
+    assert "|  | no sharing | saved system + KSM |" in alike
+    assert "| the same per guest | 20.0 | 5.0 |" in alike
+    assert "| CPU of ksmd, s | 0.0 | 2.5 |" in alike
+    assert "| the same per guest | 50.0 |" in different
+    assert "| python, answers per second inside a guest | 82 |" in different
+
+
+def test_pictures(tmp_path: Path) -> None:
+    plot_all(FOUND, tmp_path)
+    names = ["bars-alike-4", "bars-different-4", "memory-alike-4", "memory-different-4"]
+    assert sorted(path.stem for path in tmp_path.glob("*.svg")) == names
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == names
+    for path in tmp_path.glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")  # noqa: S314 - our own

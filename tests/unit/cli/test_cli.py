@@ -1,0 +1,287 @@
+"""The command line as users meet it: helps, refusals with a hint, exit codes, completion.
+
+Not here: what commands do with guests (tests/vm), JSON fields (test_json.py).
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import pytest
+
+from onecopy import cli
+from onecopy.errors import InvalidInput
+from onecopy.guest.run_directory import run_root
+from onecopy.store import Store
+from tests.unit.store_kit import put
+
+_SCRIPT = "import sys; from onecopy.cli import main; sys.exit(main())"
+_ARGV = [sys.executable, "-c", _SCRIPT]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store of our own; what main() changes in this process is put back."""
+    monkeypatch.setenv("ONECOPY_HOME", str(tmp_path / "home"))
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    store = Store()
+    yield store
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    shutil.rmtree(run_root(store), ignore_errors=True)
+
+
+def _onecopy(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([*_ARGV, *args], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", cli._COMMANDS)
+def test_the_short_help_is_the_command_s_own(name: str) -> None:
+    command = cli.onecopy.get_command(click.Context(cli.onecopy), name)
+    assert command is not None
+    assert command.name == name
+    assert command.get_short_help_str(limit=1000) == cli._COMMANDS[name]
+
+
+def test_every_file_of_a_command_is_listed() -> None:
+    files = Path(cli.__file__).parent.glob("[a-z]*_cmd.py")
+    assert {file.stem.removesuffix("_cmd") for file in files} == set(cli._COMMANDS)
+
+
+def test_help_loads_no_more_than_it_needs() -> None:
+    script = (
+        "import sys; from onecopy.cli import main; assert main(['--help']) == 0;"
+        "print({name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    help_, _, loaded = done.stdout.rstrip().rpartition("\n")
+    assert all(name in help_ for name in cli._COMMANDS)
+    assert "'click'" in loaded
+    for heavy in ("rich", "msgspec", "asyncio", "qemu"):
+        assert f"'{heavy}'" not in loaded
+
+
+BAD = [
+    "build Bad --from dir:/tmp",
+    "build a@sha256:00 --from dir:/tmp",
+    "build a --from /tmp",
+    "build a --from dir:",
+    "build a --from docker:x",
+    "build a --from dir:/tmp --include python3",
+    "build a --from dir:/tmp --fs xfs",
+    "build a",
+    "save -a --root b",
+    "save a --root b:c:d",
+    "save a --root b --memory 1.5G",
+    "save a --root b --memory \u0661M",
+    "save a --root b --segment :/data",
+    "save a --root b --segment :/srv",
+    "save a --root b --segment a/b:/srv",
+    "save a --root b --cpus 0",
+    "save a --root b --timeout 0",
+    "save a --root b --accel xen",
+    "save a",
+    "run",
+    "run a --name Web",
+    "run a --name a.b",
+    "run a -n 0",
+    "run a -n 10001",
+    "run a -p http",
+    "run a -p 80:",
+    "run a -p -1:80",
+    "run a -p 65536:80",
+    "run a -p 8080:0",
+    "run a -p 1:2:3",
+    "run a -p \u00b2",
+    "run a -p 80:\u0663",
+    "run a --disk 1M --name a",
+    "run a --disk 1G",
+    "run a -n 2 --disk a.img",
+    "run a --name a --disk 1G --disk 1G",
+    "run a --timeout 300",
+    "run a --segment :/srv",
+    "run a --cpus 0",
+    "run a --memory x",
+    "disks extra",
+    "disks --rm A",
+    "run a --no-network",
+    "run a --run true",
+    "run a --ready true",
+    "run a --no-such-option",
+    "cp a b",
+    "cp a:/x b:/y",
+    "cp a:/x",
+    "cp ./a:b c",
+    "stop",
+    "stop a --all",
+    "inspect A",
+    "inspect a@sha256:XY",
+    "verify",
+    "rm",
+    "rm a:",
+    "ls --kind disk",
+    "ps extra",
+    "completion tcsh",
+    "no-such-command",
+]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input(line: str, home: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.split(" ")) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    if not err.startswith("Usage: onecopy"):
+        what, hint = err.splitlines()
+        assert what.startswith("onecopy: ")
+        assert hint.startswith("onecopy: ")
+        assert what != hint
+    assert "Traceback" not in err
+    # Refused before anything was begun.
+    assert home.artifacts() == []
+    assert list((home.root / "tmp").iterdir()) == []
+
+
+def test_ports_of_several_guests() -> None:
+    from onecopy.guest.ports import numbered
+
+    assert numbered(((8080, 80), (0, 443)), 2) == ((8082, 80), (0, 443))
+    assert numbered(((65535, 80),), 0) == ((65535, 80),)
+    with pytest.raises(InvalidInput):
+        numbered(((65535, 80),), 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("inspect nothing", 3),
+        ("logs nobody", 3),
+        ("logs ../../etc", 3),
+        ("run nothing", 3),
+        ("build a --from dir:/no/such/folder", 8),
+        ("exec nobody true", 125),
+        ("exec", 125),
+        ("ls", 0),
+        ("ps", 0),
+        ("stop --all", 0),
+        ("--version", 0),
+        ("run --help", 0),
+    ],
+)
+def test_exit_codes(line: str, code: int, home: Store) -> None:
+    assert cli.main(line.split(" ")) == code
+
+
+def test_only_errors_go_to_standard_error(home: Store) -> None:
+    good, bad = _onecopy("ls"), _onecopy("inspect", "nothing")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.startswith("NAME")
+    assert (bad.returncode, bad.stdout) == (3, "")
+
+
+def test_a_reader_that_leaves_is_told_nothing(home: Store) -> None:
+    put(home)
+    command = f'"$0" -c "{_SCRIPT}" inspect app:1 | true; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command, sys.executable], capture_output=True, check=True)
+    assert done.stdout in (b"0\n", b"141\n")
+    assert done.stderr == b""
+
+
+@contextmanager
+def _waiting(
+    home: Store, source: Path, *ignored: signal.Signals
+) -> Iterator[subprocess.Popen[str]]:
+    """A command that waits, for the store's lock, as long as we like; and ignores signals."""
+    source.mkdir()
+    argv = [*_ARGV, "build", "a", "--from", f"dir:{source}"]
+    traps = "".join(f"trap '' {number.name[3:]}; " for number in ignored)
+    with home._layout.locked():
+        shell = ["bash", "-c", f'{traps}exec "$@"', "bash"]
+        command = subprocess.Popen([*shell, *argv], stderr=subprocess.PIPE, text=True)
+        _wait_for_lock(command)
+        yield command
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_long_command(home: Store, number: signal.Signals, tmp_path: Path) -> None:
+    with _waiting(home, tmp_path / "source") as command:
+        command.send_signal(number)
+        _, err = command.communicate(timeout=60)
+    assert (command.returncode, err.strip()) == (130, "onecopy: interrupted")
+    assert list((home.root / "tmp").iterdir()) == []
+
+
+def test_a_background_job_ends_by_sigterm(home: Store, tmp_path: Path) -> None:
+    # A shell without job control starts it with SIGINT ignored.
+    with _waiting(home, tmp_path / "source", signal.SIGINT) as command:
+        command.send_signal(signal.SIGTERM)
+        _, err = command.communicate(timeout=60)
+    assert (command.returncode, err.strip()) == (130, "onecopy: interrupted")
+
+
+def test_nohup_survives_the_hangup(home: Store, tmp_path: Path) -> None:
+    with _waiting(home, tmp_path / "source", signal.SIGHUP) as command:
+        command.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            command.wait(1)
+        command.kill()
+        command.communicate()
+
+
+def _wait_for_lock(process: subprocess.Popen[str]) -> None:
+    """proc_locks(5): "->" marks who waits."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in Path("/proc/locks").read_text().splitlines():
+            if "->" in line and f" {process.pid} " in line:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"it does not wait: {process.poll()}")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_loads(shell: str) -> None:
+    done = _onecopy("completion", shell)
+    assert done.returncode == 0
+    assert f"_ONECOPY_COMPLETE={shell}_complete" in done.stdout
+    # bash is everywhere; the other two are tried where they are.
+    if shell == "bash":
+        command = ["bash", "--norc", "-c", f"{done.stdout}\ncomplete -p onecopy"]
+        loaded = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert loaded.stdout.startswith("complete")
+    elif program := shutil.which(shell):
+        subprocess.run([program, "--no-execute"], input=done.stdout, text=True, check=True)
+
+
+def test_completion_knows_commands_and_names(home: Store) -> None:
+    put(home, "application:1")
+    put(home, "other:1")
+    for typed, offered in (("onecopy rep", "report"), ("onecopy rm app", "application:1")):
+        environment = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+        done = _onecopy(_ONECOPY_COMPLETE="bash_complete", **environment)
+        assert done.stdout.split() == [f"plain,{offered}"]
+
+
+def test_rm_and_verify_really_do(home: Store) -> None:
+    put(home, "app:1")
+    put(home, "app:2", b"other")
+    assert json.loads(_onecopy("inspect", "app:1").stdout)["version"] == "1"
+    assert _onecopy("verify", "app:1").stdout == "app:1 is whole\n"
+    blob = home.artifacts()[1].layers[0].path
+    blob.chmod(0o600)
+    blob.write_bytes(b"damaged")
+    damaged = _onecopy("verify", "app:2")
+    assert (damaged.returncode, damaged.stdout) == (14, "")
+    assert _onecopy("rm", "app:1", "app:2").stdout == "app:1 removed\napp:2 removed\n"
+    assert home.artifacts() == []

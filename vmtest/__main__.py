@@ -1,0 +1,96 @@
+"""script/test-kvm: the tests under real KVM, in emulated hosts."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+from onecopy.errors import OnecopyError
+from vmtest import jobs
+from vmtest.images import PROJECT, RELEASES
+
+JOBS: dict[str, jobs.Job] = {
+    "all": jobs.tests,
+    "smoke": jobs.smoke,
+    "support": jobs.make_support,
+    "moved": jobs.moved,
+    "bench": jobs.bench,
+    "compare": jobs.compare,
+}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="script/test-kvm",
+        usage="%(prog)s [WHAT] [--debian N] [--out FOLDER] [-- ARGUMENT...]",
+        description="Run the VM tests under real KVM, in emulated hosts.",
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=list(JOBS),
+        default="all",
+        help="all VM tests (default); the few that script/test runs, too; make docs/support.md "
+        "anew; its rows of systems that move between QEMUs; measure; or run script/compare, few "
+        "guests unless arguments say how many",
+    )
+    parser.add_argument(
+        "--debian",
+        type=int,
+        choices=sorted(RELEASES),
+        action="append",
+        help="the release of the host; may be repeated (default: all; for smoke, moved and "
+        "compare: 13)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=PROJECT / "out/kvm", help="folder for results and logs"
+    )
+    # argparse cannot tell a last optional argument from the first after "--".
+    ours, inside = _split(sys.argv[1:])
+    arguments = parser.parse_args(ours)
+    arguments.inside = inside
+    if not arguments.debian:
+        one = arguments.what in ("smoke", "moved", "compare")
+        arguments.debian = [13] if one else sorted(RELEASES, reverse=True)
+    return arguments
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:end], arguments[end + 1 :]
+
+
+async def _all(arguments: argparse.Namespace) -> list[str]:
+    task = asyncio.current_task()
+    if task:
+        # As on Ctrl-C: the emulated host is ended.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    found = []
+    for number in arguments.debian:
+        job = JOBS[arguments.what]
+        problems = await job(RELEASES[number], arguments.out, arguments.inside)
+        found += [f"Debian {number}: {text}" for text in problems]
+    return found
+
+
+def main() -> int:
+    """Do what is asked for; 0 only if nothing speaks against a pass."""
+    arguments = _arguments()
+    try:
+        found = asyncio.run(_all(arguments))
+    except OnecopyError as error:
+        jobs.tell(f"{error.message}\n{error.hint}".rstrip())
+        return error.exit_code
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        return 130
+    for text in found:
+        jobs.tell(text)
+    jobs.tell("FAILED" if found else "passed")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""What an emulated host is made of: segments, each built anew only when what goes into it changes.
+
+They lie in a store of their own, ``$ONECOPY_VMTEST_CACHE`` (default: .cache/onecopy-vmtest).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from onecopy.errors import InUse
+from onecopy.guest.runtime import Host
+from onecopy.images.build import build_segment
+from onecopy.model import Reference
+from tests.vm.kept import builders_digest, kept_store
+
+PROJECT = Path(__file__).parents[1]
+#: Where an emulated host has the other segments.
+PYTHON, TREE, STORE = "/opt/onecopy/python", "/opt/onecopy/tree", "/opt/onecopy/store"
+#: Where it has another release's root and Python.
+OTHER_ROOT, OTHER_PYTHON = "/opt/onecopy/other/root", "/opt/onecopy/other/python"
+#: Besides those of script/bootstrap: the interpreter, and what the least Debian lacks, but no host:
+#: a user and their rights, bridges.
+_PACKAGES = ("python3", "passwd", "procps", "mount", "iproute2")
+#: What the tests need of the extra "dev" (pyproject.toml): the linters have run already.
+_TEST_PACKAGES = ("hypothesis", "pytest")
+_LAUNCHER = f"#!{PYTHON}/bin/python\nfrom onecopy.__main__ import main\n\nmain()\n"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Debian:
+    """A release as an emulated host."""
+
+    number: int
+    suite: str
+    python: str
+    """Version of its python3."""
+
+
+RELEASES = {
+    12: Debian(12, "bookworm", "3.11"),
+    13: Debian(13, "trixie", "3.13"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The segments of one emulated host."""
+
+    root: Reference
+    mounted: tuple[tuple[Reference, str], ...]
+    """(segment, mount point) pairs."""
+
+
+def store_root() -> Path:
+    """Where the segments are kept."""
+    return Path(os.environ.get("ONECOPY_VMTEST_CACHE", PROJECT / ".cache/onecopy-vmtest"))
+
+
+def ensure_images(
+    host: Host,
+    debian: Debian,
+    suites: tuple[str, ...],
+    tell: Tell,
+    other: Debian | None = None,
+) -> Images:
+    """All segments for ``debian``, whose tests can use guests of ``suites``; raises as building.
+
+    Those of ``other`` are mounted besides.
+    """
+    builder = _Builder(host, tell)
+    root, python = _system(builder, debian)
+    with tempfile.TemporaryDirectory(prefix="onecopy-vmtest-") as work:
+        tree = builder.ensure_made("tree", _tree_digest(), lambda: _tree(Path(work) / "tree"))
+    # The store is the same one each time.
+    if other:
+        with kept_store(suites, other.suite):
+            pass
+    with kept_store(suites, debian.suite) as kept:
+        path = kept.store.root
+        store = builder.ensure(
+            f"store-{debian.suite}", (path / "index.json").read_text(), f"dir:{path}"
+        )
+    mounted = [(python, PYTHON), (tree, TREE), (store, STORE)]
+    if other:
+        mounted += zip(_system(builder, other), (OTHER_ROOT, OTHER_PYTHON), strict=True)
+    return Images(root, tuple(mounted))
+
+
+def ensure_debian(
+    host: Host, name: str, source: str, packages: tuple[str, ...], tell: Tell
+) -> Reference:
+    """The segment ``name``: a Debian root with these packages."""
+    return _Builder(host, tell).ensure(name, "\n".join((source, *packages)), source, packages)
+
+
+def _system(builder: _Builder, debian: Debian) -> tuple[Reference, Reference]:
+    """Root and Python environment of a release."""
+    packages = _packages()
+    root = builder.ensure(
+        f"root-{debian.suite}", "\n".join(packages), f"debian:{debian.suite}", packages
+    )
+    with tempfile.TemporaryDirectory(prefix="onecopy-vmtest-") as work:
+        python = builder.ensure_made(
+            f"python-{debian.suite}",
+            debian.python + _pyproject(),
+            lambda: _python(Path(work) / "python", debian),
+        )
+    return root, python
+
+
+@dataclass(frozen=True, slots=True)
+class _Builder:
+    host: Host
+    tell: Tell
+
+    def ensure(
+        self, name: str, inputs: str, source: str, include: tuple[str, ...] = ()
+    ) -> Reference:
+        """The segment ``name`` made of ``inputs``; others of this name go."""
+        return self._ensure(name, inputs, lambda: source, include)
+
+    def ensure_made(self, name: str, inputs: str, make: Callable[[], Path]) -> Reference:
+        """The same from a folder that is made only if it is needed."""
+        return self._ensure(name, inputs, lambda: f"dir:{make()}")
+
+    def _ensure(
+        self, name: str, inputs: str, source: Callable[[], str], include: tuple[str, ...] = ()
+    ) -> Reference:
+        # What builds segments is an input, too.
+        digest = hashlib.sha256(f"{builders_digest()}\n{inputs}".encode()).hexdigest()[:12]
+        ref = Reference(name, digest)
+        store = self.host.store
+        if not store.find(ref, "segment"):
+            for artifact in store.artifacts():
+                if artifact.name == name:
+                    # Another run may be using it; it goes with the next change.
+                    with suppress(InUse):
+                        store.remove(Reference.parse(artifact.ref))
+            self.tell(f"building {name}")
+            build_segment(store, ref, source(), include=include)
+        return ref
+
+
+def _packages() -> tuple[str, ...]:
+    listed = _output(PROJECT / "script/bootstrap", "--packages").split()
+    return tuple(sorted({*listed, *_PACKAGES}))
+
+
+def _output(*argv: str | Path) -> str:
+    return subprocess.run(argv, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+
+
+def _pyproject() -> str:
+    return (PROJECT / "pyproject.toml").read_text()
+
+
+def _python(into: Path, debian: Debian) -> Path:
+    """A virtual environment for another Python than ours: its packages are wheels."""
+    project = tomllib.loads(_pyproject())["project"]
+    extra = project["optional-dependencies"]["dev"]
+    wanted = [*project["dependencies"], *(p for p in extra if p.startswith(_TEST_PACKAGES))]
+    packages = into / f"lib/python{debian.python}/site-packages"
+    argv = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    argv += ["--target", str(packages), "--no-compile", "--only-binary=:all:"]
+    subprocess.run([*argv, "--python-version", debian.python, *wanted], check=True)
+    (packages / "onecopy.pth").write_text(f"{TREE}/src\n")
+    (into / "pyvenv.cfg").write_text("home = /usr/bin\n")
+    binaries = into / "bin"
+    binaries.mkdir()
+    (binaries / "python").symlink_to("/usr/bin/python3")
+    (binaries / "onecopy").write_text(_LAUNCHER)
+    (binaries / "onecopy").chmod(0o755)
+    return into
+
+
+def _tree_files() -> list[Path]:
+    """The project's own files: those that git knows, and new ones that it does not ignore."""
+    listed = _output("git", "ls-files", "-co", "--exclude-standard", "-z")
+    return sorted(path for name in listed.split("\0") if name and (path := PROJECT / name).exists())
+
+
+def _tree_digest() -> str:
+    digest = hashlib.sha256()
+    for path in _tree_files():
+        digest.update(f"{path.relative_to(PROJECT)} {path.stat().st_mode:o}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _tree(into: Path) -> Path:
+    for path in _tree_files():
+        target = into / path.relative_to(PROJECT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, target)
+    return into

@@ -1,0 +1,105 @@
+"""docs/support.md: what was really run where, and what came of it.
+
+The rows are kept in docs/support.json, so that a run of some of them keeps the others. A
+combination without a row was not run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HOSTS = {"Debian 12": "7.2", "Debian 13": "10.0"}
+GUESTS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
+ACCELS = ("kvm", "tcg")
+USERS = {"root": "root", "user": "a user of the group kvm"}
+_HEAD = """\
+# What runs where
+
+Made by `script/test-kvm support` from what was run: in each host the everyday way, by the command
+line alone, from a root segment to two clones that answer over HTTP with their own names (`build`,
+`save`, `run`, `exec`, `report`, `stop`, `rm`; vmtest/flow.py). Each host had its release's QEMU,
+Python and tools; for KVM it was an emulated one, in which KVM is real ([testing](testing.md)). "Not
+run" says nothing about whether it works.
+
+| host | QEMU | guest | under | as | result |
+|---|---|---|---|---|---|
+"""
+_MOVED = """
+## Saved under one QEMU, started under another
+
+By `script/test-kvm moved`: the same system, saved and started on one kernel by the QEMUs of Debian
+12 and Debian 13.
+
+| saved by QEMU | started by QEMU | under | result |
+|---|---|---|---|"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One combination that was run."""
+
+    host: str
+    guest: str
+    """Suite of the root segment."""
+    qemu: str
+    """Full version."""
+    accel: str
+    user: str
+    result: str
+    """``works``, ``refused`` or ``failed``."""
+    reason: str = ""
+    """What onecopy said, unless it works."""
+    seconds: int = 0
+    """That the whole took; not shown: hosts are emulated."""
+    saved_by: str = ""
+    """Full version of the QEMU that saved it, where it is another one."""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes a combination; QEMU by its feature release."""
+        qemu, saved_by = (".".join(v.split(".")[:2]) for v in (self.qemu, self.saved_by))
+        return self.host, qemu, self.guest, self.accel, self.user, saved_by
+
+
+def merge(known: Path, new: Iterable[Row]) -> list[Row]:
+    """The rows of the file ``known`` with ``new`` ones in place of the same; written back."""
+    try:
+        old = [Row(**row) for row in json.loads(known.read_text())]
+    except FileNotFoundError:
+        old = []
+    rows = sorted({row.key: row for row in (*old, *new)}.values(), key=lambda row: row.key)
+    known.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def to_markdown(rows: Iterable[Row]) -> str:
+    """The page: every combination, run or not."""
+    by_key = {row.key: row for row in rows}
+    lines = []
+    for host, qemu, guest, accel, user in itertools.product(
+        HOSTS, HOSTS.values(), GUESTS, ACCELS, USERS
+    ):
+        row = by_key.get((host, qemu, guest, accel, user, ""))
+        version = row.qemu if row else qemu
+        cells = (host, version, GUESTS[guest], accel.upper(), USERS[user], _result(row, host, qemu))
+        lines.append(f"| {' | '.join(cells)} |")
+    moved = [_moved(row) for row in by_key.values() if row.saved_by]
+    return _HEAD + "\n".join([*lines, _MOVED, *moved]) + "\n"
+
+
+def _moved(row: Row) -> str:
+    result = _result(row, row.host, row.qemu)
+    return f"| {row.saved_by} | {row.qemu} | {row.accel.upper()} | {result} |"
+
+
+def _result(row: Row | None, host: str, qemu: str) -> str:
+    if row:
+        reason = " ".join(row.reason.replace("|", "/").split())
+        return f"**{row.result}**: {reason}" if reason else row.result
+    if HOSTS[host] != qemu:
+        return f"not run: {host} has another QEMU, {HOSTS[host]}"
+    return "not run"
