@@ -29,7 +29,7 @@ from benchmarks.starts import measure_starts
 from benchmarks.translated import measure_translated
 from benchmarks.truth import measure_truth
 from onecopy.errors import OnecopyError
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
@@ -90,7 +90,7 @@ async def _measure(arguments: argparse.Namespace) -> Report:
     if task:
         # As on Ctrl-C: what runs is ended, what was set is restored.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    host = Host.open()
+    host = Runtime.open()
     with tempfile.TemporaryDirectory(prefix="onecopy-bench-") as work:
         try:
             setup = await set_up(host, Path(work), arguments.accel, _tell, arguments.root)

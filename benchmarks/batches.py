@@ -55,7 +55,7 @@ async def measure_batches(setup: Setup, count: int, tell: Callable[[str], None])
     cold = await _batch(
         setup,
         _COLD,
-        lambda name, ports, batch: boot.run_cold(
+        lambda name, ports, batch: boot.boot_guest(
             setup.host,
             replace(prepared, spec=replace(prepared.spec, publish=ports, ready="true")),
             name,

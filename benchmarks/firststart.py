@@ -22,7 +22,7 @@ from benchmarks.plain import start_plain
 from benchmarks.setup import Setup, resource
 from onecopy.errors import NotReady
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.boot import boot_guest
 from onecopy.guest.lifecycle.restore import start_clone
 
 # The guest ends with its command, and its console is read first.
@@ -83,7 +83,7 @@ async def _cold(setup: Setup) -> AsyncIterator[Path]:
     """The console of a guest that runs the probe from the segment."""
     spec = replace(setup.prepared.spec, ready=None)
     prepared = replace(setup.prepared, spec=spec, command=_PROBE_AND_STAY)
-    record = await run_cold(setup.host, prepared, new_name())
+    record = await boot_guest(setup.host, prepared, new_name())
     try:
         yield setup.host.run / record.name / "console.log"
     finally:

@@ -23,10 +23,10 @@ from benchmarks.merging import Merged, merged
 from benchmarks.places import Place, places
 from benchmarks.plain import disk_module, start_plain
 from benchmarks.setup import Setup, application
-from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.boot import boot_guest
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone
 from onecopy.guest.observe.accounts import guest_maps
-from onecopy.guest.run_directory import GuestFolder, GuestRecord
+from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.linux import process
 from onecopy.linux.counters import meminfo
 from onecopy.sharing.account import GuestMaps
@@ -88,13 +88,13 @@ async def start_one_cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Runni
     prepared = replace(setup.prepared, spec=spec)
 
     async def boot() -> GuestRecord:
-        record = await run_cold(setup.host, prepared, name)
+        record = await boot_guest(setup.host, prepared, name)
         ends.callback(setup.host.end, record)
         return record
 
     async def answer() -> tuple[float, float]:
         await answered(port, name)
-        seconds, pid = time.monotonic() - began, GuestFolder(setup.host.run / name).find_vmm()
+        seconds, pid = time.monotonic() - began, RunDirectory(setup.host.run / name).find_vmm()
         return seconds, process.cpu_seconds(pid or 0)
 
     async with asyncio.TaskGroup() as tasks:

@@ -18,7 +18,7 @@ from onecopy.guest.ports import Ports
 from onecopy.images.initramfs import cpio
 from onecopy.images.kernel import KernelConfig
 from onecopy.subprocesses import run
-from onecopy.vmm.argv import FIRST_ADDRESS, Card, Kernel, Launch, Ram
+from onecopy.vmm.argv import FIRST_ADDRESS, Kernel, Launch, Nic, Ram
 from onecopy.vmm.qemu_process import Vmm, launch, prepare
 
 #: Boot modules that serve segments and the agent: a plain guest has neither.
@@ -66,7 +66,7 @@ def new_plain(setup: Setup, name: str, publish: Ports) -> Launch:
         ram=Ram.ANONYMOUS,
         # Nothing is mapped private, so QEMU need not ask for files (vmm/open_notify.py).
         rom=True,
-        card=Card("52:54:00:12:34:56", str(FIRST_ADDRESS)),
+        card=Nic("52:54:00:12:34:56", str(FIRST_ADDRESS)),
         publish=publish,
     )
 

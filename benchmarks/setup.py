@@ -14,10 +14,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from onecopy.guest.lifecycle.bootplan import ColdSpec, Prepared, prepare_cold
+from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import Template, template
 from onecopy.guest.lifecycle.save import save_system
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
@@ -36,8 +36,8 @@ READY = "python3 -c 'import urllib.request; urllib.request.urlopen(\"http://127.
 class Setup:
     """Ready to be started, in any number and by any way."""
 
-    host: Host
-    prepared: Prepared
+    host: Runtime
+    prepared: BootPlan
     """A guest that executes the root image in place and runs the application."""
     saved: Template
     """The same guest, saved when the application answered."""
@@ -62,7 +62,7 @@ def application() -> str:
 
 
 async def set_up(
-    host: Host,
+    host: Runtime,
     work: Path,
     accel: Choice,
     tell: Callable[[str], None],
@@ -71,8 +71,8 @@ async def set_up(
     """Save the system, on ``root`` or on one that is built if the store lacks it."""
     if root is None and host.store.find(ROOT, "segment") is None:
         build_segment(host.store, ROOT, _SOURCE, include=_PACKAGES, progress=tell)
-    spec = ColdSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
-    prepared = prepare_cold(host, spec, tell)
+    spec = BootSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
+    prepared = plan_boot(host, spec, tell)
     began = time.monotonic()
     artifact = (await save_system(host, SYSTEM, spec, tell)).artifact
     return Setup(

@@ -105,7 +105,7 @@ async def _guest(setup: Setup, size: int) -> AsyncIterator[GuestRecord]:
     done = await start_many(
         host,
         [new_name()],
-        lambda name, batch: asyncio.ensure_future(boot.run_cold(host, prepared, name, batch)),
+        lambda name, batch: asyncio.ensure_future(boot.boot_guest(host, prepared, name, batch)),
     )
     try:
         yield done.guests[0]

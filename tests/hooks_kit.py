@@ -9,7 +9,7 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn
 
@@ -35,7 +35,7 @@ def write(run_in: RunIn, guest: GuestRecord, path: str, content: str, mode: str 
 
 
 def drawn(
-    host: Host, system: Artifact, script: str, names: Sequence[str] = ("draws-1", "draws-2")
+    host: Runtime, system: Artifact, script: str, names: Sequence[str] = ("draws-1", "draws-2")
 ) -> list[Drawn]:
     """What a shell script says in clones of ``system``: "NAME VALUE", a line each.
 
@@ -54,7 +54,7 @@ def drawn(
             host.end(guest)
 
 
-def _said(host: Host, guest: GuestRecord, script: str) -> Drawn:
+def _said(host: Runtime, guest: GuestRecord, script: str) -> Drawn:
     done = asyncio.run(run_captured(host.run / guest.name, ["sh", "-c", script], timeout=600))
     assert done.exit_code == 0, done
     values: Drawn = {}

@@ -18,10 +18,10 @@ from pathlib import Path
 from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.exec import run_captured, run_streaming
 from onecopy.guest.exec_streams import Streams
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, Prepared, prepare_cold
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Mergeable
 from onecopy.subprocesses import run
 from onecopy.vmm.accel import Choice
@@ -108,15 +108,15 @@ class EmulatedHost:
 
 @asynccontextmanager
 async def emulated_host(
-    host: Host, images: Images, folder: Path, memory: int = MEMORY
+    host: Runtime, images: Images, folder: Path, memory: int = MEMORY
 ) -> AsyncIterator[EmulatedHost]:
     """Boot one; at the end, whatever happened, it is gone and its logs are in ``folder``.
 
     It is never handed out: killed, we leave it to the next command, which ends it.
     """
-    prepared = prepare_cold(
+    prepared = plan_boot(
         host,
-        ColdSpec(
+        BootSpec(
             root=images.root,
             segments=images.mounted,
             memory=memory,
@@ -145,7 +145,7 @@ async def emulated_host(
                 (folder / "qemu.log").write_bytes(qemu.read())
 
 
-async def _booted(host: Host, prepared: Prepared, batch: Batch) -> GuestRecord:
+async def _booted(host: Runtime, prepared: BootPlan, batch: Batch) -> GuestRecord:
     """Boot; again if the kernel panicked.
 
     Linux patches its code while it boots, and under TCG the other processor can run into the
@@ -153,11 +153,11 @@ async def _booted(host: Host, prepared: Prepared, batch: Batch) -> GuestRecord:
     """
     for _ in range(_TRIES - 1):
         try:
-            return await run_cold(host, prepared, _new_name(), batch)
+            return await boot_guest(host, prepared, _new_name(), batch)
         except GuestFailed as error:
             if "Kernel panic" not in error.output:
                 raise
-    return await run_cold(host, prepared, _new_name(), batch)
+    return await boot_guest(host, prepared, _new_name(), batch)
 
 
 def _new_name() -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onecopy.errors import InUse
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from tests.vm.kept import builders_digest, kept_store
@@ -69,7 +69,7 @@ def store_root() -> Path:
 
 
 def ensure_images(
-    host: Host,
+    host: Runtime,
     debian: Debian,
     suites: tuple[str, ...],
     tell: Tell,
@@ -99,7 +99,7 @@ def ensure_images(
 
 
 def ensure_debian(
-    host: Host, name: str, source: str, packages: tuple[str, ...], tell: Tell
+    host: Runtime, name: str, source: str, packages: tuple[str, ...], tell: Tell
 ) -> Reference:
     """The segment ``name``: a Debian root with these packages."""
     return _Builder(host, tell).ensure(name, "\n".join((source, *packages)), source, packages)
@@ -122,7 +122,7 @@ def _system(builder: _Builder, debian: Debian) -> tuple[Reference, Reference]:
 
 @dataclass(frozen=True, slots=True)
 class _Builder:
-    host: Host
+    host: Runtime
     tell: Tell
 
     def ensure(

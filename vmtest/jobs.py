@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.compare import mix
 from onecopy.errors import OnecopyError
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from vmtest import support, verdict
 from vmtest.host import INSIDE, MEMORY, RESULTS, EmulatedHost, emulated_host
@@ -94,7 +94,7 @@ def _in_root(
     debian: Debian, folder: Path, argv: list[str], other: Debian | None = None
 ) -> list[str]:
     """Run ``argv`` in a release's root on this host's kernel (vmtest/chroot); what went wrong."""
-    host = Host.open(store_root())
+    host = Runtime.open(store_root())
     images = ensure_images(host, debian, _SUITES, tell, other)
     refs = (images.root, *(ref for ref, _ in images.mounted))
     paths = [str(host.store.resolve(ref).layer("image").path) for ref in refs]
@@ -126,7 +126,7 @@ async def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
 
 async def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     """The comparison (script/compare) under KVM, with ``arguments``; no plots are drawn of it."""
-    root = ensure_debian(Host.open(store_root()), "compare-root", mix.SOURCE, mix.PACKAGES, tell)
+    root = ensure_debian(Runtime.open(store_root()), "compare-root", mix.SOURCE, mix.PACKAGES, tell)
     folder = out / f"compare-debian-{debian.number}"
     wanted = arguments or ["--guests", "4", "--different", "0"]
     argv = [INSIDE, "vmtest/compare", _COMPARE_ROOT, *wanted]
@@ -150,7 +150,7 @@ async def _in_host(
 
     ``more`` are (segment, mount point) pairs that it has besides.
     """
-    host = Host.open(store_root())
+    host = Runtime.open(store_root())
     images = ensure_images(host, debian, suites, tell, other)
     images = replace(images, mounted=(*images.mounted, *more))
     tell(f"booting Debian {debian.number}")

@@ -22,7 +22,7 @@ from benchmarks.compare.templating import Templates
 from benchmarks.compare.ways import WAYS
 from benchmarks.report import machine_facts
 from onecopy.errors import OnecopyError
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.vmm.accel import Choice
 
@@ -87,7 +87,7 @@ async def _measure(arguments: argparse.Namespace, results: _Results) -> None:
     if task:
         # As on Ctrl-C: what runs is ended, what was set is restored.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    host = Host.open()
+    host = Runtime.open()
     with tempfile.TemporaryDirectory(prefix="onecopy-compare-") as work, removed_at_end(host):
         if arguments.guests:
             wares = await alike(host, Path(work), arguments.accel, _tell)

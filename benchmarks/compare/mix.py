@@ -22,10 +22,10 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from benchmarks.setup import Setup, application
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import template
 from onecopy.guest.lifecycle.save import save_system
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.subprocesses import run
@@ -145,7 +145,7 @@ def shell(port: int, command: str) -> str:
 
 
 @contextmanager
-def removed_at_end(host: Host) -> Iterator[None]:
+def removed_at_end(host: Runtime) -> Iterator[None]:
     """Whatever happens, what a comparison has put into the store is removed, but for ROOT."""
     try:
         yield
@@ -156,13 +156,13 @@ def removed_at_end(host: Host) -> Iterator[None]:
                     host.store.remove(Reference.parse(each.ref))
 
 
-async def alike(host: Host, work: Path, accel: Choice, tell: Tell) -> list[Ware]:
+async def alike(host: Runtime, work: Path, accel: Choice, tell: Tell) -> list[Ware]:
     """One of each application, all on ROOT."""
     _build_root(host, tell)
     return [await _ware(host, work, accel, each, ROOT, tell) for each in applications()]
 
 
-async def different(host: Host, work: Path, accel: Choice, count: int, tell: Tell) -> list[Ware]:
+async def different(host: Runtime, work: Path, accel: Choice, count: int, tell: Tell) -> list[Ware]:
     """``count``, each on a root of its own: the packages of ROOT, and files that only it has."""
     _build_root(host, tell)
     tree = work / "tree"
@@ -176,12 +176,12 @@ async def different(host: Host, work: Path, accel: Choice, count: int, tell: Tel
     return [await _ware(host, work, accel, application, root, tell) for application, root in each]
 
 
-def _build_root(host: Host, tell: Tell) -> None:
+def _build_root(host: Runtime, tell: Tell) -> None:
     if host.store.find(ROOT, "segment") is None:
         build_segment(host.store, ROOT, SOURCE, include=PACKAGES, progress=tell)
 
 
-def _own_root(host: Host, tree: Path, number: int, tell: Tell) -> Reference:
+def _own_root(host: Runtime, tree: Path, number: int, tell: Tell) -> Reference:
     """What is its own comes first in the image, so that all else lies elsewhere in each."""
     root = Reference(f"{_PREFIX}root-{number}")
     own = tree / "0" / "own"
@@ -192,15 +192,15 @@ def _own_root(host: Host, tree: Path, number: int, tell: Tell) -> Reference:
 
 
 async def _ware(
-    host: Host, work: Path, accel: Choice, each: Application, root: Reference, tell: Tell
+    host: Runtime, work: Path, accel: Choice, each: Application, root: Reference, tell: Tell
 ) -> Ware:
     name = each.name if root == ROOT else f"{each.name}-{root.name.rpartition('-')[2]}"
-    spec = ColdSpec(root=root, command=each.command, ready=each.ready, accel=accel)
+    spec = BootSpec(root=root, command=each.command, ready=each.ready, accel=accel)
     began = time.monotonic()
     artifact = (await save_system(host, Reference(f"{_PREFIX}{name}"), spec, tell)).artifact
     setup = Setup(
         host=host,
-        prepared=prepare_cold(host, replace(spec, ready=None), tell),
+        prepared=plan_boot(host, replace(spec, ready=None), tell),
         saved=template(host, artifact),
         work=work,
         save_seconds=time.monotonic() - began,

@@ -19,7 +19,7 @@ from benchmarks.plain import launch_plain, new_plain, start_plain
 from benchmarks.setup import Setup
 from onecopy.guest.lifecycle.snapshot import Snapshot, Source, take
 from onecopy.guest.ports import Ports
-from onecopy.guest.run_directory import GuestFolder
+from onecopy.guest.run_directory import RunDirectory
 from onecopy.vmm.argv import Ram
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm
@@ -54,7 +54,7 @@ async def _frozen(ware: Ware) -> Snapshot:
         work = setup.work / f"{name}.saved"
         work.mkdir()
         source = Source(vmm.pid, setup.prepared.hardware.memory, None)
-        return await take(GuestFolder(vmm.folder), source, work, last=True)
+        return await take(RunDirectory(vmm.folder), source, work, last=True)
     finally:
         await vmm.kill()
 

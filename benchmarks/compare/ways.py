@@ -17,7 +17,7 @@ from benchmarks.compare.mix import PORT, SHELL, Ware
 from benchmarks.compare.templating import Templates, start_from
 from benchmarks.kinds import new_name
 from benchmarks.plain import start_plain
-from onecopy.guest.lifecycle.boot import run_cold
+from onecopy.guest.lifecycle.boot import boot_guest
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import GuestRecord
@@ -90,7 +90,7 @@ async def _watched(vmm: Vmm, ware: Ware, name: str, ports: Ports, means: Means) 
 
 async def _segment(ware: Ware, name: str, ports: Ports, means: Means) -> int:
     spec = replace(ware.setup.prepared.spec, publish=ports)
-    record = await run_cold(ware.setup.host, replace(ware.setup.prepared, spec=spec), name)
+    record = await boot_guest(ware.setup.host, replace(ware.setup.prepared, spec=spec), name)
     return await _ours(record, ware, ports, means)
 
 

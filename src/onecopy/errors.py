@@ -8,7 +8,7 @@ OnecopyError
 ├── MissingProgram     a program of the host is not installed
 ├── CommandFailed      a program of the host ran and failed
 ├── BadSource          the source of a build cannot be used
-├── NotEnough          too little memory or disk
+├── InsufficientResources          too little memory or disk
 ├── GuestFailed        QEMU or the guest's kernel did not start, or ended on its own
 ├── NotReady           the guest runs but never became ready
 ├── AgentFailed        the guest agent refused, failed or did not answer
@@ -20,7 +20,7 @@ OnecopyError
 ├── NoSlot             the guest has no slot left for a segment or disk, or port for a program
 ├── TooLarge           it does not fit the guest, or is more than a limit allows
 ├── NotUnmounted       a process in the guest holds the segment
-├── NameMoved          the name means something else by now
+├── NameConflict          the name means something else by now
 ├── ProgramFailed      a program in a guest ran and failed
 ├── OutputFailed       standard output cannot be written
 ├── HostFailed         the host's kernel refused something that nobody foresaw
@@ -138,7 +138,7 @@ class BadSource(OnecopyError):
     exit_code = 8
 
 
-class NotEnough(OnecopyError):
+class InsufficientResources(OnecopyError):
     """Too little of ``what`` ("memory", "disk"); both figures in bytes."""
 
     id = "not-enough"
@@ -250,7 +250,7 @@ class NotUnmounted(OnecopyError):
         self.holders = tuple(holders)
 
 
-class NameMoved(OnecopyError):
+class NameConflict(OnecopyError):
     """The name means something else by now."""
 
     id = "name-moved"

@@ -10,7 +10,7 @@ import msgspec
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.machine import SystemConfig
-from onecopy.guest.run_directory import GuestFolder
+from onecopy.guest.run_directory import RunDirectory
 from onecopy.images.kernel import KernelConfig
 from onecopy.images.range_record import Range, SegmentConfig
 from onecopy.model import PageClass, Reference
@@ -72,11 +72,11 @@ def _leases(data: bytes, folder: Path) -> None:
 def _run_folders(data: bytes, folder: Path) -> None:
     for name in ("guest.json", "prepared.json", "system.json"):
         (folder / name).write_bytes(data)
-    GuestFolder(folder).prepared()
+    RunDirectory(folder).prepared()
     try:
         SystemConfig.read(folder)
     except OnecopyError:
-        GuestFolder(folder).record()
+        RunDirectory(folder).record()
 
 
 def _samples() -> dict[str, list[bytes]]:

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from onecopy.errors import BadSource, NotEnough, OnecopyError
+from onecopy.errors import BadSource, InsufficientResources, OnecopyError
 from onecopy.images.build import build_segment
 from onecopy.images.fs_image import make_image
 from onecopy.images.kernel import ensure_kernel
@@ -442,13 +442,13 @@ def test_a_disk_that_an_archive_fills(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32M", "x", disk], check=True)
     try:
         store = Store(disk / "store")
-        with pytest.raises(NotEnough) as caught:
+        with pytest.raises(InsufficientResources) as caught:
             build_segment(store, REF, f"tar:{tmp_path}/x.gz")
         assert caught.value.needed >= 1 << 40
         # What lies about nothing fills the disk bit by bit.
         many = b"".join(tar.file(b"f%d" % n, b"x" * 4000) for n in range(9000))
         (tmp_path / "x.gz").write_bytes(gzip.compress(many + tar.END))
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             build_segment(store, REF, f"tar:{tmp_path}/x.gz")
         assert not list((store.root / "tmp").iterdir())
     finally:

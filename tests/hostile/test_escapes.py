@@ -14,7 +14,7 @@ import pytest
 
 from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle.save import save_guest
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
 from tests.vm.conftest import Clones
 
@@ -24,7 +24,7 @@ HOSTILE = r"\033]0;owned\007\302\2332J\233\342\200\256x\377\033[31m"
 SHOWN = r"\x1b]0;owned\x07\x9b2J\x9b\u202ex\xff\x1b[31m"
 
 
-def onecopy(host: Host, *args: str, terminal: bool = False) -> tuple[int, bytes]:
+def onecopy(host: Runtime, *args: str, terminal: bool = False) -> tuple[int, bytes]:
     """Exit code, and both outputs; with ``terminal`` that is one, and what is drawn on it."""
     env = os.environ | {"ONECOPY_HOME": str(host.store.root), "TERM": "xterm"}
     argv = [str(ONECOPY), *args]
@@ -45,7 +45,7 @@ def onecopy(host: Host, *args: str, terminal: bool = False) -> tuple[int, bytes]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_console(host: Host, clones: Clones, terminal: bool) -> None:
+def test_the_console(host: Runtime, clones: Clones, terminal: bool) -> None:
     (guest,) = clones(1)
     script = f"printf '{HOSTILE}\\nnext\\r\\n' >/dev/console"
     _run(host, guest.name, script)
@@ -62,7 +62,7 @@ def test_the_console(host: Host, clones: Clones, terminal: bool) -> None:
     assert "next" in text.decode().splitlines()
 
 
-def test_what_it_says_of_failures(host: Host, clones: Clones) -> None:
+def test_what_it_says_of_failures(host: Runtime, clones: Clones) -> None:
     (guest,) = clones(1)
     # Its busybox says that there is no such file.
     text = _refused(onecopy(host, "cp", f"{guest.name}:/none\x1b]0;owned\x07\u202ex", "/tmp"))
@@ -72,7 +72,7 @@ def test_what_it_says_of_failures(host: Host, clones: Clones) -> None:
     assert code == 0 and b"\x1b]0;owned\x07" in out
 
 
-def test_a_hook_that_fails(host: Host, clones: Clones) -> None:
+def test_a_hook_that_fails(host: Runtime, clones: Clones) -> None:
     (guest,) = clones(1)
     hook = f"printf '{HOSTILE}\\n' >&2; exit 3"
     done = asyncio.run(save_guest(host, Reference("hooked"), guest.name, on_clone=hook))
@@ -92,6 +92,6 @@ def _refused(told: tuple[int, bytes]) -> str:
     return text
 
 
-def _run(host: Host, guest: str, script: str) -> None:
+def _run(host: Runtime, guest: str, script: str) -> None:
     done = asyncio.run(run_captured(host.run / guest, ["sh", "-c", script], timeout=60))
     assert done.exit_code == 0, done

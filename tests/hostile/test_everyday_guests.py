@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.create import NewRange, create_segment
 from onecopy.model import MIB, PageClass, Reference
 from onecopy.store import Artifact
@@ -25,7 +25,7 @@ def _onecopy(line: str, **environment: str) -> subprocess.CompletedProcess[bytes
 
 
 @pytest.fixture(scope="module")
-def segments(host: Host, busybox_root: Artifact) -> Iterator[None]:
+def segments(host: Runtime, busybox_root: Artifact) -> Iterator[None]:
     """Segments without content: one that just fits a guest of 128 MiB, and one that fits none."""
     there = host.store
     own = 512 * MIB
@@ -38,7 +38,7 @@ def segments(host: Host, busybox_root: Artifact) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def guest(
-    host: Host, busybox_root: Artifact, segments: None, tmp_path_factory: pytest.TempPathFactory
+    host: Runtime, busybox_root: Artifact, segments: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GuestRecord]:
     """A guest that has as much to describe as it may."""
     line = f"onecopy run --cold {busybox_root.ref} --run '' --name ends --memory 128M"
@@ -104,7 +104,7 @@ def test_what_the_guest_describes_leaves_it_room(guest: GuestRecord) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_before_it_boots(
-    host: Host,
+    host: Runtime,
     busybox_root: Artifact,
     saved: Artifact,
     segments: None,

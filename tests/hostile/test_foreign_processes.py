@@ -24,7 +24,7 @@ from onecopy import cli
 from onecopy.cli import advise_cmd, report_cmd, top_cmd  # noqa: F401
 from onecopy.guest.observe import advise, plan, top  # noqa: F401
 from onecopy.guest.observe.accounts import vmm_maps
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.sharing import live_figures, report
 from onecopy.store import Artifact
@@ -153,14 +153,14 @@ def test_root_is_advised(crowd: set[int], program: Path, tmp_path: Path) -> None
     assert not {"\x1b", "\x07"} & set(page.read_text())
 
 
-def test_root_watches(crowd: set[int], host: Host) -> None:
+def test_root_watches(crowd: set[int], host: Runtime) -> None:
     pids = {line.split()[-7] for line in _rows(onecopy(host.store.root, "top", "--interval", "1"))}
     assert {str(pid) for pid in crowd} <= pids
     onecopy(host.store.root, "ksm")
     assert "accelerator" in onecopy(host.store.root, "doctor")
 
 
-def test_root_plans(crowd: set[int], host: Host, saved: Artifact) -> None:
+def test_root_plans(crowd: set[int], host: Runtime, saved: Artifact) -> None:
     size = plan.Size(first=1, more=1, settle=0.2)
     found = asyncio.run(plan.measure(host, saved, size))
     assert crowd and found.clones == 2 and found.each > MIB

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from onecopy import cli
-from onecopy.errors import NotEnough
+from onecopy.errors import InsufficientResources
 from onecopy.guest.run_directory import run_root
 from onecopy.model import Reference
 from onecopy.store import Store
@@ -119,7 +119,7 @@ def test_what_takes_room_is_refused_and_the_reserve_is_made_again(tmp_path: Path
         store = Store(disk / "home")
         kept, gone = put(store, "app:1", b"1" * 5000), put(store, "app:2", b"2" * 5000)
         filler = fill_blocks(disk)
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             store.hold([kept.digest], "web-1")
         assert store.remove(Reference.parse("app:2")).digest == gone.digest
         assert check_whole(disk / "home") == {"app:1": kept.digest}

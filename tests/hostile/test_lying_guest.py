@@ -26,7 +26,7 @@ from onecopy.guest.lifecycle import stop
 from onecopy.guest.lifecycle.batch import names_for, start_many
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.transfer import copy
 from onecopy.guest.transfer.tar import Limits
 from onecopy.model import MIB
@@ -41,7 +41,7 @@ LIAR = (Path(__file__).parent / "liar.py").read_text()
 ASKED, BEYOND, STUCK = 3.0, 2.0, 120.0
 
 
-def become_liar(host: Host, *guests: GuestRecord) -> None:
+def become_liar(host: Runtime, *guests: GuestRecord) -> None:
     """Have our agent in place of the real one."""
     for guest in guests:
         argv = ["python3", "-c", LIAR]
@@ -50,7 +50,7 @@ def become_liar(host: Host, *guests: GuestRecord) -> None:
         tell(host, guest, always(HONEST))
 
 
-def tell(host: Host, guest: GuestRecord, mode: Mode) -> None:
+def tell(host: Runtime, guest: GuestRecord, mode: Mode) -> None:
     """What lies it is to tell from now on."""
     agent, deadline = Agent(host.run / guest.name), time.monotonic() + STUCK
     while True:
@@ -63,7 +63,7 @@ def tell(host: Host, guest: GuestRecord, mode: Mode) -> None:
 
 
 @pytest.fixture(scope="module")
-def liar(host: Host, saved: Artifact) -> Iterator[GuestRecord]:
+def liar(host: Runtime, saved: Artifact) -> Iterator[GuestRecord]:
     """One guest with our agent."""
     source = template(host, saved)
 
@@ -97,7 +97,7 @@ def told(error: OnecopyError) -> str:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_exec_of_a_lie_is_an_error(host: Host, liar: GuestRecord, name: str) -> None:
+def test_exec_of_a_lie_is_an_error(host: Runtime, liar: GuestRecord, name: str) -> None:
     tell(host, liar, WRONG[name])
     folder = host.run / liar.name
     with in_bounds(), pytest.raises(AgentFailed) as caught:
@@ -107,7 +107,7 @@ def test_exec_of_a_lie_is_an_error(host: Host, liar: GuestRecord, name: str) -> 
 
 @pytest.mark.parametrize("name", ["lists in lists", "no UTF-8", "5,000 digits", "many lines"])
 def test_other_commands_fail_as_well(
-    host: Host, liar: GuestRecord, tmp_path: Path, name: str
+    host: Runtime, liar: GuestRecord, tmp_path: Path, name: str
 ) -> None:
     tell(host, liar, WRONG[name])
     folder = host.run / liar.name
@@ -122,7 +122,7 @@ def test_other_commands_fail_as_well(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_says_nothing_takes_no_more_than_its_time(host: Host, liar: GuestRecord) -> None:
+def test_who_says_nothing_takes_no_more_than_its_time(host: Runtime, liar: GuestRecord) -> None:
     for name in ("half an answer", "silence"):
         tell(host, liar, SLOW[name])
         with in_bounds(), pytest.raises(AgentFailed, match="did not answer within 3 s") as caught:
@@ -130,7 +130,7 @@ def test_who_says_nothing_takes_no_more_than_its_time(host: Host, liar: GuestRec
         told(caught.value)
 
 
-def test_a_program_that_never_ends_is_killed_in_time(host: Host, liar: GuestRecord) -> None:
+def test_a_program_that_never_ends_is_killed_in_time(host: Runtime, liar: GuestRecord) -> None:
     streams = Streams(lambda _: None, lambda _: None)
     for name in ("it never ends", "stdout without end", "stderr without end"):
         tell(host, liar, SLOW[name])
@@ -141,7 +141,7 @@ def test_a_program_that_never_ends_is_killed_in_time(host: Host, liar: GuestReco
         assert code == TIMED_OUT
 
 
-def test_what_is_kept_is_bounded(host: Host, liar: GuestRecord, tmp_path: Path) -> None:
+def test_what_is_kept_is_bounded(host: Runtime, liar: GuestRecord, tmp_path: Path) -> None:
     folder = host.run / liar.name
     tell(host, liar, SLOW["stdout without end"])
     with in_bounds(STUCK), pytest.raises(TooLarge, match=r"more than 1\.0 MiB"):
@@ -152,7 +152,7 @@ def test_what_is_kept_is_bounded(host: Host, liar: GuestRecord, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_end_that_is_none(host: Host, liar: GuestRecord) -> None:
+def test_an_end_that_is_none(host: Runtime, liar: GuestRecord) -> None:
     gone = line({"error": {"desc": "failed: No such file or directory"}})
     tell(
         host,
@@ -168,7 +168,7 @@ def test_an_end_that_is_none(host: Host, liar: GuestRecord) -> None:
     assert done.stdout.startswith(b"all\0 \xff of it")
 
 
-def test_a_copy_has_its_limits(host: Host, liar: GuestRecord, tmp_path: Path) -> None:
+def test_a_copy_has_its_limits(host: Runtime, liar: GuestRecord, tmp_path: Path) -> None:
     tell(host, liar, always(HONEST))
     folder = host.run / liar.name
     with pytest.raises(TooLarge, match=r"larger than 1\.0 MiB") as caught:
@@ -180,7 +180,7 @@ def test_a_copy_has_its_limits(host: Host, liar: GuestRecord, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stop_ends_each_whatever_it_says(host: Host, clones: Clones, run_in: RunIn) -> None:
+def test_stop_ends_each_whatever_it_says(host: Runtime, clones: Clones, run_in: RunIn) -> None:
     lies = ["error 1", "a line without end"]
     good, *evil = clones(1 + len(lies))
     become_liar(host, *evil)
@@ -196,7 +196,7 @@ def test_stop_ends_each_whatever_it_says(host: Host, clones: Clones, run_in: Run
     assert not {guest.pid for guest in (good, *evil)} & set(vmms(host))
 
 
-def test_the_command_says_it_in_one_line(host: Host, liar: GuestRecord) -> None:
+def test_the_command_says_it_in_one_line(host: Runtime, liar: GuestRecord) -> None:
     for name in ("terminal escapes", "objects in objects"):
         tell(host, liar, WRONG[name])
         argv = [ONECOPY, "exec", "--timeout", str(ASKED), liar.name, "true"]

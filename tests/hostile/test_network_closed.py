@@ -23,7 +23,7 @@ import pytest
 from onecopy.errors import CommandFailed, Incompatible
 from onecopy.guest.exec import run_captured
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.store import Artifact, Store
 from onecopy.vmm.argv import GATEWAY, NAME_SERVER, NETWORK
 from onecopy.vmm.vmm_user import User
@@ -110,7 +110,7 @@ REFUSED = {"ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "EACCES", "EPERM", "re
 class Trial:
     """Somebody who runs guests on the host of the test's own: root, or an ordinary user."""
 
-    def __init__(self, here: World, host: Host, home: Path | None) -> None:
+    def __init__(self, here: World, host: Runtime, home: Path | None) -> None:
         self.here, self.host, self._home = here, host, home
         self.is_root = home is None
 
@@ -145,13 +145,13 @@ class Trial:
 
 
 @pytest.fixture(scope="module")
-def here(host: Host, saved: Artifact) -> Iterator[World]:
+def here(host: Runtime, saved: Artifact) -> Iterator[World]:
     with world() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def root(here: World, host: Host, saved: Artifact) -> Trial:
+def root(here: World, host: Runtime, saved: Artifact) -> Trial:
     return Trial(here, host, None)
 
 
@@ -167,7 +167,7 @@ def user(here: World, saved: Artifact) -> Iterator[Trial]:
         for path in (home, *home.rglob("*")):
             os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
         run = home / f"run/onecopy/{told.st_dev:x}-{told.st_ino:x}"
-        host = Host(store, run)
+        host = Runtime(store, run)
         yield Trial(here, host, home)
         host.end(*host.guests(), *host.prepared())
 

@@ -1,7 +1,8 @@
 """A reader that lies: whoever made the disk image has taken it over.
 
-It says anything at its two ports. The rule: BadSource or NotEnough, in time, in bounded memory, and
-no file outside of the folder that is unpacked into. Not here: real ones (vm/test_disk_images.py).
+It says anything at its two ports. The rule: BadSource or InsufficientResources, in time, in bounded
+memory, and no file outside of the folder that is unpacked into. Not here: real ones
+(vm/test_disk_images.py).
 """
 
 from __future__ import annotations

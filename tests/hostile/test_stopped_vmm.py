@@ -22,7 +22,7 @@ from onecopy.errors import AgentFailed, GuestFailed
 from onecopy.guest.exec import run_captured
 from onecopy.guest.resume import go_on
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.vmm.monitor import connect
 from tests.vm.conftest import Clones, RunIn
 
@@ -60,7 +60,7 @@ def running(*args: object) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def test_exec_takes_no_more_than_its_time(host: Host, clones: Clones, run_in: RunIn) -> None:
+def test_exec_takes_no_more_than_its_time(host: Runtime, clones: Clones, run_in: RunIn) -> None:
     guest, other = clones(2)
     with stopped(guest):
         began = time.monotonic()
@@ -87,7 +87,7 @@ def test_the_first_signal_ends_a_command(clones: Clones, number: int) -> None:
         assert time.monotonic() - began < BEYOND + started()
 
 
-def test_stop_ends_it(host: Host, clones: Clones) -> None:
+def test_stop_ends_it(host: Runtime, clones: Clones) -> None:
     guest, other = clones(2)
     with stopped(guest):
         argv = [ONECOPY, "stop", guest.name, other.name]
@@ -101,7 +101,7 @@ def test_stop_ends_it(host: Host, clones: Clones) -> None:
     assert not {guest.name, other.name} & {each.name for each in host.guests()}
 
 
-def test_a_guest_left_paused_holds_up_nobody(host: Host, clones: Clones, run_in: RunIn) -> None:
+def test_a_guest_left_paused_holds_up_nobody(host: Runtime, clones: Clones, run_in: RunIn) -> None:
     """A command that was killed left it standing still, and then its QEMU stops, too."""
     (guest,) = clones(1)
     folder = host.run / guest.name
@@ -119,7 +119,7 @@ def test_a_guest_left_paused_holds_up_nobody(host: Host, clones: Clones, run_in:
     assert run_in(guest, "true").exit_code == 0
 
 
-def test_a_killed_qemu_ends_each_wait(host: Host, clones: Clones, tmp_path: Path) -> None:
+def test_a_killed_qemu_ends_each_wait(host: Runtime, clones: Clones, tmp_path: Path) -> None:
     """Commands that wait for a QEMU that does nothing, without a deadline of their own."""
     guests = clones(4)
     commands = [
@@ -147,7 +147,9 @@ def test_a_killed_qemu_ends_each_wait(host: Host, clones: Clones, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_qemu_ends_what_is_under_way(host: Host, clones: Clones, tmp_path: Path) -> None:
+def test_a_killed_qemu_ends_what_is_under_way(
+    host: Runtime, clones: Clones, tmp_path: Path
+) -> None:
     guest, other = clones(2)
     with (
         running("cp", f"{guest.name}:/usr", tmp_path / "copy") as out,
@@ -163,7 +165,7 @@ def test_a_killed_qemu_ends_what_is_under_way(host: Host, clones: Clones, tmp_pa
         assert time.monotonic() - began < BEYOND + started()
 
 
-def test_a_monitor_that_is_taken_is_told(host: Host, clones: Clones) -> None:
+def test_a_monitor_that_is_taken_is_told(host: Runtime, clones: Clones) -> None:
     """QEMU serves one client: who has it does not let others wait for ever."""
     (guest,) = clones(1)
     path = host.run / guest.name / "monitor.sock"

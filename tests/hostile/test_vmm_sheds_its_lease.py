@@ -22,10 +22,10 @@ from msgspec.structs import replace
 
 from onecopy.errors import AlreadyExists, InUse
 from onecopy.guest import lost_vmms
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
 from onecopy.model import Reference
 from onecopy.store import Artifact
@@ -57,7 +57,7 @@ def inject(tmp_path_factory: pytest.TempPathFactory) -> Inject:
 
 
 @pytest.fixture
-def memtest(host: Host) -> Artifact:
+def memtest(host: Runtime) -> Artifact:
     """A bare machine: it is up at once."""
     return host.store.resolve(MEMTEST)
 
@@ -102,18 +102,18 @@ def shed(inject: Inject, pid: int) -> None:
     assert b"guest=" not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def check_known(host: Host, memtest: Artifact, guest: GuestRecord) -> dict[str, object]:
+def check_known(host: Runtime, memtest: Artifact, guest: GuestRecord) -> dict[str, object]:
     """It is shown, its name is taken, what it runs from is held."""
     found = shown(guest.name)
     assert found and found["pid"] == guest.pid and found["note"]
-    prepared = prepare_cold(host, ColdSpec(root=Reference.parse(memtest.ref)))
+    prepared = plan_boot(host, BootSpec(root=Reference.parse(memtest.ref)))
     with pytest.raises(AlreadyExists):
-        asyncio.run(run_cold(host, prepared, guest.name))
+        asyncio.run(boot_guest(host, prepared, guest.name))
     assert vmm_registry.Process(guest.pid, guest.start_ticks).lives()
     return found
 
 
-def check_ended(host: Host, guest: GuestRecord, *args: str, home: Path | None = None) -> None:
+def check_ended(host: Runtime, guest: GuestRecord, *args: str, home: Path | None = None) -> None:
     done = onecopy("stop", *args, home=home)
     assert done.returncode == 0, done.stderr
     assert f"{guest.name} was ended" in done.stdout
@@ -124,7 +124,7 @@ def check_ended(host: Host, guest: GuestRecord, *args: str, home: Path | None = 
 
 
 def test_one_that_lets_go_of_its_lease(
-    host: Host, memtest: Artifact, guest: GuestRecord, inject: Inject
+    host: Runtime, memtest: Artifact, guest: GuestRecord, inject: Inject
 ) -> None:
     shed(inject, guest.pid)
     host.store.collect()
@@ -142,7 +142,7 @@ def test_one_that_lets_go_of_its_lease(
 
 @pytest.mark.parametrize("shedding", [False, True])
 def test_its_run_folder_is_removed(
-    host: Host, memtest: Artifact, guest: GuestRecord, inject: Inject, shedding: bool
+    host: Runtime, memtest: Artifact, guest: GuestRecord, inject: Inject, shedding: bool
 ) -> None:
     if shedding:
         shed(inject, guest.pid)
@@ -158,7 +158,7 @@ def test_its_run_folder_is_removed(
 
 @pytest.mark.parametrize("shedding", [False, True])
 def test_nothing_is_left_of_it_but_its_user(
-    host: Host, memtest: Artifact, inject: Inject, shedding: bool
+    host: Runtime, memtest: Artifact, inject: Inject, shedding: bool
 ) -> None:
     """As after all of /run/onecopy was removed; nobody but guests has such a user number."""
     assert onecopy("run", "--cold", memtest.ref, "--name", "stray").returncode == 0
@@ -175,13 +175,13 @@ def test_nothing_is_left_of_it_but_its_user(
     check_ended(host, replace(guest, name=found.name), found.name)
 
 
-def test_its_record_is_removed(host: Host, memtest: Artifact, guest: GuestRecord) -> None:
+def test_its_record_is_removed(host: Runtime, memtest: Artifact, guest: GuestRecord) -> None:
     (host.run / guest.name / "guest.json").unlink()
     assert "record" in str(check_known(host, memtest, guest)["note"])
     check_ended(host, guest, guest.name)
 
 
-def test_all_run_folders_are_removed(host: Host, guest: GuestRecord) -> None:
+def test_all_run_folders_are_removed(host: Runtime, guest: GuestRecord) -> None:
     shutil.rmtree(host.run)
     found = shown(guest.name)
     assert found and found["pid"] == guest.pid and found["kind"] == "lost"
@@ -189,14 +189,14 @@ def test_all_run_folders_are_removed(host: Host, guest: GuestRecord) -> None:
 
 
 def test_its_store_is_removed(
-    host: Host, memtest: Artifact, tmp_path: Path, inject: Inject
+    host: Runtime, memtest: Artifact, tmp_path: Path, inject: Inject
 ) -> None:
     """Any other store of the user shows and ends it, and its run folders go then."""
     root = tmp_path / "store"
     subprocess.run(["cp", "-a", "--reflink=auto", host.store.root, root], check=True)
-    other = Host.open(root)
-    prepared = prepare_cold(other, ColdSpec(root=Reference.parse(memtest.ref)))
-    guest = asyncio.run(run_cold(other, prepared, "orphan"))
+    other = Runtime.open(root)
+    prepared = plan_boot(other, BootSpec(root=Reference.parse(memtest.ref)))
+    guest = asyncio.run(boot_guest(other, prepared, "orphan"))
     try:
         shutil.rmtree(root)
         shed(inject, guest.pid)
@@ -207,13 +207,13 @@ def test_its_store_is_removed(
         with host.store.hold([memtest.digest], "orphan"):
             pass
         check_ended(other, guest, "orphan")
-        Host.open(host.store.root)
+        Runtime.open(host.store.root)
         assert not other.run.exists()
     finally:
         vmm_registry.end([guest.process])
 
 
-def test_a_guest_s_number_is_not_given_out_again(host: Host, guest: GuestRecord) -> None:
+def test_a_guest_s_number_is_not_given_out_again(host: Runtime, guest: GuestRecord) -> None:
     """As long as its VMM or a file of it is there."""
     uid = Path(f"/proc/{guest.pid}").stat().st_uid
     assert uid in vmm_registry.users()
@@ -223,7 +223,7 @@ def test_a_guest_s_number_is_not_given_out_again(host: Host, guest: GuestRecord)
     assert uid not in vmm_registry.users()
 
 
-def test_another_process_with_its_number_is_not_ended(host: Host, guest: GuestRecord) -> None:
+def test_another_process_with_its_number_is_not_ended(host: Runtime, guest: GuestRecord) -> None:
     """Numbers of processes come again: one that began at another time is somebody else's."""
     other = subprocess.Popen(["sleep", "60"])
     try:
@@ -239,7 +239,7 @@ def test_another_process_with_its_number_is_not_ended(host: Host, guest: GuestRe
 
 
 def test_a_stopped_qemu_holds_up_no_other_command(
-    host: Host, guest: GuestRecord, cold: Cold, memtest: Artifact
+    host: Runtime, guest: GuestRecord, cold: Cold, memtest: Artifact
 ) -> None:
     """One that stands still for a killed command, and answers nobody."""
     second = cold(memtest)

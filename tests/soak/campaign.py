@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from tests.soak.remains import Remains
 
 ONECOPY = Path(sys.executable).parent / "onecopy"
@@ -30,7 +30,7 @@ Guests = list[dict[str, Any]]
 class Campaign:
     """Waves of ``wave`` clones from a saved system BASE, whose application answers on port 80."""
 
-    def __init__(self, host: Host, seed: int, wave: int) -> None:
+    def __init__(self, host: Runtime, seed: int, wave: int) -> None:
         self._host = host
         self._dice = random.Random(seed)  # noqa: S311 - nothing secret
         self._wave = wave

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Remains:
     shared_memory: frozenset[str]
 
     @classmethod
-    def look(cls, host: Host) -> Remains:
+    def look(cls, host: Runtime) -> Remains:
         """What there is now."""
         root = host.store.root
         return cls(
@@ -63,7 +63,7 @@ def _names(folder: Path) -> frozenset[str]:
     return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
 
 
-def _processes(host: Host) -> list[str]:
+def _processes(host: Runtime) -> list[str]:
     ours = f"ONECOPY_HOME={host.store.root}".encode()
     found = []
     for entry in Path("/proc").iterdir():

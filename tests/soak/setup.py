@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.bootplan import BootSpec
 from onecopy.guest.lifecycle.save import save_system
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from tests.soak.campaign import BASE
@@ -21,16 +21,16 @@ from tests.vm.kept import kept_store
 
 
 @contextmanager
-def soaked(folder: Path) -> Iterator[Host]:
+def soaked(folder: Path) -> Iterator[Runtime]:
     """The host, in ``folder``, which ONECOPY_HOME names for the commands; it goes at the end."""
     with kept_store() as kept:
         subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, folder], check=True)
-    host = Host.open(folder)
+    host = Runtime.open(folder)
     try:
         with host.store.workspace() as work:
             (work / "app.py").write_text(APP)
             build_segment(host.store, Reference("app"), f"dir:{work}")
-        spec = ColdSpec(
+        spec = BootSpec(
             root=PYTHON_ROOT,
             segments=((Reference("app"), "/srv/app"),),
             memory=128 * MIB,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from tests.conftest import cannot_run
 from tests.soak.campaign import KINDS, Campaign
 from tests.soak.remains import Remains
@@ -16,7 +16,7 @@ from tests.soak.setup import soaked
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     if os.geteuid() != 0:
         cannot_run("Debian roots are built by root only")
     home = tmp_path_factory.mktemp("soak") / "store"
@@ -26,7 +26,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
             yield made
 
 
-def test_a_wave_of_each_kind(host: Host) -> None:
+def test_a_wave_of_each_kind(host: Runtime) -> None:
     campaign = Campaign(host, seed=1, wave=3)
     for kind in KINDS:
         campaign.turn(kind)
@@ -35,7 +35,7 @@ def test_a_wave_of_each_kind(host: Host) -> None:
     assert campaign.answers >= 3 + 1 + 4 + 3
 
 
-def test_what_is_left_is_seen(host: Host, tmp_path: Path) -> None:
+def test_what_is_left_is_seen(host: Runtime, tmp_path: Path) -> None:
     before = Remains.look(host)
     Remains.look(host).require(before)
     with subprocess.Popen(["sleep", "60"], cwd=host.run) as child:

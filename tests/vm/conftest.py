@@ -20,12 +20,12 @@ from onecopy.errors import BadSource, MissingProgram
 from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.exec_streams import KEPT
 from onecopy.guest.lifecycle.batch import names_for, start_many
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.images.kernel import ensure_kernel
 from onecopy.model import MIB, Reference
@@ -83,13 +83,13 @@ class RunIn(Protocol):
 
 
 class Cold(Protocol):
-    """The fixture ``cold``: boot one guest from a segment; ``options`` are ColdSpec's."""
+    """The fixture ``cold``: boot one guest from a segment; ``options`` are BootSpec's."""
 
     def __call__(self, root: Artifact, **options: object) -> GuestRecord: ...
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     """A store of the session's own, also for subprocesses; at the end no VMM of it is left."""
     if os.geteuid() != 0:
         cannot_run("Debian roots are built, and physical pages seen, by root only")
@@ -97,7 +97,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     _copy_kept_store(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONECOPY_HOME", str(root))
-        mine = Host.open(root)
+        mine = Runtime.open(root)
         _require_accelerator(mine)
         try:
             yield mine
@@ -112,14 +112,14 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         assert not left, f"VMMs were left: {left}"
 
 
-def _require_accelerator(host: Host) -> None:
+def _require_accelerator(host: Runtime) -> None:
     if ACCEL:
         kernel = ensure_kernel(host.store).layer("kernel").path
         found = choose(Choice.AUTO, host.qemu.binary, kernel, host.store.cache)
         assert found.name == ACCEL, f"guests would run under {found.name}: {found.reason}"
 
 
-def vmms(host: Host) -> list[int]:
+def vmms(host: Runtime) -> list[int]:
     """Process ids of all VMMs with a run folder of ``host``, whether on record or not."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -152,13 +152,13 @@ def _copy_kept_store(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def python_root(host: Host) -> Artifact:
+def python_root(host: Runtime) -> Artifact:
     """Root segment: Debian with python3, no init."""
     return host.store.resolve(PYTHON_ROOT, "segment")
 
 
 @pytest.fixture(scope="session")
-def app(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def app(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Segment with app.py: an HTTP server on port 80 that answers its hostname."""
     folder = tmp_path_factory.mktemp("app")
     (folder / "app.py").write_text(APP)
@@ -166,7 +166,7 @@ def app(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 @pytest.fixture(scope="session")
-def busybox_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def busybox_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Root segment: /bin/busybox and /bin/sh, nothing else."""
     folder = tmp_path_factory.mktemp("busybox")
     (folder / "bin").mkdir()
@@ -176,7 +176,7 @@ def busybox_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifa
 
 
 @pytest.fixture(scope="session")
-def static_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def static_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Root segment: one static program, /bin/probe (see PROBE), and no shell."""
     if shutil.which("gcc") is None:
         cannot_run("there is no gcc")
@@ -189,22 +189,22 @@ def static_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 
 
 @pytest.fixture(scope="session")
-def systemd_root(host: Host) -> Artifact:
+def systemd_root(host: Runtime) -> Artifact:
     """Root segment: Debian with systemd as its init."""
     return host.store.resolve(Reference("systemd", SUITE), "segment")
 
 
 @pytest.fixture(scope="session")
-def systemd_system(host: Host, systemd_root: Artifact) -> Artifact:
+def systemd_system(host: Runtime, systemd_root: Artifact) -> Artifact:
     """Saved system: Debian with systemd, up."""
-    spec = ColdSpec(root=Reference.parse(systemd_root.ref), memory=256 * MIB)
+    spec = BootSpec(root=Reference.parse(systemd_root.ref), memory=256 * MIB)
     return asyncio.run(save_system(host, Reference("systemd-saved"), spec)).artifact
 
 
 @pytest.fixture(scope="session")
-def saved(host: Host, python_root: Artifact, app: Artifact) -> Artifact:
+def saved(host: Runtime, python_root: Artifact, app: Artifact) -> Artifact:
     """Saved system: ``python_root`` with the app at /srv/app answering on port 80."""
-    spec = ColdSpec(
+    spec = BootSpec(
         root=Reference.parse(python_root.ref),
         segments=((Reference.parse(app.ref), "/srv/app"),),
         memory=256 * MIB,
@@ -215,7 +215,7 @@ def saved(host: Host, python_root: Artifact, app: Artifact) -> Artifact:
 
 
 @pytest.fixture
-def clones(host: Host, saved: Artifact) -> Iterator[Clones]:
+def clones(host: Runtime, saved: Artifact) -> Iterator[Clones]:
     """``clones(n)`` starts n clones of ``saved``; they end after the test."""
     source = template(host, saved)
     started: list[GuestRecord] = []
@@ -234,17 +234,17 @@ def clones(host: Host, saved: Artifact) -> Iterator[Clones]:
 
 
 @pytest.fixture
-def cold(host: Host) -> Iterator[Cold]:
+def cold(host: Runtime) -> Iterator[Cold]:
     """``cold(root, **options)`` boots a guest from a segment; it ends after the test."""
     started: list[GuestRecord] = []
 
     def boot(root: Artifact, **options: object) -> GuestRecord:
         options = {"idle": True, **options}
-        spec = ColdSpec(root=Reference.parse(root.ref), **options)  # type: ignore[arg-type]
-        prepared = prepare_cold(host, spec)
+        spec = BootSpec(root=Reference.parse(root.ref), **options)  # type: ignore[arg-type]
+        prepared = plan_boot(host, spec)
         names = names_for("cold", None, 1)
         started.extend(
-            _start(host, names, lambda name, batch: run_cold(host, prepared, name, batch))
+            _start(host, names, lambda name, batch: boot_guest(host, prepared, name, batch))
         )
         return started[-1]
 
@@ -256,13 +256,13 @@ def cold(host: Host) -> Iterator[Cold]:
 
 
 def _start(
-    host: Host, names: list[str], start: Callable[[str, Batch], Awaitable[GuestRecord]]
+    host: Runtime, names: list[str], start: Callable[[str, Batch], Awaitable[GuestRecord]]
 ) -> list[GuestRecord]:
     return list(asyncio.run(start_many(host, names, start)).guests)
 
 
 @pytest.fixture
-def run_in(host: Host) -> RunIn:
+def run_in(host: Runtime) -> RunIn:
     """``run_in(guest, *argv)`` runs a program in a guest and returns what came of it."""
 
     def run(

@@ -18,7 +18,7 @@ from onecopy.errors import OnecopyError
 from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle.stop import wait_for_end
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.vmm import logs
 
 REBOOTED = "onecopy: the guest was rebooted"
@@ -74,7 +74,7 @@ class Told(msgspec.Struct, frozen=True):
     """What the console said since."""
 
 
-def end_all(host: Host, guests: Sequence[GuestRecord], commands: Sequence[str]) -> list[Told]:
+def end_all(host: Runtime, guests: Sequence[GuestRecord], commands: Sequence[str]) -> list[Told]:
     """Run each command in a guest of its own, all at once; each guest is gone then."""
 
     async def all_of_them() -> list[Told]:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.images.deb_packages import fetch_package
 from onecopy.images.kernel import ensure_kernel
@@ -40,7 +40,7 @@ MEMTEST_PACKAGE = "memtest86+"
 
 
 @contextlib.contextmanager
-def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Host]:
+def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Runtime]:
     """The kept store, locked meanwhile: filled for guests of the suites ``roots``.
 
     Kernel and tools are those of the suite ``host`` (default: this host's). Raises BadSource and
@@ -54,7 +54,7 @@ def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Host
         for other in cache.glob("store-*"):
             if other != path:
                 shutil.rmtree(other)
-        kept = Host.open(path)
+        kept = Runtime.open(path)
         kernel = ensure_kernel(kept.store, suite=host)
         ensure_tools(kept.store, suite=host)
         for suite in roots:
@@ -71,19 +71,19 @@ def _roots(suite: str) -> dict[str, tuple[str, ...]]:
     return {"python": TEST_PACKAGES[suite], "systemd": ("systemd-sysv", "dbus")}
 
 
-def _ensure_roots(kept: Host, suite: str) -> None:
+def _ensure_roots(kept: Runtime, suite: str) -> None:
     for name, packages in _roots(suite).items():
         ref = Reference(name, suite)
         if not kept.store.find(ref, "segment"):
             build_segment(kept.store, ref, f"debian:{suite}", include=packages)
 
 
-def _ensure_services(kept: Host, ref: Reference, packages: Sequence[str]) -> None:
+def _ensure_services(kept: Runtime, ref: Reference, packages: Sequence[str]) -> None:
     if not kept.store.find(ref, "segment"):
         build_segment(kept.store, ref, f"debian:{ref.version}", include=packages)
 
 
-def _ensure_memtest(kept: Host) -> None:
+def _ensure_memtest(kept: Runtime) -> None:
     if not kept.store.find(MEMTEST, "kernel"):
         with kept.store.workspace() as work:
             package = fetch_package((MEMTEST_PACKAGE,), "trixie", work, lambda _: None)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import pagemap, smaps
 from onecopy.linux.counters.smaps import Mapping
 from onecopy.model import PAGE_SIZE
@@ -44,7 +44,7 @@ class Region:
     backend: str
 
 
-def query(host: Host, guest: GuestRecord, command: str) -> Any:
+def query(host: Runtime, guest: GuestRecord, command: str) -> Any:
     """Ask the guest's QEMU something."""
 
     async def ask() -> Any:
@@ -55,7 +55,7 @@ def query(host: Host, guest: GuestRecord, command: str) -> Any:
 
 
 @contextlib.contextmanager
-def paused(host: Host, guests: Sequence[GuestRecord]) -> Iterator[None]:
+def paused(host: Runtime, guests: Sequence[GuestRecord]) -> Iterator[None]:
     """Let no guest run, so that what is read of them one after another belongs together."""
     for guest in guests:
         query(host, guest, "stop")
@@ -66,7 +66,7 @@ def paused(host: Host, guests: Sequence[GuestRecord]) -> Iterator[None]:
             query(host, guest, "cont")
 
 
-def regions(host: Host, guest: GuestRecord) -> dict[str, Region]:
+def regions(host: Runtime, guest: GuestRecord) -> dict[str, Region]:
     """Path of each segment's blob -> where the guest has it."""
     paths = {}
     for line in (Path("/proc") / str(guest.pid) / "cmdline").read_bytes().split(b"\0"):

@@ -9,7 +9,7 @@ import asyncio
 from pathlib import Path
 
 from onecopy.guest.run_directory import Attached, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach, detach
 from onecopy.images.create import NewRange, create_segment
 from onecopy.model import HUGE_PAGE_SIZE, PAGE_SIZE, PageClass, Reference
@@ -21,7 +21,7 @@ CONTENT = b"stored content"
 SIZE = HUGE_PAGE_SIZE
 
 
-def make(host: Host, folder: Path, name: str, *classes: PageClass) -> Artifact:
+def make(host: Runtime, folder: Path, name: str, *classes: PageClass) -> Artifact:
     """A segment of one range for each class, each with ``CONTENT`` if it can have any."""
     folder.mkdir(exist_ok=True)
     file = folder / "content"
@@ -30,14 +30,14 @@ def make(host: Host, folder: Path, name: str, *classes: PageClass) -> Artifact:
     return create_segment(host.store, Reference.parse(name), ranges)
 
 
-def load(host: Host, guest: GuestRecord, what: str, *, exclusive: bool = False) -> Attached:
+def load(host: Runtime, guest: GuestRecord, what: str, *, exclusive: bool = False) -> Attached:
     """Attach ``NAME[:VERSION][:/MOUNTPOINT]``."""
     ref, colon, mountpoint = what.partition(":/")
     where = f"/{mountpoint}" if colon else ""
     return asyncio.run(attach(host, guest.name, Reference.parse(ref), where, exclusive=exclusive))
 
 
-def unload(host: Host, guest: GuestRecord, name: str) -> Attached:
+def unload(host: Runtime, guest: GuestRecord, name: str) -> Attached:
     """Detach."""
     return asyncio.run(detach(host, guest.name, name))
 
@@ -63,7 +63,7 @@ def write(run_in: RunIn, guest: GuestRecord, device: str, text: str, page: int =
     assert done.exit_code == 0, done.stderr
 
 
-def record(host: Host, guest: GuestRecord) -> GuestRecord:
+def record(host: Runtime, guest: GuestRecord) -> GuestRecord:
     """What the host has on record of a guest now."""
     return host.guest(guest.name).record()
 

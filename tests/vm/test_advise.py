@@ -15,7 +15,7 @@ import pytest
 from onecopy.errors import InvalidInput, NotFound
 from onecopy.guest.observe import advise
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from tests.vm.conftest import Clones, RunIn
 
@@ -58,7 +58,7 @@ def onecopy(*args: str | Path) -> str:
 
 
 def test_what_is_known_is_found_and_no_more(
-    host: Host, alike: list[GuestRecord], files: Path
+    host: Runtime, alike: list[GuestRecord], files: Path
 ) -> None:
     names = [guest.name for guest in alike]
     advised = advise.look(host, names, files=[files])
@@ -88,7 +88,7 @@ def test_what_is_known_is_found_and_no_more(
 
 
 @pytest.mark.smoke
-def test_it_is_carried_out(host: Host, clones: Clones, files: Path, run_in: RunIn) -> None:
+def test_it_is_carried_out(host: Runtime, clones: Clones, files: Path, run_in: RunIn) -> None:
     (guest,) = clones(1)
     known = (files / "known").read_bytes()
     copies = "cd /dev/shm; cat >0; for n in 1 2 3; do cp 0 $n; done"

@@ -23,7 +23,7 @@ import pytest
 import onecopy
 from onecopy import aio, errors
 from onecopy.guest.run_directory import is_mark
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import vmms
@@ -40,7 +40,7 @@ def mine(saved: Artifact) -> Iterator[onecopy.Host]:
 
 
 @pytest.fixture
-def hello(host: Host, saved: Artifact) -> Iterator[str]:
+def hello(host: Runtime, saved: Artifact) -> Iterator[str]:
     """The saved system of the docs."""
     yield host.store.tag(Reference.parse(saved.ref), Reference("hello")).ref
     host.store.remove(Reference("hello"))
@@ -70,7 +70,7 @@ def suite(folder: Path, right: bool) -> None:
     )
 
 
-def test_the_examples_as_they_stand(host: Host, hello: str, tmp_path: Path) -> None:
+def test_the_examples_as_they_stand(host: Runtime, hello: str, tmp_path: Path) -> None:
     check, concurrent, tests = examples("docs/python.md")
     program = tmp_path / "test_program.py"
     program.write_text(check)
@@ -122,7 +122,7 @@ def eventually(holds: Callable[[], bool]) -> bool:
 
 
 def test_a_process_that_starts_many_keeps_nothing(
-    host: Host, mine: onecopy.Host, saved: Artifact
+    host: Runtime, mine: onecopy.Host, saved: Artifact
 ) -> None:
     with mine.start(saved.ref, 2):
         pass
@@ -145,7 +145,7 @@ def test_a_process_that_starts_many_keeps_nothing(
     assert list((host.store.root / "leases").glob("again*.json")) == []
 
 
-def test_guests_end_with_their_block(host: Host, mine: onecopy.Host, saved: Artifact) -> None:
+def test_guests_end_with_their_block(host: Runtime, mine: onecopy.Host, saved: Artifact) -> None:
     with pytest.raises(ZeroDivisionError), mine.start(saved.ref, 2, name="raises") as guests:
         assert {guest.name for guest in mine.guests()} == {"raises-1", "raises-2"}
         assert sorted(vmms(host)) == sorted(guest.record.pid for guest in guests)
@@ -175,14 +175,14 @@ with onecopy.Host() as host, host.start(sys.argv[1], 2, name="left") as [kept, e
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_program_that_is_killed(host: Host, saved: Artifact, number: signal.Signals) -> None:
+def test_a_program_that_is_killed(host: Runtime, saved: Artifact, number: signal.Signals) -> None:
     argv = [sys.executable, "-c", PROGRAM, saved.ref]
     with subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as program:
         assert program.stdout
         assert program.stdout.readline() == "up\n"
-        assert [each.name for each in Host.open().guests()] == ["left-1", "left-2"]
+        assert [each.name for each in Runtime.open().guests()] == ["left-1", "left-2"]
         program.send_signal(number)
         said = program.communicate(timeout=STUCK)[1]
     assert program.returncode == -number
@@ -241,7 +241,7 @@ def test_what_cannot_be_right(mine: onecopy.Host, saved: Artifact) -> None:
         onecopy.Host().guests()
 
 
-def test_threads_share_a_host_and_hosts_a_process(host: Host, saved: Artifact) -> None:
+def test_threads_share_a_host_and_hosts_a_process(host: Runtime, saved: Artifact) -> None:
     def work(mine: onecopy.Host, number: int) -> str:
         with mine.start(saved.ref, 2, name=f"t{number}") as guests:
             assert {guest.name for guest in guests} <= {each.name for each in mine.guests()}
@@ -266,7 +266,7 @@ def leases(pid: int) -> Iterator[Path]:
                 yield target
 
 
-def test_asyncio(host: Host, saved: Artifact) -> None:
+def test_asyncio(host: Runtime, saved: Artifact) -> None:
     async def main() -> None:
         async with aio.Host() as mine, mine.start(saved.ref, 3) as guests:
             names = await asyncio.gather(*(guest.exec(["hostname"]) for guest in guests))
@@ -280,7 +280,7 @@ def test_asyncio(host: Host, saved: Artifact) -> None:
 
 
 def test_boot_attach_save(
-    host: Host, mine: onecopy.Host, busybox_root: Artifact, app: Artifact, tmp_path: Path
+    host: Runtime, mine: onecopy.Host, busybox_root: Artifact, app: Artifact, tmp_path: Path
 ) -> None:
     (tmp_path / "state").write_text("kept\n")
     with mine.boot(busybox_root.ref, memory="128M", name="booted", run="") as [guest]:

@@ -22,7 +22,7 @@ from onecopy.errors import (
 )
 from onecopy.guest.observe import advise
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.images.create import NewRange, create_segment
 from onecopy.model import MIB, PageClass, Reference
@@ -32,7 +32,7 @@ from tests.vm.segments import load, make, read, record, unload
 
 
 @pytest.fixture
-def site(host: Host, tmp_path: Path) -> Artifact:
+def site(host: Runtime, tmp_path: Path) -> Artifact:
     """Segment with a file `page`, as EROFS."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/page").write_text("a page\n")
@@ -41,7 +41,7 @@ def site(host: Host, tmp_path: Path) -> Artifact:
 
 @pytest.mark.parametrize("kind", ["cold", pytest.param("clone", marks=pytest.mark.smoke)])
 def test_mounted_used_and_unloaded(
-    host: Host,
+    host: Runtime,
     cold: Cold,
     clones: Clones,
     run_in: RunIn,
@@ -72,7 +72,7 @@ def test_mounted_used_and_unloaded(
 
 
 def test_what_is_in_use_is_not_unloaded(
-    host: Host, cold: Cold, run_in: RunIn, busybox_root: Artifact, site: Artifact
+    host: Runtime, cold: Cold, run_in: RunIn, busybox_root: Artifact, site: Artifact
 ) -> None:
     guest = cold(busybox_root)
     load(host, guest, "site:/srv")
@@ -88,7 +88,7 @@ def test_what_is_in_use_is_not_unloaded(
 
 
 def test_each_refusal_has_its_own_error(
-    host: Host, cold: Cold, busybox_root: Artifact, site: Artifact, tmp_path: Path
+    host: Runtime, cold: Cold, busybox_root: Artifact, site: Artifact, tmp_path: Path
 ) -> None:
     guest = cold(busybox_root)
     store = host.store
@@ -127,7 +127,7 @@ def test_each_refusal_has_its_own_error(
         store.remove(Reference(name), in_use=True)
 
 
-def test_no_slot_left(host: Host, cold: Cold, busybox_root: Artifact, tmp_path: Path) -> None:
+def test_no_slot_left(host: Runtime, cold: Cold, busybox_root: Artifact, tmp_path: Path) -> None:
     guest = cold(busybox_root)
     make(host, tmp_path / "many", "many", *[PageClass.SR] * 30)
     make(host, tmp_path / "few", "few", *[PageClass.SR] * 2)
@@ -140,7 +140,7 @@ def test_no_slot_left(host: Host, cold: Cold, busybox_root: Artifact, tmp_path: 
 
 
 def test_a_truncated_blob_is_not_mapped(
-    host: Host, cold: Cold, run_in: RunIn, busybox_root: Artifact, tmp_path: Path
+    host: Runtime, cold: Cold, run_in: RunIn, busybox_root: Artifact, tmp_path: Path
 ) -> None:
     """A guest that ran beyond the end of its file would be killed (SIGBUS)."""
     guest = cold(busybox_root)
@@ -156,7 +156,7 @@ def test_a_truncated_blob_is_not_mapped(
 
 
 def test_two_commands_load_the_same_at_once(
-    host: Host, clones: Clones, run_in: RunIn, site: Artifact
+    host: Runtime, clones: Clones, run_in: RunIn, site: Artifact
 ) -> None:
     from onecopy.guest.segments.attach import attach
 
@@ -174,7 +174,7 @@ def test_two_commands_load_the_same_at_once(
 
 
 def test_a_guest_of_a_domain(
-    host: Host, cold: Cold, run_in: RunIn, busybox_root: Artifact, site: Artifact
+    host: Runtime, cold: Cold, run_in: RunIn, busybox_root: Artifact, site: Artifact
 ) -> None:
     """Nothing that it maps, nor its own memory, is shared with a guest of another domain."""
     store = host.store
@@ -211,7 +211,7 @@ def mergeable(guest: GuestRecord) -> bool:
     return any(line.startswith("VmFlags:") and "mg" in line.split() for line in lines)
 
 
-def mapped(host: Host, guest: GuestRecord) -> set[str]:
+def mapped(host: Runtime, guest: GuestRecord) -> set[str]:
     """Inodes of the store that its VMM maps."""
     lines = Path(f"/proc/{guest.pid}/maps").read_text().splitlines()
     return {line.split()[4] for line in lines if str(host.store.root) in line}

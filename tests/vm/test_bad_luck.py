@@ -27,9 +27,9 @@ import pytest
 from onecopy import errors
 from onecopy.errors import AgentFailed, InUse, OnecopyError
 from onecopy.guest import ports
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
-from onecopy.guest.runtime import Host
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
+from onecopy.guest.runtime import Runtime
 from onecopy.images.kernel import ensure_kernel
 from onecopy.images.tools import ensure_tools
 from onecopy.linux.vmm_registry import of_store as vmms_on_record
@@ -62,11 +62,11 @@ def refused(code: int, *args: str, home: Path | None = None) -> str:
     return done.stderr
 
 
-def refs(host: Host) -> set[str]:
+def refs(host: Runtime) -> set[str]:
     return {artifact.ref for artifact in host.store.artifacts()}
 
 
-def assert_nothing_left(host: Host, names: set[str]) -> None:
+def assert_nothing_left(host: Runtime, names: set[str]) -> None:
     """After one next command, only ``names`` are in the store, and nothing is anywhere else."""
     assert onecopy("ps", "--json", home=host.store.root).stdout.strip() == "[]"
     assert vmms(host) == []
@@ -82,7 +82,7 @@ def assert_nothing_left(host: Host, names: set[str]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(host: Host, saved: Artifact, busybox_root: Artifact) -> Iterator[None]:
+def _nothing_left(host: Runtime, saved: Artifact, busybox_root: Artifact) -> Iterator[None]:
     """Each test of this file leaves nothing, and no name, behind."""
     names = refs(host)
     # What other files' tests let end by itself stays known.
@@ -103,17 +103,17 @@ def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
 
 
 def test_an_agent_that_stops_answering(
-    host: Host, busybox_root: Artifact, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, busybox_root: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It would be a minute.
     monkeypatch.setattr(Agent.call, "__kwdefaults__", {"timeout": 5.0})
     stop = "grep -q 'qemu-g[a]' $p/cmdline && kill -STOP ${p##*/}"
     ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; false"
-    prepared = prepare_cold(
-        host, ColdSpec(Reference("busybox"), memory=128 * MIB, command="", ready=ready, timeout=60)
+    prepared = plan_boot(
+        host, BootSpec(Reference("busybox"), memory=128 * MIB, command="", ready=ready, timeout=60)
     )
     with pytest.raises(AgentFailed, match="did not answer") as caught:
-        asyncio.run(run_cold(host, prepared, "mute"))
+        asyncio.run(boot_guest(host, prepared, "mute"))
     assert "last words" in caught.value.message
 
 
@@ -186,7 +186,7 @@ INTERRUPTS = [
 
 @pytest.mark.parametrize(("what", "step", "number"), INTERRUPTS)
 def test_an_interrupted_command(
-    host: Host,
+    host: Runtime,
     saved: Artifact,
     busybox_root: Artifact,
     tmp_path: Path,
@@ -245,7 +245,7 @@ def test_an_interrupted_command(
     assert_nothing_left(host, names)
 
 
-def let_mmdebstrap_end(host: Host) -> None:
+def let_mmdebstrap_end(host: Runtime) -> None:
     """A kill -9 of us has it asked to end, which takes it some seconds."""
     work = f"{host.store.root}/tmp/work-".encode()
     deadline = time.monotonic() + STUCK
@@ -278,7 +278,7 @@ main()
 """
 
 
-def test_interrupted_when_all_run(host: Host, saved: Artifact) -> None:
+def test_interrupted_when_all_run(host: Runtime, saved: Artifact) -> None:
     before = vmms(host)
     argv = [sys.executable, "-c", TOO_LATE, "run", saved.name, "-n", "2", "--name", "late"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
@@ -288,7 +288,7 @@ def test_interrupted_when_all_run(host: Host, saved: Artifact) -> None:
 
 
 @pytest.mark.parametrize("delay", [0.0, 2.0])
-def test_qemu_killed_while_saving(host: Host, busybox_root: Artifact, delay: float) -> None:
+def test_qemu_killed_while_saving(host: Runtime, busybox_root: Artifact, delay: float) -> None:
     with begun(*save("dead", busybox_root, "--ready", "echo soon; false")) as process:
         wait_for(process, "booting")
         kill_first(host, process, delay)
@@ -299,7 +299,7 @@ def test_qemu_killed_while_saving(host: Host, busybox_root: Artifact, delay: flo
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.15])
-def test_qemu_killed_while_a_clone_starts(host: Host, saved: Artifact, delay: float) -> None:
+def test_qemu_killed_while_a_clone_starts(host: Runtime, saved: Artifact, delay: float) -> None:
     began = time.monotonic()
     with begun("run", saved.ref, "--name", "dead") as process:
         kill_first(host, process, delay)
@@ -315,27 +315,27 @@ def test_qemu_killed_while_a_clone_starts(host: Host, saved: Artifact, delay: fl
     assert time.monotonic() - began < 20
 
 
-def kill_first(host: Host, process: subprocess.Popen[str], delay: float) -> None:
+def kill_first(host: Runtime, process: subprocess.Popen[str], delay: float) -> None:
     """Wait for the first VMM, and ``delay`` seconds more, and kill it."""
     pid = first_vmm(host, process)
     time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
 
 
-def first_vmm(host: Host, process: subprocess.Popen[str]) -> int:
+def first_vmm(host: Runtime, process: subprocess.Popen[str]) -> int:
     while not (found := vmms(host)):
         assert process.poll() is None
     return found[0]
 
 
 @pytest.fixture
-def small(host: Host, tmp_path: Path, busybox_root: Artifact) -> Iterator[Host]:
+def small(host: Runtime, tmp_path: Path, busybox_root: Artifact) -> Iterator[Runtime]:
     """A host whose store, with what a busybox guest needs, is on a disk of 300 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300M", "small", disk], check=True)
     try:
-        mine = Host.open(disk / "store")
+        mine = Runtime.open(disk / "store")
         for artifact in (ensure_kernel(host.store), ensure_tools(host.store), busybox_root):
             copy(artifact, mine.store)
         yield mine
@@ -357,7 +357,7 @@ def copy(artifact: Artifact, into: Store) -> None:
         into.put(artifact.kind, Reference.parse(artifact.ref), artifact.config, layers, own=True)
 
 
-def test_a_full_disk(small: Host, busybox_root: Artifact, tmp_path: Path) -> None:
+def test_a_full_disk(small: Runtime, busybox_root: Artifact, tmp_path: Path) -> None:
     names, home = refs(small), small.store.root
     tcg = ["--accel", ACCEL or "tcg"]
     said = refused(9, *save("big", busybox_root, "--memory", "1G", *tcg), home=home)
@@ -372,7 +372,7 @@ def test_a_full_disk(small: Host, busybox_root: Artifact, tmp_path: Path) -> Non
     assert_nothing_left(small, names)
 
 
-def test_a_disk_that_fills_up_meanwhile(small: Host, busybox_root: Artifact) -> None:
+def test_a_disk_that_fills_up_meanwhile(small: Runtime, busybox_root: Artifact) -> None:
     names, home = refs(small), small.store.root
     env = os.environ | {"ONECOPY_HOME": str(home)}
     args = save("full", busybox_root, "--accel", ACCEL or "tcg")
@@ -391,7 +391,7 @@ def test_a_disk_that_fills_up_meanwhile(small: Host, busybox_root: Artifact) -> 
     assert onecopy("rm", "full", home=home).returncode == 0
 
 
-def test_an_archive_that_does_not_fit(small: Host, tmp_path: Path) -> None:
+def test_an_archive_that_does_not_fit(small: Runtime, tmp_path: Path) -> None:
     names = refs(small)
     (tmp_path / "zeros").write_bytes(bytes(400 * MIB))
     subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "a.tar", "zeros"], check=True)
@@ -469,7 +469,7 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
     assert all(done.stdout == "" for done in results)
 
 
-def test_a_device_state_that_was_changed(host: Host, saved: Artifact) -> None:
+def test_a_device_state_that_was_changed(host: Runtime, saved: Artifact) -> None:
     path = saved.layer("state").path
     whole = path.read_bytes()
     middle = len(whole) // 2
@@ -486,7 +486,7 @@ def test_a_device_state_that_was_changed(host: Host, saved: Artifact) -> None:
     assert not host.guests()
 
 
-def test_two_saves_of_one_name_at_once(host: Host, busybox_root: Artifact) -> None:
+def test_two_saves_of_one_name_at_once(host: Runtime, busybox_root: Artifact) -> None:
     with ThreadPoolExecutor(2) as pool:
         texts = [f"save {number}" for number in (1, 2)]
         commands = [f"echo {text}; exec sleep 1000000" for text in texts]
@@ -502,7 +502,7 @@ def test_two_saves_of_one_name_at_once(host: Host, busybox_root: Artifact) -> No
     assert onecopy("rm", "twice").returncode == 0
 
 
-def test_removing_what_another_command_starts(host: Host, saved: Artifact) -> None:
+def test_removing_what_another_command_starts(host: Runtime, saved: Artifact) -> None:
     for number in range(8):
         again(host, saved, number)
         late = random.uniform(0, 0.4)  # noqa: S311
@@ -530,7 +530,7 @@ def ended(said: str) -> bool:
     return not Path(f"/proc/{guest['pid']}").exists()
 
 
-def again(host: Host, saved: Artifact, number: int) -> None:
+def again(host: Runtime, saved: Artifact, number: int) -> None:
     """The saved system once more as ``race``, with a blob of its own that a removal takes away."""
     with host.store.workspace() as work:
         layers = []
@@ -547,7 +547,7 @@ def again(host: Host, saved: Artifact, number: int) -> None:
 
 
 def test_a_port_that_is_lost_to_another_program_meanwhile(
-    host: Host, busybox_root: Artifact, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, busybox_root: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was free when it was looked at: QEMU finds it taken, and does not say which."""
     free = ports.require_free
@@ -562,8 +562,8 @@ def test_a_port_that_is_lost_to_another_program_meanwhile(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     monkeypatch.setattr("onecopy.guest.lifecycle.boot.require_free", lose)
-    spec = ColdSpec(
+    spec = BootSpec(
         root=Reference.parse(busybox_root.ref), publish=((port, 80),), command="sleep 600"
     )
     with socket.socket() as taken, pytest.raises(InUse, match=f"port {port} on 127.0.0.1 is taken"):
-        asyncio.run(run_cold(host, prepare_cold(host, spec), "late"))
+        asyncio.run(boot_guest(host, plan_boot(host, spec), "late"))

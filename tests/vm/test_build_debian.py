@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.errors import BadSource, NotEnough
+from onecopy.errors import BadSource, InsufficientResources
 from onecopy.images.fs_image import make_image
 from onecopy.images.source import open_source
 from onecopy.images.tree import find_init
@@ -105,7 +105,7 @@ def test_too_small_a_disk(tmp_path: Path) -> None:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16M", "small", disk], check=True)
     try:
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             open_source("debian:bookworm").unpack(disk, lambda _: None)
         assert not list(disk.iterdir())
     finally:

@@ -17,12 +17,12 @@ import pytest
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import prepare_clone, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
 from onecopy.model import Reference
 from onecopy.store import Artifact
@@ -92,7 +92,7 @@ def cancelled_at(number: int, twice: int, work: Callable[[], Coroutine[Any, Any,
     return left <= 0
 
 
-def check_nothing_left(host: Host, what: str) -> None:
+def check_nothing_left(host: Runtime, what: str) -> None:
     assert qemus(host) == [], what
     assert [path.name for path in host.folders()] == [], what
     assert vmm_registry.of_store(host.run.name) == [], what
@@ -102,7 +102,9 @@ def check_nothing_left(host: Host, what: str) -> None:
     assert marks == [], what
 
 
-def cancel_everywhere(host: Host, work: Callable[[], Coroutine[Any, Any, Any]], step: int) -> int:
+def cancel_everywhere(
+    host: Runtime, work: Callable[[], Coroutine[Any, Any, Any]], step: int
+) -> int:
     """Cancel ``work`` at each ``step``-th await, every other time twice; how many times it was."""
     for round_ in itertools.count():
         number = 1 + round_ * step
@@ -124,27 +126,27 @@ def _collected() -> Iterator[None]:
 
 
 @pytest.fixture
-def booting(host: Host) -> Start:
+def booting(host: Runtime) -> Start:
     """Boots a bare machine, which is up at once."""
-    prepared = prepare_cold(host, ColdSpec(root=Reference.parse(str(MEMTEST))))
-    return lambda name, batch: run_cold(host, prepared, name, batch)
+    prepared = plan_boot(host, BootSpec(root=Reference.parse(str(MEMTEST))))
+    return lambda name, batch: boot_guest(host, prepared, name, batch)
 
 
 @pytest.fixture(scope="module")
-def bare(host: Host) -> Artifact:
+def bare(host: Runtime) -> Artifact:
     """A saved system without an agent."""
-    prepared = prepare_cold(host, ColdSpec(root=Reference.parse(str(MEMTEST))))
-    asyncio.run(run_cold(host, prepared, "bare"))
+    prepared = plan_boot(host, BootSpec(root=Reference.parse(str(MEMTEST))))
+    asyncio.run(boot_guest(host, prepared, "bare"))
     saved = asyncio.run(save_guest(host, Reference("bare"), "bare")).artifact
     host.end(*host.guests())
     return saved
 
 
-def test_a_boot(host: Host, booting: Start) -> None:
+def test_a_boot(host: Runtime, booting: Start) -> None:
     cancel_everywhere(host, lambda: start_many(host, ["a"], booting), 1)
 
 
-def test_a_clone(host: Host, bare: Artifact) -> None:
+def test_a_clone(host: Runtime, bare: Artifact) -> None:
     source = template(host, bare)
 
     def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
@@ -153,12 +155,12 @@ def test_a_clone(host: Host, bare: Artifact) -> None:
     cancel_everywhere(host, lambda: start_many(host, ["a"], start), 1)
 
 
-def test_one_without_a_batch(host: Host, bare: Artifact) -> None:
+def test_one_without_a_batch(host: Runtime, bare: Artifact) -> None:
     source = template(host, bare)
     cancel_everywhere(host, lambda: start_clone(host, source, "a"), 2)
 
 
-def test_a_prepared_one(host: Host, bare: Artifact) -> None:
+def test_a_prepared_one(host: Runtime, bare: Artifact) -> None:
     source = template(host, bare)
 
     def prepare(name: str, batch: Batch) -> Awaitable[GuestRecord]:
@@ -167,7 +169,7 @@ def test_a_prepared_one(host: Host, bare: Artifact) -> None:
     cancel_everywhere(host, lambda: start_many(host, ["pool.a"], prepare), 2)
 
 
-def test_a_batch(host: Host, bare: Artifact) -> None:
+def test_a_batch(host: Runtime, bare: Artifact) -> None:
     source = template(host, bare)
 
     def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
@@ -176,7 +178,7 @@ def test_a_batch(host: Host, bare: Artifact) -> None:
     cancel_everywhere(host, lambda: start_many(host, NAMES, start), 7)
 
 
-def test_a_clone_that_becomes_itself(host: Host, saved: Artifact) -> None:
+def test_a_clone_that_becomes_itself(host: Runtime, saved: Artifact) -> None:
     source = template(host, saved)
 
     def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
@@ -186,7 +188,7 @@ def test_a_clone_that_becomes_itself(host: Host, saved: Artifact) -> None:
 
 
 def test_several_that_fail_to_become_themselves(
-    host: Host, saved: Artifact, clones: Clones
+    host: Runtime, saved: Artifact, clones: Clones
 ) -> None:
     """The first failure cancels the others, of which some are about to fail, too."""
     (guest,) = clones(1)

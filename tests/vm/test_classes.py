@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.live_write import write as host_write
 from onecopy.linux.counters import pagemap
 from onecopy.model import PAGE_SIZE, PageClass, Reference
@@ -26,7 +26,7 @@ Pair = tuple[GuestRecord, GuestRecord]
 
 @pytest.fixture
 def pair(
-    host: Host,
+    host: Runtime,
     cold: Cold,
     clones: Clones,
     busybox_root: Artifact,
@@ -48,7 +48,7 @@ def device(page_class: PageClass) -> str:
     return f"classes.{number}" if number else "classes"
 
 
-def test_what_each_guest_sees(host: Host, pair: Pair, run_in: RunIn) -> None:
+def test_what_each_guest_sees(host: Runtime, pair: Pair, run_in: RunIn) -> None:
     segment = host.store.resolve(Reference("classes"))
     for page_class in CLASSES:
         name = device(page_class)
@@ -65,7 +65,7 @@ def test_what_each_guest_sees(host: Host, pair: Pair, run_in: RunIn) -> None:
     host.store.verify(segment)
 
 
-def test_the_host_writes_and_both_guests_read(host: Host, pair: Pair, run_in: RunIn) -> None:
+def test_the_host_writes_and_both_guests_read(host: Runtime, pair: Pair, run_in: RunIn) -> None:
     name = device(PageClass.SC)
     ref = Reference("classes")
     assert host_write(host.store, ref, [b"news ", b"from the host"], offset=PAGE_SIZE) == 18
@@ -77,7 +77,7 @@ def test_the_host_writes_and_both_guests_read(host: Host, pair: Pair, run_in: Ru
     host.store.verify(host.store.resolve(ref))
 
 
-def test_a_copy_for_all_ends_with_its_last_user(host: Host, pair: Pair, run_in: RunIn) -> None:
+def test_a_copy_for_all_ends_with_its_last_user(host: Runtime, pair: Pair, run_in: RunIn) -> None:
     first, second = pair
     for page_class in (PageClass.SW, PageClass.SN):
         write(run_in, first, device(page_class), MINE)
@@ -99,7 +99,7 @@ def test_a_copy_for_all_ends_with_its_last_user(host: Host, pair: Pair, run_in: 
 
 
 def test_a_copy_of_ones_own_is_new_when_it_comes_back(
-    host: Host, pair: Pair, run_in: RunIn
+    host: Runtime, pair: Pair, run_in: RunIn
 ) -> None:
     guest, _ = pair
     slots = [each.address for each in record(host, guest).attached[-1].devices]
@@ -113,7 +113,7 @@ def test_a_copy_of_ones_own_is_new_when_it_comes_back(
     assert read(run_in, guest, device(PageClass.EN)) == ZEROES
 
 
-def test_which_guests_share_pages(host: Host, pair: Pair, run_in: RunIn) -> None:
+def test_which_guests_share_pages(host: Runtime, pair: Pair, run_in: RunIn) -> None:
     """S classes are one page frame of the host, E classes one each; EW shares what is unwritten."""
     shares = {}
     for page_class in CLASSES:
@@ -128,7 +128,7 @@ def test_which_guests_share_pages(host: Host, pair: Pair, run_in: RunIn) -> None
     assert frame(host, pair[0], PageClass.EW) != frame(host, pair[1], PageClass.EW)
 
 
-def frame(host: Host, guest: GuestRecord, page_class: PageClass) -> int | None:
+def frame(host: Runtime, guest: GuestRecord, page_class: PageClass) -> int | None:
     """The page frame of the first page of a range."""
     found = next(item for item in record(host, guest).attached if item.name == "classes")
     item = found.devices[CLASSES.index(page_class)]

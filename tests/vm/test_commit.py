@@ -17,13 +17,13 @@ import pytest
 from onecopy.errors import (
     AlreadyExists,
     GuestFailed,
+    InsufficientResources,
     InvalidInput,
-    NameMoved,
-    NotEnough,
+    NameConflict,
     StoreDamaged,
 )
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.commit import Committed, commit
 from onecopy.images.build import build_segment
 from onecopy.linux import cow_pages
@@ -36,29 +36,29 @@ REF = Reference("notes")
 
 
 @pytest.fixture
-def notes(host: Host, tmp_path: Path) -> Artifact:
+def notes(host: Runtime, tmp_path: Path) -> Artifact:
     """An ext2 segment with the file `text` and 8 MiB of room."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/text").write_text("first\n")
     return build_segment(host.store, REF, f"dir:{tmp_path}/notes", fs="ext2", room=8 * MIB)
 
 
-def make(host: Host, guest: GuestRecord, target: Reference | None = None) -> Committed:
+def make(host: Runtime, guest: GuestRecord, target: Reference | None = None) -> Committed:
     return asyncio.run(commit(host, guest.name, "notes", target))
 
 
-def change(host: Host, guest: GuestRecord, run_in: RunIn, text: str) -> None:
+def change(host: Runtime, guest: GuestRecord, run_in: RunIn, text: str) -> None:
     if not any(i.name == "notes" and i.state == "loaded" for i in now(host, guest).attached):
         load(host, guest, "notes:/notes", exclusive=True)
     done = run_in(guest, "sh", "-c", f"echo {text} >>/notes/text; echo {text} >/notes/{text}")
     assert done.exit_code == 0, done.stderr
 
 
-def now(host: Host, guest: GuestRecord) -> GuestRecord:
+def now(host: Runtime, guest: GuestRecord) -> GuestRecord:
     return host.guest(guest.name).record()
 
 
-def content(host: Host, clones: Clones, run_in: RunIn, ref: str = "notes") -> str:
+def content(host: Runtime, clones: Clones, run_in: RunIn, ref: str = "notes") -> str:
     """What a new guest finds."""
     (guest,) = clones(1)
     load(host, guest, f"{ref}:/notes")
@@ -66,7 +66,12 @@ def content(host: Host, clones: Clones, run_in: RunIn, ref: str = "notes") -> st
 
 
 def test_what_a_guest_has_changed_is_the_new_version(
-    host: Host, clones: Clones, cold: Cold, run_in: RunIn, notes: Artifact, busybox_root: Artifact
+    host: Runtime,
+    clones: Clones,
+    cold: Cold,
+    run_in: RunIn,
+    notes: Artifact,
+    busybox_root: Artifact,
 ) -> None:
     guest, reader = cold(busybox_root), clones(1)[0]
     load(host, reader, "notes:/notes")
@@ -87,7 +92,7 @@ def test_what_a_guest_has_changed_is_the_new_version(
     host.store.restrict("notes", lambda _: Access())
 
 
-def test_under_another_name(host: Host, clones: Clones, run_in: RunIn, notes: Artifact) -> None:
+def test_under_another_name(host: Runtime, clones: Clones, run_in: RunIn, notes: Artifact) -> None:
     (guest,) = clones(1)
     change(host, guest, run_in, "second")
     done = make(host, guest, Reference("notes", "v2"))
@@ -100,12 +105,12 @@ def test_under_another_name(host: Host, clones: Clones, run_in: RunIn, notes: Ar
     host.store.remove(Reference("notes", "v2"), in_use=True)
 
 
-def test_no_update_is_lost(host: Host, clones: Clones, run_in: RunIn, notes: Artifact) -> None:
+def test_no_update_is_lost(host: Runtime, clones: Clones, run_in: RunIn, notes: Artifact) -> None:
     first, second = clones(2)
     change(host, first, run_in, "one")
     change(host, second, run_in, "two")
     kept = make(host, first).artifact
-    with pytest.raises(NameMoved) as refused:
+    with pytest.raises(NameConflict) as refused:
         make(host, second)
     assert refused.value.hint
     assert host.store.resolve(REF).digest == kept.digest
@@ -114,7 +119,7 @@ def test_no_update_is_lost(host: Host, clones: Clones, run_in: RunIn, notes: Art
 
 
 def test_only_what_was_loaded_to_be_written(
-    host: Host, clones: Clones, run_in: RunIn, notes: Artifact
+    host: Runtime, clones: Clones, run_in: RunIn, notes: Artifact
 ) -> None:
     (guest,) = clones(1)
     load(host, guest, "notes:/notes")
@@ -124,7 +129,7 @@ def test_only_what_was_loaded_to_be_written(
 
 
 def test_a_spoilt_file_system_is_refused(
-    host: Host, clones: Clones, run_in: RunIn, notes: Artifact
+    host: Runtime, clones: Clones, run_in: RunIn, notes: Artifact
 ) -> None:
     (guest,) = clones(1)
     load(host, guest, "notes", exclusive=True)
@@ -136,7 +141,7 @@ def test_a_spoilt_file_system_is_refused(
     assert run_in(guest, "true").exit_code == 0
 
 
-def unchanged(host: Host, notes: Artifact) -> None:
+def unchanged(host: Runtime, notes: Artifact) -> None:
     host.sweep()
     assert host.store.resolve(REF).digest == notes.digest
     host.store.verify(notes)
@@ -147,7 +152,7 @@ Copy = Callable[[int, Any, int], None]
 
 
 def test_qemu_dies_in_the_middle(
-    host: Host, clones: Clones, run_in: RunIn, notes: Artifact, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, clones: Clones, run_in: RunIn, notes: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (guest,) = clones(1)
     change(host, guest, run_in, "second")
@@ -167,7 +172,7 @@ def test_qemu_dies_in_the_middle(
 
 
 def test_the_disk_fills_in_the_middle(
-    host: Host, clones: Clones, run_in: RunIn, notes: Artifact, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, clones: Clones, run_in: RunIn, notes: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The workspace of the commit is on a file system that is filled while pages are copied."""
     (guest,) = clones(1)
@@ -184,7 +189,7 @@ def test_the_disk_fills_in_the_middle(
 
     monkeypatch.setattr(cow_pages, "copy_out", copy)
     try:
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             make(host, guest)
         assert run_in(guest, "cat", "/notes/text").stdout == b"first\nsecond\n"
     finally:
@@ -197,7 +202,7 @@ def test_the_disk_fills_in_the_middle(
 
 
 def test_a_killed_command_leaves_the_guest_running(
-    host: Host, clones: Clones, run_in: RunIn, notes: Artifact
+    host: Runtime, clones: Clones, run_in: RunIn, notes: Artifact
 ) -> None:
     """Killed while the guest stands still: the next command lets it go on."""
     import sys
@@ -218,7 +223,7 @@ def test_a_killed_command_leaves_the_guest_running(
         process.kill()
     folder = host.run / guest.name
     assert (folder / "paused").exists()
-    Host.open(host.store.root)
+    Runtime.open(host.store.root)
     assert not (folder / "paused").exists()
     assert run_in(guest, "true").exit_code == 0
     unchanged(host, notes)
@@ -232,7 +237,7 @@ def test_a_killed_command_leaves_the_guest_running(
 
 
 def test_a_range_without_a_file_system(
-    host: Host, clones: Clones, run_in: RunIn, tmp_path: Path
+    host: Runtime, clones: Clones, run_in: RunIn, tmp_path: Path
 ) -> None:
     from onecopy.images.create import NewRange, create_segment
     from onecopy.model import HUGE_PAGE_SIZE, PageClass

@@ -20,16 +20,16 @@ import pytest
 from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle import restore
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.bootplan import BootSpec
 from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.launch import described, with_segments
-from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.launch import display_slots, with_segments
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.lifecycle.stop import stop_guests
 from onecopy.guest.observe.accounts import guest_maps
-from onecopy.guest.run_directory import GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach
 from onecopy.guest.segments.commit import commit
 from onecopy.images.build import build_segment
@@ -42,7 +42,7 @@ from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
 from onecopy.sharing.account import measure
 from onecopy.store import Artifact, Store
 from onecopy.vmm import name_servers, vmm_limits
-from onecopy.vmm.argv import PORTS, Card, Hardware, Launch
+from onecopy.vmm.argv import PORTS, Hardware, Launch, Nic
 from onecopy.vmm.logs import CONSOLE, QEMU
 from onecopy.vmm.qemu_process import prepare
 from onecopy.vmm.vmm_limits import LOG_ROOM
@@ -128,7 +128,7 @@ def _is_free(port: int) -> bool:
 
 
 def test_a_vmm_has_only_what_it_needs(
-    host: Host, clones: Clones, cold: Cold, busybox_root: Artifact
+    host: Runtime, clones: Clones, cold: Cold, busybox_root: Artifact
 ) -> None:
     for guest in (*clones(1), cold(busybox_root, memory=128 * MIB)):
         blobs = 0
@@ -147,11 +147,11 @@ def test_a_vmm_has_only_what_it_needs(
 
 
 def test_a_disk_is_the_one_file_that_it_may_write_to(
-    host: Host, saved: Artifact, tmp_path: Path
+    host: Runtime, saved: Artifact, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(MIB))
-    spec = CloneSpec(fitting=Fitting(disks=(DiskSpec(file=disk),)))
+    spec = CloneSpec(fitting=ExtraResources(disks=(DiskSpec(file=disk),)))
     guest = asyncio.run(start_clone(host, template(host, saved), "writer", spec))
     try:
         own = {str(host.run / guest.name / name) for name in OWN}
@@ -179,7 +179,7 @@ def open_files(pid: int) -> Iterator[tuple[str, int]]:
 
 
 @pytest.fixture
-def place(host: Host, saved: Artifact) -> Iterator[tuple[GuestFolder, int]]:
+def place(host: Runtime, saved: Artifact) -> Iterator[tuple[RunDirectory, int]]:
     """A run folder for a VMM, and the descriptor of its lease."""
     with host.batch() as batch, host.claim("rogue", [saved.digest], batch) as (folder, lease):
         prepare(folder.path)
@@ -252,17 +252,17 @@ def assert_limited(outcome: Outcome, hardware: Hardware, spec: Launch, user: Use
 
 
 def test_a_rogue_clone(
-    host: Host,
+    host: Runtime,
     saved: Artifact,
     clones: Clones,
     rogue: Path,
-    place: tuple[GuestFolder, int],
+    place: tuple[RunDirectory, int],
 ) -> None:
     (neighbour,) = clones(1)
     source = template(host, saved)
     folder, lease = place
     spec = restore.launch_spec(host, source, folder.path, CloneSpec(), None)
-    hardware = with_segments(source.hardware, described(source.placed))
+    hardware = with_segments(source.hardware, display_slots(source.placed))
     theirs, blob = host.run / neighbour.name, source.artifact.layers[-1].path
     closed = [
         *(Path("/etc/passwd"), host.store.root / "index.json", Path(blob)),
@@ -310,7 +310,7 @@ def assert_ram_was_given_read_only(outcome: Outcome) -> None:
 
 
 def test_a_low_port_is_the_only_one(
-    host: Host, saved: Artifact, rogue: Path, place: tuple[GuestFolder, int]
+    host: Runtime, saved: Artifact, rogue: Path, place: tuple[RunDirectory, int]
 ) -> None:
     """A rogue with a network, and the right to ports below 1024, has the published one."""
     if landlock.abi() < landlock.BINDS_SINCE:
@@ -318,9 +318,9 @@ def test_a_low_port_is_the_only_one(
     given, *others = [port for port in range(1023, 600, -1) if _is_free(port)][:3]
     source = template(host, saved)
     folder, lease = place
-    card = Card("52:54:00:00:00:01", "198.18.1.0")
+    card = Nic("52:54:00:00:00:01", "198.18.1.0")
     spec = restore.launch_spec(host, source, folder.path, CloneSpec(publish=((given, 80),)), card)
-    hardware = with_segments(source.hardware, described(source.placed))
+    hardware = with_segments(source.hardware, display_slots(source.placed))
     binds = [("bind", port) for port in (given, *others, 18080, 0)]
     reads = [("read", path) for path in ("/etc/resolv.conf", "/etc/passwd", "/etc/hostname")]
     outcome = asyncio.run(run_rogue(rogue, hardware, spec, [*binds, *reads], inherit=[lease]))
@@ -344,14 +344,16 @@ def test_qemu_makes_no_processes(clones: Clones) -> None:
         assert any(end >> 16 in DENYING for end in ends), (number, ends)
 
 
-def test_the_blobs_of_a_saved_system_are_roots_and_read_only(host: Host, saved: Artifact) -> None:
+def test_the_blobs_of_a_saved_system_are_roots_and_read_only(
+    host: Runtime, saved: Artifact
+) -> None:
     for layer in saved.layers:
         told = layer.path.stat()
         assert (told.st_uid, told.st_gid, told.st_mode & 0o777) == (0, 0, 0o444)
 
 
 @pytest.fixture
-def others_store(host: Host) -> Iterator[Path]:
+def others_store(host: Runtime) -> Iterator[Path]:
     """A folder of an ordinary user, whose store has a kernel and tools, and a root to build."""
     with tempfile.TemporaryDirectory(prefix="onecopy-user-") as folder:
         home = Path(folder)
@@ -393,10 +395,10 @@ def test_an_ordinary_user(others_store: Path, rogue: Path) -> None:
 async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
     os.environ |= {"ONECOPY_HOME": str(home / "store"), "XDG_RUNTIME_DIR": str(home / "run")}
     os.environ["HOME"] = str(home)
-    host = Host.open()
+    host = Runtime.open()
     build_segment(host.store, Reference("root"), f"dir:{home / 'root'}")
     # Not everywhere may other users have tap devices.
-    spec = ColdSpec(root=Reference("root"), memory=128 * MIB, command="", allow_host=True)
+    spec = BootSpec(root=Reference("root"), memory=128 * MIB, command="", allow_host=True)
     system = (await save_system(host, Reference("user"), spec)).artifact
     source = template(host, system)
     started = await start_many(
@@ -412,7 +414,7 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
 
 
 async def _what_they_do(
-    host: Host, system: Artifact, guests: Sequence[GuestRecord], rogue: Path
+    host: Runtime, system: Artifact, guests: Sequence[GuestRecord], rogue: Path
 ) -> dict[str, object]:
     answers = {}
     for guest in guests:
@@ -436,7 +438,7 @@ async def _what_they_do(
     return result | {"left": [record.holder for record in host.store.leases()]}
 
 
-async def _segments_of_user(host: Host, guests: Sequence[GuestRecord]) -> list[str]:
+async def _segments_of_user(host: Runtime, guests: Sequence[GuestRecord]) -> list[str]:
     """What the second guest finds of what the first wrote: in common, its own, and committed."""
     ranges = [NewRange(each, HUGE_PAGE_SIZE) for each in (PageClass.SW, PageClass.EW)]
     create_segment(host.store, Reference("two"), ranges)
@@ -452,7 +454,7 @@ async def _segments_of_user(host: Host, guests: Sequence[GuestRecord]) -> list[s
 
 
 async def _rogue_of_user(
-    host: Host, system: Artifact, neighbour: GuestRecord, rogue: Path
+    host: Runtime, system: Artifact, neighbour: GuestRecord, rogue: Path
 ) -> tuple[Outcome, list[str]]:
     """What it came to, and the files that it tried to write and to unlink."""
     source = template(host, system)
@@ -473,7 +475,7 @@ async def _rogue_of_user(
         spec = restore.launch_spec(host, source, folder.path, CloneSpec(), None)
         # Even if nothing else kept its owner from writing to it.
         source.ram.chmod(0o644)
-        hardware = with_segments(source.hardware, described(source.placed))
+        hardware = with_segments(source.hardware, display_slots(source.placed))
         outcome = await run_rogue(rogue, hardware, spec, attempts, inherit=[lease.fd])
         source.ram.chmod(0o444)
         assert_limited(outcome, hardware, spec, None)

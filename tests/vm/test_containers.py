@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
@@ -27,7 +27,7 @@ cat merged/* upper/new
 
 
 @pytest.fixture
-def engines_root(host: Host, tmp_path: Path) -> Artifact:
+def engines_root(host: Runtime, tmp_path: Path) -> Artifact:
     """Root segment: busybox, podman, and Docker with something that it keeps."""
     for name in ("bin/busybox", "usr/bin/podman", "usr/sbin/dockerd"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
@@ -199,7 +199,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_a_guest_that_ends_meanwhile(host: Host, guest: GuestRecord, tmp_path: Path) -> None:
+def test_a_guest_that_ends_meanwhile(host: Runtime, guest: GuestRecord, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*CP, f"{guest.name}:/dev/../usr", tmp_path / "usr"], stderr=subprocess.PIPE, text=True
     ) as command:

@@ -18,8 +18,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from onecopy.errors import BadSource, NotEnough
-from onecopy.guest.runtime import Host
+from onecopy.errors import BadSource, InsufficientResources
+from onecopy.guest.runtime import Runtime
 from onecopy.images.disk_files import DiskTree
 from onecopy.images.disk_format import find_format
 from onecopy.images.disk_reader import Reader, reader
@@ -67,7 +67,7 @@ class Unpacked(msgspec.Struct, frozen=True):
 
 
 def unpack(
-    host: Host, source: str, work: Path, meanwhile: Callable[[], object] = lambda: None
+    host: Runtime, source: str, work: Path, meanwhile: Callable[[], object] = lambda: None
 ) -> Unpacked:
     into, said = work / "tree", list[str]()
     into.mkdir(parents=True)
@@ -87,7 +87,7 @@ def unpack(
 
 
 @contextmanager
-def booted(host: Host, image: Path, work: Path) -> Iterator[Reader]:
+def booted(host: Runtime, image: Path, work: Path) -> Iterator[Reader]:
     """A reader of an image that may be asked for more than one of its trees."""
     work.mkdir()
     with image.open("rb") as file, (work / "overlay").open("w+b") as overlay:
@@ -106,7 +106,7 @@ def copied(guest: Reader, wanted: int | None, into: Path) -> tuple[Path, list[st
 
 
 @pytest.fixture(scope="module")
-def machine(host: Host, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Unpacked]:
+def machine(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Unpacked]:
     """The parts of a machine's disk, and what was unpacked of it."""
     here = tmp_path_factory.mktemp("machine")
     root = make_tree(here / "root")
@@ -179,7 +179,7 @@ def test_what_is_left_out_is_told(machine: tuple[Path, Unpacked]) -> None:
 
 @pytest.fixture(scope="module")
 def two_roots(
-    host: Host, tmp_path_factory: pytest.TempPathFactory
+    host: Runtime, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Reader]]:
     """A qcow2 with an MBR: a root in a subvolume, another root, no root; and its reader."""
     here = tmp_path_factory.mktemp("two")
@@ -239,7 +239,7 @@ def test_a_disk_that_is_full(two_roots: tuple[Path, Reader]) -> None:
     mount = ["mount", "-t", "tmpfs", "-o", "size=16k,nr_inodes=64", "small", str(small)]
     subprocess.run(mount, check=True)
     try:
-        with pytest.raises(NotEnough) as caught:
+        with pytest.raises(InsufficientResources) as caught:
             copied(guest, 1, small / "tree")
     finally:
         subprocess.run(["umount", small], check=True)
@@ -269,7 +269,7 @@ def test_damage(two_roots: tuple[Path, Reader]) -> None:
     assert "EXT4-fs error (device vda7)" in caught.value.message
 
 
-def test_damage_that_makes_a_kernel_panic(host: Host, tmp_path: Path) -> None:
+def test_damage_that_makes_a_kernel_panic(host: Runtime, tmp_path: Path) -> None:
     image = damaged(make_tree(tmp_path / "tree"), "panic")
     vmdk = tmp_path / "disk.vmdk"
     subprocess.run(["qemu-img", "convert", "-O", "vmdk", image, vmdk], check=True)
@@ -279,7 +279,7 @@ def test_damage_that_makes_a_kernel_panic(host: Host, tmp_path: Path) -> None:
     assert "panic" in caught.value.message
 
 
-def test_killed_it_leaves_no_guest(host: Host, tmp_path: Path) -> None:
+def test_killed_it_leaves_no_guest(host: Runtime, tmp_path: Path) -> None:
     image, into = file_system(make_tree(tmp_path / "tree"), "ext4"), tmp_path / "work/into"
     into.mkdir(parents=True)
     code = """if True:

@@ -19,12 +19,12 @@ import pytest
 from onecopy.guest.end_reason import Cause
 from onecopy.guest.ended_guests import path
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.lifecycle.stop import stop_guests, wait_for_end
-from onecopy.guest.run_directory import GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
@@ -74,12 +74,12 @@ async def quit_by_monitor(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def guests(host: Host, saved: Artifact, busybox_root: Artifact) -> dict[str, GuestRecord]:
+def guests(host: Runtime, saved: Artifact, busybox_root: Artifact) -> dict[str, GuestRecord]:
     """All of them, started together."""
     source = template(host, saved)
     booted = {
-        name: prepare_cold(
-            host, ColdSpec(Reference.parse(busybox_root.ref), memory=128 * MIB, command=command)
+        name: plan_boot(
+            host, BootSpec(Reference.parse(busybox_root.ref), memory=128 * MIB, command=command)
         )
         for name, command in COMMANDS.items()
     }
@@ -88,7 +88,7 @@ def guests(host: Host, saved: Artifact, busybox_root: Artifact) -> dict[str, Gue
             host,
             list(EXPECTED),
             lambda name, batch: (
-                run_cold(host, booted[name], name, batch)
+                boot_guest(host, booted[name], name, batch)
                 if name in booted
                 else start_clone(host, source, name, batch=batch)
             ),
@@ -98,7 +98,7 @@ def guests(host: Host, saved: Artifact, busybox_root: Artifact) -> dict[str, Gue
 
 
 @pytest.fixture(scope="module")
-def ended(host: Host, guests: dict[str, GuestRecord]) -> Iterator[dict[str, GuestRecord]]:
+def ended(host: Runtime, guests: dict[str, GuestRecord]) -> Iterator[dict[str, GuestRecord]]:
     """All of them, ended; their records as a command finds them."""
     from onecopy.guest.exec import run_captured
 
@@ -171,7 +171,7 @@ def test_exec_and_inspect(ended: dict[str, GuestRecord]) -> None:
     assert (shown["ended"]["exit_code"], shown["account"]) == (7, None)
 
 
-def test_no_more_than_that_is_left(host: Host, ended: dict[str, GuestRecord]) -> None:
+def test_no_more_than_that_is_left(host: Runtime, ended: dict[str, GuestRecord]) -> None:
     assert host.folders() == []
     assert list((host.store.root / "leases").iterdir()) == []
     # Their user numbers may be given out again: no file of theirs is left.
@@ -183,7 +183,7 @@ def test_no_more_than_that_is_left(host: Host, ended: dict[str, GuestRecord]) ->
         assert sum(each.st_size for each in files.values()) < 20_000
 
 
-def test_they_are_removed(host: Host, saved: Artifact, ended: dict[str, GuestRecord]) -> None:
+def test_they_are_removed(host: Runtime, saved: Artifact, ended: dict[str, GuestRecord]) -> None:
     said = onecopy("stop", "panics", "done").stdout
     assert said.splitlines() == [
         "panics had ended: kernel panic: sysrq triggered crash",
@@ -205,7 +205,7 @@ def test_they_are_removed(host: Host, saved: Artifact, ended: dict[str, GuestRec
 
 
 def test_nothing_is_kept_of_what_is_stopped(
-    host: Host, saved: Artifact, run_in: RunIn, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, saved: Artifact, run_in: RunIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if another command sees it ended before `stop` does."""
     source = template(host, saved)
@@ -217,8 +217,8 @@ def test_nothing_is_kept_of_what_is_stopped(
     async def wait(record: GuestRecord, patience: float | None = None) -> bool:
         found = await wait_for_end(record, patience)
         if found:
-            Host.open(host.store.root)
-            looked.append(GuestFolder(host.run / record.name).path.exists())
+            Runtime.open(host.store.root)
+            looked.append(RunDirectory(host.run / record.name).path.exists())
         return found
 
     monkeypatch.setattr("onecopy.guest.lifecycle.stop.wait_for_end", wait)

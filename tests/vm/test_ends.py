@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.bootplan import BootSpec
 from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests, wait_for_end
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
@@ -32,14 +32,14 @@ from tests.vm.conftest import Cold, RunIn
 from tests.vm.ends import ASKED, ENDS, FORCED, MINIMAL, POWERED_OFF, STUCK, end_all, wrong
 
 ONECOPY = str(Path(sys.executable).with_name("onecopy"))
-DISK = CloneSpec(fitting=Fitting(disks=(DiskSpec(size=64 * MIB, mountpoint="/data"),)))
+DISK = CloneSpec(fitting=ExtraResources(disks=(DiskSpec(size=64 * MIB, mountpoint="/data"),)))
 #: A program that takes 3 s to end, and its words then.
 SLOW = "trap 'sleep 3; echo whole >/data/end; exit' TERM; touch /run/up; while :; do sleep 1; done"
 STUBBORN = "trap : TERM; touch /run/up; while :; do sleep 1; done"
 
 
 def started(
-    host: Host, system: Artifact, names: Sequence[str], spec: CloneSpec | None = None
+    host: Runtime, system: Artifact, names: Sequence[str], spec: CloneSpec | None = None
 ) -> list[GuestRecord]:
     made, spec = template(host, system), spec or CloneSpec()
     begun = start_many(host, names, lambda name, batch: start_clone(host, made, name, spec, batch))
@@ -47,20 +47,20 @@ def started(
 
 
 @pytest.fixture(autouse=True)
-def _end_guests(host: Host) -> Iterator[None]:
+def _end_guests(host: Runtime) -> Iterator[None]:
     yield
     host.end(*host.guests())
 
 
 @pytest.fixture(scope="module")
-def minimal(host: Host, busybox_root: Artifact) -> Artifact:
+def minimal(host: Runtime, busybox_root: Artifact) -> Artifact:
     """Saved system: our minimal init, and nothing else."""
-    spec = ColdSpec(Reference.parse(busybox_root.ref), memory=128 * MIB, command="")
+    spec = BootSpec(Reference.parse(busybox_root.ref), memory=128 * MIB, command="")
     return asyncio.run(save_system(host, Reference("minimal"), spec)).artifact
 
 
 @pytest.fixture(scope="session")
-def busybox_init_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def busybox_init_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Root segment: busybox with its init."""
     folder = tmp_path_factory.mktemp("init")
     for path in ("bin", "sbin", "etc"):
@@ -74,33 +74,33 @@ def busybox_init_root(host: Host, tmp_path_factory: pytest.TempPathFactory) -> A
 
 
 @pytest.fixture(scope="module")
-def busybox(host: Host, busybox_init_root: Artifact) -> Artifact:
+def busybox(host: Runtime, busybox_init_root: Artifact) -> Artifact:
     """Saved system: busybox's init."""
-    spec = ColdSpec(Reference.parse(busybox_init_root.ref), memory=128 * MIB)
+    spec = BootSpec(Reference.parse(busybox_init_root.ref), memory=128 * MIB)
     return asyncio.run(save_system(host, Reference("busybox-saved"), spec)).artifact
 
 
 @pytest.mark.parametrize("init", ["minimal", "busybox"])
-def test_each_end_of_clones(host: Host, init: str, request: pytest.FixtureRequest) -> None:
+def test_each_end_of_clones(host: Runtime, init: str, request: pytest.FixtureRequest) -> None:
     expected = ENDS[init]
     names = [f"end-{number}" for number in range(len(expected))]
     guests = started(host, request.getfixturevalue(init), names)
     assert wrong(end_all(host, guests, list(expected)), expected) == []
 
 
-def test_ends_under_systemd(host: Host, systemd_system: Artifact) -> None:
+def test_ends_under_systemd(host: Runtime, systemd_system: Artifact) -> None:
     expected = {key: ENDS["systemd"][key] for key in ("systemctl reboot", "halt -f")}
     guests = started(host, systemd_system, ["s-1", "s-2"])
     assert wrong(end_all(host, guests, list(expected)), expected) == []
 
 
-def test_a_booted_guest_halts(host: Host, cold: Cold, busybox_root: Artifact) -> None:
+def test_a_booted_guest_halts(host: Runtime, cold: Cold, busybox_root: Artifact) -> None:
     guest = cold(busybox_root, memory=128 * MIB, command="", idle=False)
     assert wrong(end_all(host, [guest], ["halt"]), ASKED) == []
 
 
 def test_a_command_that_ends_leaves_the_others_their_time(
-    host: Host, minimal: Artifact, run_in: RunIn
+    host: Runtime, minimal: Artifact, run_in: RunIn
 ) -> None:
     guest, again = started(host, minimal, ["left-1"], DISK)[0], None
     begin(run_in, guest, SLOW)
@@ -122,7 +122,7 @@ def begin(run_in: RunIn, guest: GuestRecord, program: str) -> None:
 
 @pytest.mark.parametrize("init", ["minimal", "busybox"])
 def test_stop_gives_programs_their_time(
-    host: Host, init: str, run_in: RunIn, request: pytest.FixtureRequest
+    host: Runtime, init: str, run_in: RunIn, request: pytest.FixtureRequest
 ) -> None:
     system = request.getfixturevalue(init)
     (guest,) = started(host, system, ["slow"], DISK)
@@ -141,7 +141,7 @@ def test_stop_gives_programs_their_time(
 
 
 def test_a_program_that_stands_still_is_heard_too(
-    host: Host, minimal: Artifact, run_in: RunIn
+    host: Runtime, minimal: Artifact, run_in: RunIn
 ) -> None:
     (guest,) = started(host, minimal, ["still"])
     begin(run_in, guest, "touch /run/up; kill -STOP $$; sleep 1000")
@@ -149,7 +149,7 @@ def test_a_program_that_stands_still_is_heard_too(
 
 
 def test_ctrl_c_ends_the_wait_and_not_the_shutdown(
-    host: Host, minimal: Artifact, run_in: RunIn
+    host: Runtime, minimal: Artifact, run_in: RunIn
 ) -> None:
     (guest,) = started(host, minimal, ["stubborn"])
     begin(run_in, guest, STUBBORN)
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_the_wait_and_not_the_shutdown(
     assert asyncio.run(wait_for_end(guest, STUCK))
 
 
-def test_the_watcher_comes_back(host: Host, minimal: Artifact, run_in: RunIn) -> None:
+def test_the_watcher_comes_back(host: Runtime, minimal: Artifact, run_in: RunIn) -> None:
     """Killed as inits kill all, it is started by the kernel, as what cannot be killed so easily."""
     (guest,) = started(host, minimal, ["watched"])
     before = run_in(guest, "pidof", "@onecopy-watcher").text.split()

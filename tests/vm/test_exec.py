@@ -25,7 +25,7 @@ import pytest
 from onecopy.errors import GuestFailed, NoSlot
 from onecopy.guest.exec import run_captured
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
@@ -86,7 +86,7 @@ def test_exit_codes(guest: GuestRecord) -> None:
     assert execute(guest.name, "/etc/passwd").returncode == 126
 
 
-def test_failures_of_onecopy_itself_are_125(host: Host, guest: GuestRecord) -> None:
+def test_failures_of_onecopy_itself_are_125(host: Runtime, guest: GuestRecord) -> None:
     nobody = execute("nobody", "true")
     assert nobody.returncode == 125
     assert b"onecopy: there is no guest 'nobody'" in nobody.stderr
@@ -220,7 +220,7 @@ def test_five_at_once_in_one_guest(guest: GuestRecord) -> None:
 
 
 def test_more_at_once_than_there_are_ports_for(
-    host: Host, guest: GuestRecord, run_in: RunIn
+    host: Runtime, guest: GuestRecord, run_in: RunIn
 ) -> None:
     folder = host.run / guest.name
 
@@ -257,7 +257,7 @@ def test_more_at_once_than_there_are_ports_for(
 
 
 def test_a_killed_command_leaves_no_port_behind(
-    host: Host, guest: GuestRecord, run_in: RunIn
+    host: Runtime, guest: GuestRecord, run_in: RunIn
 ) -> None:
     at_first = ports_in(guest, run_in)
     with begun("-i", guest.name, "--", "sh", "-c", "echo on; sleep 1000") as (_, _, output):
@@ -269,7 +269,7 @@ def test_a_killed_command_leaves_no_port_behind(
     assert ports_in(guest, run_in) == at_first
 
 
-def exec_ports(host: Host, guest: GuestRecord) -> list[str]:
+def exec_ports(host: Runtime, guest: GuestRecord) -> list[str]:
     """QEMU's character devices that belong to running programs."""
 
     async def ask() -> Any:

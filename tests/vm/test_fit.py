@@ -18,13 +18,13 @@ from onecopy.errors import GuestFailed, InUse, InvalidInput, OnecopyError
 from onecopy.guest.lifecycle import disks
 from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, Template, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.sharing import report
@@ -36,25 +36,25 @@ Say = Callable[[GuestRecord, str], str]
 
 
 @pytest.fixture(scope="module")
-def source(host: Host, saved: Artifact) -> Template:
+def source(host: Runtime, saved: Artifact) -> Template:
     return template(host, saved)
 
 
 @pytest.fixture
-def fit(host: Host, source: Template) -> Iterator[Fit]:
+def fit(host: Runtime, source: Template) -> Iterator[Fit]:
     """``fit(name, memory=...)`` starts a clone with that fitting; it and its disk end after it."""
     names = set()
 
     def start(name: str, **fitting: object) -> GuestRecord:
         names.add(name)
-        spec = CloneSpec(fitting=Fitting(**fitting))  # type: ignore[arg-type]
+        spec = CloneSpec(fitting=ExtraResources(**fitting))  # type: ignore[arg-type]
         return asyncio.run(start_clone(host, source, name, spec))
 
     yield start
     for record in host.guests():
         if record.name in names:
             host.end(record)
-    for disk in disks.own_disks(host):
+    for disk in disks.list_own_disks(host):
         disks.remove(host, disk.name)
 
 
@@ -79,14 +79,14 @@ def file(path: Path, mountpoint: str = "") -> tuple[DiskSpec, ...]:
 
 
 @pytest.fixture(scope="module")
-def notes(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+def notes(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("notes")
     (folder / "text").write_text("noted\n")
     return build_segment(host.store, Reference("notes"), f"dir:{folder}")
 
 
 def test_memory_segment_and_disk(
-    host: Host, source: Template, fit: Fit, say: Say, notes: Artifact
+    host: Runtime, source: Template, fit: Fit, say: Say, notes: Artifact
 ) -> None:
     memory = source.config.memory + 256 * MIB
     ref = Reference.parse(notes.ref)
@@ -108,7 +108,7 @@ def test_memory_segment_and_disk(
     assert host.guest("web").record() == guest
 
 
-def test_content_stays(host: Host, fit: Fit, say: Say) -> None:
+def test_content_stays(host: Runtime, fit: Fit, say: Say) -> None:
     first = fit("web", disks=own(24))
     assert first.disks[0].made
     say(first, "echo asked >/data/asked")
@@ -127,7 +127,7 @@ def test_content_stays(host: Host, fit: Fit, say: Say) -> None:
     assert say(fit("other", disks=own(16)), "ls /data") == "lost+found"
 
 
-def test_files_as_disks(fit: Fit, host: Host, say: Say, tmp_path: Path) -> None:
+def test_files_as_disks(fit: Fit, host: Runtime, say: Say, tmp_path: Path) -> None:
     qcow2, raw = tmp_path / "a.qcow2", tmp_path / "b.img"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", qcow2, "64M"], check=True)
     raw.write_bytes(bytes(8 * MIB))
@@ -149,7 +149,7 @@ def test_files_as_disks(fit: Fit, host: Host, say: Say, tmp_path: Path) -> None:
 
 
 def test_a_cold_guest_has_one_too(
-    cold: Cold, host: Host, busybox_root: Artifact, say: Say, tmp_path: Path
+    cold: Cold, host: Runtime, busybox_root: Artifact, say: Say, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(2 * MIB))
@@ -159,9 +159,9 @@ def test_a_cold_guest_has_one_too(
 
 
 def test_each_of_several_has_its_own(
-    host: Host, source: Template, fit: Fit, say: Say, tmp_path: Path
+    host: Runtime, source: Template, fit: Fit, say: Say, tmp_path: Path
 ) -> None:
-    spec = CloneSpec(fitting=Fitting(disks=own(16)))
+    spec = CloneSpec(fitting=ExtraResources(disks=own(16)))
 
     async def start(names: list[str]) -> tuple[GuestRecord, ...]:
         starting = start_many(host, names, lambda n, b: start_clone(host, source, n, spec, b))
@@ -171,12 +171,12 @@ def test_each_of_several_has_its_own(
     # The third name is taken: none of them is there, and what was made for them is gone.
     with pytest.raises(OnecopyError):
         asyncio.run(start(["web-1", "web-2", "web-3"]))
-    assert [disk.name for disk in disks.own_disks(host)] == ["web-3"]
+    assert [disk.name for disk in disks.list_own_disks(host)] == ["web-3"]
     guests = asyncio.run(start(["web-1", "web-2"]))
     try:
         for guest in guests:
             say(guest, "hostname >/data/name; sync")
-        found = {disk.name: disk.guest for disk in disks.own_disks(host)}
+        found = {disk.name: disk.guest for disk in disks.list_own_disks(host)}
         assert found == {name: name for name in ("web-1", "web-2", "web-3")}
         assert [say(guest, "cat /data/name") for guest in guests] == ["web-1", "web-2"]
     finally:
@@ -184,7 +184,7 @@ def test_each_of_several_has_its_own(
             host.end(guest)
 
 
-def test_what_fails_leaves_nothing(host: Host, fit: Fit, tmp_path: Path) -> None:
+def test_what_fails_leaves_nothing(host: Runtime, fit: Fit, tmp_path: Path) -> None:
     before, raw = set(vmms(host)), tmp_path / "raw.img"
     raw.write_bytes(bytes(8 * MIB))
     with pytest.raises(GuestFailed, match="mounted on /proc"):
@@ -192,12 +192,12 @@ def test_what_fails_leaves_nothing(host: Host, fit: Fit, tmp_path: Path) -> None
     with pytest.raises(GuestFailed, match="Invalid argument") as caught:
         fit("web", disks=file(raw, "/data"))
     assert "mkfs.ext4" in caught.value.hint
-    assert disks.own_disks(host) == []
+    assert disks.list_own_disks(host) == []
     assert set(vmms(host)) == before
     assert not (host.run / "web").exists()
 
 
-def test_from_python(host: Host, saved: Artifact, fit: Fit, say: Say) -> None:
+def test_from_python(host: Runtime, saved: Artifact, fit: Fit, say: Say) -> None:
     async def write() -> None:
         async with (
             aio.Host(host.store.root) as mine,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from tests.vm.conftest import Clones, RunIn
@@ -21,7 +21,7 @@ THAWED, BUSY = 14, 16
 
 
 @pytest.fixture
-def guest(host: Host, clones: Clones, tmp_path: Path) -> GuestRecord:
+def guest(host: Runtime, clones: Clones, tmp_path: Path) -> GuestRecord:
     """A guest with a segment "notes" that it may write, mounted on /notes."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/page").write_text("a page\n")

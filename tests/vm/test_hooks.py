@@ -14,7 +14,7 @@ import pytest
 from onecopy.errors import AgentFailed, InvalidInput
 from onecopy.guest.lifecycle.save import Saved, save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
@@ -65,7 +65,7 @@ DAEMONS_PACKAGES = (
 
 
 @pytest.fixture
-def save(host: Host) -> Iterator[SaveHooked]:
+def save(host: Runtime) -> Iterator[SaveHooked]:
     """``save(guest, *hooks)`` saves it with these clone hooks."""
     ref = Reference("hooked")
 
@@ -78,7 +78,7 @@ def save(host: Host) -> Iterator[SaveHooked]:
 
 
 def test_a_program_that_a_signal_starts_anew(
-    host: Host, cold: Cold, python_root: Artifact, run_in: RunIn, save: SaveHooked
+    host: Runtime, cold: Cold, python_root: Artifact, run_in: RunIn, save: SaveHooked
 ) -> None:
     guest = cold(python_root, memory=160 * MIB)
     write(run_in, guest, "/srv/app.py", APP)
@@ -182,7 +182,7 @@ def prepared(cold: Cold, root: Artifact, run_in: RunIn) -> GuestRecord:
     return guest
 
 
-def test_services_of_systemd(host: Host, cold: Cold, run_in: RunIn, save: SaveHooked) -> None:
+def test_services_of_systemd(host: Runtime, cold: Cold, run_in: RunIn, save: SaveHooked) -> None:
     root = build_segment(host.store, DAEMONS, "debian:trixie", include=DAEMONS_PACKAGES)
     guest = prepared(cold, root, run_in)
     saved = save(guest)

@@ -19,7 +19,7 @@ from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn
@@ -38,14 +38,16 @@ cat /proc/sys/kernel/random/uuid
 MANY = 50
 
 
-def start(host: Host, source: Artifact, names: Sequence[str], spec: CloneSpec) -> list[GuestRecord]:
+def start(
+    host: Runtime, source: Artifact, names: Sequence[str], spec: CloneSpec
+) -> list[GuestRecord]:
     made = template(host, source)
     begun = start_many(host, names, lambda name, batch: start_clone(host, made, name, spec, batch))
     return list(asyncio.run(begun).guests)
 
 
 @pytest.fixture
-def fifty(host: Host, saved: Artifact, run_in: RunIn) -> Iterator[list[GuestRecord]]:
+def fifty(host: Runtime, saved: Artifact, run_in: RunIn) -> Iterator[list[GuestRecord]]:
     """Clones of a guest that has a machine-id, each with a forwarded port."""
     (first,) = start(host, saved, ["first"], CloneSpec())
     done = run_in(first, "sh", "-c", "cat /proc/sys/kernel/random/uuid | tr -d - >/etc/machine-id")
@@ -60,7 +62,7 @@ def fifty(host: Host, saved: Artifact, run_in: RunIn) -> Iterator[list[GuestReco
     host.store.remove(Reference("many"))
 
 
-def test_fifty_clones_differ_in_all(host: Host, fifty: list[GuestRecord]) -> None:
+def test_fifty_clones_differ_in_all(host: Runtime, fifty: list[GuestRecord]) -> None:
     async def asked() -> list[list[str]]:
         turn = asyncio.Semaphore(4)
 
@@ -90,7 +92,7 @@ def test_fifty_clones_differ_in_all(host: Host, fifty: list[GuestRecord]) -> Non
 
 
 @pytest.mark.smoke
-def test_clock_and_hook(host: Host, saved: Artifact, run_in: RunIn) -> None:
+def test_clock_and_hook(host: Runtime, saved: Artifact, run_in: RunIn) -> None:
     (guest,) = start(host, saved, ["years-ago"], CloneSpec())
     made = []
     try:
@@ -113,7 +115,7 @@ def test_clock_and_hook(host: Host, saved: Artifact, run_in: RunIn) -> None:
 
 
 def test_who_does_not_confirm_is_not_handed_out(
-    host: Host, cold: Cold, busybox_root: Artifact, run_in: RunIn
+    host: Runtime, cold: Cold, busybox_root: Artifact, run_in: RunIn
 ) -> None:
     guest = cold(busybox_root, memory=128 * MIB)
     ref = Reference("fails")
@@ -141,7 +143,7 @@ def test_who_does_not_confirm_is_not_handed_out(
 
 
 @pytest.fixture
-def two(host: Host, systemd_system: Artifact) -> Iterator[list[GuestRecord]]:
+def two(host: Runtime, systemd_system: Artifact) -> Iterator[list[GuestRecord]]:
     """Two clones of a saved Debian with systemd."""
     guests = start(host, systemd_system, ["own-1", "own-2"], CloneSpec())
     yield guests

@@ -21,7 +21,7 @@ from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.sharing import report
@@ -58,7 +58,7 @@ Restart = Callable[[GuestRecord], list[GuestRecord]]
 
 
 @pytest.fixture
-def restart(host: Host) -> Iterator[Restart]:
+def restart(host: Runtime) -> Iterator[Restart]:
     """``restart(guest)`` saves a running guest and starts two clones; they end after the test."""
     started: list[GuestRecord] = []
 
@@ -84,7 +84,7 @@ def restart(host: Host) -> Iterator[Restart]:
 
 
 @pytest.fixture
-def disk(host: Host, tmp_path: Path) -> Path:
+def disk(host: Runtime, tmp_path: Path) -> Path:
     """The disk of a machine with Debian 13: GPT, EFI partition, ext4, fstab, in qcow2."""
     segment = host.store.resolve(SERVICES, "segment").layer("image").path
     raw, root, image = (tmp_path / name for name in ("raw", "root", "disk.qcow2"))
@@ -117,7 +117,7 @@ def greeting(guest: GuestRecord) -> bytes:
 
 
 def test_a_debian_13_from_the_disk_of_a_machine(
-    host: Host, disk: Path, cold: Cold, run_in: RunIn, restart: Restart
+    host: Runtime, disk: Path, cold: Cold, run_in: RunIn, restart: Restart
 ) -> None:
     def said(guest: GuestRecord, *argv: str) -> str:
         return run_in(guest, *argv).stdout.decode().strip()
@@ -144,7 +144,7 @@ def test_a_debian_13_from_the_disk_of_a_machine(
         assert said(clone, "cat", boot) == said(guest, "cat", boot)
 
 
-def test_a_minimal_init(host: Host, tmp_path: Path, cold: Cold, run_in: RunIn) -> None:
+def test_a_minimal_init(host: Runtime, tmp_path: Path, cold: Cold, run_in: RunIn) -> None:
     """busybox's init, by its inittab: mounts what fstab says, and has a program run."""
     for name in ("bin", "sbin", "etc", "mnt", "srv/scratch"):
         (tmp_path / name).mkdir(parents=True)
@@ -164,7 +164,7 @@ def test_a_minimal_init(host: Host, tmp_path: Path, cold: Cold, run_in: RunIn) -
 
 
 @pytest.fixture
-def memtest(host: Host) -> Artifact:
+def memtest(host: Runtime) -> Artifact:
     """A kernel by itself that is no Linux."""
     return host.store.resolve(MEMTEST, "kernel")
 
@@ -173,7 +173,7 @@ def onecopy(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([ONECOPY, *argv], capture_output=True, text=True)
 
 
-def console(host: Host, guest: GuestRecord) -> str:
+def console(host: Runtime, guest: GuestRecord) -> str:
     return (host.run / guest.name / "console.log").read_text(errors="replace")
 
 
@@ -185,7 +185,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def test_a_system_that_is_no_linux(
-    host: Host, memtest: Artifact, cold: Cold, restart: Restart
+    host: Runtime, memtest: Artifact, cold: Cold, restart: Restart
 ) -> None:
     """memtest86+ tests memory, is saved in the middle of it, and its clones go on."""
     guest = cold(memtest, memory=128 * MIB)

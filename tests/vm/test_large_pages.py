@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import HUGE_PAGE_SIZE, PAGE_SIZE, Reference
 from onecopy.store import Artifact
@@ -26,7 +26,7 @@ with open("/data/z-file", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.P
 """
 
 
-def aligned(host: Host, folder: Path, data: bytes) -> Artifact:
+def aligned(host: Runtime, folder: Path, data: bytes) -> Artifact:
     """A segment in which the file z-file begins at a multiple of 2 MiB."""
     folder.mkdir()
     (folder / "z-file").write_bytes(data)
@@ -42,7 +42,7 @@ def aligned(host: Host, folder: Path, data: bytes) -> Artifact:
 
 
 def test_an_aligned_file(
-    host: Host, python_root: Artifact, cold: Cold, run_in: RunIn, tmp_path: Path
+    host: Runtime, python_root: Artifact, cold: Cold, run_in: RunIn, tmp_path: Path
 ) -> None:
     data = os.urandom(SIZE)
     segment = aligned(host, tmp_path / "tree", data)

@@ -16,7 +16,7 @@ import pytest
 
 from onecopy.errors import InUse
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import vmms
@@ -25,7 +25,7 @@ Clones = Callable[[int], list[GuestRecord]]
 ONECOPY = [sys.executable, "-m", "onecopy"]
 
 
-def left(host: Host) -> dict[str, list[str]]:
+def left(host: Runtime) -> dict[str, list[str]]:
     """What a guest or command leaves: VMMs, leases, run folders, workspaces."""
     return {
         "vmms": [str(pid) for pid in vmms(host)],
@@ -40,7 +40,9 @@ def run_command(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*ONECOPY, *args], capture_output=True, text=True, check=False)
 
 
-def test_rm_of_what_is_in_use_names_the_user(host: Host, saved: Artifact, clones: Clones) -> None:
+def test_rm_of_what_is_in_use_names_the_user(
+    host: Runtime, saved: Artifact, clones: Clones
+) -> None:
     (guest,) = clones(1)
     with pytest.raises(InUse) as caught:
         host.store.remove(Reference.parse(saved.ref))
@@ -50,7 +52,7 @@ def test_rm_of_what_is_in_use_names_the_user(host: Host, saved: Artifact, clones
     assert guest.name in done.stderr
 
 
-def test_a_killed_vmm_leaves_nothing(host: Host, saved: Artifact, clones: Clones) -> None:
+def test_a_killed_vmm_leaves_nothing(host: Runtime, saved: Artifact, clones: Clones) -> None:
     before = left(host)
     (guest,) = clones(1)
     assert host.store.users(saved.digest) == [guest.name]
@@ -70,7 +72,7 @@ def test_a_killed_vmm_leaves_nothing(host: Host, saved: Artifact, clones: Clones
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_save_that_is_ended_leaves_nothing(
-    host: Host, python_root: Artifact, number: signal.Signals
+    host: Runtime, python_root: Artifact, number: signal.Signals
 ) -> None:
     before = left(host)
     argv = [*ONECOPY, "save", "ended", "--root", python_root.ref, "--run", ""]
@@ -92,7 +94,7 @@ def test_a_save_that_is_ended_leaves_nothing(
 
 
 def test_qemu_killed_during_a_save_is_an_error_with_its_reason(
-    host: Host, python_root: Artifact
+    host: Runtime, python_root: Artifact
 ) -> None:
     before = left(host)
     argv = [*ONECOPY, "save", "shot", "--root", python_root.ref, "--run", ""]
@@ -107,7 +109,7 @@ def test_qemu_killed_during_a_save_is_an_error_with_its_reason(
     assert left(host) == before
 
 
-def test_one_that_cannot_start_takes_the_others_along(host: Host, saved: Artifact) -> None:
+def test_one_that_cannot_start_takes_the_others_along(host: Runtime, saved: Artifact) -> None:
     before = left(host)
     first = run_command("run", saved.ref, "--name", "taken-2")
     assert first.returncode == 0, first.stderr

@@ -12,7 +12,7 @@ import pytest
 
 import onecopy
 from onecopy import aio
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.store import Artifact
 from tests.vm.conftest import vmms
 
@@ -91,7 +91,7 @@ ready.wait()
 
 @pytest.mark.parametrize("how", PROGRAMS)
 def test_it_ends_and_so_do_its_guests(
-    host: Host, saved: Artifact, tmp_path: Path, how: str
+    host: Runtime, saved: Artifact, tmp_path: Path, how: str
 ) -> None:
     text, code = PROGRAMS[how]
     program = tmp_path / "program.py"
@@ -108,7 +108,7 @@ def test_it_ends_and_so_do_its_guests(
     assert [path.name for path in host.run.iterdir() if path.name.startswith(".owner")] == []
 
 
-def test_open_and_close(host: Host, saved: Artifact) -> None:
+def test_open_and_close(host: Runtime, saved: Artifact) -> None:
     mine = onecopy.Host()
     for use in (mine.guests, mine.artifacts, mine.report, lambda: mine.guest("x")):
         with pytest.raises(RuntimeError, match="not open"):
@@ -131,7 +131,7 @@ def test_open_and_close(host: Host, saved: Artifact) -> None:
         block.__exit__(None, None, None)
 
 
-def test_open_and_close_for_asyncio(host: Host, saved: Artifact) -> None:
+def test_open_and_close_for_asyncio(host: Runtime, saved: Artifact) -> None:
     async def main() -> None:
         mine = aio.Host()
         with pytest.raises(RuntimeError, match="not open"):

@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.kernel import KernelConfig, ensure_kernel
 from onecopy.model import MIB
 from onecopy.store import Artifact
@@ -73,11 +73,11 @@ def free_ports(count: int) -> int:
             return first
 
 
-def names(host: Host) -> set[str]:
+def names(host: Runtime) -> set[str]:
     return {guest.name for guest in host.guests()} - {LASTING}
 
 
-def assert_no_trace(host: Host, name: str) -> None:
+def assert_no_trace(host: Runtime, name: str) -> None:
     """No VMM, run folder or lease of this guest."""
     assert not (host.run / name).exists()
     assert not host.store.is_held(name)
@@ -105,7 +105,7 @@ def dry_run(*args: str) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _end_guests(host: Host) -> Iterator[None]:
+def _end_guests(host: Runtime) -> Iterator[None]:
     yield
     for guest in host.guests():
         if guest.name != LASTING:
@@ -113,7 +113,7 @@ def _end_guests(host: Host) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def web(host: Host, busybox_root: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
+def web(host: Runtime, busybox_root: Artifact, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A segment and a system that the command built and saved: busybox's HTTP server."""
     tree = tmp_path_factory.mktemp("web")
     (tree / "bin").mkdir()
@@ -133,7 +133,7 @@ def web(host: Host, busybox_root: Artifact, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def modules(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def modules(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The stored kernel's folder lib/modules/RELEASE."""
     kernel = ensure_kernel(host.store)
     point = tmp_path_factory.mktemp("modules")
@@ -146,7 +146,7 @@ def modules(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 
 @pytest.fixture(scope="module")
-def lasting(host: Host, web: str, modules: Path) -> Iterator[dict[str, Any]]:
+def lasting(host: Runtime, web: str, modules: Path) -> Iterator[dict[str, Any]]:
     """A cold guest on an ext2 root, with a kernel of the user's; its JSON and its dry run."""
     segment = answer("inspect", "web-root")["layers"][0]["path"]
     with contextlib.ExitStack() as stack:
@@ -174,7 +174,7 @@ def mounted(image: str, point: Path) -> Iterator[Path]:
         subprocess.run(["umount", point], check=True)
 
 
-def test_ls_and_inspect_tell_what_is_in_the_store(host: Host, web: str) -> None:
+def test_ls_and_inspect_tell_what_is_in_the_store(host: Runtime, web: str) -> None:
     # What a file takes changes as long as it is written to the disk.
     os.sync()
     listed = answer("ls", "--json")
@@ -207,7 +207,7 @@ def test_ls_and_inspect_tell_what_is_in_the_store(host: Host, web: str) -> None:
     ]
 
 
-def test_run_ps_and_inspect_are_right_about_guests(host: Host, web: str) -> None:
+def test_run_ps_and_inspect_are_right_about_guests(host: Runtime, web: str) -> None:
     started = answer("run", web, "-n", "2", "--name", "w", "-p", "0:80", "--json")
     assert started["failures"] == []
     guests = started["guests"]
@@ -242,12 +242,12 @@ def test_run_ps_and_inspect_are_right_about_guests(host: Host, web: str) -> None
     assert "w-1" in table and f"{guests[0]['publish'][0][0]}->80" in table
 
 
-async def memory_of(host: Host, name: str) -> Any:
+async def memory_of(host: Runtime, name: str) -> Any:
     async with connect(host.run / name / "monitor.sock") as monitor:
         return (await monitor.execute("query-memory-size-summary"))["base-memory"]
 
 
-def test_report_is_what_the_kernel_counts(host: Host, web: str) -> None:
+def test_report_is_what_the_kernel_counts(host: Runtime, web: str) -> None:
     guests = answer("run", web, "-n", "2", "--name", "r", "--json")["guests"]
     for guest in guests:
         asyncio.run(halt(host, guest["name"]))
@@ -283,7 +283,7 @@ def pss_is_told(guests: list[dict[str, Any]]) -> bool:
     return all(abs(told[name] - each[name]) < MIB for name in before for each in (before, after))
 
 
-async def halt(host: Host, name: str) -> None:
+async def halt(host: Runtime, name: str) -> None:
     """Stop the guest's processors, so that two looks at its memory see the same."""
     async with connect(host.run / name / "monitor.sock") as monitor:
         await monitor.execute("stop")
@@ -329,7 +329,7 @@ def test_logs_and_console(web: str) -> None:
     assert "no guest 'nobody'" in command("logs", "nobody", code=3).stderr
 
 
-def test_dry_run_is_what_really_runs(host: Host, web: str, lasting: dict[str, Any]) -> None:
+def test_dry_run_is_what_really_runs(host: Runtime, web: str, lasting: dict[str, Any]) -> None:
     port = free_ports(2)
     args = [web, "-n", "2", "--name", "same", "-p", f"{port}:80"]
     planned = command("run", *args, "--dry-run").stdout.splitlines()
@@ -356,7 +356,7 @@ def test_four_at_once_answer_with_their_own_names(saved: Artifact) -> None:
         get(first)
 
 
-def test_a_guest_for_one_command(host: Host, web: str) -> None:
+def test_a_guest_for_one_command(host: Runtime, web: str) -> None:
     done = command("run", web, "--", "sh", "-c", "echo out; echo err >&2; exit 7", code=7)
     assert done.stdout == "out\n"
     assert done.stderr.endswith("err\n")
@@ -365,11 +365,11 @@ def test_a_guest_for_one_command(host: Host, web: str) -> None:
     assert names(host) == {"kept"}
 
 
-def _lasting(host: Host) -> Any:
+def _lasting(host: Runtime) -> Any:
     return next((item for item in answer("ps", "--json") if item["name"] == LASTING), None)
 
 
-def test_a_taken_name(host: Host, web: str) -> None:
+def test_a_taken_name(host: Runtime, web: str) -> None:
     (first,) = answer("run", web, "--name", "a-2", "--json")["guests"]
     assert "a-2 runs already" in command("run", web, "--name", "a-2", code=5).stderr
     # All or none: neither a-1 nor a-3 stays.
@@ -382,7 +382,7 @@ def test_a_taken_name(host: Host, web: str) -> None:
         assert_no_trace(host, name)
 
 
-def test_a_taken_port(host: Host, web: str) -> None:
+def test_a_taken_port(host: Runtime, web: str) -> None:
     first = free_ports(4)
     args = ["run", web, "-n", "4", "--name", "p", "-p", f"{first}:80"]
     with socket.create_server(("127.0.0.1", first + 2)):
@@ -400,7 +400,7 @@ def test_a_taken_port(host: Host, web: str) -> None:
     assert "is taken" in command("run", web, "-p", f"{first}:80", code=4).stderr
 
 
-def test_more_than_the_host_has_memory_for(host: Host, web: str) -> None:
+def test_more_than_the_host_has_memory_for(host: Runtime, web: str) -> None:
     """The host's memory is real, and the guests' are not begun."""
     refused = command("run", web, "-n", "10000", "--name", "many", code=9)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -415,7 +415,7 @@ def test_more_than_the_host_has_memory_for(host: Host, web: str) -> None:
     command("stop", guest["name"])
 
 
-def test_stopping_asks_waits_and_ends(host: Host, web: str) -> None:
+def test_stopping_asks_waits_and_ends(host: Runtime, web: str) -> None:
     guests = answer("run", web, "-n", "3", "--name", "s", "--json")["guests"]
     polite, frozen, at_once = (guest["name"] for guest in guests)
     assert command("stop", polite).stdout == f"{polite} shut down\n"
@@ -437,7 +437,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_killed_vmm_is_swept_by_the_next_command(host: Host, web: str) -> None:
+def test_a_killed_vmm_is_swept_by_the_next_command(host: Runtime, web: str) -> None:
     guests = answer("run", web, "-n", "2", "--name", "k", "--json")["guests"]
     os.kill(guests[0]["pid"], signal.SIGKILL)
     deadline = time.monotonic() + 60
@@ -494,7 +494,7 @@ def test_kvm_runs_guests_or_says_why_not(busybox_root: Artifact) -> None:
         assert "--accel tcg" in refused
 
 
-def test_what_is_in_use_is_not_removed(host: Host, web: str, lasting: dict[str, Any]) -> None:
+def test_what_is_in_use_is_not_removed(host: Runtime, web: str, lasting: dict[str, Any]) -> None:
     """The last test of this file: what others here use goes."""
     command("run", web, "--name", "user")
     assert f"{web}:latest is in use by user" in command("rm", web, code=4).stderr

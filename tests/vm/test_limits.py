@@ -18,11 +18,11 @@ import pytest
 from onecopy.errors import GuestFailed, StoreDamaged
 from onecopy.guest.lifecycle import admission
 from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach
 from onecopy.images.create import NewRange, create_segment
 from onecopy.linux.counters import smaps
@@ -53,18 +53,18 @@ def uses(guest: GuestRecord, name: str) -> int:
 
 
 @pytest.fixture
-def fitted(host: Host, saved: Artifact, tmp_path: Path) -> Iterator[GuestRecord]:
+def fitted(host: Runtime, saved: Artifact, tmp_path: Path) -> Iterator[GuestRecord]:
     """A clone with a disk, whose QEMU has been told nothing of it before it ran."""
     disk = tmp_path / "disk.img"
     disk.write_bytes(b"")
     os.truncate(disk, DISK)
-    spec = CloneSpec(fitting=Fitting(disks=(DiskSpec(file=disk),)))
+    spec = CloneSpec(fitting=ExtraResources(disks=(DiskSpec(file=disk),)))
     guest = asyncio.run(start_clone(host, template(host, saved), "fitted", spec))
     yield guest
     host.end(guest)
 
 
-def test_real_ones(host: Host, clones: Clones, fitted: GuestRecord, run_in: RunIn) -> None:
+def test_real_ones(host: Runtime, clones: Clones, fitted: GuestRecord, run_in: RunIn) -> None:
     """All are limited, none comes near its limits, and more comes with what they are given."""
     (plain,) = clones(1)
     for guest in (plain, fitted):
@@ -89,7 +89,7 @@ def test_real_ones(host: Host, clones: Clones, fitted: GuestRecord, run_in: RunI
     assert after["address space"] - before["address space"] == 2 * HUGE_PAGE_SIZE
 
 
-def test_translated_code(host: Host, cold: Cold, python_root: Artifact, run_in: RunIn) -> None:
+def test_translated_code(host: Runtime, cold: Cold, python_root: Artifact, run_in: RunIn) -> None:
     """Under TCG a guest that works fills the memory for it, and takes no more."""
     # A boot alone is more code than there is room for.
     guest = cold(python_root, translated=LEAST_TRANSLATED)
@@ -111,12 +111,12 @@ def test_translated_code(host: Host, cold: Cold, python_root: Artifact, run_in: 
     assert sum(mapping.private for mapping in own) < counted
 
 
-async def _human(host: Host, guest: GuestRecord, line: str) -> str:
+async def _human(host: Runtime, guest: GuestRecord, line: str) -> str:
     async with connect(host.run / guest.name / "monitor.sock") as monitor:
         return await monitor.human(line)
 
 
-def test_a_guest_that_says_too_much(host: Host, clones: Clones, run_in: RunIn) -> None:
+def test_a_guest_that_says_too_much(host: Runtime, clones: Clones, run_in: RunIn) -> None:
     """It goes on as before, what it says is dropped, and what it says later is there again."""
     (guest,) = clones(1)
     folder = host.run / guest.name
@@ -137,7 +137,7 @@ def test_a_guest_that_says_too_much(host: Host, clones: Clones, run_in: RunIn) -
 
 
 def test_what_it_was_lent_is_not_what_is_stored(
-    host: Host, clones: Clones, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, clones: Clones, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A VMM that keeps the file of its state, and writes to it when that has a name."""
     (guest,) = clones(1)
@@ -173,7 +173,7 @@ def test_what_it_was_lent_is_not_what_is_stored(
 
 
 def test_a_state_larger_than_any(
-    host: Host, clones: Clones, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, clones: Clones, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU can write no more than the room for it, and the guest goes on."""
     (guest,) = clones(1)
@@ -185,7 +185,7 @@ def test_a_state_larger_than_any(
 
 
 def test_a_state_that_was_changed_on_the_way(
-    host: Host, saved: Artifact, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, saved: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is loaded is what was checked: the file is not looked at again."""
     layer = saved.layer("state")

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 
 from onecopy.errors import GuestFailed, Incompatible
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import template
 from onecopy.guest.machine import SystemConfig
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import smaps
 from onecopy.model import Reference
 from onecopy.store import Artifact
@@ -52,14 +52,14 @@ def test_another_cpu_is_asked_for(busybox_root: Artifact, cold: Cold, run_in: Ru
 
 
 def test_the_hosts_own_cpu_needs_kvm(
-    host: Host, busybox_root: Artifact, cold: Cold, run_in: RunIn, saved: Artifact
+    host: Runtime, busybox_root: Artifact, cold: Cold, run_in: RunIn, saved: Artifact
 ) -> None:
-    spec = ColdSpec(root=Reference.parse(busybox_root.ref), cpu="host", command="")
+    spec = BootSpec(root=Reference.parse(busybox_root.ref), cpu="host", command="")
     if SystemConfig.of(saved).accel == "kvm":
         assert flags(cold(busybox_root, cpu="host"), run_in) >= V2
     else:
         with pytest.raises(Incompatible, match="host needs KVM"):
-            prepare_cold(host, spec)
+            plan_boot(host, spec)
 
 
 def test_an_unknown_cpu(busybox_root: Artifact, cold: Cold) -> None:
@@ -68,7 +68,7 @@ def test_an_unknown_cpu(busybox_root: Artifact, cold: Cold) -> None:
 
 
 def test_a_saved_system_of_another_host(
-    host: Host, saved: Artifact, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, saved: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SystemConfig.of(saved)
     other = Choice.TCG if config.accel == "kvm" else Choice.KVM

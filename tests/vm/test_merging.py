@@ -22,7 +22,7 @@ from onecopy.guest.lifecycle.batch import names_for
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.observe import advise
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import ksm, smaps
 from onecopy.model import MIB, PAGE_SIZE, Mergeable
 from onecopy.store import Artifact
@@ -100,7 +100,7 @@ def test_a_running_guest_is_closed_to_it_and_opened(clones: Clones) -> None:
 
 
 def test_a_guest_may_start_closed_to_it(
-    host: Host, saved: Artifact, busybox_root: Artifact
+    host: Runtime, saved: Artifact, busybox_root: Artifact
 ) -> None:
     onecopy("run", saved.ref, "--name", "closed", "--ksm", "none")
     guest = host.guest("closed").record()
@@ -127,7 +127,7 @@ def offered(guest: GuestRecord) -> bool:
     return only
 
 
-def test_what_it_would_still_gain(host: Host, clones: Clones, run_in: RunIn) -> None:
+def test_what_it_would_still_gain(host: Runtime, clones: Clones, run_in: RunIn) -> None:
     guests = clones(2)
 
     def gain() -> int:
@@ -172,7 +172,7 @@ def test_it_runs_by_itself_and_is_put_back() -> None:
     assert settings() == before
 
 
-def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Host, saved: Artifact) -> None:
+def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Runtime, saved: Artifact) -> None:
     source, names = template(host, saved), names_for("merge", None, 2)
     started: list[GuestRecord] = []
     try:

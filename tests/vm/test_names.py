@@ -17,7 +17,7 @@ from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn
@@ -70,7 +70,7 @@ Restart = Callable[[GuestRecord, str], GuestRecord]
 
 
 @pytest.fixture
-def restart(host: Host) -> Iterator[Restart]:
+def restart(host: Runtime) -> Iterator[Restart]:
     """``restart(guest, name)`` saves a running guest and starts a clone, ended after the test."""
     started: list[GuestRecord] = []
 
@@ -132,7 +132,7 @@ def test_a_root_without_etc(
         assert files == ["hosts", "nsswitch.conf", "resolv.conf"]
 
 
-def test_host_keys_of_any_type(host: Host, cold: Cold, run_in: RunIn, restart: Restart) -> None:
+def test_host_keys_of_any_type(host: Runtime, cold: Cold, run_in: RunIn, restart: Restart) -> None:
     services = host.store.resolve(SERVICES, "segment")
     guest = cold(services, memory=192 * MIB, command="")
     assert run_in(guest, "sh", "-ec", KEYS, timeout=300).exit_code == 0

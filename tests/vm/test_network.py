@@ -22,7 +22,7 @@ from onecopy.errors import InvalidInput, NotFound, NotPermitted
 from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.tap import open_tap
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
@@ -70,7 +70,7 @@ def ports(bridge: str) -> list[str]:
     return [path.name for path in Path(f"/sys/class/net/{bridge}/brif").iterdir()]
 
 
-def test_clones_in_a_bridge(host: Host, saved: Artifact, bridge: str, run_in: RunIn) -> None:
+def test_clones_in_a_bridge(host: Runtime, saved: Artifact, bridge: str, run_in: RunIn) -> None:
     source, spec = template(host, saved), CloneSpec(bridge=bridge)
     begun = start_many(
         host, ["left", "right"], lambda name, batch: start_clone(host, source, name, spec, batch)
@@ -105,7 +105,7 @@ def test_cold_guests_in_a_bridge(
 
 
 def test_a_system_that_was_saved_in_a_bridge(
-    host: Host, cold: Cold, busybox_root: Artifact, bridge: str, run_in: RunIn
+    host: Runtime, cold: Cold, busybox_root: Artifact, bridge: str, run_in: RunIn
 ) -> None:
     """Its clones in a network of their own keep nothing of what DHCP gave."""
     guest = cold(busybox_root, bridge=bridge, command="")
@@ -162,7 +162,7 @@ def frames(taken: socket.socket) -> list[bytes]:
 
 
 def test_connections_are_reset_in_the_clone_only(
-    host: Host, cold: Cold, python_root: Artifact, bridge: str, run_in: RunIn
+    host: Runtime, cold: Cold, python_root: Artifact, bridge: str, run_in: RunIn
 ) -> None:
     capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
     server = socket.create_server((f"{NET}.1", 0))
@@ -232,7 +232,7 @@ def test_an_ordinary_user_and_a_bridge(bridge: str) -> None:
 
 
 def test_what_is_no_network(
-    host: Host, saved: Artifact, cold: Cold, busybox_root: Artifact
+    host: Runtime, saved: Artifact, cold: Cold, busybox_root: Artifact
 ) -> None:
     source = template(host, saved)
     with pytest.raises(NotFound, match="no bridge"):

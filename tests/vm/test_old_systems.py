@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from tests.vm.conftest import RunIn
 from tests.vm.kept import SERVICES
@@ -64,12 +64,12 @@ WITHIN = 120
 
 
 @pytest.fixture(scope="module")
-def original(host: Host) -> Iterator[GuestRecord]:
+def original(host: Runtime) -> Iterator[GuestRecord]:
     """A booted Debian 13 with services, whose clock is two days behind."""
-    spec = ColdSpec(root=Reference.parse(str(SERVICES)), memory=256 * MIB, timeout=1200)
-    prepared = prepare_cold(host, spec)
+    spec = BootSpec(root=Reference.parse(str(SERVICES)), memory=256 * MIB, timeout=1200)
+    prepared = plan_boot(host, spec)
     begun = start_many(
-        host, ["original"], lambda name, batch: run_cold(host, prepared, name, batch)
+        host, ["original"], lambda name, batch: boot_guest(host, prepared, name, batch)
     )
     (guest,) = asyncio.run(begun).guests
     yield guest
@@ -86,7 +86,7 @@ def behind(run_in: RunIn, guest: GuestRecord) -> float:
     return time.time() - float(text(run_in, guest, "date +%s.%N"))
 
 
-def clones_of(host: Host, names: Sequence[str]) -> list[GuestRecord]:
+def clones_of(host: Runtime, names: Sequence[str]) -> list[GuestRecord]:
     source = template(host, host.store.resolve(REF, "system"))
     begun = start_many(
         host, names, lambda name, batch: start_clone(host, source, name, batch=batch)
@@ -94,7 +94,7 @@ def clones_of(host: Host, names: Sequence[str]) -> list[GuestRecord]:
     return list(asyncio.run(begun).guests)
 
 
-def test_a_system_two_days_old(host: Host, original: GuestRecord, run_in: RunIn) -> None:
+def test_a_system_two_days_old(host: Runtime, original: GuestRecord, run_in: RunIn) -> None:
     text(run_in, original, SET_UP)
     before, late = text(run_in, original, STATE), behind(run_in, original)
     assert late > 1.5 * DAYS
@@ -154,7 +154,7 @@ def _nothing_ran(clone: GuestRecord, journal: str) -> None:
 
 
 def test_cron_does_not_make_up_for_two_hours(
-    host: Host, original: GuestRecord, run_in: RunIn
+    host: Runtime, original: GuestRecord, run_in: RunIn
 ) -> None:
     """Cron runs what it has missed if the clock goes forward by up to three hours (cron(8))."""
     # Not due while this runs.

@@ -20,7 +20,7 @@ import pytest
 from onecopy.errors import OnecopyError
 from onecopy.guest.end_reason import Cause
 from onecopy.guest.lifecycle.stop import wait_for_end
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import kmsg
 from onecopy.model import MIB
 from onecopy.store import Artifact
@@ -72,7 +72,7 @@ def _killed(group: Path) -> int:
 
 
 def test_in_the_middle_of_many(
-    host: Host, saved: Artifact, clones: Clones, run_in: RunIn, group: Path
+    host: Runtime, saved: Artifact, clones: Clones, run_in: RunIn, group: Path
 ) -> None:
     (other,) = clones(1)
     before, known = vmms(host), host.ended()
@@ -91,7 +91,7 @@ def test_in_the_middle_of_many(
     assert not any((host.store.root / "tmp").iterdir())
 
 
-def test_a_guest_s_qemu(host: Host, clones: Clones, run_in: RunIn, group: Path) -> None:
+def test_a_guest_s_qemu(host: Runtime, clones: Clones, run_in: RunIn, group: Path) -> None:
     """It is told apart from one that somebody has killed."""
     guest, killed = clones(2)
     limit = next(

@@ -13,7 +13,7 @@ import pytest
 
 from onecopy.errors import GuestFailed
 from onecopy.guest.observe import plan
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.sharing.forecast import Work
 from onecopy.store import Artifact
@@ -35,7 +35,7 @@ def planned(*args: str) -> dict[str, Any]:
     return found
 
 
-def test_a_few_clones_are_measured(host: Host, saved: Artifact) -> None:
+def test_a_few_clones_are_measured(host: Runtime, saved: Artifact) -> None:
     before = {guest.name for guest in host.guests()}
     assert plan.kept(host, saved) is None
     profile = asyncio.run(plan.measure(host, saved, plan.Size(1, 3, 1.0)))
@@ -51,7 +51,7 @@ def test_a_few_clones_are_measured(host: Host, saved: Artifact) -> None:
     assert found["fits"]
 
 
-def test_clones_that_work_cost_more(host: Host, saved: Artifact) -> None:
+def test_clones_that_work_cost_more(host: Runtime, saved: Artifact) -> None:
     size = plan.Size(1, 2, 1.0)
     idle = asyncio.run(plan.measure(host, saved, size))
     busy = asyncio.run(plan.measure(host, saved, size, work=_EAT))
@@ -60,12 +60,12 @@ def test_clones_that_work_cost_more(host: Host, saved: Artifact) -> None:
     assert plan.kept(host, saved) is None and plan.kept(host, saved, _EAT) == busy
 
 
-def test_work_reaches_a_port_of_each(host: Host, saved: Artifact) -> None:
+def test_work_reaches_a_port_of_each(host: Runtime, saved: Artifact) -> None:
     size = plan.Size(1, 2, 1.0)
     assert asyncio.run(plan.measure(host, saved, size, work=_ASK)).work == _ASK
 
 
-def test_work_that_fails(host: Host, saved: Artifact) -> None:
+def test_work_that_fails(host: Runtime, saved: Artifact) -> None:
     before = {guest.name for guest in host.guests()}
     with pytest.raises(GuestFailed, match="exit code 3: no such work"):
         work = Work("echo no such work >&2; exit 3")

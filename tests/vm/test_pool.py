@@ -20,10 +20,10 @@ import pytest
 import onecopy
 from onecopy.errors import AlreadyExists
 from onecopy.guest.lifecycle import pool
-from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference, parse_mount
 from onecopy.store import Artifact
@@ -32,7 +32,7 @@ from tests.vm.test_leases import ONECOPY, left, run_command
 
 
 @pytest.fixture
-def empty(host: Host) -> Iterator[dict[str, list[str]]]:
+def empty(host: Runtime) -> Iterator[dict[str, list[str]]]:
     """What there is before the test; afterwards there is no more."""
     before = left(host)
     yield before
@@ -42,14 +42,14 @@ def empty(host: Host) -> Iterator[dict[str, list[str]]]:
     assert left(host) == before
 
 
-def prepared(host: Host, saved: Artifact, size: int) -> set[int]:
+def prepared(host: Runtime, saved: Artifact, size: int) -> set[int]:
     """Prepare so many; the process ids of their VMMs."""
     ready = asyncio.run(pool.resize(host, saved, size)).ready
     assert len(ready) == size
     return {record.pid for record in ready}
 
 
-def clone(host: Host, saved: Artifact, name: str, spec: CloneSpec) -> GuestRecord:
+def clone(host: Runtime, saved: Artifact, name: str, spec: CloneSpec) -> GuestRecord:
     return asyncio.run(start_clone(host, template(host, saved), name, spec))
 
 
@@ -62,7 +62,7 @@ def answer(guest: GuestRecord) -> str:
 @pytest.mark.smoke
 @pytest.mark.usefixtures("empty")
 def test_a_prepared_guest_is_like_any_other(
-    host: Host, saved: Artifact, run_in: RunIn, tmp_path: Path
+    host: Runtime, saved: Artifact, run_in: RunIn, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("of a further segment")
     build_segment(host.store, Reference("further"), f"dir:{tmp_path}")
@@ -70,7 +70,7 @@ def test_a_prepared_guest_is_like_any_other(
     assert not host.guests()
     spec = CloneSpec(
         publish=((0, 80),),
-        fitting=Fitting(segments=(parse_mount("further:/mnt"),)),
+        fitting=ExtraResources(segments=(parse_mount("further:/mnt"),)),
     )
     guests = [clone(host, saved, f"quick-{number}", spec) for number in range(3)]
     assert {guest.pid for guest in guests[:2]} == pids
@@ -90,7 +90,7 @@ def test_a_prepared_guest_is_like_any_other(
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_pool_fills_again_when_half_is_taken(host: Host, saved: Artifact) -> None:
+def test_a_pool_fills_again_when_half_is_taken(host: Runtime, saved: Artifact) -> None:
     pids = prepared(host, saved, 2)
     assert run_command("run", saved.name, "--name", "first").returncode == 0
     deadline = time.monotonic() + 120
@@ -107,7 +107,7 @@ def test_a_pool_fills_again_when_half_is_taken(host: Host, saved: Artifact) -> N
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_killed_one_is_replaced(host: Host, saved: Artifact) -> None:
+def test_a_killed_one_is_replaced(host: Runtime, saved: Artifact) -> None:
     (pid,) = prepared(host, saved, 1)
     pidfd = os.pidfd_open(pid)
     os.kill(pid, signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_a_killed_one_is_replaced(host: Host, saved: Artifact) -> None:
 
 
 @pytest.mark.usefixtures("empty")
-def test_what_was_replaced_or_removed_is_not_kept(host: Host, saved: Artifact) -> None:
+def test_what_was_replaced_or_removed_is_not_kept(host: Runtime, saved: Artifact) -> None:
     name = Reference("pooled")
     host.store.tag(Reference.parse(saved.ref), name)
     prepared(host, host.store.resolve(name), 1)
@@ -135,7 +135,7 @@ def test_what_was_replaced_or_removed_is_not_kept(host: Host, saved: Artifact) -
 
 
 @pytest.mark.usefixtures("empty")
-def test_a_name_that_is_taken_costs_nothing(host: Host, saved: Artifact) -> None:
+def test_a_name_that_is_taken_costs_nothing(host: Runtime, saved: Artifact) -> None:
     prepared(host, saved, 1)
     guest = clone(host, saved, "one", CloneSpec())
     prepared(host, saved, 1)
@@ -150,7 +150,7 @@ import os, sys
 from pathlib import Path
 from onecopy.guest.runtime import Host
 
-host, digest, left = Host.open(), sys.argv[1], int(sys.argv[2])
+host, digest, left = Runtime.open(), sys.argv[1], int(sys.argv[2])
 rename = Path.rename
 def dying(self, target):
     global left
@@ -168,7 +168,7 @@ with host.batch() as batch:
 
 @pytest.mark.parametrize("number", [1, 2, 3, 9])
 def test_killed_while_it_takes_one(
-    host: Host, saved: Artifact, empty: dict[str, list[str]], number: int
+    host: Runtime, saved: Artifact, empty: dict[str, list[str]], number: int
 ) -> None:
     prepared(host, saved, 1)
     done = subprocess.run([sys.executable, "-c", _KILLED, saved.digest, str(number)])
@@ -177,7 +177,7 @@ def test_killed_while_it_takes_one(
     assert left(host) == empty
 
 
-def test_killed_while_it_fills(host: Host, saved: Artifact, empty: dict[str, list[str]]) -> None:
+def test_killed_while_it_fills(host: Runtime, saved: Artifact, empty: dict[str, list[str]]) -> None:
     with subprocess.Popen([*ONECOPY, "pool", saved.name, "8"], stderr=subprocess.PIPE) as command:
         while len(vmms(host)) < len(empty["vmms"]) + 2:
             assert command.poll() is None
@@ -187,7 +187,7 @@ def test_killed_while_it_fills(host: Host, saved: Artifact, empty: dict[str, lis
 
 
 @pytest.mark.usefixtures("empty")
-def test_from_python(host: Host, saved: Artifact) -> None:
+def test_from_python(host: Runtime, saved: Artifact) -> None:
     with onecopy.Host(host.store.root) as mine:
         assert mine.pool(saved.ref, 2) == 2
         pids = {record.pid for record in host.prepared()}

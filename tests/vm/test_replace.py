@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 from onecopy.guest.observe.inspect import describe
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from onecopy.store import Artifact
@@ -18,19 +18,21 @@ from tests.vm.segments import load
 REF = Reference("text")
 
 
-def build(host: Host, folder: Path, text: str) -> Artifact:
+def build(host: Runtime, folder: Path, text: str) -> Artifact:
     folder.mkdir(exist_ok=True)
     (folder / "text").write_text(text)
     return build_segment(host.store, REF, f"dir:{folder}")
 
 
-def next_command(host: Host) -> None:
+def next_command(host: Runtime) -> None:
     """What the next command sweeps; a store that cannot be swept says why."""
-    Host.open(host.store.root)
+    Runtime.open(host.store.root)
     host.store.collect()
 
 
-def test_three_versions_at_once(host: Host, clones: Clones, run_in: RunIn, tmp_path: Path) -> None:
+def test_three_versions_at_once(
+    host: Runtime, clones: Clones, run_in: RunIn, tmp_path: Path
+) -> None:
     guests, versions = clones(3), []
     for number, guest in enumerate(guests):
         versions.append(build(host, tmp_path / "source", f"version {number}"))
@@ -62,7 +64,7 @@ def test_three_versions_at_once(host: Host, clones: Clones, run_in: RunIn, tmp_p
     assert run_in(guests[2], "cat", "/srv/text").stdout == b"version 2"
 
 
-def test_removed_while_in_use(host: Host, clones: Clones, run_in: RunIn, tmp_path: Path) -> None:
+def test_removed_while_in_use(host: Runtime, clones: Clones, run_in: RunIn, tmp_path: Path) -> None:
     (guest,) = clones(1)
     segment = build(host, tmp_path / "source", "soon gone")
     load(host, guest, "text:/srv")

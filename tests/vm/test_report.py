@@ -18,7 +18,7 @@ from typing import Any
 import onecopy as onecopy_api
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.create import NewRange, create_segment
 from onecopy.linux.counters import kpage, pagemap, smaps
 from onecopy.linux.counters.smaps import Mapping
@@ -78,7 +78,7 @@ def frozen(guests: Sequence[GuestRecord]) -> Iterator[None]:
 
 
 def test_every_figure_is_pagemaps(
-    host: Host, clones: Clones, run_in: RunIn, tmp_path: Path
+    host: Runtime, clones: Clones, run_in: RunIn, tmp_path: Path
 ) -> None:
     guests = clones(2)
     (tmp_path / "file").write_text("no other segment's content")
@@ -146,7 +146,7 @@ def wait_until_found(pid: int) -> None:
         time.sleep(0.05)
 
 
-def test_as_a_user_sees_it(host: Host, clones: Clones) -> None:
+def test_as_a_user_sees_it(host: Runtime, clones: Clones) -> None:
     """Guests, another's QEMU, and whether the parts add up."""
     guests = clones(2)
     argv = ["qemu-system-x86_64", "-S", "-display", "none", "-name", "theirs", "-m", "64M"]

@@ -14,7 +14,7 @@ import pytest
 from onecopy.errors import AlreadyExists, NotFound, OtherDomain, Restricted
 from onecopy.guest.exec import Completed
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.linux import process
 from onecopy.model import Reference
@@ -27,14 +27,14 @@ SERVE = [sys.executable, "-m", "onecopy", "serve"]
 
 
 @pytest.fixture
-def site(host: Host, tmp_path: Path) -> Artifact:
+def site(host: Runtime, tmp_path: Path) -> Artifact:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/page").write_text("a page\n")
     return build_segment(host.store, Reference("asked"), f"dir:{tmp_path}/site", fs="ext2")
 
 
 @pytest.fixture
-def served(host: Host) -> Iterator[subprocess.Popen[str]]:
+def served(host: Runtime) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(SERVE, stderr=subprocess.PIPE, text=True) as process_:
         assert process_.stderr and "answering" in process_.stderr.readline()
         heard = threading.Thread(target=process_.stderr.read)
@@ -50,7 +50,7 @@ def ask(run_in: RunIn, guest: GuestRecord, *words: str) -> Completed:
 
 
 def test_load_use_unload(
-    host: Host,
+    host: Runtime,
     clones: Clones,
     run_in: RunIn,
     site: Artifact,
@@ -83,7 +83,7 @@ def test_load_use_unload(
 
 
 def test_each_refusal_is_told_by_its_name(
-    host: Host, clones: Clones, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
+    host: Runtime, clones: Clones, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
 ) -> None:
     (guest,) = clones(1)
     store = host.store
@@ -132,13 +132,13 @@ def test_a_guest_that_asks_while_it_starts(
     assert run_in(guest, "timeout", "60", "sh", "-c", script).stdout == b"a page\n"
 
 
-def test_one_service_is_enough(host: Host, served: subprocess.Popen[str]) -> None:
+def test_one_service_is_enough(host: Runtime, served: subprocess.Popen[str]) -> None:
     second = subprocess.run(SERVE, capture_output=True, text=True, check=False, timeout=60)
     assert second.returncode == AlreadyExists.exit_code
 
 
 def test_guests_that_flood_and_stall_harm_nobody(
-    host: Host, clones: Clones, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
+    host: Runtime, clones: Clones, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
 ) -> None:
     rogue, staller, *others = clones(4)
     port = (
@@ -165,7 +165,7 @@ def test_guests_that_flood_and_stall_harm_nobody(
 
 
 def test_a_guest_that_ends_while_it_asks(
-    host: Host, clones: Clones, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
+    host: Runtime, clones: Clones, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
 ) -> None:
     first, second = clones(2)
     run_in(first, "sh", "-c", "(onecopy-segment load asked </dev/null >/dev/null 2>&1 &)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.store import Artifact
 from tests.vm import physical
 from tests.vm.conftest import Clones, RunIn
@@ -66,7 +66,12 @@ print("written:", written)
 
 @pytest.mark.smoke
 def test_its_writes_are_dropped(
-    host: Host, clones: Clones, run_in: RunIn, saved: Artifact, python_root: Artifact, app: Artifact
+    host: Runtime,
+    clones: Clones,
+    run_in: RunIn,
+    saved: Artifact,
+    python_root: Artifact,
+    app: Artifact,
 ) -> None:
     rogue, neighbour = clones(2)
     count = len(physical.query(host, rogue, "query-memory-devices"))

@@ -17,13 +17,13 @@ import pytest
 from onecopy.errors import AgentFailed
 from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.exec_streams import KEPT
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
-from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 
@@ -93,22 +93,22 @@ Run = Callable[..., Completed]
 
 
 @pytest.fixture(scope="module")
-def guest(host: Host, python_root: Artifact) -> Iterator[GuestRecord]:
+def guest(host: Runtime, python_root: Artifact) -> Iterator[GuestRecord]:
     """A guest of 256 MiB whose command wrote to /dev/stdout as another user."""
     command = "setpriv --reuid 65534 --clear-groups sh -c 'echo from the command >/dev/stdout'"
-    spec = ColdSpec(
+    spec = BootSpec(
         root=Reference.parse(python_root.ref),
         memory=256 * MIB,
         command=f"{command}; echo here >/srv/mark; sleep 1000000",
         ready="[ -e /srv/mark ]",
     )
-    record = asyncio.run(run_cold(host, prepare_cold(host, spec), "disk"))
+    record = asyncio.run(boot_guest(host, plan_boot(host, spec), "disk"))
     yield record
     host.end(record)
 
 
 @pytest.fixture(scope="module")
-def run(host: Host, guest: GuestRecord) -> Run:
+def run(host: Runtime, guest: GuestRecord) -> Run:
     """``run(*argv, name="disk")`` runs a program in a guest."""
 
     def run_it(*argv: str, name: str = "disk", stdin: bytes | None = None) -> Completed:
@@ -173,7 +173,7 @@ def test_what_programs_expect_is_there(run: Run) -> None:
     assert (done.exit_code, done.stdout) == (0, b"x\n"), done.stderr.decode()
 
 
-def test_each_program_can_open_its_streams(host: Host, guest: GuestRecord, run: Run) -> None:
+def test_each_program_can_open_its_streams(host: Runtime, guest: GuestRecord, run: Run) -> None:
     script = "cat /dev/stdin >/dev/stdout; echo wrong >/dev/stderr; exit 5"
     done = run("sh", "-c", script, stdin=b"in")
     assert (done.exit_code, done.stdout, done.stderr) == (5, b"in", b"wrong\n")
@@ -242,10 +242,10 @@ def test_a_full_root_is_a_full_disk(run: Run) -> None:
     assert _free(run) > promised - MIB
 
 
-def test_a_clone_has_all_of_it(host: Host, guest: GuestRecord, changed: Any, run: Run) -> None:
+def test_a_clone_has_all_of_it(host: Runtime, guest: GuestRecord, changed: Any, run: Run) -> None:
     before, free = json.loads(run("python3", "-c", LOOK).stdout), _free(run)
     saved = asyncio.run(save_guest(host, Reference("disk"), guest.name)).artifact
-    more = Fitting(memory=512 * MIB)
+    more = ExtraResources(memory=512 * MIB)
     clone = asyncio.run(start_clone(host, template(host, saved), "disk2", CloneSpec(fitting=more)))
     try:
         assert json.loads(run("python3", "-c", LOOK, name="disk2").stdout) == before

@@ -19,7 +19,7 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import Saved, save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
@@ -30,7 +30,7 @@ SaveAgain = Callable[[GuestRecord], tuple[Saved, GuestRecord]]
 
 
 @pytest.fixture
-def save_again(host: Host) -> Iterator[SaveAgain]:
+def save_again(host: Runtime) -> Iterator[SaveAgain]:
     """``save_again(guest)`` saves a guest and starts a clone of that."""
     started = []
 
@@ -73,7 +73,7 @@ def test_a_clone_with_writes_of_its_own(
 
 
 def test_a_booted_guest(
-    host: Host, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
+    host: Runtime, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
 ) -> None:
     guest = cold(busybox_root, memory=128 * MIB)
     _text(run_in, guest, "mkdir -p /root; echo here >/root/mark")
@@ -89,7 +89,7 @@ def test_a_booted_guest(
 
 
 def test_what_cannot_be_saved(
-    host: Host, clones: Clones, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
+    host: Runtime, clones: Clones, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
 ) -> None:
     guest, other = clones(2)
     asyncio.run(attach(host, guest.name, Reference.parse(busybox_root.ref)))
@@ -128,7 +128,7 @@ asyncio.run(work())
 
 
 @pytest.fixture
-def served(host: Host, saved: Artifact) -> Iterator[GuestRecord]:
+def served(host: Runtime, saved: Artifact) -> Iterator[GuestRecord]:
     """A clone whose application answers on a port of the host."""
     spec = CloneSpec(publish=((0, 80),))
     guest = asyncio.run(start_clone(host, template(host, saved), "served", spec))
@@ -144,7 +144,7 @@ def _answer(guest: GuestRecord, seconds: float) -> str:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_command_that_ends_while_programs_are_frozen(
-    host: Host, served: GuestRecord, run_in: RunIn, how: signal.Signals
+    host: Runtime, served: GuestRecord, run_in: RunIn, how: signal.Signals
 ) -> None:
     argv = [sys.executable, "-c", FREEZE, str(host.run / served.name)]
     assert _answer(served, 60) == served.name
@@ -159,7 +159,7 @@ def test_a_command_that_ends_while_programs_are_frozen(
 
 
 def test_what_stands_still_and_what_does_not(
-    host: Host, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
+    host: Runtime, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
 ) -> None:
     guest = cold(busybox_root, memory=128 * MIB)
     # A group that its user has frozen, and a program that is in no group that can be.

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from onecopy.guest.lifecycle.batch import names_for, start_many
-from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.bootplan import BootSpec
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.linux import prefetch
 from onecopy.linux.counters import kpage, pagemap, residency
@@ -108,7 +108,7 @@ def blob(artifact: Artifact) -> Path:
     return artifact.layer("image").path
 
 
-def text_pages(host: Host, guest: GuestRecord, run_in: RunIn, image: Path) -> dict[int, int]:
+def text_pages(host: Runtime, guest: GuestRecord, run_in: RunIn, image: Path) -> dict[int, int]:
     """Page of the segment -> checksum, of the text that a busy Python really has mapped."""
     done = run_in(guest, "python3", "-c", BUSY)
     assert done.exit_code == 0, done.stderr
@@ -121,7 +121,7 @@ def text_pages(host: Host, guest: GuestRecord, run_in: RunIn, image: Path) -> di
 
 @pytest.mark.smoke
 def test_a_programs_text_is_one_copy(
-    host: Host, two: list[GuestRecord], run_in: RunIn, python_root: Artifact
+    host: Runtime, two: list[GuestRecord], run_in: RunIn, python_root: Artifact
 ) -> None:
     image = blob(python_root)
     texts = [text_pages(host, guest, run_in, image) for guest in two]
@@ -199,10 +199,10 @@ def test_a_first_start_reads_and_caches_no_program(two: list[GuestRecord], run_i
 
 
 def test_a_first_start_in_a_clone_reads_nothing_at_all(
-    host: Host, python_root: Artifact, run_in: RunIn
+    host: Runtime, python_root: Artifact, run_in: RunIn
 ) -> None:
     # Nothing but an idle system was saved: the program starts for the first time in each clone.
-    spec = ColdSpec(root=Reference.parse(python_root.ref), memory=192 * MIB, command="")
+    spec = BootSpec(root=Reference.parse(python_root.ref), memory=192 * MIB, command="")
     source = template(host, asyncio.run(save_system(host, Reference("idle"), spec)).artifact)
     names = names_for("first", None, 2)
     guests = asyncio.run(
@@ -221,7 +221,7 @@ def test_a_first_start_in_a_clone_reads_nothing_at_all(
 
 
 def test_what_nobody_touched_is_not_in_memory(
-    host: Host, cold: Cold, run_in: RunIn, python_root: Artifact, tmp_path: Path
+    host: Runtime, cold: Cold, run_in: RunIn, python_root: Artifact, tmp_path: Path
 ) -> None:
     read, ahead = 4 * MIB, 3 * (prefetch.read_ahead(tmp_path) or 0)
     data = os.urandom(read + ahead + 32 * MIB)
@@ -258,7 +258,7 @@ def forget(path: Path) -> None:
 
 
 def test_a_private_write_stays_in_its_process(
-    host: Host, two: list[GuestRecord], run_in: RunIn, python_root: Artifact
+    host: Runtime, two: list[GuestRecord], run_in: RunIn, python_root: Artifact
 ) -> None:
     done = run_in(two[0], "python3", "-c", PRIVATE_WRITE)
     assert done.exit_code == 0, done.stderr

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import kpage, pagemap
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.store import Artifact
@@ -22,7 +22,7 @@ PYTHON_FILE = "/usr/lib/python3.11/this.py"
 
 
 @pytest.mark.smoke
-def test_unwritten_ram_is_one_copy(host: Host, clones: Clones, run_in: RunIn) -> None:
+def test_unwritten_ram_is_one_copy(host: Runtime, clones: Clones, run_in: RunIn) -> None:
     guests = clones(2)
     for guest in guests:
         assert run_in(guest, "wget", "-q", "-O-", "http://127.0.0.1/").exit_code == 0
@@ -69,7 +69,7 @@ def holds(guest: GuestRecord, token: bytes) -> bool:
 
 
 def test_what_one_clone_writes_no_other_sees(
-    host: Host, clones: Clones, run_in: RunIn, saved: Artifact, python_root: Artifact
+    host: Runtime, clones: Clones, run_in: RunIn, saved: Artifact, python_root: Artifact
 ) -> None:
     writer, *others = clones(3)
     token = secrets.token_hex(16)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import GuestFailed
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.agent import Agent
@@ -27,7 +27,7 @@ EAT = "tail /dev/zero; echo it goes on"
 
 
 async def call(
-    host: Host, root: Artifact, folder: Path, script: str, *, stop: bool = False
+    host: Runtime, root: Artifact, folder: Path, script: str, *, stop: bool = False
 ) -> tuple[int, bytes]:
     """Exit code and output of a script in an emulated host, which may stop running meanwhile."""
     said = bytearray()
@@ -61,7 +61,7 @@ async def call(
     ids=["panic", "hang"],
 )
 def test_one_that_ends_or_hangs(
-    host: Host,
+    host: Runtime,
     busybox_root: Artifact,
     tmp_path: Path,
     script: str,
@@ -80,7 +80,7 @@ def test_one_that_ends_or_hangs(
     assert "junit.xml is missing" in verdict.tests(tmp_path)[0]
 
 
-def test_one_out_of_memory(host: Host, busybox_root: Artifact, tmp_path: Path) -> None:
+def test_one_out_of_memory(host: Runtime, busybox_root: Artifact, tmp_path: Path) -> None:
     code, said = asyncio.run(call(host, busybox_root, tmp_path, EAT))
     # The program's own end may look like any other: the kernel's word is enough to fail.
     assert code == 0

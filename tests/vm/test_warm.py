@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.pagecache import preload
 from onecopy.guest.pagecache.access_record import extents_of
 from onecopy.guest.pagecache.mapped import Users
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import prefetch
 from onecopy.linux.counters import residency, smaps
 from onecopy.model import MIB, PAGE_SIZE, Reference
@@ -51,10 +51,10 @@ def until_resident(layer: Layer, wanted: bytes) -> None:
 
 
 def test_a_cold_guest_is_recorded_and_loaded(
-    host: Host, cold: Cold, run_in: RunIn, python_root: Artifact
+    host: Runtime, cold: Cold, run_in: RunIn, python_root: Artifact
 ) -> None:
-    spec = ColdSpec(root=Reference.parse(python_root.ref), memory=MEMORY, command="")
-    artifacts = prepare_cold(host, spec).artifacts
+    spec = BootSpec(root=Reference.parse(python_root.ref), memory=MEMORY, command="")
+    artifacts = plan_boot(host, spec).artifacts
     layers = [layer for artifact in artifacts for layer in artifact.layers]
     image = python_root.layer("image")
     drop(layers)
@@ -84,7 +84,7 @@ def test_a_cold_guest_is_recorded_and_loaded(
 
 
 def test_what_a_guest_touched_of_what_is_all_in_memory(
-    host: Host, cold: Cold, run_in: RunIn, python_root: Artifact
+    host: Runtime, cold: Cold, run_in: RunIn, python_root: Artifact
 ) -> None:
     image = python_root.layer("image")
     preload.warm(host.store, python_root, whole=True)
@@ -103,7 +103,7 @@ def test_what_a_guest_touched_of_what_is_all_in_memory(
     assert (told.what, told.wanted > mapped) == ("recorded", True)
 
 
-def test_a_clone_s_ram_is_loaded(host: Host, saved: Artifact) -> None:
+def test_a_clone_s_ram_is_loaded(host: Runtime, saved: Artifact) -> None:
     ram = saved.layer("ram")
     drop(list(saved.layers))
     host.end(_clone(host, saved))
@@ -125,5 +125,5 @@ def test_a_clone_s_ram_is_loaded(host: Host, saved: Artifact) -> None:
     host.end(guest)
 
 
-def _clone(host: Host, saved: Artifact) -> GuestRecord:
+def _clone(host: Runtime, saved: Artifact) -> GuestRecord:
     return asyncio.run(start_clone(host, template(host, saved), "warmed"))

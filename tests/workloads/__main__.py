@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 from onecopy.errors import OnecopyError
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from tests.vm.conftest import remove_rules
 from tests.vm.kept import PROJECT, kept_store
 from tests.workloads import aged, campaign, powercut, table
@@ -77,7 +77,7 @@ def _names() -> list[str]:
 
 
 @contextmanager
-def _host(arguments: argparse.Namespace) -> Iterator[Host]:
+def _host(arguments: argparse.Namespace) -> Iterator[Runtime]:
     """The host: a copy of the kept store, which goes at the end, or the store that was named."""
     with tempfile.TemporaryDirectory(prefix="onecopy-workloads-", dir="/var/tmp") as folder:
         home = arguments.store or Path(folder) / "store"
@@ -85,7 +85,7 @@ def _host(arguments: argparse.Namespace) -> Iterator[Host]:
             with kept_store() as kept:
                 subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, home], check=True)
         os.environ["ONECOPY_HOME"] = str(home)
-        host = Host.open(home)
+        host = Runtime.open(home)
         try:
             campaign.ensure_programs(host)
             yield host
@@ -97,7 +97,7 @@ def _host(arguments: argparse.Namespace) -> Iterator[Host]:
             remove_rules()
 
 
-def _run(host: Host, name: str, arguments: argparse.Namespace) -> list[table.Row]:
+def _run(host: Runtime, name: str, arguments: argparse.Namespace) -> list[table.Row]:
     if name == _POWERCUT:
         return _powercuts(host, arguments)
     if name == _AGED:
@@ -107,7 +107,7 @@ def _run(host: Host, name: str, arguments: argparse.Namespace) -> list[table.Row
     return [_workload(host, next(w for w in WORKLOADS if w.label == name), arguments.accel)]
 
 
-def _workload(host: Host, workload: Workload, accel: str) -> table.Row:
+def _workload(host: Runtime, workload: Workload, accel: str) -> table.Row:
     root = ensure_root(host, workload.root, _tell)
     outcome = campaign.run(host, workload, root, accel, _tell)
     for line in outcome.wrong:
@@ -117,7 +117,7 @@ def _workload(host: Host, workload: Workload, accel: str) -> table.Row:
     return table.of_outcome(outcome)
 
 
-def _powercuts(host: Host, arguments: argparse.Namespace) -> list[table.Row]:
+def _powercuts(host: Runtime, arguments: argparse.Namespace) -> list[table.Row]:
     rows = []
     for database in powercut.DATABASES:
         ensure_root(host, database.root, _tell)
@@ -128,7 +128,7 @@ def _powercuts(host: Host, arguments: argparse.Namespace) -> list[table.Row]:
     return rows
 
 
-def _aged(host: Host, arguments: argparse.Namespace) -> list[table.Row]:
+def _aged(host: Runtime, arguments: argparse.Namespace) -> list[table.Row]:
     ensure_root(host, AGED, _tell)
     done = aged.run(host, arguments.clones, arguments.accel)
     for line in done.wrong():

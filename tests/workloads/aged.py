@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 import onecopy
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import process
 from onecopy.model import Reference
 from tests.workloads import places
@@ -89,7 +89,7 @@ class Campaign(msgspec.Struct, frozen=True):
         return [*found, *(f"{name} logged {line}" for name, line in lines)]
 
 
-def run(host: Host, count: int, accel: str = "auto") -> Campaign:
+def run(host: Runtime, count: int, accel: str = "auto") -> Campaign:
     """Start ``count`` clones of a fresh system, and of one that is two days old; watch the latter.
 
     Raises Lost if a guest does not do what it is told.

@@ -13,7 +13,7 @@ import msgspec
 import onecopy
 from onecopy.aio.options import BootOptions
 from onecopy.guest.lifecycle.bootplan import has_init
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from onecopy.store import Artifact
@@ -38,12 +38,12 @@ class Outcome(msgspec.Struct, frozen=True):
     """What the programs printed, by place."""
 
 
-def ensure_programs(host: Host) -> None:
+def ensure_programs(host: Runtime) -> None:
     """Build the segment of programs; it is the same while they are."""
     build_segment(host.store, Reference(places.SEGMENT), f"dir:{places.PROGRAMS}")
 
 
-def run(host: Host, workload: Workload, root: Artifact, accel: str, tell: Tell) -> Outcome:
+def run(host: Runtime, workload: Workload, root: Artifact, accel: str, tell: Tell) -> Outcome:
     """Run a workload everywhere. Raises Lost if a place does not give all its results."""
     said: dict[str, str] = {}
     if workload.chroot:
@@ -67,7 +67,7 @@ def run(host: Host, workload: Workload, root: Artifact, accel: str, tell: Tell) 
 
 def _guests(
     api: onecopy.Host,
-    host: Host,
+    host: Runtime,
     workload: Workload,
     root: Artifact,
     accel: str,

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import run_cold
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from tests.vm.conftest import busybox_root, host, systemd_root  # noqa: F401
 from tests.vm.ends import AFTER_ALL, ENDS, POWERED_OFF, end_all, wrong
@@ -41,23 +41,23 @@ def table(init: str) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _end_guests(host: Host) -> Iterator[None]:  # noqa: F811
+def _end_guests(host: Runtime) -> Iterator[None]:  # noqa: F811
     yield
     host.end(*host.guests())
 
 
 @pytest.fixture(params=INITS)
-def spec(request: pytest.FixtureRequest) -> tuple[str, ColdSpec]:
+def spec(request: pytest.FixtureRequest) -> tuple[str, BootSpec]:
     """An init's name, and what is booted."""
     root, command = INITS[request.param]
     ref = root if ":" in root else request.getfixturevalue(root).ref
-    return request.param, ColdSpec(Reference.parse(ref), memory=256 * MIB, command=command)
+    return request.param, BootSpec(Reference.parse(ref), memory=256 * MIB, command=command)
 
 
 Start = Callable[[list[str]], list[GuestRecord]]
 
 
-def ends(host: Host, start: Start, commands: dict[str, str]) -> list[str]:  # noqa: F811
+def ends(host: Runtime, start: Start, commands: dict[str, str]) -> list[str]:  # noqa: F811
     """What is wrong with the ends of guests that ``start`` starts, a few at a time."""
     found, every = [], list(commands)
     for first in range(0, len(every), AT_ONCE):
@@ -68,30 +68,30 @@ def ends(host: Host, start: Start, commands: dict[str, str]) -> list[str]:  # no
     return found
 
 
-def booting(host: Host, spec: ColdSpec) -> Start:  # noqa: F811
-    made = prepare_cold(host, spec)
-    return _starting(host, lambda name, batch: run_cold(host, made, name, batch))
+def booting(host: Runtime, spec: BootSpec) -> Start:  # noqa: F811
+    made = plan_boot(host, spec)
+    return _starting(host, lambda name, batch: boot_guest(host, made, name, batch))
 
 
-def cloning(host: Host, spec: ColdSpec) -> Start:  # noqa: F811
+def cloning(host: Runtime, spec: BootSpec) -> Start:  # noqa: F811
     saved = asyncio.run(save_system(host, Reference("ends"), spec)).artifact
     made = template(host, saved)
     return _starting(host, lambda name, batch: start_clone(host, made, name, CloneSpec(), batch))
 
 
-def _starting(host: Host, one: Callable[..., Any]) -> Start:  # noqa: F811
+def _starting(host: Runtime, one: Callable[..., Any]) -> Start:  # noqa: F811
     def start(names: Sequence[str]) -> list[GuestRecord]:
         return list(asyncio.run(start_many(host, names, one)).guests)
 
     return start
 
 
-def test_ends_of_booted_guests(host: Host, spec: tuple[str, ColdSpec]) -> None:  # noqa: F811
+def test_ends_of_booted_guests(host: Runtime, spec: tuple[str, BootSpec]) -> None:  # noqa: F811
     init, cold = spec
     assert ends(host, booting(host, cold), table(init)) == []
 
 
-def test_ends_of_clones(host: Host, spec: tuple[str, ColdSpec]) -> None:  # noqa: F811
+def test_ends_of_clones(host: Runtime, spec: tuple[str, BootSpec]) -> None:  # noqa: F811
     init, cold = spec
     assert ends(host, cloning(host, cold), table(init)) == []
 
@@ -99,14 +99,14 @@ def test_ends_of_clones(host: Host, spec: tuple[str, ColdSpec]) -> None:  # noqa
 @pytest.mark.parametrize("processors", [1, 2])
 @pytest.mark.parametrize("cloned", [False, True])
 def test_an_end_is_always_told(
-    host: Host,  # noqa: F811
+    host: Runtime,  # noqa: F811
     processors: int,
     cloned: bool,
     request: pytest.FixtureRequest,
 ) -> None:
     """Whoever ends it is a process like the watcher: 50 times the watcher is first."""
     root = request.getfixturevalue("busybox_root").ref
-    cold = ColdSpec(Reference.parse(root), memory=128 * MIB, cpus=processors, command="")
+    cold = BootSpec(Reference.parse(root), memory=128 * MIB, cpus=processors, command="")
     start = cloning(host, cold) if cloned else booting(host, cold)
     for round_ in range(10):
         guests = start([f"told-{round_}-{number}" for number in range(5)])
@@ -117,10 +117,10 @@ def test_an_end_is_always_told(
 
 
 def test_nine_clones_with_systemd_stop_at_once(
-    host: Host,  # noqa: F811
+    host: Runtime,  # noqa: F811
     request: pytest.FixtureRequest,
 ) -> None:
     ref = request.getfixturevalue("systemd_root").ref
-    start = cloning(host, ColdSpec(Reference.parse(ref), memory=256 * MIB))
+    start = cloning(host, BootSpec(Reference.parse(ref), memory=256 * MIB))
     guests = start([f"nine-{number}" for number in range(9)])
     assert asyncio.run(stop_guests(host, guests)) == [Stopped(Ending.SHUT_DOWN)] * 9

@@ -14,7 +14,7 @@ import pytest
 
 from onecopy.guest.lifecycle.save import Saved, save_guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from tests.hooks_kit import SETTLED, alike, drawn, write
@@ -154,7 +154,7 @@ OWN = {
 
 
 @pytest.fixture
-def guest(host: Host, cold: Cold, run_in: RunIn) -> GuestRecord:
+def guest(host: Runtime, cold: Cold, run_in: RunIn) -> GuestRecord:
     """A booted guest with all services, which have drawn something already."""
     root = host.store.find(ROOT, "segment")
     if not root:
@@ -175,7 +175,7 @@ def guest(host: Host, cold: Cold, run_in: RunIn) -> GuestRecord:
 
 
 @pytest.fixture
-def save(host: Host, guest: GuestRecord) -> Iterator[dict[str, Saved]]:
+def save(host: Runtime, guest: GuestRecord) -> Iterator[dict[str, Saved]]:
     """What came of saving the guest without hooks ("plain"), and then with them."""
     plain = asyncio.run(save_guest(host, Reference(f"{SAVED.name}-plain"), guest.name))
     hooked = asyncio.run(save_guest(host, SAVED, guest.name, clone_hooks=("auto",)))
@@ -184,7 +184,7 @@ def save(host: Host, guest: GuestRecord) -> Iterator[dict[str, Saved]]:
         host.store.remove(Reference.parse(saved.artifact.ref))
 
 
-def test_alike_without_hooks_and_not_with_them(host: Host, save: dict[str, Saved]) -> None:
+def test_alike_without_hooks_and_not_with_them(host: Runtime, save: dict[str, Saved]) -> None:
     hooks = ("jvm", "nginx", "node", "php-fpm", "postgresql", "rabbitmq")
     assert save["hooked"].clone_hooks == hooks
     same = alike(drawn(host, save["plain"].artifact, DRAW))

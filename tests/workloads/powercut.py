@@ -21,7 +21,7 @@ import onecopy
 from onecopy.aio.options import BootOptions
 from onecopy.errors import OnecopyError
 from onecopy.guest.lifecycle import disks
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
 from tests.workloads import places
 from tests.workloads.catalogue import PYTHON, SERVERS, Root
@@ -158,7 +158,7 @@ def _kill_after(guest: onecopy.Guest, numbers: _Numbers, commits: int) -> None:
 
 
 def cuts(
-    host: Host, database: Database, kinds: Sequence[str], random: Random, accel: str = "auto"
+    host: Runtime, database: Database, kinds: Sequence[str], random: Random, accel: str = "auto"
 ) -> list[Cut]:
     """Cut the power of one guest after another, each of its kind, on the same disk.
 
@@ -187,9 +187,9 @@ def _require(database: Database, acknowledged: int, found: int) -> None:
         raise Lost(f"{database.name}: {acknowledged} commits were acknowledged, {found} are there")
 
 
-def _remove(host: Host) -> None:
+def _remove(host: Runtime) -> None:
     host.sweep()
-    if any(disk.name == NAME for disk in disks.own_disks(host)):
+    if any(disk.name == NAME for disk in disks.list_own_disks(host)):
         disks.remove(host, NAME)
     if host.store.find(Reference(_SYSTEM), "system"):
         host.store.remove(Reference(_SYSTEM))

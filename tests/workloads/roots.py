@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onecopy.errors import BadSource
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.images.deb_packages import fetch_package
 from onecopy.images.normalise import normalise
@@ -25,7 +25,7 @@ from tests.workloads.places import PROGRAMS
 Tell = Callable[[str], None]
 
 
-def ensure_root(host: Host, root: Root, tell: Tell) -> Artifact:
+def ensure_root(host: Runtime, root: Root, tell: Tell) -> Artifact:
     """The root of a workload, built if it is not there; raises as building does."""
     ref = Reference(root.name, root.suite)
     found = host.store.find(ref, "segment")
@@ -45,7 +45,7 @@ def ensure_root(host: Host, root: Root, tell: Tell) -> Artifact:
     return _build_of_old_mirror(host, ref, root)
 
 
-def _build_of_old_mirror(host: Host, ref: Reference, root: Root) -> Artifact:
+def _build_of_old_mirror(host: Runtime, ref: Reference, root: Root) -> Artifact:
     """Build a Debian root, as `debian:` does, of a mirror that has not been renewed for long."""
     with host.store.workspace() as work:
         tree, packages = work / "tree", ",".join((*root.packages, "udev", "kmod"))

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.store import Artifact
 from tests.vm.conftest import ACCEL
 from tests.workloads import campaign, powercut
@@ -21,13 +21,13 @@ MANY = 250
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs(host: Host) -> None:
+def programs(host: Runtime) -> None:
     """The segment of the programs."""
     campaign.ensure_programs(host)
 
 
 def test_cpython_says_the_same_in_a_chroot_a_guest_and_a_clone(
-    host: Host, python_root: Artifact
+    host: Runtime, python_root: Artifact
 ) -> None:
     outcome = campaign.run(host, cpython(QUICK, clones=1), python_root, ACCEL or "auto", print)
     assert outcome.wrong == [], outcome.said
@@ -37,7 +37,7 @@ def test_cpython_says_the_same_in_a_chroot_a_guest_and_a_clone(
 
 
 def test_nothing_acknowledged_is_lost_when_the_power_goes(
-    host: Host, python_root: Artifact
+    host: Runtime, python_root: Artifact
 ) -> None:
     kinds = ["booted", "clone", "clone"]
     random = Random(1)  # noqa: S311

@@ -12,8 +12,8 @@ from onecopy.guest.exec import Completed, run_streaming
 from onecopy.guest.exec_streams import KEPT, Kept, Sink, Streams
 from onecopy.guest.lifecycle import save, stop
 from onecopy.guest.lifecycle.clone_hooks import checked
-from onecopy.guest.run_directory import Attached, GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import Attached, GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments import attach, commit
 from onecopy.guest.transfer import copy
 from onecopy.guest.transfer.destination import StrPath
@@ -25,7 +25,7 @@ from onecopy.vmm.qemu_process import printed
 class Guest:
     """A running guest."""
 
-    def __init__(self, host: Host, record: GuestRecord) -> None:
+    def __init__(self, host: Runtime, record: GuestRecord) -> None:
         self._host = host
         self.record = record
         """What it is (docs/json.md), as it was when it was looked up."""
@@ -145,12 +145,12 @@ class Guest:
         found = ended_guests.find(self._host.run, self.name)
         return found.ended if found and found.process == self.record.process else None
 
-    def _with_agent(self) -> GuestFolder:
+    def _with_agent(self) -> RunDirectory:
         """Raise InvalidInput, too, for a bare machine."""
         self._folder()
         return self._host.guest_with_agent(self.name)
 
-    def _folder(self) -> GuestFolder:
+    def _folder(self) -> RunDirectory:
         """Raise NotFound if it has ended, and another one may have its name."""
         folder = self._host.guest(self.name)
         if folder.record().pid != self.record.pid:

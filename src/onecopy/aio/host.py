@@ -11,15 +11,15 @@ from typing import Unpack
 from msgspec.structs import replace
 
 from onecopy.aio.guest import Guest
-from onecopy.aio.options import BootOptions, choice, cold_spec, mergeable
+from onecopy.aio.options import BootOptions, boot_spec, choice, mergeable
 from onecopy.guest.lifecycle import admission, batch, boot, bootplan, pool, restore, save, stop
 from onecopy.guest.lifecycle.clone_hooks import checked
-from onecopy.guest.lifecycle.disks import DiskSpec, require_sensible
-from onecopy.guest.lifecycle.resources import Fitting, added_memory
+from onecopy.guest.lifecycle.disks import DiskSpec, check_disks
+from onecopy.guest.lifecycle.resources import ExtraResources, added_memory
 from onecopy.guest.observe.accounts import report_all
 from onecopy.guest.ports import Ports, numbered
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host as GuestHost
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.transfer.destination import StrPath
 from onecopy.leaving import at_exit
 from onecopy.loop import NOT_OPEN
@@ -39,7 +39,7 @@ class Host:
         """``home`` is the store's folder; default: that of the commands."""
         self._home = None if home is None else Path(home)
         self._stack = ExitStack()
-        self._opened: tuple[GuestHost, Path] | None = None
+        self._opened: tuple[Runtime, Path] | None = None
 
     async def open(self) -> Host:
         """Begin to use it, without an ``async with`` block; `close` ends that.
@@ -48,7 +48,7 @@ class Host:
         if it is open.
         """
         self.require_closed()
-        host = await asyncio.to_thread(GuestHost.open, self._home)
+        host = await asyncio.to_thread(Runtime.open, self._home)
         self._opened = host, self._stack.enter_context(host.owner())
         self._stack.callback(at_exit(self.leave))
         return self
@@ -139,7 +139,7 @@ class Host:
         host need not have the memory for all.
         """
         host, specs = self._swept(), _disks(disks, name, count)
-        fitting = Fitting(
+        fitting = ExtraResources(
             memory=None if memory is None else parse_size(str(memory)),
             cpus=cpus,
             segments=tuple(parse_mount(each) for each in segments),
@@ -179,15 +179,15 @@ class Host:
         **options: Unpack[BootOptions],
     ) -> AsyncIterator[list[Guest]]:
         """Guests that boot a root segment; all else as `start`."""
-        host, spec = self._swept(), cold_spec(segment, options)
+        host, spec = self._swept(), boot_spec(segment, options)
         spec = replace(spec, bridge=bridge, ksm=mergeable(ksm), disks=_disks(disks, name, count))
-        prepared = await asyncio.to_thread(bootplan.prepare_cold, host, spec)
+        prepared = await asyncio.to_thread(bootplan.plan_boot, host, spec)
         need = admission.of_cold(prepared.accel.name, prepared.hardware.memory, count)
         spec = replace(spec, translated=need.translated)
 
         def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
             mine = replace(prepared, spec=replace(spec, publish=ports))
-            return boot.run_cold(host, mine, name, batch)
+            return boot.boot_guest(host, mine, name, batch)
 
         names = batch.names_for(prepared.root.name, name, count)
         guests = await self._begin(names, publish, 0 if overcommit else need.each, one)
@@ -212,7 +212,7 @@ class Host:
         Each clone runs ``clone_hooks`` (as `onecopy save --clone-hook`), then ``on_clone``, a shell
         command, before it is handed out.
         """
-        spec, ref, hooks = cold_spec(root, options), Reference.parse(system), checked(clone_hooks)
+        spec, ref, hooks = boot_spec(root, options), Reference.parse(system), checked(clone_hooks)
         return await save.save_system(
             self._swept(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
         )
@@ -249,14 +249,14 @@ class Host:
             pids = {guest.record.pid for guest in guests}
             host.end(*(record for record in host.owned(owner) if record.pid in pids))
 
-    def _swept(self) -> GuestHost:
+    def _swept(self) -> Runtime:
         """The host without what ended since; as each command finds it."""
         host, _ = self._both()
         host.store.sweep()
         host.sweep()
         return host
 
-    def _both(self) -> tuple[GuestHost, Path]:
+    def _both(self) -> tuple[Runtime, Path]:
         if self._opened is None:
             raise RuntimeError(NOT_OPEN)
         return self._opened
@@ -264,5 +264,5 @@ class Host:
 
 def _disks(texts: Sequence[str], name: str | None, count: int) -> tuple[DiskSpec, ...]:
     specs = tuple(DiskSpec.parse(each) for each in texts)
-    require_sensible(specs, named=name is not None, count=count)
+    check_disks(specs, named=name is not None, count=count)
     return specs

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from onecopy.errors import InvalidInput
-from onecopy.guest.lifecycle.bootplan import ColdSpec
+from onecopy.guest.lifecycle.bootplan import BootSpec
 from onecopy.guest.transfer.destination import StrPath
 from onecopy.model import Mergeable, Reference, parse_mount, parse_size
 from onecopy.vmm.accel import Choice
@@ -61,9 +61,9 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def cold_spec(root: str, options: Mapping[str, Any]) -> ColdSpec:
+def boot_spec(root: str, options: Mapping[str, Any]) -> BootSpec:
     """What boots; raise InvalidInput."""
     fields = {key: _FORMS.get(key, lambda same: same)(value) for key, value in options.items()}
     if "run" in fields:
         fields["command"] = fields.pop("run")
-    return ColdSpec(root=Reference.parse(root), **fields)
+    return BootSpec(root=Reference.parse(root), **fields)

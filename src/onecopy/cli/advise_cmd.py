@@ -59,9 +59,9 @@ def command(
     nothing of them is changed. Figures are MiB of memory that the host would get back, at most.
     """
     from onecopy.guest.observe import advise
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
-    host = Host.open()
+    host = Runtime.open()
     with progress() as tell:
         found = advise.look(
             host, guests, roots=roots, files=files, name=name or "shared", tell=tell

@@ -23,10 +23,10 @@ def command(guest: str, segment: tuple[Reference, str], exclusive: bool) -> None
 
     QEMU cannot take memory away: the guest keeps the device, and the lease, until it ends.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.guest.segments.attach import attach
 
     ref, mountpoint = segment
-    item = asyncio.run(attach(Host.open(), guest, ref, mountpoint, exclusive=exclusive))
+    item = asyncio.run(attach(Runtime.open(), guest, ref, mountpoint, exclusive=exclusive))
     classes = " ".join(device.page_class for device in item.devices)
     print(f"{item.ref} ({classes}) is {item.mountpoint or f'/dev/onecopy/{item.name}'} in {guest}")

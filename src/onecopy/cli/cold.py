@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onecopy.guest.lifecycle.bootplan import ColdSpec
+    from onecopy.guest.lifecycle.bootplan import BootSpec
     from onecopy.guest.lifecycle.disks import DiskSpec
     from onecopy.model import Reference
 
 
-def cold_spec(
+def boot_spec(
     root: Reference,
     *,
     segments: tuple[tuple[Reference, str], ...],
@@ -30,13 +30,13 @@ def cold_spec(
     bridge: str = "",
     ksm: str = "ram",
     disks: tuple[DiskSpec, ...] = (),
-) -> ColdSpec:
+) -> BootSpec:
     """What the user asked for."""
-    from onecopy.guest.lifecycle.bootplan import ColdSpec
+    from onecopy.guest.lifecycle.bootplan import BootSpec
     from onecopy.model import Mergeable
     from onecopy.vmm.accel import Choice
 
-    return ColdSpec(
+    return BootSpec(
         root=root,
         segments=segments,
         memory=memory,

@@ -27,10 +27,10 @@ def command(guest: str, segment: str, target: Reference | None) -> None:
     The guest stands still while its pages are copied. Present users keep the old version. Done is
     what is on disk and was read back.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.guest.segments.commit import commit
 
     with progress() as tell:
-        done = asyncio.run(commit(Host.open(), guest, segment, target, progress=tell))
+        done = asyncio.run(commit(Runtime.open(), guest, segment, target, progress=tell))
     print(f"{done.artifact.ref} {done.artifact.digest}")
     print(f"{format_size(done.written)} written by {guest}, which stood {duration(done.pause)}")

@@ -22,9 +22,9 @@ def command(guest: str) -> None:
 
     Ctrl-] leaves it.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
-    folder = Host.open().guest(guest)
+    folder = Runtime.open().guest(guest)
     with socket.socket(socket.AF_UNIX) as console:
         try:
             console.connect(str(folder.path / "console.sock"))

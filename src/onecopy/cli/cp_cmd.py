@@ -37,7 +37,7 @@ def command(source: str, target: str, max_size: int, max_files: int) -> None:
     replaced, a folder never. Modes and times are kept. Needs nothing in the image. A file of the
     host whose name has a colon is ./NAME.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.guest.transfer.copy import copy_in, copy_out
     from onecopy.guest.transfer.tar import Limits
 
@@ -47,7 +47,7 @@ def command(source: str, target: str, max_size: int, max_files: int) -> None:
             "one of the two has to be in a guest, and only one",
             hint="write GUEST:PATH for it, for example onecopy cp web-1:/var/log logs",
         )
-    host = Host.open()
+    host = Runtime.open()
     if there:
         folder = host.guest_with_agent(there[1]).path
         limits = Limits(max_size, max_files)

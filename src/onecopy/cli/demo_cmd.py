@@ -26,11 +26,11 @@ def command(json_file: Path | None, picture: Path, accel: str) -> int:
     Exits with 1 if not every guest answered with its own name.
     """
     from onecopy.demo import main, show
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.vmm.accel import Choice
 
     with progress() as tell:
-        reason, batches = asyncio.run(main.run(Host.open(), Choice(accel), tell))
+        reason, batches = asyncio.run(main.run(Runtime.open(), Choice(accel), tell))
     print_table(show.HEADINGS, show.rows(batches))
     print()
     for note in show.NOTES:

@@ -16,8 +16,8 @@ def command(guest: str, segment: str) -> None:
     QEMU cannot take memory away: the guest keeps the device, which is used again when the segment
     comes back, and its lease, until it ends.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.guest.segments.attach import detach
 
-    item = asyncio.run(detach(Host.open(), guest, segment))
+    item = asyncio.run(detach(Runtime.open(), guest, segment))
     print(f"{item.ref} is unloaded; {guest} keeps its device, and the lease, until it ends")

@@ -11,7 +11,7 @@ from onecopy.cli.params import json_option
 from onecopy.model import format_size
 
 if TYPE_CHECKING:
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
 
 @click.command("disks")
@@ -26,13 +26,13 @@ def command(names: tuple[str, ...], as_json: bool) -> int:
 
     import msgspec
 
-    from onecopy.guest.lifecycle.disks import own_disks
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.lifecycle.disks import list_own_disks
+    from onecopy.guest.runtime import Runtime
 
-    host = Host.open()
+    host = Runtime.open()
     if names:
         return each_of(names, lambda name: _remove(host, name))
-    found = own_disks(host)
+    found = list_own_disks(host)
     if as_json:
         print_json([msgspec.to_builtins(item) for item in found])
         return 0
@@ -44,7 +44,7 @@ def command(names: tuple[str, ...], as_json: bool) -> int:
     return 0
 
 
-def _remove(host: Host, name: str) -> None:
+def _remove(host: Runtime, name: str) -> None:
     from onecopy.guest.lifecycle.disks import remove
 
     remove(host, name)

@@ -15,9 +15,9 @@ def command(as_json: bool) -> int:
     Exits with 1 if something is missing that onecopy cannot work without.
     """
     from onecopy.guest.observe.doctor import examine
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
-    host = Host.open()
+    host = Runtime.open()
     with progress() as tell:
         findings = examine(host, tell)
     if as_json:

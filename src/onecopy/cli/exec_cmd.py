@@ -31,9 +31,9 @@ def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None
     """
     from onecopy.guest.exec import run_streaming
     from onecopy.guest.exec_streams import Streams, to_file
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
-    folder = Host.open().guest_with_agent(guest).path
+    folder = Runtime.open().guest_with_agent(guest).path
     for word in cmd:
         require_text(word)
 

@@ -21,11 +21,11 @@ def command(name: Reference) -> None:
     from onecopy.guest import ended_guests
     from onecopy.guest.observe.accounts import guest_maps
     from onecopy.guest.observe.inspect import describe_fully
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.linux.files import no_process
     from onecopy.sharing.report import collect
 
-    host = Host.open()
+    host = Runtime.open()
     guest = next((each for each in host.guests() if each.name == name.name), None)
     if guest and not name.digest:
         accounts = collect(guest_maps([guest])).guests

@@ -14,7 +14,7 @@ from onecopy.errors import InvalidInput
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.sharing.ksm_settings import Status
 
 
@@ -64,10 +64,10 @@ def _status(gain: bool = False, as_json: bool = False) -> None:
     """Show KSM's settings, what it has merged, and what that costs. JSON: docs/json.md."""
     import msgspec
 
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.sharing import ksm_settings
 
-    host = Host.open()
+    host = Runtime.open()
     found = ksm_settings.status(
         (each.name, each.pid) for each in [*host.guests(), *host.prepared()]
     )
@@ -80,7 +80,7 @@ def _status(gain: bool = False, as_json: bool = False) -> None:
         print(f"\nIt would still gain {_mib(more)} of guests' RAM, at most.")
 
 
-def _gain(host: Host) -> int:
+def _gain(host: Runtime) -> int:
     from onecopy.cli.output import progress
     from onecopy.guest.observe import advise
 
@@ -161,9 +161,9 @@ def _set(guests: tuple[str, ...], *, mergeable: bool) -> None:
     import asyncio
 
     from onecopy.guest.observe.ksm_guest import set_mergeable
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
-    host = Host.open()
+    host = Runtime.open()
     for guest in guests:
         asyncio.run(set_mergeable(host, guest, mergeable=mergeable))
 

@@ -17,8 +17,8 @@ from onecopy.cli.params import GuestType
 from onecopy.errors import NotFound
 
 if TYPE_CHECKING:
-    from onecopy.guest.run_directory import GuestFolder
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.run_directory import RunDirectory
+    from onecopy.guest.runtime import Runtime
     from onecopy.vmm.logs import Log
 
 
@@ -36,10 +36,10 @@ def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
     ended is told on standard error. A terminal obeys control characters, and a guest prints what
     it likes: without --raw they are shown as escapes, such as \\x1b.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.vmm import logs
 
-    host = Host.open()
+    host = Runtime.open()
     write = _as_it_is if raw else _shown()
     log, folder = _opened(host, guest, logs.QEMU if qemu else logs.CONSOLE)
     if log.was_cut:
@@ -56,7 +56,7 @@ def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
             time.sleep(0.2)
 
 
-def _opened(host: Host, guest: str, name: str) -> tuple[Log, GuestFolder | None]:
+def _opened(host: Runtime, guest: str, name: str) -> tuple[Log, RunDirectory | None]:
     """The log of a guest, and its folder if it runs."""
     from onecopy.guest import ended_guests
     from onecopy.guest.run_directory import no_guest

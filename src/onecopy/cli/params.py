@@ -39,9 +39,9 @@ class ReferenceType(click.ParamType[Any]):
 
         found = [artifact.ref for artifact in Store().artifacts(self._kind)]
         if self._guests:
-            from onecopy.guest.runtime import Host
+            from onecopy.guest.runtime import Runtime
 
-            host = Host.open()
+            host = Runtime.open()
             found += [guest.name for guest in host.guests() + host.ended()]
         return [CompletionItem(name) for name in found if name.startswith(incomplete)]
 
@@ -55,9 +55,9 @@ class GuestType(click.ParamType[Any]):
         self._ended = ended
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        from onecopy.guest.runtime import Host
+        from onecopy.guest.runtime import Runtime
 
-        host = Host.open()
+        host = Runtime.open()
         guests = host.guests() + (host.ended() if self._ended else [])
         return [CompletionItem(g.name) for g in guests if g.name.startswith(incomplete)]
 

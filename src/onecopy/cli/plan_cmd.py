@@ -63,13 +63,13 @@ def command(
     import msgspec
 
     from onecopy.guest.observe import plan
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.sharing.forecast import Work, forecast
 
     if port and not work:
         raise InvalidInput("--port is for --work", hint="leave it out, or say what is to be done")
     asked = Work(work, port)
-    host = Host.open()
+    host = Runtime.open()
     artifact = host.store.resolve(system, "system")
     profile = None if measure else plan.kept(host, artifact, asked)
     if profile is None:

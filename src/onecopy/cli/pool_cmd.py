@@ -14,7 +14,7 @@ from onecopy.model import Reference
 
 if TYPE_CHECKING:
     from onecopy.guest.lifecycle.pool import Pool
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
 
 @click.command("pool")
@@ -31,11 +31,11 @@ def command(system: Reference | None, size: int | None, fill: bool, as_json: boo
     background. Without SYSTEM the pools are listed. JSON: docs/json.md.
     """
     from onecopy.guest.lifecycle import pool
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
     if system and (size is None or fill):
         raise InvalidInput("how many?", hint="onecopy pool SYSTEM SIZE; 0 for none")
-    host = Host.open()
+    host = Runtime.open()
     if fill:
         asyncio.run(pool.fill(host))
     elif system and size is not None:
@@ -46,7 +46,7 @@ def command(system: Reference | None, size: int | None, fill: bool, as_json: boo
         _print(pool.pools(host), as_json)
 
 
-def _resized(host: Host, system: Reference, size: int) -> Pool:
+def _resized(host: Runtime, system: Reference, size: int) -> Pool:
     from onecopy.guest.lifecycle import pool
 
     return asyncio.run(pool.resize(host, host.store.resolve(system, "system"), size))

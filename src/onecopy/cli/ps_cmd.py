@@ -35,10 +35,10 @@ def command(every: bool, as_json: bool) -> None:
 
     from onecopy.guest import ended_guests
     from onecopy.guest.lost_vmms import shown
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.model import in_order
 
-    host = Host.open()
+    host = Runtime.open()
     guests = shown(host)
     if every:
         guests = sorted(guests + host.ended(), key=lambda guest: in_order(guest.name))

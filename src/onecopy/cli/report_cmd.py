@@ -33,10 +33,10 @@ def command(checked: bool, as_json: bool) -> None:
     guests, under names that begin with "pool.".
     """
     from onecopy.guest.observe.accounts import checked_report, report_all
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.sharing import report
 
-    host = Host.open()
+    host = Runtime.open()
     result, compared = checked_report(host) if checked else (report_all(host), None)
     if as_json:
         print_json(result.to_json() | ({"check": to_builtins(compared)} if compared else {}))

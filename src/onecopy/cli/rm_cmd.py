@@ -12,7 +12,7 @@ from onecopy.errors import InvalidInput, NotFound
 from onecopy.model import DEFAULT_VERSION, Reference
 
 if TYPE_CHECKING:
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
 
 @click.command("rm")
@@ -31,18 +31,18 @@ def command(names: tuple[Reference, ...], pending: bool, every_ended: bool) -> i
     What a guest uses is not removed: the error says who uses it. Of several all that can be
     removed are; what cannot is told, and the exit code is that of the first.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
     if every_ended == bool(names):
         raise InvalidInput("say what to remove", hint="name it, or give --ended")
-    host = Host.open()
+    host = Runtime.open()
     if every_ended:
         _forget(host, *(guest.name for guest in host.ended()))
         return 0
     return each_of(names, lambda name: _remove(host, name, pending=pending))
 
 
-def _remove(host: Host, name: Reference, *, pending: bool) -> None:
+def _remove(host: Runtime, name: Reference, *, pending: bool) -> None:
     from onecopy.guest import ended_guests
     from onecopy.guest.lifecycle import pool
 
@@ -65,7 +65,7 @@ def _remove(host: Host, name: Reference, *, pending: bool) -> None:
     print(f"{artifact.ref} removed{kept}")
 
 
-def _forget(host: Host, *names: str) -> None:
+def _forget(host: Runtime, *names: str) -> None:
     host.forget(*names)
     for name in names:
         print(f"{name} removed: it had ended")

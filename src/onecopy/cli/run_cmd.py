@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onecopy.cli import signals
-from onecopy.cli.cold import cold_spec
+from onecopy.cli.cold import boot_spec
 from onecopy.cli.output import duration, print_json, print_line, progress, tell_error
 from onecopy.cli.params import (
     DiskType,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from onecopy.guest.lifecycle.batch import Started
     from onecopy.guest.lifecycle.disks import DiskSpec
     from onecopy.guest.run_directory import Batch, GuestRecord
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
 Ports = tuple[tuple[int, int], ...]
 _COLD_ONLY = ("cpu", "run_command", "ready", "timeout", "no_network", "kernel", "modules")
@@ -112,12 +112,12 @@ def command(
     exit code.
     """
     from onecopy.guest.lifecycle import batch, pool
-    from onecopy.guest.lifecycle.disks import require_sensible
+    from onecopy.guest.lifecycle.disks import check_disks
     from onecopy.guest.ports import numbered
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
-    require_sensible(disks, named=name is not None, count=count)
-    host = Host.open()
+    check_disks(disks, named=name is not None, count=count)
+    host = Runtime.open()
     names = batch.names_for(source.name, name, count)
     with progress() as tell:
         if ksm == "all":
@@ -160,10 +160,10 @@ class _Start:
 
 
 def _clone(
-    host: Host, source: Reference, options: dict[str, Any], count: int, *, needs_agent: bool
+    host: Runtime, source: Reference, options: dict[str, Any], count: int, *, needs_agent: bool
 ) -> tuple[Callable[[str, Ports], _Start], Need]:
     from onecopy.guest.lifecycle import admission, restore
-    from onecopy.guest.lifecycle.resources import Fitting, added_memory
+    from onecopy.guest.lifecycle.resources import ExtraResources, added_memory
     from onecopy.guest.run_directory import no_agent
     from onecopy.vmm.accel import Choice
 
@@ -174,7 +174,7 @@ def _clone(
             f"{saved[0]} is part of a saved system and cannot be changed",
             hint="give it to `onecopy save`, or boot a segment with --cold",
         )
-    fitting = Fitting(
+    fitting = ExtraResources(
         memory=options["memory"] if "memory" in typed else None,
         cpus=options["cpus"] if "cpus" in typed else None,
         segments=options["segments"],
@@ -203,7 +203,7 @@ def _clone(
 
 
 def _cold(
-    host: Host,
+    host: Runtime,
     source: Reference,
     options: dict[str, Any],
     count: int,
@@ -217,8 +217,8 @@ def _cold(
     from onecopy.guest.run_directory import no_agent
 
     # What is run in it by `exec` is a reason to be up.
-    spec = replace(cold_spec(source, **options), idle=needs_agent)
-    prepared = bootplan.prepare_cold(host, spec, tell)
+    spec = replace(boot_spec(source, **options), idle=needs_agent)
+    prepared = bootplan.plan_boot(host, spec, tell)
     if needs_agent and not prepared.agent:
         raise no_agent(str(source))
     tell(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
@@ -229,7 +229,7 @@ def _cold(
         mine = replace(prepared, spec=replace(spec, publish=ports))
         return _Start(
             lambda: boot.dry_run(host, mine, name),
-            lambda batch: boot.run_cold(host, mine, name, batch),
+            lambda batch: boot.boot_guest(host, mine, name, batch),
         )
 
     return starter, need
@@ -254,7 +254,7 @@ def _tell_of_ksm(tell: Callable[[str], None]) -> None:
 
 
 def _finished(
-    host: Host, start: Awaitable[Started], cmd: Sequence[str], keep: bool
+    host: Runtime, start: Awaitable[Started], cmd: Sequence[str], keep: bool
 ) -> tuple[Started, int]:
     """As _then(); interrupted, even if all run by then, it leaves no guest that nobody knows of."""
     from onecopy.guest.lifecycle.batch import undo
@@ -270,7 +270,7 @@ def _finished(
 
 
 async def _then(
-    host: Host,
+    host: Runtime,
     start: Awaitable[Started],
     cmd: Sequence[str],
     keep: bool,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from onecopy.cli.cold import cold_spec
+from onecopy.cli.cold import boot_spec
 from onecopy.cli.output import duration, print_json, print_line, progress
 from onecopy.cli.params import (
     GuestType,
@@ -25,7 +25,7 @@ from onecopy.model import Reference, check_new_name, format_size
 if TYPE_CHECKING:
     from onecopy.guest.lifecycle.save import Saved
     from onecopy.guest.machine import Generator
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
 #: Options that go with --from, too.
 _FOR_ALL = ("system", "guest", "on_clone", "clone_hooks", "as_json")
@@ -70,14 +70,14 @@ def command(
     Programs with random generators of their own draw alike in all of them: a warning names these,
     and --clone-hook has them seeded again.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
     if (root is None) == (guest is None):
         raise InvalidInput(
             "what is to be saved?", hint="give --root SEGMENT to boot one, or --from GUEST"
         )
     check_new_name(system.name)
-    host = Host.open()
+    host = Runtime.open()
     # None leaves what a clone that is saved has from its own saved system.
     hooks = Hooks(on_clone, clone_hooks or None)
     if guest is not None:
@@ -105,7 +105,7 @@ def _require_no_more() -> None:
         )
 
 
-def _running(host: "Host", system: Reference, guest: str, hooks: Hooks) -> "Saved":
+def _running(host: "Runtime", system: Reference, guest: str, hooks: Hooks) -> "Saved":
     from onecopy.guest.lifecycle import save
 
     with progress() as tell:
@@ -113,20 +113,20 @@ def _running(host: "Host", system: Reference, guest: str, hooks: Hooks) -> "Save
 
 
 def _booted(
-    host: "Host", system: Reference, root: Reference, options: dict[str, Any], hooks: Hooks
+    host: "Runtime", system: Reference, root: Reference, options: dict[str, Any], hooks: Hooks
 ) -> "Saved":
     from onecopy.guest.lifecycle import save
 
     with progress() as tell:
-        spec = cold_spec(root, **options)
+        spec = boot_spec(root, **options)
         return asyncio.run(save.save_system(host, system, spec, tell, **hooks._asdict()))
 
 
-def _argv(host: "Host", root: Reference, options: dict[str, Any]) -> list[str]:
+def _argv(host: "Runtime", root: Reference, options: dict[str, Any]) -> list[str]:
     from onecopy.guest.lifecycle import bootplan, save
 
     with progress() as tell:
-        return save.dry_run(host, bootplan.prepare_cold(host, cold_spec(root, **options), tell))
+        return save.dry_run(host, bootplan.plan_boot(host, boot_spec(root, **options), tell))
 
 
 def _print(saved: "Saved", as_json: bool) -> None:

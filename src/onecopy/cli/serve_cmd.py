@@ -18,13 +18,13 @@ def command(quiet: bool) -> None:
     In a guest: onecopy-segment load NAME [MOUNTPOINT], unload, find, list. The rules are those of
     `onecopy attach`. Guests go on without it; they just cannot ask.
     """
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
     from onecopy.guest.segments.service import serve
 
     def tell(text: str) -> None:
         if not quiet:
             print_line(text, sys.stderr)
 
-    host = Host.open()
+    host = Runtime.open()
     tell(f"onecopy: answering the guests of {host.store.root}")
     asyncio.run(serve(host, tell))

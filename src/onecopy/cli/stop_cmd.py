@@ -35,11 +35,11 @@ def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> 
     from onecopy.guest.lifecycle.stop import stop_guests
     from onecopy.guest.lost_vmms import find, shown
     from onecopy.guest.run_directory import GuestRecord
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
     if every == bool(guests):
         raise InvalidInput("say which guests to stop", hint="name them, or give --all")
-    host = Host.open()
+    host = Runtime.open()
     records = shown(host) if every else []
     gone: list[GuestRecord] = []
 

@@ -49,9 +49,9 @@ def command(sort: str, interval: float) -> None:
     pages once for each place; `onecopy report` tells more exactly, and takes longer.
     """
     from onecopy.guest.observe.top import Watch
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
-    watch = Watch(Host.open())
+    watch = Watch(Runtime.open())
     watch.look()
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         time.sleep(interval)

@@ -80,12 +80,12 @@ def _warm(store: Store, artifacts: list[Artifact], mode: str, as_json: bool) -> 
 
     from onecopy.guest.pagecache import preload
     from onecopy.guest.pagecache.mapped import Users
-    from onecopy.guest.runtime import Host
+    from onecopy.guest.runtime import Runtime
 
     found: list[preload.Warmed] = []
     for artifact in artifacts:
         if mode == "record":
-            host = Host.open(store.root)
+            host = Runtime.open(store.root)
             found += preload.record(store, artifact, Users(host, artifact))
         elif mode == "drop":
             found += preload.drop(store, artifact)

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from onecopy.demo.measure import Measured, start_batch
 from onecopy.guest.lifecycle import boot, restore, save
-from onecopy.guest.lifecycle.bootplan import ColdSpec, prepare_cold
-from onecopy.guest.runtime import Host
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.images.deb_packages import host_suite
 from onecopy.model import Reference
@@ -25,9 +25,9 @@ COLD_GUESTS = 2
 SAVED_GUESTS = 8
 
 
-def specification(accel: Choice) -> ColdSpec:
+def specification(accel: Choice) -> BootSpec:
     """The guest of the demo: Debian with Python, and an HTTP service from a segment of its own."""
-    return ColdSpec(
+    return BootSpec(
         root=ROOT,
         segments=((APP, "/srv"),),
         command="python3 /srv/hello.py",
@@ -36,7 +36,9 @@ def specification(accel: Choice) -> ColdSpec:
     )
 
 
-async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[str, list[Measured]]:
+async def run(
+    host: Runtime, accel: Choice, tell: Callable[[str], None]
+) -> tuple[str, list[Measured]]:
     """Do it all; returns the accelerator (and why) and what both kinds of guests took.
 
     The demo's segments and system stay in the store, its guests do not stay.
@@ -46,12 +48,12 @@ async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[s
     tell("saving a system whose HTTP service is up")
     system = (await save.save_system(host, SYSTEM, spec, tell)).artifact
     tell(f"starting {COLD_GUESTS} guests cold")
-    prepared = prepare_cold(host, replace(spec, ready="true"))
+    prepared = plan_boot(host, replace(spec, ready="true"))
     cold = await _batch(
         host,
         "cold",
         COLD_GUESTS,
-        lambda name, ports, batch: boot.run_cold(
+        lambda name, ports, batch: boot.boot_guest(
             host, replace(prepared, spec=replace(prepared.spec, publish=ports)), name, batch
         ),
     )
@@ -68,7 +70,7 @@ async def run(host: Host, accel: Choice, tell: Callable[[str], None]) -> tuple[s
     return f"{prepared.accel.name}: {prepared.accel.reason}", [cold, saved]
 
 
-def build_all(host: Host, tell: Callable[[str], None]) -> None:
+def build_all(host: Runtime, tell: Callable[[str], None]) -> None:
     """The root segment, once, and the application's, which is quick."""
     if not host.store.find(ROOT, "segment"):
         build_segment(
@@ -78,7 +80,7 @@ def build_all(host: Host, tell: Callable[[str], None]) -> None:
         build_segment(host.store, APP, f"dir:{Path(folder)}", progress=tell)
 
 
-async def _batch(host: Host, kind: str, count: int, starter: object) -> Measured:
+async def _batch(host: Runtime, kind: str, count: int, starter: object) -> Measured:
     run_id = secrets.token_hex(2)
     names = [f"demo-{kind}-{run_id}-{number}" for number in range(1, count + 1)]
     try:

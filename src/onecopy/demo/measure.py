@@ -14,7 +14,7 @@ from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.sharing import report
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
@@ -54,7 +54,7 @@ def free_ports(count: int) -> list[int]:
 
 
 async def start_batch(
-    host: Host,
+    host: Runtime,
     kind: str,
     names: Sequence[str],
     start: Callable[[str, Ports, Batch], Awaitable[GuestRecord]],

@@ -14,26 +14,26 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import memfd
 from onecopy.linux.lock import locked
 from onecopy.model import PageClass
 from onecopy.store import Layer, Lease, Store
-from onecopy.vmm.argv import Mode, Slot
+from onecopy.vmm.argv import MapMode, Slot
 
 _MODES = {
-    PageClass.SR: Mode.READ_ONLY,
-    PageClass.ER: Mode.READ_ONLY,
-    PageClass.SC: Mode.READ_ONLY,
-    PageClass.SW: Mode.SHARED,
-    PageClass.SN: Mode.SHARED,
-    PageClass.EN: Mode.SHARED,
-    PageClass.EW: Mode.COPY_ON_WRITE,
+    PageClass.SR: MapMode.READ_ONLY,
+    PageClass.ER: MapMode.READ_ONLY,
+    PageClass.SC: MapMode.READ_ONLY,
+    PageClass.SW: MapMode.SHARED,
+    PageClass.SN: MapMode.SHARED,
+    PageClass.EN: MapMode.SHARED,
+    PageClass.EW: MapMode.COPY_ON_WRITE,
 }
 _COMMON = (PageClass.SW, PageClass.SN)
 
 
-class Needed(msgspec.Struct, frozen=True):
+class BackingRequest(msgspec.Struct, frozen=True):
     """One range that is about to be mapped."""
 
     page_class: PageClass
@@ -52,17 +52,17 @@ class Needed(msgspec.Struct, frozen=True):
         return f"onecopy-{self.segment.removeprefix('sha256:')}.{self.number}"
 
 
-def live_file(store: Store, needed: Needed) -> Path:
-    """What the host writes to and guests read, of an SC range; raise NotEnough."""
+def live_file(store: Store, needed: BackingRequest) -> Path:
+    """What the host writes to and guests read, of an SC range; raise InsufficientResources."""
     return store.live(_blob(needed), needed.segment, needed.number, needed.size)
 
 
-def mode_of(page_class: PageClass) -> Mode:
+def map_mode(page_class: PageClass) -> MapMode:
     """How QEMU maps a range of that class."""
     return _MODES[page_class]
 
 
-class Backed(msgspec.Struct, frozen=True):
+class Backing(msgspec.Struct, frozen=True):
     """What one range is mapped from."""
 
     slot: Slot
@@ -75,14 +75,14 @@ class Backed(msgspec.Struct, frozen=True):
 class Backings:
     """Makes and finds what ranges are mapped from."""
 
-    def __init__(self, host: Host, ends: ExitStack, lease: Lease | None, *, late: bool) -> None:
+    def __init__(self, host: Runtime, ends: ExitStack, lease: Lease | None, *, late: bool) -> None:
         self._host = host
         self._ends = ends
         self._lease = lease
         self._late = late
 
-    def back(self, needed: Needed) -> Backed:
-        """The memory of a range. Raises NotEnough (memory), NotPermitted, StoreDamaged."""
+    def back(self, needed: BackingRequest) -> Backing:
+        """Back a range; raise InsufficientResources (memory), NotPermitted, StoreDamaged."""
         match needed.page_class:
             case PageClass.SR:
                 return self._file(needed, _blob(needed).path, linked=self._late)
@@ -103,20 +103,20 @@ class Backings:
         assert self._lease  # noqa: S101 - for the type checker: who maps something has one
         return self._lease
 
-    def _file(self, needed: Needed, path: Path, *, linked: bool) -> Backed:
+    def _file(self, needed: BackingRequest, path: Path, *, linked: bool) -> Backing:
         """A file of the store; a VMM that runs already may only open what is linked for it."""
         mapped = path
         if linked:
             mapped = self._holder.files / needed.memory_name
             mapped.unlink(missing_ok=True)
             mapped.hardlink_to(path)
-        return Backed(_slot(needed, mapped), str(mapped), str(path))
+        return Backing(_slot(needed, mapped), str(mapped), str(path))
 
-    def _memory(self, needed: Needed, name: str, fd: int) -> Backed:
+    def _memory(self, needed: BackingRequest, name: str, fd: int) -> Backing:
         self._ends.callback(os.close, fd)
-        return Backed(_slot(needed, Path(f"/proc/self/fd/{fd}")), f"/memfd:{name}", "")
+        return Backing(_slot(needed, Path(f"/proc/self/fd/{fd}")), f"/memfd:{name}", "")
 
-    def common(self, needed: Needed) -> int:
+    def common(self, needed: BackingRequest) -> int:
         """Open the copy of the present users, or a new one.
 
         Who has unloaded the segment still has the device, and so the copy, but is no user: if
@@ -139,18 +139,18 @@ class Backings:
         return left
 
 
-def _slot(needed: Needed, path: Path) -> Slot:
-    return Slot(path, needed.size, mode_of(needed.page_class))
+def _slot(needed: BackingRequest, path: Path) -> Slot:
+    return Slot(path, needed.size, map_mode(needed.page_class))
 
 
-def _copy(needed: Needed, name: str, *, sealed: bool = False) -> int:
+def _copy(needed: BackingRequest, name: str, *, sealed: bool = False) -> int:
     content = needed.layer.path if needed.layer else None
     return memfd.create(name, needed.size, content, sealed=sealed)
 
 
 @contextlib.asynccontextmanager
 async def backings(
-    host: Host, ranges: Iterable[PageClass], lease: Lease | None, *, late: bool = False
+    host: Runtime, ranges: Iterable[PageClass], lease: Lease | None, *, late: bool = False
 ) -> AsyncIterator[Backings]:
     """Where ranges of these classes get their memory from; a VMM must have it before the end.
 
@@ -163,6 +163,6 @@ async def backings(
             yield Backings(host, ends, lease, late=late)
 
 
-def _blob(needed: Needed) -> Layer:
+def _blob(needed: BackingRequest) -> Layer:
     assert needed.layer  # noqa: S101 - for the type checker: its class is a saved one
     return needed.layer

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from onecopy.errors import Incompatible, NotFound
 from onecopy.guest import end_reason
 from onecopy.guest.end_reason import Ended
-from onecopy.guest.run_directory import GuestFolder, GuestRecord
+from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.linux import cgroup, kmsg
 from onecopy.linux.kmsg import Death
 from onecopy.linux.removal import remove_tree
@@ -59,7 +59,7 @@ class Deaths:
         return death.why if death else ""
 
 
-def look(folder: GuestFolder, uid: int, deaths: Deaths) -> Left | None:
+def look(folder: RunDirectory, uid: int, deaths: Deaths) -> Left | None:
     """What is to be kept of a guest whose VMM has ended; None if it was never handed out."""
     try:
         record = folder.record()
@@ -177,7 +177,7 @@ def _has_been_replaced(run: Path, name: str) -> bool:
     if not _is_replaced(run, name):
         return False
     with contextlib.suppress(NotFound, Incompatible):
-        GuestFolder(run / name).record()
+        RunDirectory(run / name).record()
         return True
     return False
 

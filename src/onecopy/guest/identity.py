@@ -24,7 +24,7 @@ import msgspec
 from onecopy.errors import AgentFailed
 from onecopy.guest import ssh_host_keys
 from onecopy.guest.network import settings
-from onecopy.vmm.argv import Card
+from onecopy.vmm.argv import Nic
 from onecopy.vmm.guest_reply import address, decimal, shown
 from onecopy.vmm.port_pipe import Pipe
 
@@ -59,10 +59,10 @@ class Identity(msgspec.Struct, frozen=True):
 
     name: str
     machine_id: str | None
-    card: Card | None
+    card: Nic | None
 
 
-def new_identity(name: str, card: Card | None, *, machine_id: bool) -> Identity:
+def new_identity(name: str, card: Nic | None, *, machine_id: bool) -> Identity:
     """Who a new clone is to be."""
     return Identity(name, secrets.token_hex(16) if machine_id else None, card)
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from onecopy.errors import Incompatible, NotFound, OnecopyError
-from onecopy.guest.run_directory import GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import process, vmm_registry
 from onecopy.linux.run_base import run_base
 from onecopy.linux.vmm_registry import Entry, Process
@@ -32,7 +32,7 @@ _GUEST = re.compile("\0-name\0guest=([^,\0]{1,63})")
 _NAMESPACES = ("root", "ns/pid")
 
 
-def shown(host: Host) -> list[GuestRecord]:
+def shown(host: Runtime) -> list[GuestRecord]:
     """All that run, by name, each with what is wrong with it in its ``note``.
 
     A guest of which only the VMM is left is of the kind ``lost``.
@@ -41,7 +41,7 @@ def shown(host: Host) -> list[GuestRecord]:
     return sorted(guests + lost(host), key=lambda record: in_order(record.name))
 
 
-def find(host: Host, name: str) -> GuestRecord:
+def find(host: Runtime, name: str) -> GuestRecord:
     """A running guest, whatever is left of it; raise NotFound."""
     try:
         return host.guest(name).record()
@@ -52,7 +52,7 @@ def find(host: Host, name: str) -> GuestRecord:
         raise
 
 
-def lost(host: Host) -> list[GuestRecord]:
+def lost(host: Runtime) -> list[GuestRecord]:
     """What runs and is no guest any more: its run folder, store or record is gone."""
     with host.locked():  # nothing is renamed meanwhile
         known = vmm_registry.entries()
@@ -65,17 +65,17 @@ def lost(host: Host) -> list[GuestRecord]:
     return records
 
 
-def _noted(host: Host, record: GuestRecord) -> GuestRecord:
+def _noted(host: Runtime, record: GuestRecord) -> GuestRecord:
     if host.store.is_locked(record.name) or not record.process.lives():
         return record
     return replace(record, note="QEMU has let go of its lease: do not trust this guest")
 
 
-def _what_is_lost(host: Host, entry: Entry) -> str:
+def _what_is_lost(host: Runtime, entry: Entry) -> str:
     """What a VMM on record is without; "" if it is as it should be, or another store's."""
     if entry.store != host.run.name:
         return f"its store {entry.root} was removed" if entry.is_orphan else ""
-    folder = GuestFolder(host.run / entry.holder)
+    folder = RunDirectory(host.run / entry.holder)
     if not folder.path.exists():
         return "its run folder was removed"
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible, InvalidInput, NoSlot, StoreDamaged
-from onecopy.guest.backing import Needed
+from onecopy.guest.backing import BackingRequest
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT, Mount
 from onecopy.images.range_record import Range, SegmentConfig, layer_of
 from onecopy.model import PageClass
@@ -130,10 +130,10 @@ class Placed(msgspec.Struct, frozen=True):
     segment: MappedSegment
 
     @property
-    def needed(self) -> Needed:
+    def needed(self) -> BackingRequest:
         """What it has to be mapped from."""
         item = self.segment
-        return Needed(item.page_class, item.size, self.layer, item.segment, item.number)
+        return BackingRequest(item.page_class, item.size, self.layer, item.segment, item.number)
 
 
 def place(

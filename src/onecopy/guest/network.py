@@ -18,10 +18,10 @@ import msgspec
 from onecopy.errors import InvalidInput
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.tap import open_tap
 from onecopy.vmm import closed_network, router
-from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Card
+from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Nic
 from onecopy.vmm.vmm_user import User, have_own_numbers
 
 #: How many user-mode guests there can be before an address comes a second time.
@@ -60,9 +60,9 @@ class Network(msgspec.Struct, frozen=True):
 
 
 @contextlib.contextmanager
-def new_card(
-    host: Host, folder: Path, wanted: Network, *, connected: bool = True
-) -> Iterator[Card | None]:
+def new_nic(
+    host: Runtime, folder: Path, wanted: Network, *, connected: bool = True
+) -> Iterator[Nic | None]:
     """A card for a new guest with this run folder; None if it has none.
 
     One of a bridge is ``connected`` to it, or to be so later (linux/tap.py, connect_tap). Raises
@@ -75,32 +75,32 @@ def new_card(
     if wanted.bridge:
         tap = open_tap(wanted.bridge, connected=connected)
         try:
-            yield Card(_mac(), "", tap)
+            yield Nic(_mac(), "", tap)
         finally:
             os.close(tap)
         return
     address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
     if _has_router(wanted):
         with router.way_out(address, folder) as way:
-            yield Card(_mac(), address, way.tap, way.life)
+            yield Nic(_mac(), address, way.tap, way.life)
     else:
-        yield Card(_mac(), address, allow_host=wanted.allow_host)
+        yield Nic(_mac(), address, allow_host=wanted.allow_host)
 
 
-def shown_card(wanted: Network) -> Card | None:
+def display_nic(wanted: Network) -> Nic | None:
     """The same, as a command line shows it that is not run; raise InvalidInput."""
     wanted.require_sense()
     if not wanted.card:
         return None
     tap = "FD" if wanted.bridge or _has_router(wanted) else None
-    return Card("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), tap)
+    return Nic("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), tap)
 
 
 def _has_router(wanted: Network) -> bool:
     return not (wanted.bridge or wanted.allow_host or have_own_numbers())
 
 
-def can_be_closed(host: Host, record: GuestRecord) -> bool:
+def can_be_closed(host: Runtime, record: GuestRecord) -> bool:
     """Whether a prepared guest, which an older onecopy may have prepared, is kept from the host."""
     there = router.is_there(host.run / record.name)
     return there or not record.mac or closed_network.is_closed(User.of(record.pid))
@@ -112,12 +112,12 @@ def require_closed(record: GuestRecord, folder: Path) -> None:
         closed_network.require(User.of(record.pid), "")
 
 
-def inherited(card: Card | None) -> Sequence[int]:
+def inherited(card: Nic | None) -> Sequence[int]:
     """The descriptors that the VMM needs for its card."""
     return [fd for fd in (card.tap, card.life) if isinstance(fd, int)] if card else []
 
 
-def settings(card: Card | None) -> str:
+def settings(card: Nic | None) -> str:
     """What the guest sets: address, mask, gateway and name server; "dhcp"; or "-" for none."""
     if card is None:
         return "-"

@@ -14,7 +14,7 @@ import msgspec
 
 from onecopy.errors import GuestFailed, NotFound, OnecopyError
 from onecopy.guest import guest_script
-from onecopy.guest.run_directory import GuestFolder
+from onecopy.guest.run_directory import RunDirectory
 from onecopy.linux.lock import locked_within
 from onecopy.vmm.monitor import GRACE, TIMEOUT, Monitor, connect
 
@@ -34,7 +34,7 @@ class _Run(msgspec.Struct, frozen=True):
 
 
 @contextlib.asynccontextmanager
-async def paused(folder: GuestFolder, segment: str) -> AsyncIterator[None]:
+async def paused(folder: RunDirectory, segment: str) -> AsyncIterator[None]:
     """Let the guest stand still; raises GuestFailed, AgentFailed.
 
     It also raises GuestFailed at the end if the file systems were not frozen all the time.
@@ -65,7 +65,7 @@ async def paused(folder: GuestFolder, segment: str) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def stopped(folder: GuestFolder, *, go_on: bool = True) -> AsyncIterator[Monitor]:
+async def stopped(folder: RunDirectory, *, go_on: bool = True) -> AsyncIterator[Monitor]:
     """Let the guest's processors stand still, and no other command speak to its VMM.
 
     Raises GuestFailed. If the guest cannot be told to go on the next command does that.
@@ -95,7 +95,7 @@ async def _told(monitor: Monitor, seconds: float) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _marked(folder: GuestFolder) -> AsyncIterator[contextlib.ExitStack]:
+async def _marked(folder: RunDirectory) -> AsyncIterator[contextlib.ExitStack]:
     """Have the mark of a guest that is to go on, and that no other command has; gone at the end.
 
     What this yields is to be emptied if the mark has to stay.

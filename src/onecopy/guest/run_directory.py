@@ -191,7 +191,7 @@ def run_root(store: Store) -> Path:
     return run_base() / store_id(store.root)
 
 
-class GuestFolder:
+class RunDirectory:
     """The run folder of one guest."""
 
     def __init__(self, path: Path, batch: Batch | None = None) -> None:
@@ -359,7 +359,7 @@ class Batch(msgspec.Struct, frozen=True):
     owner: Path | None = None
     """The mark of the process that they end with, if they do."""
 
-    def add(self, path: Path) -> GuestFolder:
+    def add(self, path: Path) -> RunDirectory:
         """A new run folder for one of them; the caller ends its VMM and removes it if it fails."""
         if path.exists():  # its lease was free: what is here is a leftover
             remove_tree(path)
@@ -368,13 +368,13 @@ class Batch(msgspec.Struct, frozen=True):
         path.chmod(0o711)
         return self.join(path)
 
-    def join(self, path: Path) -> GuestFolder:
+    def join(self, path: Path) -> RunDirectory:
         """A run folder as one of them."""
         for kind, mark in (("owner", self.owner), ("starting", self.mark)):
             (path / kind).unlink(missing_ok=True)
             if mark:
                 (path / kind).symlink_to(mark)
-        return GuestFolder(path, self)
+        return RunDirectory(path, self)
 
     def hand_out(self) -> None:
         """From now on the guests are the user's, and outlive the command, if they have no owner."""

@@ -17,8 +17,8 @@ from onecopy.guest import ended_guests
 from onecopy.guest.run_directory import (
     POOL,
     Batch,
-    GuestFolder,
     GuestRecord,
+    RunDirectory,
     find_vmms,
     lock_mark,
     run_root,
@@ -35,7 +35,7 @@ from onecopy.vmm import logs, name_servers
 from onecopy.vmm.qemu import Qemu, probe
 
 
-class Host(msgspec.Struct, frozen=True, dict=True):
+class Runtime(msgspec.Struct, frozen=True, dict=True):
     """One store and the guests that run from it."""
 
     store: Store
@@ -44,7 +44,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     """Guests that are being started, and that this host shows all the same."""
 
     @classmethod
-    def open(cls, root: Path | None = None) -> Host:
+    def open(cls, root: Path | None = None) -> Runtime:
         """Open the store (default: store.default_root()) and sweep what dead commands left."""
         make_run_base()
         store = Store(root)
@@ -58,16 +58,16 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         """This host's QEMU."""
         return probe(self.store.cache)
 
-    def guest(self, name: str) -> GuestFolder:
+    def guest(self, name: str) -> RunDirectory:
         """The folder of a running guest; raise NotFound."""
-        folder = GuestFolder(self.run / name, self.batch_seen)
+        folder = RunDirectory(self.run / name, self.batch_seen)
         with self._knowing_ended(name):
             folder.record()
         return folder
 
-    def guest_with_agent(self, name: str) -> GuestFolder:
+    def guest_with_agent(self, name: str) -> RunDirectory:
         """The same, if something is to be done inside it; raise AgentFailed of a bare machine."""
-        folder = GuestFolder(self.run / name, self.batch_seen)
+        folder = RunDirectory(self.run / name, self.batch_seen)
         with self._knowing_ended(name):
             folder.require_agent()
         return folder
@@ -91,7 +91,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         with self.locked():
             ended_guests.forget(self.run, *names)
 
-    def seeing(self, batch: Batch) -> Host:
+    def seeing(self, batch: Batch) -> Runtime:
         """This host for who starts guests, and does with one of them what others do later."""
         return replace(self, batch_seen=batch)
 
@@ -101,7 +101,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
     def owned(self, owner: Path) -> list[GuestRecord]:
         """The guests that end with an owner."""
-        return self._records(path for path in self.folders() if GuestFolder(path).owner == owner)
+        return self._records(path for path in self.folders() if RunDirectory(path).owner == owner)
 
     def vmms(self, names: Iterable[str]) -> list[tuple[str, int]]:
         """(guest, process id of its VMM) of those of ``names`` that run or are being started."""
@@ -170,7 +170,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     def _end_all(self, mark: Path) -> None:
         """End what belongs to a batch that was not handed out, or to an owner."""
         theirs = [
-            folder for path in self.folders() if (folder := GuestFolder(path)).belongs_to(mark)
+            folder for path in self.folders() if (folder := RunDirectory(path)).belongs_to(mark)
         ]
         if theirs:
             self.drop(*theirs)
@@ -189,7 +189,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     @contextlib.contextmanager
     def claim(
         self, name: str, digests: Sequence[str], batch: Batch
-    ) -> Iterator[tuple[GuestFolder, Lease]]:
+    ) -> Iterator[tuple[RunDirectory, Lease]]:
         """A new guest's run folder and lease; raise AlreadyExists if the name is taken.
 
         Our copy of the lease is closed at the end. If that is an error nothing is left behind.
@@ -209,7 +209,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
     def prepared(self) -> list[GuestRecord]:
         """What waits to become guests (guest/lifecycle/pool.py), by name."""
         found = (
-            GuestFolder(path).prepared()
+            RunDirectory(path).prepared()
             for path in self.folders()
             if path.name.startswith(POOL) and self.store.is_held(path.name)
         )
@@ -222,7 +222,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         name: str,
         batch: Batch,
         suits: Callable[[GuestRecord], bool] = lambda _: True,
-    ) -> Iterator[tuple[GuestFolder, GuestRecord] | None]:
+    ) -> Iterator[tuple[RunDirectory, GuestRecord] | None]:
         """What was prepared from ``digest``, and suits, in the run folder of a new guest, or None.
 
         If that ends in an error nothing is left behind.
@@ -239,15 +239,15 @@ class Host(msgspec.Struct, frozen=True, dict=True):
 
     def _take(
         self, record: GuestRecord | None, name: str, batch: Batch
-    ) -> tuple[GuestFolder, GuestRecord] | None:
+    ) -> tuple[RunDirectory, GuestRecord] | None:
         if not record or self.store.is_held(name):
             return None
         # Killed after this, we leave it to the next command, by whatever name it goes then.
         batch.join(self.run / record.name)
         self.store.rename_holder(record.name, name)
-        GuestFolder(self.run / name).remove()
+        RunDirectory(self.run / name).remove()
         (self.run / record.name).rename(self.run / name)
-        return GuestFolder(self.run / name, batch), record
+        return RunDirectory(self.run / name, batch), record
 
     def end(self, *records: GuestRecord) -> None:
         """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds.
@@ -265,13 +265,13 @@ class Host(msgspec.Struct, frozen=True, dict=True):
                 self.remove(*theirs)
         for entry in vmm_registry.entries() if gone else ():
             if entry.process in gone:
-                GuestFolder(self.run.parent / entry.store / entry.holder).remove()
+                RunDirectory(self.run.parent / entry.store / entry.holder).remove()
                 entry.forget()
         self.store.sweep()
 
-    def _folders_of(self, records: Iterable[GuestRecord]) -> list[GuestFolder]:
+    def _folders_of(self, records: Iterable[GuestRecord]) -> list[RunDirectory]:
         """The folders of these guests: another one may have the name of one by now."""
-        found = [(GuestFolder(self.run / each.name), each) for each in records]
+        found = [(RunDirectory(self.run / each.name), each) for each in records]
         return [folder for folder, record in found if folder.is_of(record)]
 
     def ending(self, *records: GuestRecord) -> AbstractContextManager[None]:
@@ -279,7 +279,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         return self._ending(self._folders_of(each for each in records if each.process.lives()))
 
     @contextlib.contextmanager
-    def _ending(self, folders: Iterable[GuestFolder]) -> Iterator[None]:
+    def _ending(self, folders: Iterable[RunDirectory]) -> Iterator[None]:
         with self.locked():
             mark, fd = lock_mark(self.run, "ending")
         try:
@@ -295,17 +295,17 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         """Remove what no living command or VMM owns: folders, and guests never handed out."""
         sweep(self)
         for path in self.folders():
-            self.keep_logging(GuestFolder(path))
+            self.keep_logging(RunDirectory(path))
         cgroup.sweep()
         name_servers.refresh(self.run)
 
-    def keep_logging(self, folder: GuestFolder) -> None:
+    def keep_logging(self, folder: RunDirectory) -> None:
         """Let the logs of a guest go on, without what is oldest, if they are full."""
         if logs.are_filling(folder.path):
             with self.locked(), contextlib.suppress(NotFound, OSError):
                 logs.make_room(folder.path, folder.record().pid)
 
-    def drop(self, *folders: GuestFolder) -> None:
+    def drop(self, *folders: RunDirectory) -> None:
         """Remove run folders of the caller's; what is left of their VMMs is ended first."""
         theirs = [each for folder in folders for each in self.on_record(folder.name)]
         with self._ending(folders):
@@ -313,7 +313,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
             with self.locked():
                 self.remove(*folders)
 
-    def remove(self, *folders: GuestFolder) -> None:
+    def remove(self, *folders: RunDirectory) -> None:
         """Remove run folders, and with the last what was noted at the first start; under lock."""
         for folder in folders:
             folder.remove()
@@ -342,7 +342,7 @@ class Host(msgspec.Struct, frozen=True, dict=True):
         for path in folders:
             # What another version of onecopy has written is told by `lost`.
             with contextlib.suppress(NotFound, Incompatible):
-                records.append(GuestFolder(path).record())
+                records.append(RunDirectory(path).record())
         return sorted(records, key=lambda record: in_order(record.name))
 
     def folders(self) -> list[Path]:

@@ -16,7 +16,7 @@ from typing import Protocol
 from onecopy.guest import ended_guests
 from onecopy.guest.ended_guests import Deaths
 from onecopy.guest.resume import go_on
-from onecopy.guest.run_directory import POOL, GuestFolder, is_mark
+from onecopy.guest.run_directory import POOL, RunDirectory, is_mark
 from onecopy.linux import vmm_registry
 from onecopy.linux.lock import if_left, is_left
 from onecopy.linux.removal import remove_tree
@@ -37,7 +37,7 @@ class Swept(Protocol):
     def folders(self) -> list[Path]: ...
     def on_record(self, name: str = "", /) -> list[Entry]: ...
     def processes(self, names: list[str], /) -> list[tuple[str, Process]]: ...
-    def remove(self, *folders: GuestFolder) -> None: ...
+    def remove(self, *folders: RunDirectory) -> None: ...
     def locked(self) -> contextlib.AbstractContextManager[int]: ...
 
 
@@ -52,7 +52,7 @@ def sweep(host: Swept) -> None:
     if unwanted:
         # Their leases are stale only now.
         host.store.sweep()
-    left = [path for path in host.folders() if GuestFolder(path).left_paused]
+    left = [path for path in host.folders() if RunDirectory(path).left_paused]
     if left:
         go_on(left)
     _sweep_stores(host.run)
@@ -60,7 +60,7 @@ def sweep(host: Swept) -> None:
 
 def _unwanted(host: Swept) -> list[Process]:
     """VMMs that nobody will ever want: of killed commands, and of owners that are gone."""
-    abandoned = [path.name for path in host.folders() if GuestFolder(path).abandoned]
+    abandoned = [path.name for path in host.folders() if RunDirectory(path).abandoned]
     found = [process for _, process in host.processes(abandoned)] if abandoned else []
     # Without its folder nobody can take it any more.
     return found + [
@@ -75,7 +75,7 @@ def _sweep_folders(host: Swept) -> None:
     ended_guests.sweep(host.run)
     for path in there:
         with going_on(path):
-            folder = GuestFolder(path)
+            folder = RunDirectory(path)
             if folder.abandoned:
                 _remove(host, folder)
             elif not host.store.is_held(path.name):
@@ -93,7 +93,7 @@ def _sweep_folders(host: Swept) -> None:
                 entry.forget()
 
 
-def preserve(host: Swept, deaths: Deaths, folder: GuestFolder) -> None:
+def preserve(host: Swept, deaths: Deaths, folder: RunDirectory) -> None:
     """Keep what is to be known of a guest that has ended, whose folder is removed next; under lock.
 
     That is nothing of one that a command ended, or that was never handed out.
@@ -116,11 +116,11 @@ def _kept(run: Path, left: ended_guests.Left) -> str:
     return ""
 
 
-def _uid(host: Swept, folder: GuestFolder) -> int:
+def _uid(host: Swept, folder: RunDirectory) -> int:
     return next((each.uid for each in host.on_record(folder.name)), -1)
 
 
-def _remove(host: Swept, folder: GuestFolder) -> None:
+def _remove(host: Swept, folder: RunDirectory) -> None:
     if any(each.process.lives() for each in host.on_record(folder.name)):
         tell(folder.path, "its QEMU does not end")
         return

@@ -42,7 +42,7 @@ def build_segment(
     The same source gives the same digest. ``include`` are Debian packages, ``fs`` is ``erofs`` or
     ``ext2``, ``room`` bytes that ext2 has free for later changes; guests map it as ``page_class``.
     A new name gets ``access``. ``progress`` is told each step. What fails, or is interrupted before
-    ``ref`` is named, leaves nothing behind. Raises InvalidInput, BadSource, NotEnough,
+    ``ref`` is named, leaves nothing behind. Raises InvalidInput, BadSource, InsufficientResources,
     NotPermitted, MissingProgram, and what `Store.put` raises.
     """
     store.require_free("kernel" if source.startswith(PREFIX) else "segment", ref, access)

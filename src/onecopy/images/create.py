@@ -51,7 +51,7 @@ def create_segment(
 
     A file that is an EROFS, ext2 or ext4 image can be mounted by guests. A new name gets
     ``access``. Raises InvalidInput (ranges that cannot be), BadSource (a file that cannot be used),
-    NotEnough, NotPermitted, and what `Store.put` raises.
+    InsufficientResources, NotPermitted, and what `Store.put` raises.
     """
     store.require_free("segment", ref, access)
     described = tuple(_describe(number, item) for number, item in enumerate(ranges))

@@ -158,7 +158,7 @@ class DiskTree:
         self._found.append(f"{entry.target}/lost+found")
 
     def copy(self, into: Path) -> None:
-        """Copy the files into the empty folder ``into``; raise BadSource, NotEnough, OSError."""
+        """Copy the files into an empty folder; raise BadSource, InsufficientResources, OSError."""
         usage = self._usage
         seconds = _PATIENCE + _FOR_MIB * usage.size / (1 << 20) + _FOR_FILES * usage.files / 1000
         with disk_space(into, usage.size):

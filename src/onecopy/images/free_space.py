@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.errors import CommandFailed, NotEnough
+from onecopy.errors import CommandFailed, InsufficientResources
 
 _HINT = "`onecopy rm` what is not needed, or put the store elsewhere with ONECOPY_HOME"
 _SIGNS = ("No space left on device", "You don't have enough free space")
@@ -21,7 +21,7 @@ _SIGNS = ("No space left on device", "You don't have enough free space")
 def disk_space(folder: Path, needed: int) -> Iterator[None]:
     """Run the block if ``folder`` has room for ``needed`` bytes.
 
-    Raises NotEnough: at once, or when the block fails because the disk is full.
+    Raises InsufficientResources: at once, or when the block fails because the disk is full.
     """
     if shutil.disk_usage(folder).free < needed:
         raise not_enough(folder, needed)
@@ -42,7 +42,7 @@ def disk_is_full(error: CommandFailed) -> bool:
     return any(sign in error.output for sign in _SIGNS)
 
 
-def not_enough(folder: Path, needed: int) -> NotEnough:
+def not_enough(folder: Path, needed: int) -> InsufficientResources:
     """What to raise if the disk of ``folder`` has no room for ``needed`` bytes."""
     free = shutil.disk_usage(folder).free
-    return NotEnough("disk", needed=needed, available=free, hint=_HINT)
+    return InsufficientResources("disk", needed=needed, available=free, hint=_HINT)

@@ -36,7 +36,7 @@ def make_image(
     ``fs`` is one of `FILE_SYSTEMS`; the size is a multiple of 2 MiB. ``room`` bytes stay free in
     it, if it is one that can be written to. ``left_out`` gets what such an image cannot hold.
     Raises BadSource (unreadable, changed meanwhile, or more than the file system can hold),
-    NotEnough, NotPermitted, InvalidInput, MissingProgram.
+    InsufficientResources, NotPermitted, InvalidInput, MissingProgram.
     """
     check_fs(fs)
     facts = scan(tree)

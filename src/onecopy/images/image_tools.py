@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.errors import NotEnough
+from onecopy.errors import InsufficientResources
 from onecopy.images.tree import Facts
 from onecopy.linux.counters import meminfo
 from onecopy.model import PAGE_SIZE
@@ -81,10 +81,10 @@ def _environment(facts: Facts) -> Mapping[str, str]:
 
 
 def require_memory(facts: Facts) -> None:
-    """Raise NotEnough if this host has no memory for what mkfs.erofs keeps of each file."""
+    """Raise InsufficientResources if mkfs.erofs needs more memory for its files than is there."""
     needed, available = _FOR_FILE * facts.inodes, meminfo.read().available
     if available is not None and needed > available:
-        raise NotEnough(
+        raise InsufficientResources(
             "memory",
             needed=needed,
             available=available,

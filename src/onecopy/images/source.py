@@ -35,7 +35,7 @@ class Source(Protocol):
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
         """Return the tree to image: ``into`` (an empty folder), now filled, or one in place.
 
-        Raises BadSource, NotPermitted, NotEnough, MissingProgram.
+        Raises BadSource, NotPermitted, InsufficientResources, MissingProgram.
         """
         ...
 

@@ -30,7 +30,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 def copy_tree(tree: Path, unpacker: Unpacker) -> None:
     """Write all of ``tree`` but sockets, the entries of each folder in order of their names.
 
-    Raises BadMember, NotEnough, OSError.
+    Raises BadMember, InsufficientResources, OSError.
     """
     linked: dict[int, bytes] = {}
     for path, status in _walk(tree):

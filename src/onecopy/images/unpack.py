@@ -81,8 +81,8 @@ class Unpacker:
     def add(self, member: Member, archive: Content) -> None:
         """Write a member, whose content ``archive`` is at.
 
-        Raises BadMember (it leads out, cannot be kept, or there are too many), NotEnough, OSError
-        (the disk fails).
+        Raises BadMember (it leads out, cannot be kept, or there are too many),
+        InsufficientResources, OSError (the disk fails).
         """
         with _its_own(member.name):
             path = self._path(member)
@@ -319,7 +319,7 @@ def _its_own(name: bytes) -> Iterator[None]:
 def unpack(archive: TarReader, into: Path) -> int:
     """Unpack all members below the empty folder ``into``; return how many there were.
 
-    Raises BadMember, NotEnough, OSError.
+    Raises BadMember, InsufficientResources, OSError.
     """
     count = 0
     with Unpacker(into) as unpacker:

@@ -10,7 +10,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from onecopy.errors import NotEnough, NotPermitted
+from onecopy.errors import InsufficientResources, NotPermitted
 from onecopy.linux.counters import meminfo
 from onecopy.linux.files import ROOT, process_folder
 from onecopy.linux.sparse import data_ranges
@@ -23,7 +23,7 @@ _CHUNK = 16 << 20
 def create(name: str, size: int, content: Path | None = None, *, sealed: bool = False) -> int:
     """A new memory file of ``size`` bytes that starts with ``content``; holes take no memory.
 
-    Nobody can change its size, or with ``sealed`` its content. Raises NotEnough.
+    Nobody can change its size, or with ``sealed`` its content. Raises InsufficientResources.
     """
     _require(content)
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -70,7 +70,7 @@ def _require(content: Path | None) -> None:
     needed = content.stat().st_blocks * 512 if content else 0
     available = meminfo.read().available
     if available is not None and needed > available:
-        raise NotEnough(
+        raise InsufficientResources(
             "memory", needed=needed, available=available, hint="stop guests that are not needed"
         )
 

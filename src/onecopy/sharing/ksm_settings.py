@@ -16,8 +16,8 @@ import msgspec
 
 from onecopy.errors import (
     Incompatible,
+    InsufficientResources,
     InvalidInput,
-    NotEnough,
     NotFound,
     NotPermitted,
     Unreadable,
@@ -144,8 +144,8 @@ def turn_off(root: Path = ROOT, *, unmerge: bool = False) -> list[str]:
     """Put all settings back as they were found; return those that somebody else has set meanwhile.
 
     These are left. With ``unmerge`` merged pages are torn apart, too; else they stay merged until
-    they are written to. Raises Incompatible, NotPermitted, NotEnough when there is no memory for
-    that, InvalidInput if KSM ran before.
+    they are written to. Raises Incompatible, NotPermitted, InsufficientResources when there is no
+    memory for that, InvalidInput if KSM ran before.
     """
     now = _required(root)
     with _locked(root):
@@ -177,7 +177,9 @@ def _tear_apart(now: Ksm, changed: Mapping[str, Changed], root: Path) -> None:
     needed = _saved(now) or 0
     available = meminfo.read(root).available
     if available is not None and needed > available:
-        raise NotEnough("memory", needed=needed, available=available, hint="stop some guests first")
+        raise InsufficientResources(
+            "memory", needed=needed, available=available, hint="stop some guests first"
+        )
     ksm.write("run", "2", root)
 
 

@@ -16,7 +16,7 @@ from onecopy.store.layout import Layout
 
 @contextmanager
 def change(layout: Layout) -> Iterator[None]:
-    """Hold the store's lock for a change; raises NotEnough, NotPermitted, StoreDamaged."""
+    """Hold the store's lock; raise InsufficientResources, NotPermitted, StoreDamaged."""
     with file_errors(layout.root), layout.locked():
         # A kill leaves this mark, and so the next one who opens the store sweeps.
         _mark(layout)

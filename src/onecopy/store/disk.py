@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.errors import NotEnough, NotPermitted, StoreDamaged, as_root
+from onecopy.errors import InsufficientResources, NotPermitted, StoreDamaged, as_root
 
 # The records of one change (config, manifest, index, lease) fit in this; bytes.
 _RECORDS = 1 << 20
@@ -24,10 +24,10 @@ def free_bytes(path: Path) -> int:
 
 
 def require_disk(path: Path, needed_bytes: int) -> None:
-    """Raise NotEnough if the file system of ``path`` has less than ``needed_bytes`` free."""
+    """Raise InsufficientResources if ``path``'s file system has not ``needed_bytes`` free."""
     available = free_bytes(path)
     if available < needed_bytes:
-        raise NotEnough(
+        raise InsufficientResources(
             "disk",
             needed=needed_bytes,
             available=available,
@@ -39,8 +39,8 @@ def require_disk(path: Path, needed_bytes: int) -> None:
 def file_errors(root: Path) -> Iterator[None]:
     """Turn an OSError of a change to the store ``root`` into one of ours.
 
-    Raises NotEnough (full, over quota), NotPermitted (rights, read-only), StoreDamaged (I/O error);
-    any other OSError passes.
+    Raises InsufficientResources (full, over quota), NotPermitted (rights, read-only), StoreDamaged
+    (I/O error); any other OSError passes.
     """
     try:
         yield
@@ -48,7 +48,7 @@ def file_errors(root: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             available = free_bytes(root)
             left = "some space" if os.statvfs(root).f_favail else "some files (no inode is left)"
-            raise NotEnough(
+            raise InsufficientResources(
                 "disk",
                 # What we needed was more than there is, though a quota may say otherwise.
                 needed=max(_RECORDS, available + 1),

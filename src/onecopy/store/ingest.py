@@ -27,7 +27,7 @@ def in_domain(
 ) -> NewLayer:
     """The layer as one of a trust domain: the blob of another one is copied into a workspace.
 
-    Raises NotFound (no such blob), InvalidInput, NotEnough.
+    Raises NotFound (no such blob), InvalidInput, InsufficientResources.
     """
     if layer.path is not None or layer.digest is None:
         return layer

@@ -23,7 +23,7 @@ def path_of(layout: Layout, segment: str, number: int) -> Path:
 def ensure(layout: Layout, segment: str, number: int, content: Path, size: int) -> Path:
     """The live content of a range, made from ``content`` if need be; no lock is held.
 
-    Raises NotEnough, NotPermitted.
+    Raises InsufficientResources, NotPermitted.
     """
     path = path_of(layout, segment, number)
     with file_errors(layout.root), layout.locked():

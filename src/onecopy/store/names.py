@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from onecopy.errors import AlreadyExists, InvalidInput, NameMoved, NotFound
+from onecopy.errors import AlreadyExists, InvalidInput, NameConflict, NotFound
 from onecopy.model import Reference, in_order
 from onecopy.store.oci import INDEX_TYPE, Descriptor, Index
 
@@ -113,13 +113,13 @@ def require_name(index: Index, name: str) -> None:
 
 
 def require_digest(index: Index, ref: Reference, expected: str | None) -> None:
-    """Raise NameMoved unless ``ref`` means the digest ``expected``; None expects nothing."""
+    """Raise NameConflict unless ``ref`` means the digest ``expected``; None expects nothing."""
     if expected is None:
         return
     found = next((entry.digest for entry in ours(index) if entry.ref == str(ref)), None)
     if found != expected:
         now = f"means {found} by now" if found else "is gone"
-        raise NameMoved(
+        raise NameConflict(
             f"{ref} {now}, not {expected}: somebody else has changed it meanwhile",
             hint="nothing was lost: give the new version another name or version, with --as",
         )

@@ -28,8 +28,9 @@ _MOST_PATH, _MOST_NAME, _SHOWN = 512, 255, 128
 def open_layout(root: Path) -> Layout:
     """The store in ``root``, made if it is missing.
 
-    Raises InvalidInput (the folder is something else's), NotPermitted, NotEnough, StoreDamaged, or
-    Incompatible (a network file system, or a version of the OCI layout that we do not know).
+    Raises InvalidInput (the folder is something else's), NotPermitted, InsufficientResources,
+    StoreDamaged, or Incompatible (a network file system, or a version of the OCI layout that we do
+    not know).
     """
     _require_plain(root)
     layout = Layout(Path(os.path.abspath(root)))  # noqa: PTH100 - Path.absolute() keeps ".."

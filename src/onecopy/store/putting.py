@@ -13,7 +13,7 @@ from functools import cache
 
 import msgspec
 
-from onecopy.errors import InvalidInput, NameMoved, OtherDomain
+from onecopy.errors import InvalidInput, NameConflict, OtherDomain
 from onecopy.model import Reference
 from onecopy.store import access as who
 from onecopy.store import ingest, loading, names, oci
@@ -105,7 +105,7 @@ def _with_access(index: oci.Index, wanted: Wanted, domain: str) -> oci.Index:
     name, access = wanted.ref.name, wanted.access or Access()
     if not names.has_name(index, name):
         if access.domain != domain:
-            raise NameMoved(
+            raise NameConflict(
                 f"all versions of {name} were removed meanwhile",
                 hint="nothing was stored: do the same again",
             )

@@ -35,7 +35,7 @@ class Store:
     """The store in ``root`` (default: `default_root()`), made if missing, swept if need be.
 
     Any number of processes and threads may use one store at once. Opening raises InvalidInput,
-    NotPermitted, NotEnough, Incompatible, StoreDamaged.
+    NotPermitted, InsufficientResources, Incompatible, StoreDamaged.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -77,9 +77,9 @@ class Store:
         Names that begin with ``onecopy-`` are for what is onecopy's ``own``.
 
         Raises AlreadyExists (with ``replace=False`` if the name means another digest; always if it
-        means another kind), NameMoved (it does not mean the digest ``expected``), OtherDomain (the
-        name is of another trust domain than ``access``), InvalidInput, NotFound, NotEnough,
-        NotPermitted, StoreDamaged.
+        means another kind), NameConflict (it does not mean the digest ``expected``), OtherDomain
+        (the name is of another trust domain than ``access``), InvalidInput, NotFound,
+        InsufficientResources, NotPermitted, StoreDamaged.
         """
         if not own:
             check_new_name(ref.name)
@@ -124,7 +124,7 @@ class Store:
     def restrict(self, name: str, alter: Callable[[Access], Access]) -> Access:
         """Change who may load a name, but not its trust domain; return it.
 
-        Raises NotFound, NotPermitted, NotEnough, StoreDamaged.
+        Raises NotFound, NotPermitted, InsufficientResources, StoreDamaged.
         """
         with change(self._layout):
             index = loading.index(self._layout)
@@ -190,7 +190,7 @@ class Store:
 
         With ``in_use`` also if it is leased: it is pending purge then. A damaged artifact can be
         removed: it is returned with no config and no layers. Raises NotFound, InUse if it is leased
-        and this is its last name, NotPermitted, NotEnough.
+        and this is its last name, NotPermitted, InsufficientResources.
         """
         with change(self._layout):
             index = loading.index(self._layout)
@@ -221,7 +221,7 @@ class Store:
 
         Until the last copy of the lease's descriptor is closed, nothing of them is removed.
         Raises AlreadyExists (``holder`` has a live lease), NotFound (removed since it was
-        resolved), InvalidInput, StoreDamaged, NotEnough, NotPermitted.
+        resolved), InvalidInput, StoreDamaged, InsufficientResources, NotPermitted.
         """
         check_name(holder)
         with file_errors(self.root), self._layout.locked():
@@ -272,7 +272,7 @@ class Store:
                     collect.sweep(self._layout)
 
     def live(self, layer: Layer, segment: str, number: int, size: int) -> Path:
-        """The live content of an SC range (live.py): made if need be. Raises NotEnough."""
+        """Return an SC range's live content, made if need be; raise InsufficientResources."""
         return live.ensure(self._layout, segment, number, layer.path, size)
 
     def verify(self, artifact: Artifact) -> None:

@@ -21,7 +21,7 @@ from onecopy.store.leftovers import going_on, tell
 
 @contextmanager
 def workspace(layout: Layout) -> Iterator[Path]:
-    """A new empty folder, 0700, removed at the end; raises NotEnough, NotPermitted."""
+    """A new empty folder, 0700, removed at the end; raises InsufficientResources, NotPermitted."""
     path = layout.tmp / f"work-{os.urandom(6).hex()}"
     with file_errors(layout.root), layout.locked():
         path.mkdir(mode=0o700)

@@ -65,7 +65,7 @@ TRANSLATED, LEAST_TRANSLATED = 128 * MIB, 32 * MIB
 BARE_KERNEL_LINE = "console=ttyS0,115200"
 
 
-class Mode(StrEnum):
+class MapMode(StrEnum):
     """How the memory of a device is mapped."""
 
     READ_ONLY = "read-only"
@@ -82,7 +82,7 @@ class Slot(msgspec.Struct, frozen=True):
     path: Path
     size: int
     """Bytes; a multiple of 2 MiB. The file may be longer."""
-    mode: Mode = Mode.READ_ONLY
+    mode: MapMode = MapMode.READ_ONLY
 
 
 class Hardware(msgspec.Struct, frozen=True):
@@ -116,7 +116,7 @@ class Kernel(msgspec.Struct, frozen=True):
     append: str = ""
 
 
-class Card(msgspec.Struct, frozen=True):
+class Nic(msgspec.Struct, frozen=True):
     """A guest's network card, and where it leads."""
 
     mac: str
@@ -156,7 +156,7 @@ class Launch(msgspec.Struct, frozen=True):
     """Events by which this QEMU notes in its log how it ends (end_traces.py)."""
     kernel: Kernel | None = None
     """None: the machine waits for a saved state (``-incoming defer``)."""
-    card: Card | None = None
+    card: Nic | None = None
     """None if the machine has no network."""
     publish: tuple[tuple[int, int], ...] = ()
     """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
@@ -296,7 +296,7 @@ def _network(hardware: Hardware, launch: Launch) -> list[str]:
     return [*_netdevs(card, launch), "-device", f"{device},guest_announce=off"]
 
 
-def _netdevs(card: Card, launch: Launch) -> list[str]:
+def _netdevs(card: Nic, launch: Launch) -> list[str]:
     if card.tap is not None:
         # Without offloads, which user-mode networks have not, and with one of these that leads
         # nowhere: so a system whose saved state has one starts here, too.
@@ -314,11 +314,11 @@ def backend(name: str, slot: Slot, *, rom: bool) -> dict[str, str | int | bool]:
         "id": name,
         "size": slot.size,
         "mem-path": str(slot.path),
-        "share": slot.mode is not Mode.COPY_ON_WRITE,
+        "share": slot.mode is not MapMode.COPY_ON_WRITE,
     }
-    if slot.mode is Mode.READ_ONLY:
+    if slot.mode is MapMode.READ_ONLY:
         properties["readonly"] = True
-    elif slot.mode is Mode.COPY_ON_WRITE and rom:
+    elif slot.mode is MapMode.COPY_ON_WRITE and rom:
         properties |= {"readonly": True, "rom": "off"}
     return properties
 

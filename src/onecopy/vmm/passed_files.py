@@ -14,7 +14,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from onecopy.linux.sandbox.landlock import READ_FILE, TRUNCATE, WRITE_FILE
-from onecopy.vmm.argv import PORTS, Hardware, Launch, Mode, Slot
+from onecopy.vmm.argv import PORTS, Hardware, Launch, MapMode, Slot
 from onecopy.vmm.logs import CONSOLE
 from onecopy.vmm.vmm_user import User
 
@@ -46,8 +46,8 @@ class Given:
 
     def memory(self, slot: Slot) -> Slot:
         """A slot with a name for the VMM."""
-        name = self.name(slot.path, write=slot.mode is Mode.SHARED)
-        if slot.mode is not Mode.READ_ONLY:
+        name = self.name(slot.path, write=slot.mode is MapMode.SHARED)
+        if slot.mode is not MapMode.READ_ONLY:
             self.asked.append(self.passed[-1])
         return replace(slot, path=name)
 

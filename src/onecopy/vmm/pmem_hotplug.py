@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from onecopy.errors import GuestFailed, NoSlot, TooLarge
 from onecopy.model import format_size
 from onecopy.vmm import vmm_limits
-from onecopy.vmm.argv import HOT_BUS, HOT_ROOM, HOT_SLOTS, SERIAL, Mode, Slot, backend
+from onecopy.vmm.argv import HOT_BUS, HOT_ROOM, HOT_SLOTS, SERIAL, MapMode, Slot, backend
 from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.open_notify import answering
 
@@ -59,7 +59,7 @@ async def plug(
     # What a killed command left half done.
     with contextlib.suppress(GuestFailed):
         await monitor.execute("object-del", {"id": name})
-    vmm_limits.let_map(pid, memory.size, private=memory.mode is Mode.COPY_ON_WRITE)
+    vmm_limits.let_map(pid, memory.size, private=memory.mode is MapMode.COPY_ON_WRITE)
     file = os.open(memory.path, _flags(memory.mode) | os.O_CLOEXEC)
     try:
         await _add_memory(monitor, name, memory, file, pid=pid, listener=listener)
@@ -87,7 +87,7 @@ def too_large(size: int, room: int, what: str) -> TooLarge:
 async def _add_memory(
     monitor: Monitor, name: str, memory: Slot, file: int, *, pid: int, listener: int | None
 ) -> None:
-    if listener is not None and memory.mode is not Mode.READ_ONLY:
+    if listener is not None and memory.mode is not MapMode.READ_ONLY:
         with answering(pid, listener, file):
             await monitor.execute("object-add", backend(name, memory, rom=False))
         return
@@ -96,8 +96,8 @@ async def _add_memory(
         await monitor.execute("object-add", {**properties, "mem-path": path})
 
 
-def _flags(mode: Mode) -> int:
-    return os.O_RDWR if mode is Mode.SHARED else os.O_RDONLY
+def _flags(mode: MapMode) -> int:
+    return os.O_RDWR if mode is MapMode.SHARED else os.O_RDONLY
 
 
 def device_id(slot: int) -> str:

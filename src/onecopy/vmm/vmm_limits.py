@@ -14,7 +14,7 @@ from onecopy.linux import cgroup
 from onecopy.linux.sandbox import rlimits
 from onecopy.linux.sandbox.rlimits import Limits
 from onecopy.model import MIB
-from onecopy.vmm.argv import Hardware, Launch, Mode, Ram, cpu_room
+from onecopy.vmm.argv import Hardware, Launch, MapMode, Ram, cpu_room
 from onecopy.vmm.spawn import as_user
 from onecopy.vmm.vmm_user import User
 
@@ -32,9 +32,9 @@ _FILES = 4096
 
 def of_vmm(hardware: Hardware, spec: Launch, user: User | None) -> Limits:
     """The limits of a VMM that is about to be started."""
-    private = sum(slot.size for slot in hardware.segments if slot.mode is Mode.COPY_ON_WRITE)
+    private = sum(slot.size for slot in hardware.segments if slot.mode is MapMode.COPY_ON_WRITE)
     private += hardware.memory + _own(spec) + threads(hardware) * _stack()
-    mapped = sum(slot.size for slot in hardware.segments if slot.mode is not Mode.COPY_ON_WRITE)
+    mapped = sum(slot.size for slot in hardware.segments if slot.mode is not MapMode.COPY_ON_WRITE)
     found = {
         rlimits.PRIVATE: private,
         rlimits.ADDRESS_SPACE: private + mapped + _MAPPED,

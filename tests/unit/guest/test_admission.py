@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from onecopy.errors import NotEnough
+from onecopy.errors import InsufficientResources
 from onecopy.guest.lifecycle import admission
 from onecopy.linux.counters import meminfo
 from onecopy.model import MIB
@@ -21,7 +21,7 @@ def small_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_many_as_fit() -> None:
     # 50 MiB of the 450 are kept for the host.
     admission.require(100 * MIB, 4)
-    with pytest.raises(NotEnough) as refused:
+    with pytest.raises(InsufficientResources) as refused:
         admission.require(100 * MIB, 5)
     assert (refused.value.needed, refused.value.available) == (550 * MIB, 450 * MIB)
     assert re.search(r"takes 100 MiB, and 50 MiB are left .* 4 would fit", refused.value.hint)
@@ -30,7 +30,7 @@ def test_as_many_as_fit() -> None:
 @pytest.mark.usefixtures("small_host")
 def test_a_cold_guest_needs_its_ram_and_a_clone_does_not() -> None:
     admission.require(admission.of_clones("kvm").each, 10)
-    with pytest.raises(NotEnough):
+    with pytest.raises(InsufficientResources):
         admission.require(admission.of_cold("kvm", 512 * MIB).each)
 
 
@@ -54,7 +54,7 @@ def test_what_qemu_may_translate_is_counted(
     if count <= 400:
         admission.require(need.each, count)
     else:
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             admission.require(need.each, count)
     cold = admission.of_cold("tcg", 256 * MIB)
     assert cold.each - admission.of_cold("kvm", 256 * MIB).each == cold.translated == 128 * MIB

@@ -9,11 +9,11 @@ from typing import cast
 
 import pytest
 
-from onecopy.errors import GuestFailed, InvalidInput, NotEnough, OnecopyError
+from onecopy.errors import GuestFailed, InsufficientResources, InvalidInput, OnecopyError
 from onecopy.guest.lifecycle import admission
 from onecopy.guest.lifecycle.batch import names_for, start_many
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from tests.unit.guest_kit import record
 
@@ -58,8 +58,8 @@ class _Host:
         assert owner is None
         yield _Batch(self)
 
-    def as_host(self) -> Host:
-        return cast(Host, self)
+    def as_host(self) -> Runtime:
+        return cast(Runtime, self)
 
 
 def _run(host: _Host, *, keep_going: bool = False) -> tuple[list[str], list[str]]:
@@ -155,7 +155,7 @@ def test_errors_of_ours_only_are_failures() -> None:
 
 def test_what_the_memory_is_not_enough_for_is_not_begun() -> None:
     host = _Host()
-    with pytest.raises(NotEnough):
+    with pytest.raises(InsufficientResources):
         asyncio.run(start_many(host.as_host(), NAMES, host.start, each=1 << 60))
     assert host.begun == set()
 
@@ -166,7 +166,7 @@ def test_memory_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch, keep_going:
 
     def require(each: int, count: int = 1) -> None:
         if count == 1 and len(host.running) == 2:
-            raise NotEnough("memory", needed=each, available=0)
+            raise InsufficientResources("memory", needed=each, available=0)
 
     monkeypatch.setattr(admission, "require", require)
     monkeypatch.setattr(os, "cpu_count", lambda: 0.5)  # one at a time
@@ -175,7 +175,7 @@ def test_memory_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch, keep_going:
         assert [name for name, _ in asyncio.run(everything).failures] == NAMES[2:]
         assert host.running == set(NAMES[:2])
     else:
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             asyncio.run(everything)
         assert host.running == set()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.errors import AlreadyExists, InvalidInput, NotEnough, NotFound
+from onecopy.errors import AlreadyExists, InsufficientResources, InvalidInput, NotFound
 from onecopy.guest.transfer.destination import finish, hidden, host_errors, place
 from onecopy.guest.transfer.tar import Unpacker, Unusable
 from tests.unit.other_user import NOBODY, as_nobody
@@ -61,7 +61,8 @@ def test_a_read_only_folder_gets_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(28, NotEnough), (2, NotFound), (20, InvalidInput), (17, AlreadyExists)]
+    ("number", "kind"),
+    [(28, InsufficientResources), (2, NotFound), (20, InvalidInput), (17, AlreadyExists)],
 )
 def test_errors_say_which_file(tmp_path: Path, number: int, kind: type[Exception]) -> None:
     with pytest.raises(kind), host_errors(tmp_path):

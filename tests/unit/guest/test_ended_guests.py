@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from onecopy.guest import ended_guests
 from onecopy.guest.end_reason import Cause
 from onecopy.guest.ended_guests import KEPT, MOST, Deaths, Left
-from onecopy.guest.run_directory import GuestFolder, GuestRecord
+from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.vmm import logs
 from tests.conftest import cannot_run
 from tests.unit.guest_kit import record
@@ -23,9 +23,9 @@ from tests.unit.small_disk import tmpfs
 RESET = b"migrate_fd_cancel \n"
 
 
-def dead(run: Path, name: str, console: bytes = b"hello\n", qemu: bytes = RESET) -> GuestFolder:
+def dead(run: Path, name: str, console: bytes = b"hello\n", qemu: bytes = RESET) -> RunDirectory:
     """A run folder whose QEMU has ended."""
-    folder = GuestFolder(run / name)
+    folder = RunDirectory(run / name)
     folder.path.mkdir()
     logs.make(folder.path)
     (folder.path / logs.CONSOLE).write_bytes(console)
@@ -34,7 +34,7 @@ def dead(run: Path, name: str, console: bytes = b"hello\n", qemu: bytes = RESET)
     return folder
 
 
-def look(folder: GuestFolder) -> Left:
+def look(folder: RunDirectory) -> Left:
     left = ended_guests.look(folder, 0, Deaths())
     assert left
     return left
@@ -105,7 +105,7 @@ def test_another_guest_of_the_name(tmp_path: Path) -> None:
     ended_guests.sweep(tmp_path)
     assert not ended_guests.path(tmp_path, "web").exists()
     # It ends, too.
-    later = GuestFolder(tmp_path / "web")
+    later = RunDirectory(tmp_path / "web")
     ended_guests.keep(tmp_path, look(later))
     ended_guests.keep(tmp_path, look(later))
     assert logs.read(ended_guests.path(tmp_path, "web"), logs.CONSOLE) == "a later one\n"

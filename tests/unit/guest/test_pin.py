@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from onecopy import cli
-from onecopy.errors import AlreadyExists, InUse, NotEnough, NotFound, StoreDamaged
+from onecopy.errors import AlreadyExists, InsufficientResources, InUse, NotFound, StoreDamaged
 from onecopy.guest.observe.inspect import describe
 from onecopy.guest.pagecache import pin, preload
 from onecopy.guest.pagecache.pin import Pinned
@@ -135,7 +135,7 @@ def test_too_little_memory(
 ) -> None:
     now = meminfo.read()
     monkeypatch.setattr(meminfo, "read", lambda: replace(now, available=SIZE))
-    with pytest.raises(NotEnough) as caught:
+    with pytest.raises(InsufficientResources) as caught:
         pin.pin(store, artifact)
     assert (caught.value.what, caught.value.available) == ("memory", SIZE)
     assert store.leases() == []
@@ -146,7 +146,7 @@ def test_too_little_may_be_locked(
 ) -> None:
     monkeypatch.setattr(pin, "capabilities", lambda: 0)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (PAGE_SIZE, PAGE_SIZE))
-    with pytest.raises(NotEnough, match="may lock"):
+    with pytest.raises(InsufficientResources, match="may lock"):
         pin.pin(store, artifact)
     assert store.leases() == []
 

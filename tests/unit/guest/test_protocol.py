@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from onecopy.errors import NotFound, StoreDamaged
 from onecopy.guest.segments import protocol
-from onecopy.guest.segments.protocol import LIMIT, VERBS, Lines, Nonsense, Request, parse
+from onecopy.guest.segments.protocol import LIMIT, VERBS, Lines, MalformedRequest, Request, parse
 
 WORD = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=60)
 ID = st.text("0123456789abcdef", min_size=1, max_size=32)
@@ -32,7 +32,7 @@ def test_any_bytes_in_any_pieces(pieces: list[bytes]) -> None:
     lines = Lines()
     for piece in pieces:
         for found in lines.feed(piece):
-            assert isinstance(found, Request | Nonsense)
+            assert isinstance(found, Request | MalformedRequest)
         assert len(lines._rest) <= LIMIT  # what a flood makes us keep
 
 
@@ -42,7 +42,7 @@ def test_pieces_make_no_difference(sent: list[Request], data: st.DataObject) -> 
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=8))
     ends = [0, *sorted(cuts), len(stream)]
     lines = Lines()
-    found: list[Request | Nonsense] = []
+    found: list[Request | MalformedRequest] = []
     for start, end in itertools.pairwise(ends):
         found += lines.feed(stream[start:end])
     assert found == sent
@@ -53,7 +53,7 @@ def test_after_a_line_that_is_too_long_the_next_is_heard(flood: bytes, request: 
     lines = Lines()
     found = list(lines.feed(flood.replace(b"\n", b"x")))
     found += lines.feed(b"\n" + request.line())
-    assert [type(each) for each in found] == [Nonsense, Request]
+    assert [type(each) for each in found] == [MalformedRequest, Request]
     assert found[-1] == request
 
 
@@ -70,7 +70,7 @@ def test_what_is_refused() -> None:
         (b"\xff list", "-"),
     ):
         found = parse(line)
-        assert isinstance(found, Nonsense) and found.id == id_, line
+        assert isinstance(found, MalformedRequest) and found.id == id_, line
 
 
 @given(st.text(), st.text())

@@ -22,10 +22,10 @@ from onecopy.errors import (
     TooLarge,
 )
 from onecopy.guest.lifecycle import disks
-from onecopy.guest.lifecycle.disks import DiskSpec, require_sensible
-from onecopy.guest.lifecycle.resources import NOTHING, Fitting, require_possible
+from onecopy.guest.lifecycle.disks import DiskSpec, check_disks
+from onecopy.guest.lifecycle.resources import NOTHING, ExtraResources, require_possible
 from onecopy.guest.machine import SystemConfig
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import disk_image
 from onecopy.model import MIB, Reference
 from onecopy.vmm.argv import cpu_room
@@ -51,24 +51,24 @@ SAVED = SystemConfig(
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
-    home = Host.open(tmp_path / "home")
+def host(tmp_path: Path) -> Runtime:
+    home = Runtime.open(tmp_path / "home")
     return replace(home, run=tmp_path)
 
 
-def _refused(host: Host, wanted: Fitting, **changes: object) -> OnecopyError:
+def _refused(host: Runtime, wanted: ExtraResources, **changes: object) -> OnecopyError:
     with pytest.raises(OnecopyError) as caught:
         require_possible(host, wanted, msgspec.structs.replace(SAVED, **changes), "a was saved")
     assert caught.value.hint
     return caught.value
 
 
-def test_what_is_possible(host: Host) -> None:
+def test_what_is_possible(host: Runtime) -> None:
     for wanted in (
         NOTHING,
-        Fitting(memory=256 * MIB, cpus=1),
-        Fitting(memory=384 * MIB, cpus=8),
-        Fitting(disks=(DiskSpec(size=MIB, mountpoint="/a"), DiskSpec(file=Path("x")))),
+        ExtraResources(memory=256 * MIB, cpus=1),
+        ExtraResources(memory=384 * MIB, cpus=8),
+        ExtraResources(disks=(DiskSpec(size=MIB, mountpoint="/a"), DiskSpec(file=Path("x")))),
     ):
         require_possible(host, wanted, SAVED, "a was saved")
 
@@ -81,14 +81,14 @@ def test_what_is_possible(host: Host) -> None:
         (256 * 18, TooLarge, "can have"),
     ],
 )
-def test_memory_that_cannot_be(host: Host, memory: int, error: type, says: str) -> None:
-    found = _refused(host, Fitting(memory=memory * MIB))
+def test_memory_that_cannot_be(host: Runtime, memory: int, error: type, says: str) -> None:
+    found = _refused(host, ExtraResources(memory=memory * MIB))
     assert isinstance(found, error)
     assert says in found.message
 
 
-def test_the_hint_is_what_can_be(host: Host) -> None:
-    assert _refused(host, Fitting(memory=300 * MIB)).hint == "give --memory 256M or 384M"
+def test_the_hint_is_what_can_be(host: Runtime) -> None:
+    assert _refused(host, ExtraResources(memory=300 * MIB)).hint == "give --memory 256M or 384M"
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_the_hint_is_what_can_be(host: Host) -> None:
     ],
 )
 def test_processors_that_cannot_be(
-    host: Host, cpus: int, changes: dict[str, object], error: type, says: str
+    host: Runtime, cpus: int, changes: dict[str, object], error: type, says: str
 ) -> None:
-    found = _refused(host, Fitting(cpus=cpus), **changes)
+    found = _refused(host, ExtraResources(cpus=cpus), **changes)
     assert isinstance(found, error)
     assert says in found.message
 
@@ -117,23 +117,23 @@ def test_room_for_processors(cpus: int, room: int) -> None:
 @pytest.mark.parametrize(
     "wanted",
     [
-        Fitting(memory=384 * MIB),
-        Fitting(cpus=2),
-        Fitting(segments=((Reference("a"), ""),)),
-        Fitting(disks=(DiskSpec(size=16 * MIB),)),
+        ExtraResources(memory=384 * MIB),
+        ExtraResources(cpus=2),
+        ExtraResources(segments=((Reference("a"), ""),)),
+        ExtraResources(disks=(DiskSpec(size=16 * MIB),)),
     ],
     ids=["memory", "cpus", "segment", "disk"],
 )
-def test_a_bare_machine_is_given_nothing(host: Host, wanted: Fitting) -> None:
+def test_a_bare_machine_is_given_nothing(host: Runtime, wanted: ExtraResources) -> None:
     assert "bare machine" in _refused(host, wanted, agent=False).message
 
 
-def test_mount_points_and_segments(host: Host) -> None:
+def test_mount_points_and_segments(host: Runtime) -> None:
     twice = (DiskSpec(size=MIB, mountpoint="/a"), DiskSpec(file=Path("x"), mountpoint="/a"))
-    assert "/a is there twice" in _refused(host, Fitting(disks=twice)).message
+    assert "/a is there twice" in _refused(host, ExtraResources(disks=twice)).message
     outside = (DiskSpec(size=MIB, mountpoint="/a/.."),)
-    assert "not a mount point" in _refused(host, Fitting(disks=outside)).message
-    assert isinstance(_refused(host, Fitting(segments=((Reference("none"), ""),))), NotFound)
+    assert "not a mount point" in _refused(host, ExtraResources(disks=outside)).message
+    assert isinstance(_refused(host, ExtraResources(segments=((Reference("none"), ""),))), NotFound)
 
 
 @pytest.mark.parametrize(
@@ -168,13 +168,13 @@ def test_disks_that_do_not_go_together(
     specs: tuple[DiskSpec, ...], named: bool, count: int, says: str
 ) -> None:
     with pytest.raises(InvalidInput, match=says):
-        require_sensible(specs, named=named, count=count)
-    require_sensible((OWN, FILE, FILE), named=True, count=1)
-    require_sensible((OWN,), named=True, count=3)
-    require_sensible((FILE,), named=False, count=1)
+        check_disks(specs, named=named, count=count)
+    check_disks((OWN, FILE, FILE), named=True, count=1)
+    check_disks((OWN,), named=True, count=3)
+    check_disks((FILE,), named=False, count=1)
 
 
-def test_a_disk_of_a_guest_s_own(host: Host) -> None:
+def test_a_disk_of_a_guest_s_own(host: Runtime) -> None:
     with disks.opened(host, "web", OWN) as made:
         assert (made.form, made.made) == ("raw", True)
         assert disk_image.file_system_size(made.fd) == 16 * MIB
@@ -183,7 +183,7 @@ def test_a_disk_of_a_guest_s_own(host: Host) -> None:
             pass
         with pytest.raises(InUse):
             disks.remove(host, "web")
-    (found,) = disks.own_disks(host)
+    (found,) = disks.list_own_disks(host)
     assert (found.name, found.size, found.guest) == ("web", 16 * MIB, "")
     assert 0 < found.allocated < found.size
     with disks.opened(host, "web", DiskSpec(size=64 * MIB)) as larger:
@@ -193,31 +193,31 @@ def test_a_disk_of_a_guest_s_own(host: Host) -> None:
         pass
     host.store.sweep()
     disks.remove(host, "web")
-    assert disks.own_disks(host) == []
+    assert disks.list_own_disks(host) == []
     with pytest.raises(NotFound):
         disks.remove(host, "web")
 
 
-def test_one_that_was_made_goes_if_its_start_fails(host: Host) -> None:
+def test_one_that_was_made_goes_if_its_start_fails(host: Runtime) -> None:
     with pytest.raises(RuntimeError), disks.opened(host, "web", OWN):
         raise RuntimeError
-    assert disks.own_disks(host) == []
+    assert disks.list_own_disks(host) == []
     with disks.opened(host, "web", OWN):
         pass
     with pytest.raises(RuntimeError), disks.opened(host, "web", OWN):
         raise RuntimeError
-    assert [disk.name for disk in disks.own_disks(host)] == ["web"]
+    assert [disk.name for disk in disks.list_own_disks(host)] == ["web"]
 
 
-def test_no_room_for_a_disk(host: Host) -> None:
+def test_no_room_for_a_disk(host: Runtime) -> None:
     with pytest.raises(OnecopyError), disks.opened(host, "web", DiskSpec(size=1 << 62)):
         pass
-    assert disks.own_disks(host) == []
+    assert disks.list_own_disks(host) == []
     assert list((host.store.root / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("what", ["none", "folder", "empty", "pipe", "store", "text.qcow2"])
-def test_files_that_are_no_disks(host: Host, tmp_path: Path, what: str) -> None:
+def test_files_that_are_no_disks(host: Runtime, tmp_path: Path, what: str) -> None:
     path = tmp_path / what
     match what:
         case "folder":
@@ -239,7 +239,7 @@ def test_files_that_are_no_disks(host: Host, tmp_path: Path, what: str) -> None:
 
 
 def test_a_file_in_use_names_its_guest(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(MIB))
@@ -249,13 +249,13 @@ def test_a_file_in_use_names_its_guest(
 
         disk = GuestDisk("disk0", str(mine.path), "raw", False, "", "01:01")
         guests = [record("web", disks=(disk,))]
-        monkeypatch.setattr(Host, "guests", lambda _: guests)
+        monkeypatch.setattr(Runtime, "guests", lambda _: guests)
         with pytest.raises(InUse) as caught, disks.opened(host, "other", spec):
             pass
         assert caught.value.users == ("web",)
 
 
-def test_a_file_that_may_not_be_written(host: Host, tmp_path: Path) -> None:
+def test_a_file_that_may_not_be_written(host: Runtime, tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(MIB))
     if os.geteuid() == 0:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from onecopy.errors import AlreadyExists
-from onecopy.guest.run_directory import GuestFolder
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments import protocol, service
 from onecopy.guest.segments.protocol import LIMIT, Request
 from onecopy.store import Store
@@ -33,7 +33,7 @@ NONSENSE = b"what?\n" * 10
 class Guest:
     """The guest's end of its pipes, which are there as QEMU's are: open for as long as it lives."""
 
-    def __init__(self, host: Host, name: str) -> None:
+    def __init__(self, host: Runtime, name: str) -> None:
         self.folder = host.run / name
         self.folder.mkdir()
         for end in ("in", "out"):
@@ -44,7 +44,7 @@ class Guest:
         self.came = b""
 
     def hand_out(self) -> Guest:
-        GuestFolder(self.folder).write(record(self.folder.name, kind="cold", pid=0))
+        RunDirectory(self.folder).write(record(self.folder.name, kind="cold", pid=0))
         return self
 
     def say(self, data: bytes) -> int:
@@ -69,10 +69,10 @@ class Guest:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
+def host(tmp_path: Path) -> Runtime:
     run = tmp_path / "run"
     run.mkdir()
-    return Host(Store(tmp_path / "store"), run)
+    return Runtime(Store(tmp_path / "store"), run)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answers], None]:
 
 
 def during(
-    host: Host, scene: Coroutine[Any, Any, None], told: list[str] | None = None
+    host: Runtime, scene: Coroutine[Any, Any, None], told: list[str] | None = None
 ) -> list[str]:
     """Play ``scene`` while the service runs; returns what the service told."""
     told = [] if told is None else told
@@ -109,7 +109,7 @@ def during(
     return told
 
 
-def test_guests_that_come_and_go(host: Host, answers: Callable[[Answers], None]) -> None:
+def test_guests_that_come_and_go(host: Runtime, answers: Callable[[Answers], None]) -> None:
     async def scene() -> None:
         for _ in range(2):
             guest = Guest(host, "guest").hand_out()
@@ -122,7 +122,7 @@ def test_guests_that_come_and_go(host: Host, answers: Callable[[Answers], None])
 
 
 def test_who_asks_while_it_starts_is_answered_once_it_is_there(
-    host: Host, answers: Callable[[Answers], None]
+    host: Runtime, answers: Callable[[Answers], None]
 ) -> None:
     async def scene() -> None:
         early, other = Guest(host, "early"), Guest(host, "other").hand_out()
@@ -137,7 +137,7 @@ def test_who_asks_while_it_starts_is_answered_once_it_is_there(
 
 
 def test_one_request_of_a_guest_at_a_time_and_none_waits_for_another_guest(
-    host: Host, answers: Callable[[Answers], None]
+    host: Runtime, answers: Callable[[Answers], None]
 ) -> None:
     go_on, busy = threading.Event(), threading.Lock()
 
@@ -164,7 +164,7 @@ def test_one_request_of_a_guest_at_a_time_and_none_waits_for_another_guest(
 
 @pytest.mark.parametrize("garbage", [b"\x00\xff" * 2048, b"1 list\n" * 600, NONSENSE, b"\n" * 4096])
 def test_a_flood_stays_in_its_own_pipe(
-    host: Host,
+    host: Runtime,
     answers: Callable[[Answers], None],
     monkeypatch: pytest.MonkeyPatch,
     garbage: bytes,
@@ -193,7 +193,7 @@ def test_a_flood_stays_in_its_own_pipe(
 
 
 def test_nonsense_is_answered_once_and_what_makes_sense_always(
-    host: Host, answers: Callable[[Answers], None]
+    host: Runtime, answers: Callable[[Answers], None]
 ) -> None:
     async def scene() -> None:
         guest = Guest(host, "guest").hand_out()
@@ -207,7 +207,7 @@ def test_nonsense_is_answered_once_and_what_makes_sense_always(
 
 
 def test_who_does_not_read_loses_whole_lines_and_is_still_heard(
-    host: Host, answers: Callable[[Answers], None], monkeypatch: pytest.MonkeyPatch
+    host: Runtime, answers: Callable[[Answers], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "_READING", 0.05)
 
@@ -238,7 +238,7 @@ def test_who_does_not_read_loses_whole_lines_and_is_still_heard(
 
 
 def test_a_machine_that_does_not_answer_does_not_keep_the_workers(
-    host: Host, answers: Callable[[Answers], None], monkeypatch: pytest.MonkeyPatch
+    host: Runtime, answers: Callable[[Answers], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "_TIMEOUT", 0.05)
     tried: list[str] = []
@@ -268,7 +268,7 @@ def test_a_machine_that_does_not_answer_does_not_keep_the_workers(
 
 
 def test_a_failure_of_ours_is_one_refused_request(
-    host: Host, answers: Callable[[Answers], None]
+    host: Runtime, answers: Callable[[Answers], None]
 ) -> None:
     async def wrong(guest: str, request: Request) -> bytes:
         if request.verb == "find":
@@ -287,7 +287,7 @@ def test_a_failure_of_ours_is_one_refused_request(
 
 
 def test_a_guest_that_goes_while_it_is_answered(
-    host: Host, answers: Callable[[Answers], None]
+    host: Runtime, answers: Callable[[Answers], None]
 ) -> None:
     go_on, begun = threading.Event(), threading.Event()
 
@@ -311,7 +311,7 @@ def test_a_guest_that_goes_while_it_is_answered(
     during(host, scene())
 
 
-def test_one_for_a_store(host: Host, answers: Callable[[Answers], None]) -> None:
+def test_one_for_a_store(host: Runtime, answers: Callable[[Answers], None]) -> None:
     async def scene() -> None:
         with pytest.raises(AlreadyExists):
             await service.serve(host)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onecopy.errors import NotEnough, TooLarge
+from onecopy.errors import InsufficientResources, TooLarge
 from onecopy.guest.transfer.tar import Limits, Unpacker, Unusable, pack
 
 
@@ -219,7 +219,7 @@ def test_limits(tmp_path: Path) -> None:
 def test_a_disk_that_is_nearly_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = os.statvfs_result((4096, 4096, 1 << 30, 1000, 1000, 1000, 1000, 1000, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda _: full)
-    with pytest.raises(NotEnough, match="disk to leave some to others"):
+    with pytest.raises(InsufficientResources, match="disk to leave some to others"):
         Unpacker(tmp_path / "target").feed(bytes(512))
 
 

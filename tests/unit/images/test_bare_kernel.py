@@ -7,8 +7,8 @@ import pytest
 
 from onecopy.cli import main
 from onecopy.errors import AgentFailed, BadSource, InvalidInput
-from onecopy.guest.run_directory import GuestFolder
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach, detach
 from onecopy.guest.segments.commit import commit
 from onecopy.images.build import build_segment
@@ -62,24 +62,24 @@ def test_a_kernel_is_no_file_system(tmp_path: Path, kernel: Path) -> None:
 
 
 @pytest.fixture
-def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     """A host with the record of a bare machine; whoever calls its agent fails."""
     monkeypatch.setenv("ONECOPY_HOME", str(tmp_path / "store"))
     store = Store()
-    host = Host(store, tmp_path / "run")
+    host = Runtime(store, tmp_path / "run")
     (host.run / "bare").mkdir(parents=True)
-    GuestFolder(host.run / "bare").write(record("bare", kind="cold", agent=False))
+    RunDirectory(host.run / "bare").write(record("bare", kind="cold", agent=False))
 
     async def call(*_: object, **__: object) -> None:
         pytest.fail("the agent was called")
 
     monkeypatch.setattr(Agent, "call", call)
-    monkeypatch.setattr(Host, "open", lambda: host)
+    monkeypatch.setattr(Runtime, "open", lambda: host)
     return host
 
 
 def test_what_needs_an_agent_is_refused_at_once(
-    bare: Host, capsys: pytest.CaptureFixture[str]
+    bare: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ref = Reference("segment")
     for work in (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onecopy.errors import BadSource, InvalidInput, NotEnough, StoreDamaged
+from onecopy.errors import BadSource, InsufficientResources, InvalidInput, StoreDamaged
 from onecopy.images.create import NewRange, create_segment, file_system
 from onecopy.images.range_record import MAX_RANGES, Range, SegmentConfig, check, role
 from onecopy.model import HUGE_PAGE_SIZE, PageClass, Reference
@@ -127,7 +127,7 @@ def test_a_disk_that_is_too_small(store: Store, tmp_path: Path) -> None:
     huge = NewRange(PageClass.SR, SIZE, tmp_path / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onecopy.store.disk.free_bytes", lambda _: -1)
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             create_segment(store, REF, [huge])
     assert empty(store)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.errors import BadSource, InvalidInput, NotEnough
+from onecopy.errors import BadSource, InsufficientResources, InvalidInput
 from onecopy.images.free_space import disk_space
 from onecopy.images.fs_image import FILE_SYSTEMS, make_image
 from onecopy.images.source import open_source
@@ -271,7 +271,7 @@ def test_a_full_disk_is_seen_before(tmp_path: Path, fs: str) -> None:
     tree.mkdir()
     (tree / "big").write_bytes(bytes(8 << 20))
     with small_disk(tmp_path) as disk:
-        with pytest.raises(NotEnough) as caught:
+        with pytest.raises(InsufficientResources) as caught:
             make_image(tree, disk / "image", fs)
         assert caught.value.what == "disk"
         assert caught.value.needed > 8 << 20 > caught.value.available
@@ -295,7 +295,7 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, fs: str) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     (tree / "big").write_bytes(b"x" * (8 << 20))
-    with small_disk(tmp_path) as disk, pytest.raises(NotEnough), disk_space(disk, 0):
+    with small_disk(tmp_path) as disk, pytest.raises(InsufficientResources), disk_space(disk, 0):
         FILE_SYSTEMS[fs](tree, disk / "image", scan(tree))
 
 

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.errors import BadSource, InvalidInput, NotEnough, NotPermitted, OnecopyError
+from onecopy.errors import (
+    BadSource,
+    InsufficientResources,
+    InvalidInput,
+    NotPermitted,
+    OnecopyError,
+)
 from onecopy.images.normalise import normalise
 from onecopy.images.source import open_source
 from onecopy.images.sources.debian import DebianSource
@@ -231,7 +237,7 @@ def test_a_tar_that_does_not_fit(tmp_path: Path, into: Path) -> None:
     os.truncate(tmp_path / "hole", 1 << 43)
     path = tmp_path / "x.tar"
     subprocess.run(["tar", "-C", tmp_path, "-S", "-cf", path, "hole"], check=True)
-    with pytest.raises(NotEnough) as caught:
+    with pytest.raises(InsufficientResources) as caught:
         unpack(f"tar:{path}", into)
     assert caught.value.needed >= 1 << 43
     assert not list(into.iterdir())

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.guest.run_directory import GuestFolder
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.lock import alone, is_held, is_left
 from onecopy.store import Store
 
@@ -65,9 +65,9 @@ def test_what_its_holder_removes_is_never_left(tmp_path: Path) -> None:
 
 
 def test_a_guest_that_is_handed_out_is_not_swept(tmp_path: Path) -> None:
-    host = Host(Store(tmp_path / "store"), tmp_path / "run")
+    host = Runtime(Store(tmp_path / "store"), tmp_path / "run")
     host.run.mkdir()
-    guest = GuestFolder(host.run / "web")
+    guest = RunDirectory(host.run / "web")
     seen: list[bool] = []
 
     def look() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from onecopy.errors import NotPermitted
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.lock import alone
 from onecopy.linux.run_base import make_run_base, run_base
 from tests.conftest import cannot_run
@@ -128,7 +128,7 @@ def test_a_command_says_so(temporary: Path, tmp_path: Path) -> None:
     def tell() -> Any:
         os.environ.pop("XDG_RUNTIME_DIR", None)
         try:
-            Host.open(home)
+            Runtime.open(home)
         except NotPermitted as error:
             return error.message
         return "no error"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import Incompatible, InUse
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import run_base, vmm_registry
 from onecopy.linux.process import stat
 from onecopy.linux.vmm_registry import Process
@@ -75,7 +75,7 @@ def test_one_whose_first_thread_has_ended_lives() -> None:
 def test_a_registered_vmm_holds_what_its_lease_says(
     base: Path, tmp_path: Path, sleeper: Process
 ) -> None:
-    host = Host.open(tmp_path / "store")
+    host = Runtime.open(tmp_path / "store")
     artifact = put(host.store)
     with host.batch() as batch, host.claim("web", [artifact.digest], batch) as (folder, _):
         vmm_registry.register(folder.path, sleeper, 5)
@@ -91,7 +91,7 @@ def test_a_registered_vmm_holds_what_its_lease_says(
         host.store.remove(Reference.parse("app:1"))
     vmm_registry.end([sleeper])
     assert vmm_registry.users() == {5}
-    Host.open(tmp_path / "store").store.remove(Reference.parse("app:1"))
+    Runtime.open(tmp_path / "store").store.remove(Reference.parse("app:1"))
     assert not folder.path.exists()
     assert vmm_registry.users() == set()
 
@@ -99,7 +99,7 @@ def test_a_registered_vmm_holds_what_its_lease_says(
 def test_a_batch_that_is_not_handed_out_ends_what_is_its(
     base: Path, tmp_path: Path, sleeper: Process
 ) -> None:
-    host = Host.open(tmp_path / "store")
+    host = Runtime.open(tmp_path / "store")
     with host.batch() as batch, host.claim("web", [], batch) as (folder, _):
         vmm_registry.register(folder.path, sleeper, 5)
     assert not sleeper.lives()
@@ -108,8 +108,8 @@ def test_a_batch_that_is_not_handed_out_ends_what_is_its(
 
 
 def test_run_folders_of_removed_stores_go(base: Path, tmp_path: Path, sleeper: Process) -> None:
-    gone, kept, mine = (Host.open(tmp_path / name) for name in ("gone", "kept", "mine"))
-    other = Host.open(tmp_path / "with guest")
+    gone, kept, mine = (Runtime.open(tmp_path / name) for name in ("gone", "kept", "mine"))
+    other = Runtime.open(tmp_path / "with guest")
     vmm_registry.register(other.run / "web", sleeper, 5)
     shutil.rmtree(gone.store.root)
     shutil.rmtree(other.store.root)
@@ -123,7 +123,7 @@ def test_run_folders_of_removed_stores_go(base: Path, tmp_path: Path, sleeper: P
     assert not other.run.exists() and vmm_registry.entries() == []
     # A store that was moved is there all the same.
     shutil.move(kept.store.root, tmp_path / "moved")
-    Host.open(tmp_path / "moved")
+    Runtime.open(tmp_path / "moved")
     mine.sweep()
     assert kept.run.exists()
 
@@ -134,20 +134,20 @@ def test_what_cannot_be_swept_is_told_and_is_nobody_else_s_fault(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    host = Host.open(tmp_path / "store")
+    host = Runtime.open(tmp_path / "store")
     for name in ("bad", "good"):
         (host.run / name).mkdir()
-    remove = Host.remove
+    remove = Runtime.remove
 
-    def failing(self: Host, *folders: object) -> None:
+    def failing(self: Runtime, *folders: object) -> None:
         if "bad" in str([getattr(each, "path", "") for each in folders]):
             raise PermissionError(13, "no", "bad")
         remove(self, *folders)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Host, "remove", failing)
+    monkeypatch.setattr(Runtime, "remove", failing)
     monkeypatch.setattr(leftovers, "_told", set())
     for _ in range(2):
-        Host.open(tmp_path / "store")
+        Runtime.open(tmp_path / "store")
     assert [path.name for path in host.folders()] == ["bad"]
     (told,) = caplog.messages
     assert "bad" in told
@@ -156,7 +156,7 @@ def test_what_cannot_be_swept_is_told_and_is_nobody_else_s_fault(
 def test_run_folders_that_are_removed_under_a_command_are_made_again(
     base: Path, tmp_path: Path
 ) -> None:
-    host = Host.open(tmp_path / "store")
+    host = Runtime.open(tmp_path / "store")
     shutil.rmtree(base)
     with pytest.raises(FileNotFoundError):
         os.stat(base)  # noqa: PTH116

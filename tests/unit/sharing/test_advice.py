@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from onecopy.errors import InvalidInput, NotFound
 from onecopy.guest.observe import advise as advising
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.sharing import file_pages
 from onecopy.sharing.account import GuestMaps
@@ -388,4 +388,4 @@ def test_a_disk_that_became_another_file_is_not_built_from(tmp_path: Path) -> No
     path.unlink()
     path.symlink_to("/etc/shadow")
     with pytest.raises(NotFound, match="another file"):
-        advising.apply(Host(Store(tmp_path / "store"), tmp_path / "run"), advised)
+        advising.apply(Runtime(Store(tmp_path / "store"), tmp_path / "run"), advised)

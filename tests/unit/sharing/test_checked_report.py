@@ -6,17 +6,17 @@ import pytest
 
 from onecopy.errors import NotFound
 from onecopy.guest.observe import accounts
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.sharing import cross_check
 from onecopy.store import Store
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
-    return Host(Store(tmp_path / "store"), tmp_path / "run")
+def host(tmp_path: Path) -> Runtime:
+    return Runtime(Store(tmp_path / "store"), tmp_path / "run")
 
 
-def test_it_is_taken_anew(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_taken_anew(host: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     reports = iter(["first", "second", "third"])
     monkeypatch.setattr(accounts, "report_all", lambda _: next(reports))
     monkeypatch.setattr(cross_check, "read", lambda _: "before")
@@ -31,6 +31,6 @@ def test_it_is_taken_anew(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ("third", "adds up")
 
 
-def test_what_was_never_noted_is_told_at_once(host: Host) -> None:
+def test_what_was_never_noted_is_told_at_once(host: Runtime) -> None:
     with pytest.raises(NotFound, match="was not noted"):
         accounts.checked_report(host)

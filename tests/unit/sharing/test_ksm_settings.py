@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.errors import Incompatible, InvalidInput, NotEnough
+from onecopy.errors import Incompatible, InsufficientResources, InvalidInput
 from onecopy.linux.counters import ksm
 from onecopy.model import PAGE_SIZE
 from onecopy.sharing import ksm_settings
@@ -86,7 +86,7 @@ def test_unmerging(root: Path) -> None:
     sysfs(root, "ksm_zero_pages").write_text("24\n")
     assert ksm_settings.status([], root).unmerge == 1024 * PAGE_SIZE
     (root / "proc/meminfo").write_text("MemAvailable:    4000 kB\n")
-    with pytest.raises(NotEnough) as caught:
+    with pytest.raises(InsufficientResources) as caught:
         ksm_settings.turn_off(root, unmerge=True)
     assert (caught.value.needed, caught.value.available) == (1024 * PAGE_SIZE, 4000 << 10)
     assert ksm.setting("run", root) == "1"

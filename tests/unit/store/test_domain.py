@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onecopy.errors import AlreadyExists, InvalidInput, NameMoved, OtherDomain, StoreDamaged
+from onecopy.errors import AlreadyExists, InvalidInput, NameConflict, OtherDomain, StoreDamaged
 from onecopy.model import PAGE_SIZE, Reference
 from onecopy.store import Access, Artifact, NewLayer, Store, domain, ingest
 from onecopy.store.oci import Descriptor
@@ -214,6 +214,6 @@ def test_a_name_that_went_while_its_new_version_was_made(
         return follow(config, layers, blobs)
 
     monkeypatch.setattr(ingest, "follow", remove_meanwhile)
-    with pytest.raises(NameMoved, match="app"):
+    with pytest.raises(NameConflict, match="app"):
         put_in(store, "app:2", None)
     assert check_whole(tmp_path) == {}

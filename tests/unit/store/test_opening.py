@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.errors import Incompatible, InvalidInput, NotEnough, NotPermitted, StoreDamaged
+from onecopy.errors import (
+    Incompatible,
+    InsufficientResources,
+    InvalidInput,
+    NotPermitted,
+    StoreDamaged,
+)
 from onecopy.model import Reference
 from onecopy.store import NewLayer, Store, default_root, require_disk
 from tests.unit.other_user import as_nobody
@@ -116,13 +122,13 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:
         with store.workspace() as work:
             (work / "layer").write_bytes(b"x" * 4096)
             (work / "filler").write_bytes(b"f" * os.statvfs(disk).f_bavail * 4096)
-            with pytest.raises(NotEnough) as full:
+            with pytest.raises(InsufficientResources) as full:
                 store.put(
                     "segment", Reference.parse("app:2"), b"{}", [NewLayer(work / "layer", PMEM)]
                 )
             assert full.value.what == "disk"
             assert "nothing was stored" in full.value.hint
-            with pytest.raises(NotEnough):
+            with pytest.raises(InsufficientResources):
                 store.hold([kept.digest], "web-1")
         assert check_whole(disk) == {"app:1": kept.digest}
         # There is room again: the same put works.
@@ -132,7 +138,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(tmp_path: Path) -> None:
 def test_no_inodes_left(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", "size=4m,nr_inodes=19") as disk:
         store = Store(disk)
-        with pytest.raises(NotEnough):
+        with pytest.raises(InsufficientResources):
             for number in range(16):
                 put(store, f"app:{number}", b"%d" % number)
         names = check_whole(disk)
@@ -141,7 +147,7 @@ def test_no_inodes_left(tmp_path: Path) -> None:
 
 def test_require_disk(tmp_path: Path) -> None:
     require_disk(tmp_path, 4096)
-    with pytest.raises(NotEnough) as error:
+    with pytest.raises(InsufficientResources) as error:
         require_disk(tmp_path, 1 << 60)
     assert error.value.needed == 1 << 60
     assert 0 < error.value.available < 1 << 60

@@ -5,7 +5,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from onecopy.errors import NameMoved, OtherDomain
+from onecopy.errors import NameConflict, OtherDomain
 from onecopy.model import Reference
 from onecopy.store import Access, NewLayer, Store
 from tests.unit.store_kit import PMEM, check_whole, fork, put
@@ -62,7 +62,7 @@ def test_of_those_who_expect_the_same_one_wins(tmp_path: Path) -> None:
         try:
             update(store, content, first)
             wins.append(content)
-        except NameMoved as error:
+        except NameConflict as error:
             losses.append(error.message)
 
     threads = [threading.Thread(target=work, args=(b"%d" % number,)) for number in range(8)]

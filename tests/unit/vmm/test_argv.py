@@ -16,11 +16,11 @@ from onecopy.model import HUGE_PAGE_SIZE, MIB, Mergeable
 from onecopy.vmm.argv import (
     LEAST_TRANSLATED,
     MAX_SEGMENTS,
-    Card,
     Hardware,
     Kernel,
     Launch,
-    Mode,
+    MapMode,
+    Nic,
     Ram,
     Slot,
     command,
@@ -45,7 +45,7 @@ def _cases(root: Path) -> dict[str, Case]:
         segments=(Slot(root / "segment0", HUGE_PAGE_SIZE),),
     )
     many = tuple(Slot(root / f"segment{n}", (n + 1) * HUGE_PAGE_SIZE) for n in range(MAX_SEGMENTS))
-    card = Card("02:00:00:00:00:01", "198.18.1.0")
+    card = Nic("02:00:00:00:00:01", "198.18.1.0")
     clone = Launch(
         binary="/usr/bin/qemu-system-x86_64",
         accel="tcg",
@@ -57,7 +57,7 @@ def _cases(root: Path) -> dict[str, Case]:
         ram_path=root / "ram",
         card=card,
     )
-    modes = tuple(Slot(root / mode, HUGE_PAGE_SIZE, mode) for mode in Mode)
+    modes = tuple(Slot(root / mode, HUGE_PAGE_SIZE, mode) for mode in MapMode)
     kernel = Kernel(root / "vmlinuz", root / "initrd")
     cold = replace(clone, ram=Ram.ANONYMOUS, ram_path=None, kernel=kernel)
     return {
@@ -72,7 +72,7 @@ def _cases(root: Path) -> dict[str, Case]:
         "kvm": (replace(hardware, cpu="host"), replace(clone, accel="kvm")),
         "cpus": (replace(hardware, cpus=4), clone),
         "memory": (replace(hardware, memory=1024 * MIB), clone),
-        "bridge": (hardware, replace(clone, card=Card("02:00:00:00:00:01", "", "FD"))),
+        "bridge": (hardware, replace(clone, card=Nic("02:00:00:00:00:01", "", "FD"))),
         "no-network": (replace(hardware, network=False), clone),
         "publish": (hardware, replace(clone, publish=((8080, 80), (0, 443)))),
         "no-segments": (replace(hardware, segments=()), clone),

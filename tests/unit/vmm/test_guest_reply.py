@@ -30,7 +30,7 @@ from onecopy.guest.exec_streams import Kept, Tail, give, to_file
 from onecopy.guest.lifecycle.freeze import frozen
 from onecopy.linux.lock import locked
 from onecopy.vmm.agent import LIMIT, Agent, silent
-from onecopy.vmm.argv import Card
+from onecopy.vmm.argv import Nic
 from onecopy.vmm.guest_reply import Nothing, address, decimal, read, shown
 from onecopy.vmm.port_pipe import Pipe
 from onecopy.vmm.qemu_process import prepare
@@ -227,7 +227,7 @@ def test_who_talks_to_the_agent_all_the_time_is_told() -> None:
     with_peer("agent", test)
 
 
-WANTED = identity.Identity("web-1", "0" * 32, Card("52:54:00:00:00:01", "198.18.1.1"))
+WANTED = identity.Identity("web-1", "0" * 32, Nic("52:54:00:00:00:01", "198.18.1.1"))
 
 
 def becoming(*answers: bytes) -> str:

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from onecopy.errors import TooLarge
-from onecopy.guest.lifecycle.resources import Fitting
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn
 
@@ -29,10 +29,10 @@ for cpu in sorted(os.sched_getaffinity(0)):
 
 
 @pytest.mark.smoke
-def test_processors_that_came_later_run(host: Host, saved: Artifact, run_in: RunIn) -> None:
+def test_processors_that_came_later_run(host: Runtime, saved: Artifact, run_in: RunIn) -> None:
     source = template(host, saved)
     assert (source.config.cpus, source.config.cpu_room) == (1, 8)
-    spec = CloneSpec(fitting=Fitting(cpus=3))
+    spec = CloneSpec(fitting=ExtraResources(cpus=3))
     guest = asyncio.run(start_clone(host, source, "wide", spec))
     try:
         assert guest.cpus == 3
@@ -43,4 +43,4 @@ def test_processors_that_came_later_run(host: Host, saved: Artifact, run_in: Run
     finally:
         host.end(guest)
     with pytest.raises(TooLarge, match="can have 8"):
-        asyncio.run(start_clone(host, source, "wider", CloneSpec(fitting=Fitting(cpus=9))))
+        asyncio.run(start_clone(host, source, "wider", CloneSpec(fitting=ExtraResources(cpus=9))))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.vmm.monitor import connect
 from tests.vm.conftest import Clones, RunIn
 
@@ -24,7 +24,7 @@ async def _query(folder: Path, command: str) -> Any:
 
 
 @pytest.mark.smoke
-def test_guests_run_under_kvm(host: Host, clones: Clones, run_in: RunIn) -> None:
+def test_guests_run_under_kvm(host: Runtime, clones: Clones, run_in: RunIn) -> None:
     (guest,) = clones(1)
     said = run_in(guest, "sh", "-c", "dmesg | grep -o 'Hypervisor detected: .*'")
     proof = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from onecopy.errors import NotEnough
+from onecopy.errors import InsufficientResources
 from onecopy.linux.counters import meminfo
 from onecopy.model import MIB
 from onecopy.vmm.argv import LEAST_TRANSLATED, TRANSLATED
@@ -60,7 +60,7 @@ def _kept(info: meminfo.MemInfo) -> int:
 
 
 def require(each: int, count: int = 1) -> None:
-    """Raise NotEnough unless the host has memory for ``count`` more guests of ``each`` bytes."""
+    """Raise InsufficientResources unless ``count`` more guests of ``each`` bytes fit the host."""
     info = meminfo.read()
     if info.available is None:
         return
@@ -68,7 +68,7 @@ def require(each: int, count: int = 1) -> None:
     needed = each * count + kept
     if needed > info.available:
         fit = max(info.available - kept, 0) // each
-        raise NotEnough(
+        raise InsufficientResources(
             "memory",
             needed=needed,
             available=info.available,

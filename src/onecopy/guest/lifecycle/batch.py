@@ -14,7 +14,7 @@ from onecopy.errors import GuestFailed, InvalidInput, OnecopyError
 from onecopy.guest.lifecycle import admission
 from onecopy.guest.lifecycle.disks import remove_made
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.process import exists
 from onecopy.model import RESERVED, check_guest_name
 
@@ -51,7 +51,7 @@ def turns() -> asyncio.Semaphore:
 
 
 async def start_many(
-    host: Host,
+    host: Runtime,
     names: Sequence[str],
     start: Callable[[str, Batch], Awaitable[GuestRecord]],
     *,
@@ -63,8 +63,8 @@ async def start_many(
 
     If one cannot start all others are ended again and its error is raised, unless ``keep_going``:
     then they run on, and the failures are told beside them. Interrupted, it leaves none. Those of
-    an ``owner`` (Host.owner) end with it. Raises NotEnough if the host has no memory for guests of
-    ``each`` bytes (admission.py); with 0 it does not look.
+    an ``owner`` (Runtime.owner) end with it. Raises InsufficientResources if the host has no memory
+    for guests of ``each`` bytes (admission.py); with 0 it does not look.
     """
     if each and not keep_going:
         admission.require(each, len(names))
@@ -93,7 +93,7 @@ async def start_many(
 
 
 async def _settle(
-    host: Host, tasks: Mapping[str, asyncio.Future[GuestRecord]], *, keep: bool
+    host: Runtime, tasks: Mapping[str, asyncio.Future[GuestRecord]], *, keep: bool
 ) -> Started:
     """End what still starts and, unless ``keep``, what runs if not all do; return what is left.
 
@@ -133,7 +133,7 @@ async def _ended(tasks: Iterable[asyncio.Future[GuestRecord]]) -> asyncio.Cancel
     return cancelled
 
 
-def undo(host: Host, records: Sequence[GuestRecord]) -> None:
+def undo(host: Runtime, records: Sequence[GuestRecord]) -> None:
     """End guests as if they had never been: with the disks that were made for them."""
     host.end(*records)
     for record in records:

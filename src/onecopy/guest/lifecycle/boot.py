@@ -12,33 +12,33 @@ from pathlib import Path
 
 from onecopy.errors import AgentFailed, GuestFailed, NotReady
 from onecopy.guest import machine
-from onecopy.guest.backing import Backed
+from onecopy.guest.backing import Backing
 from onecopy.guest.exec import Completed, run_captured
-from onecopy.guest.lifecycle.bootplan import ColdSpec, Prepared, system_config
+from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, system_config
 from onecopy.guest.lifecycle.launch import (
-    described,
+    display_slots,
     handed_out,
-    noted,
     open_to,
+    race_exit,
+    record_launch,
     require_mergeable,
     segment_names,
     started,
-    unless_ended,
     with_segments,
 )
-from onecopy.guest.lifecycle.resources import Fitting, fit, require_possible
-from onecopy.guest.network import Network, new_card, settings, shown_card
+from onecopy.guest.lifecycle.resources import ExtraResources, fit, require_possible
+from onecopy.guest.network import Network, display_nic, new_nic, settings
 from onecopy.guest.pagecache import preload
 from onecopy.guest.ports import published, require_free
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT, Boot, write_initrd
 from onecopy.images.kernel import KernelConfig
 from onecopy.linux import tsc
 from onecopy.store import Artifact, Lease
 from onecopy.vmm import guest_reply
 from onecopy.vmm.agent import Agent
-from onecopy.vmm.argv import Card, Kernel, Launch, Ram, command
+from onecopy.vmm.argv import Kernel, Launch, Nic, Ram, command
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm, prepare
 
@@ -46,7 +46,7 @@ _ENDED = "the guest ended while starting"
 
 
 def launch_spec(
-    host: Host, prepared: Prepared, folder: Path, name: str, card: Card | None
+    host: Runtime, prepared: BootPlan, folder: Path, name: str, card: Nic | None
 ) -> Launch:
     """How QEMU is told to boot this guest."""
     return Launch(
@@ -67,7 +67,7 @@ def launch_spec(
     )
 
 
-def _booted_kernel(prepared: Prepared, folder: Path) -> Kernel:
+def _booted_kernel(prepared: BootPlan, folder: Path) -> Kernel:
     if prepared.agent:
         append = _clock(prepared.accel.name)
         return Kernel(prepared.kernel.layer("kernel").path, folder / "initrd", append)
@@ -84,19 +84,19 @@ def _clock(accel: str) -> str:
     return f"tsc_early_khz={megahertz * 1000}" if megahertz else ""
 
 
-def dry_run(host: Host, prepared: Prepared, name: str) -> list[str]:
+def dry_run(host: Runtime, prepared: BootPlan, name: str) -> list[str]:
     """The exact command line, but for the numbers of inherited sockets, and addresses."""
     _require_possible(host, prepared)
     folder = host.run / name
-    card = shown_card(network_of(prepared.spec))
+    card = display_nic(network_of(prepared.spec))
     spec = launch_spec(host, prepared, folder, name, card)
-    return command(with_segments(prepared.hardware, described(prepared.placed)), spec)
+    return command(with_segments(prepared.hardware, display_slots(prepared.placed)), spec)
 
 
 @contextlib.asynccontextmanager
 async def booted(
-    host: Host, prepared: Prepared, spec: Launch, lease: Lease
-) -> AsyncIterator[tuple[Vmm, list[Backed]]]:
+    host: Runtime, prepared: BootPlan, spec: Launch, lease: Lease
+) -> AsyncIterator[tuple[Vmm, list[Backing]]]:
     """Boot, wait until the guest is ready; on any error the VMM is ended."""
     preload.begin_aside(host.store, [layer for each in prepared.artifacts for layer in each.layers])
     if prepared.tools:
@@ -104,12 +104,12 @@ async def booted(
     prepare(spec.folder)
     async with started(host, prepared.placed, prepared.hardware, spec, lease) as (vmm, backed):
         if prepared.agent:
-            await unless_ended(vmm, _ready(vmm.folder, prepared.spec), _ENDED)
+            await race_exit(vmm, _ready(vmm.folder, prepared.spec), _ENDED)
             (spec.folder / "initrd").unlink()
         yield vmm, backed
 
 
-def _write_initrd(prepared: Prepared, tools: Artifact, spec: Launch) -> None:
+def _write_initrd(prepared: BootPlan, tools: Artifact, spec: Launch) -> None:
     write_initrd(
         spec.folder / "initrd",
         Boot(
@@ -124,7 +124,7 @@ def _write_initrd(prepared: Prepared, tools: Artifact, spec: Launch) -> None:
     )
 
 
-async def _ready(folder: Path, spec: ColdSpec) -> None:
+async def _ready(folder: Path, spec: BootSpec) -> None:
     """Wait for the agent, then for the sign of readiness; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
     # Once QEMU answers it has its pipes open.
@@ -164,8 +164,8 @@ _DEFAULT_READY = f"""
 """
 
 
-async def run_cold(
-    host: Host, prepared: Prepared, name: str, batch: Batch | None = None
+async def boot_guest(
+    host: Runtime, prepared: BootPlan, name: str, batch: Batch | None = None
 ) -> GuestRecord:
     """Boot a guest. It is handed out with its ``batch``; without one, at once."""
     wanted = prepared.spec
@@ -177,7 +177,7 @@ async def run_cold(
     with (
         host.starting(batch) as mine,
         host.claim(name, prepared.digests, mine) as (folder, lease),
-        new_card(host, folder.path, network_of(wanted)) as card,
+        new_nic(host, folder.path, network_of(wanted)) as card,
     ):
         spec = launch_spec(host, prepared, folder.path, name, card)
         async with booted(host, prepared, spec, lease) as (vmm, backed):
@@ -185,7 +185,7 @@ async def run_cold(
             async with connect(folder.path / "monitor.sock") as monitor:
                 ports = await published(monitor, folder.path, wanted.publish)
             address = card.address or await _given_address(folder.path) if card else ""
-            record = noted(
+            record = record_launch(
                 folder,
                 vmm,
                 kind="cold",
@@ -202,19 +202,19 @@ async def run_cold(
                 bridge=wanted.bridge,
             )
             folder.write(record)
-            fitting = Fitting(disks=wanted.disks)
-            record = await unless_ended(vmm, fit(host, mine, folder, record, fitting))
+            fitting = ExtraResources(disks=wanted.disks)
+            record = await race_exit(vmm, fit(host, mine, folder, record, fitting))
             return handed_out(folder, vmm, record, began)
 
 
-def network_of(spec: ColdSpec) -> Network:
+def network_of(spec: BootSpec) -> Network:
     """What is asked for of its network."""
     return Network(spec.network, spec.bridge, spec.publish, spec.allow_host)
 
 
-def _require_possible(host: Host, prepared: Prepared) -> None:
+def _require_possible(host: Runtime, prepared: BootPlan) -> None:
     config = system_config(host, prepared)
-    require_possible(host, Fitting(disks=prepared.spec.disks), config, "it boots")
+    require_possible(host, ExtraResources(disks=prepared.spec.disks), config, "it boots")
 
 
 async def _given_address(folder: Path) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.errors import InvalidInput, NotEnough
+from onecopy.errors import InsufficientResources, InvalidInput
 from onecopy.guest import machine
 from onecopy.guest.lifecycle.disks import DiskSpec
 from onecopy.guest.machine import SystemConfig
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segment_costs import require_room
 from onecopy.images.kernel import KernelConfig, ensure_kernel
 from onecopy.images.range_record import SegmentConfig
@@ -33,7 +33,7 @@ MINIMUM_MEMORY = 128 * MIB
 DEFAULT_MEMORY = 256 * MIB
 
 
-class ColdSpec(msgspec.Struct, frozen=True):
+class BootSpec(msgspec.Struct, frozen=True):
     """What a user asks for when booting a guest."""
 
     root: Reference
@@ -70,10 +70,10 @@ class ColdSpec(msgspec.Struct, frozen=True):
     modules: Path | None = None
 
 
-class Prepared(msgspec.Struct, frozen=True):
+class BootPlan(msgspec.Struct, frozen=True):
     """Everything a cold guest needs, in the store; nothing runs yet."""
 
-    spec: ColdSpec
+    spec: BootSpec
     root: Artifact
     artifacts: tuple[Artifact, ...]
     placed: tuple[machine.Placed, ...]
@@ -99,12 +99,13 @@ class Prepared(msgspec.Struct, frozen=True):
         return [artifact.digest for artifact in self.artifacts]
 
 
-def prepare_cold(
-    host: Host, spec: ColdSpec, progress: Callable[[str], None] = lambda _: None
-) -> Prepared:
+def plan_boot(
+    host: Runtime, spec: BootSpec, progress: Callable[[str], None] = lambda _: None
+) -> BootPlan:
     """Resolve names, fetch kernel and tools if the store lacks them, choose the accelerator.
 
-    Raises NotFound, InvalidInput, OtherDomain, NotEnough, Incompatible, and what building raises.
+    Raises NotFound, InvalidInput, OtherDomain, InsufficientResources, Incompatible, and what
+    building raises.
     """
     bare = host.store.find(spec.root, "kernel")
     if bare and KernelConfig.of(bare).bare:
@@ -120,7 +121,7 @@ def prepare_cold(
     accel = _accelerator(host, spec, kernel)
     placed = machine.place(root, tools, kernel, extra)
     require_room((item.segment.size for item in placed), align_up(spec.memory))
-    return Prepared(
+    return BootPlan(
         spec=spec,
         root=root,
         artifacts=(root, tools, kernel, *(artifact for artifact, _ in extra)),
@@ -134,7 +135,7 @@ def prepare_cold(
     )
 
 
-def system_config(host: Host, prepared: Prepared) -> SystemConfig:
+def system_config(host: Runtime, prepared: BootPlan) -> SystemConfig:
     """What the guest would be saved as; whether it has a machine-id it alone can tell."""
     hardware = prepared.hardware
     return SystemConfig(
@@ -155,9 +156,9 @@ def system_config(host: Host, prepared: Prepared) -> SystemConfig:
 
 
 def _prepare_bare(
-    host: Host, spec: ColdSpec, bare: Artifact, progress: Callable[[str], None]
-) -> Prepared:
-    """As `prepare_cold`; raise InvalidInput for what a bare machine cannot have."""
+    host: Runtime, spec: BootSpec, bare: Artifact, progress: Callable[[str], None]
+) -> BootPlan:
+    """As `plan_boot`; raise InvalidInput for what a bare machine cannot have."""
     options = {
         "--segment": spec.segments,
         "--run": spec.command,
@@ -176,7 +177,7 @@ def _prepare_bare(
     _require_memory(spec.memory)
     kernel = ensure_kernel(host.store, progress=progress)
     accel = _accelerator(host, spec, kernel)
-    return Prepared(
+    return BootPlan(
         spec=spec,
         root=bare,
         artifacts=(bare,),
@@ -189,12 +190,12 @@ def _prepare_bare(
     )
 
 
-def _accelerator(host: Host, spec: ColdSpec, kernel: Artifact) -> Accelerator:
+def _accelerator(host: Runtime, spec: BootSpec, kernel: Artifact) -> Accelerator:
     image = kernel.layer("kernel").path
     return choose(spec.accel, host.qemu.binary, image, host.store.cache)
 
 
-def _hardware(host: Host, spec: ColdSpec, accel: Accelerator) -> Hardware:
+def _hardware(host: Runtime, spec: BootSpec, accel: Accelerator) -> Hardware:
     return Hardware(
         machine=host.qemu.machine,
         cpu=qemu_cpu(spec.cpu, accel.name),
@@ -214,7 +215,7 @@ def in_domain(store: Store, artifact: Artifact, domain: str) -> Artifact:
     return found or store.tag(Reference.parse(artifact.ref), ref, domain=domain, own=True)
 
 
-def _command(spec: ColdSpec, root: Artifact) -> str | None:
+def _command(spec: BootSpec, root: Artifact) -> str | None:
     """None for the image's own init; raise InvalidInput if there is none, and nothing to run."""
     if spec.command is not None or has_init(root):
         return spec.command
@@ -233,7 +234,7 @@ def has_init(root: Artifact) -> bool:
 
 def _require_memory(memory: int) -> None:
     if memory < MINIMUM_MEMORY:
-        raise NotEnough(
+        raise InsufficientResources(
             "memory for a guest",
             needed=MINIMUM_MEMORY,
             available=memory,

@@ -18,7 +18,7 @@ import msgspec
 
 from onecopy.errors import InUse, InvalidInput, NotFound, NotPermitted
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.free_space import disk_space
 from onecopy.linux import disk_image
 from onecopy.model import MIB, align_up, check_guest_name, format_size, in_order, parse_size
@@ -75,7 +75,7 @@ class OwnDisk(msgspec.Struct, frozen=True):
     """The guest that uses it; "" if none does."""
 
 
-def require_sensible(specs: Sequence[DiskSpec], *, named: bool, count: int) -> None:
+def check_disks(specs: Sequence[DiskSpec], *, named: bool, count: int) -> None:
     """Raise InvalidInput for disks that guests cannot have together, before any is started.
 
     ``named``: the user named the guests; ``count`` is how many there are.
@@ -100,11 +100,11 @@ def require_sensible(specs: Sequence[DiskSpec], *, named: bool, count: int) -> N
 
 
 @contextlib.contextmanager
-def opened(host: Host, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
+def opened(host: Runtime, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
     """A disk for a guest, open and locked; its own is made, or made larger, if need be.
 
     At an error what was made for it is removed. Raises InUse, InvalidInput, NotFound, NotPermitted,
-    NotEnough (disk), CommandFailed, MissingProgram.
+    InsufficientResources (disk), CommandFailed, MissingProgram.
     """
     with contextlib.ExitStack() as ends:
         if spec.file is not None:
@@ -127,7 +127,7 @@ def opened(host: Host, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
 
 
 @contextlib.contextmanager
-def _open(host: Host, path: Path) -> Iterator[int]:
+def _open(host: Runtime, path: Path) -> Iterator[int]:
     """Open and lock an image; raise NotFound, NotPermitted, InUse."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -151,7 +151,7 @@ def _open(host: Host, path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _in_use(host: Host, path: Path) -> InUse:
+def _in_use(host: Runtime, path: Path) -> InUse:
     guest = _user(host, path)
     return InUse(
         f"the disk {path} is in use by {guest or 'another program'}",
@@ -160,7 +160,7 @@ def _in_use(host: Host, path: Path) -> InUse:
     )
 
 
-def _user(host: Host, path: Path) -> str:
+def _user(host: Runtime, path: Path) -> str:
     """The guest that has a file as its disk; "" if none on record has."""
     for record in host.guests():
         for disk in record.disks:
@@ -170,7 +170,7 @@ def _user(host: Host, path: Path) -> str:
     return ""
 
 
-def _require_usable(host: Host, path: Path, fd: int) -> None:
+def _require_usable(host: Runtime, path: Path, fd: int) -> None:
     if path.resolve().is_relative_to(host.store.root.resolve()):
         raise InvalidInput(
             f"{path} is part of the store", hint="a guest's own disk comes with a size, and --name"
@@ -179,11 +179,11 @@ def _require_usable(host: Host, path: Path, fd: int) -> None:
         raise InvalidInput(f"{path} is empty", hint="truncate(1) gives it a size")
 
 
-def _path(host: Host, guest: str) -> Path:
+def _path(host: Runtime, guest: str) -> Path:
     return host.store.root / "disks" / f"{check_guest_name(guest)}{_SUFFIX}"
 
 
-def _make(host: Host, path: Path, size: int) -> None:
+def _make(host: Runtime, path: Path, size: int) -> None:
     """A new disk, there as a whole or not at all."""
     with file_errors(host.store.root), host.store.workspace() as work:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -227,7 +227,7 @@ def _enlarge(path: Path, fd: int, size: int) -> None:
         run_on_file(["resize2fs"], fd)
 
 
-def own_disks(host: Host) -> list[OwnDisk]:
+def list_own_disks(host: Runtime) -> list[OwnDisk]:
     """All guests' own disks, by name."""
     found = []
     disks = (host.store.root / "disks").glob(f"*{_SUFFIX}")
@@ -240,13 +240,13 @@ def own_disks(host: Host) -> list[OwnDisk]:
     return found
 
 
-def remove_made(host: Host, record: GuestRecord) -> None:
+def remove_made(host: Runtime, record: GuestRecord) -> None:
     """Remove the disk that was made for a guest whose start is undone; its VMM is gone."""
     if any(disk.made for disk in record.disks):
         remove(host, record.name)
 
 
-def remove(host: Host, name: str) -> None:
+def remove(host: Runtime, name: str) -> None:
     """Remove a guest's own disk; raise NotFound, InUse."""
     path = _path(host, name)
     if not path.exists():

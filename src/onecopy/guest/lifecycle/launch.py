@@ -17,16 +17,16 @@ import msgspec
 from msgspec.structs import replace
 
 from onecopy.errors import AgentFailed, GuestFailed, InvalidInput
-from onecopy.guest.backing import Backed, backings, mode_of
+from onecopy.guest.backing import Backing, backings, map_mode
 from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import inherited
 from onecopy.guest.ports import Ports, require_free
-from onecopy.guest.run_directory import Attached, Device, GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import Attached, Device, GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.model import Mergeable
 from onecopy.store import Artifact, Lease
 from onecopy.vmm.accel import Accelerator
-from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, Card, Hardware, Launch, Slot
+from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, Hardware, Launch, Nic, Slot
 from onecopy.vmm.qemu_process import Vmm, launch
 
 T = TypeVar("T")
@@ -42,13 +42,13 @@ def with_segments(hardware: Hardware, slots: Sequence[Slot]) -> Hardware:
     return replace(hardware, segments=tuple(slots))
 
 
-def described(placed: Sequence[Placed]) -> list[Slot]:
+def display_slots(placed: Sequence[Placed]) -> list[Slot]:
     """The memory of segments as a command line shows it that is not run."""
     return [
         Slot(
             item.layer.path if item.layer else Path(f"/proc/self/fd/{item.needed.memory_name}"),
             item.segment.size,
-            mode_of(item.segment.page_class),
+            map_mode(item.segment.page_class),
         )
         for item in placed
     ]
@@ -56,12 +56,12 @@ def described(placed: Sequence[Placed]) -> list[Slot]:
 
 @contextlib.asynccontextmanager
 async def started(
-    host: Host, placed: Sequence[Placed], hardware: Hardware, spec: Launch, lease: Lease
-) -> AsyncIterator[tuple[Vmm, list[Backed]]]:
+    host: Runtime, placed: Sequence[Placed], hardware: Hardware, spec: Launch, lease: Lease
+) -> AsyncIterator[tuple[Vmm, list[Backing]]]:
     """Start the VMM of a guest with the memory of its segments, under its lease.
 
-    On any error it is ended (`or_killed`). Raises NotEnough, NotPermitted, StoreDamaged,
-    Incompatible, InUse (a port was taken meanwhile).
+    On any error it is ended (`or_killed`). Raises InsufficientResources, NotPermitted,
+    StoreDamaged, Incompatible, InUse (a port was taken meanwhile).
     """
     classes = [item.segment.page_class for item in placed]
     async with contextlib.AsyncExitStack() as life:
@@ -70,12 +70,12 @@ async def started(
             machine = with_segments(hardware, [each.slot for each in backed])
             given = replace(spec, later=lease.files)
             vmm = launch(machine, given, inherit=[lease.fd, *inherited(spec.card)])
-            await life.enter_async_context(or_killed(vmm, spec.publish))
+            await life.enter_async_context(kill_on_error(vmm, spec.publish))
         yield vmm, backed
 
 
-def noted(
-    folder: GuestFolder,
+def record_launch(
+    folder: RunDirectory,
     vmm: Vmm,
     *,
     kind: str,
@@ -83,11 +83,11 @@ def noted(
     accel: Accelerator,
     config: SystemConfig,
     placed: Sequence[Placed],
-    backed: Sequence[Backed],
+    backed: Sequence[Backing],
     domain: str,
     ram_path: str | None,
     publish: Ports,
-    card: Card | None,
+    card: Nic | None,
     address: str,
     bridge: str,
 ) -> GuestRecord:
@@ -120,7 +120,7 @@ def noted(
     )
 
 
-def handed_out(folder: GuestFolder, vmm: Vmm, record: GuestRecord, began: float) -> GuestRecord:
+def handed_out(folder: RunDirectory, vmm: Vmm, record: GuestRecord, began: float) -> GuestRecord:
     """Let the VMM of a guest that is as it was asked for live on; ``began`` is time.monotonic()."""
     record = msgspec.structs.replace(
         record, started=time.time(), start_seconds=time.monotonic() - began
@@ -130,7 +130,7 @@ def handed_out(folder: GuestFolder, vmm: Vmm, record: GuestRecord, began: float)
     return record
 
 
-async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _ENDED) -> T:
+async def race_exit(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _ENDED) -> T:
     """Do ``work``, which does not see the VMM end: raise GuestFailed, saying ``ended``, then."""
     done, end = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
     try:
@@ -150,7 +150,7 @@ async def unless_ended(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _END
 
 
 @contextlib.asynccontextmanager
-async def or_killed(vmm: Vmm, publish: Ports = ()) -> AsyncIterator[None]:
+async def kill_on_error(vmm: Vmm, publish: Ports = ()) -> AsyncIterator[None]:
     """On any error end the VMM; that QEMU or the agent failed then says what the guest printed.
 
     If QEMU ended because a port of ``publish`` was taken since it was looked at, that is InUse.
@@ -189,7 +189,7 @@ def segment_names(placed: Sequence[Placed]) -> list[str]:
     return sorted({item.segment.ref.partition(":")[0] for item in placed})
 
 
-def _attached(placed: Sequence[Placed], backed: Sequence[Backed]) -> list[Attached]:
+def _attached(placed: Sequence[Placed], backed: Sequence[Backing]) -> list[Attached]:
     """The record of the segments that a guest starts with; ranges of one lie side by side."""
     numbered = enumerate(zip(placed, backed, strict=True), start=FIRST_SEGMENT_SLOT)
     return [
@@ -201,7 +201,7 @@ def _attached(placed: Sequence[Placed], backed: Sequence[Backed]) -> list[Attach
 
 
 def attached(
-    ranges: Sequence[tuple[Placed, Backed, str]], *, state: str, exclusive: bool = False
+    ranges: Sequence[tuple[Placed, Backing, str]], *, state: str, exclusive: bool = False
 ) -> Attached:
     """The record of a segment in a guest: its ranges, their memory and their PCI addresses."""
     first = ranges[0][0].segment
@@ -216,6 +216,6 @@ def attached(
     )
 
 
-def _device(placed: Placed, backed: Backed, address: str) -> Device:
+def _device(placed: Placed, backed: Backing, address: str) -> Device:
     item = placed.segment
     return Device(item.page_class, item.size, item.fs, address, backed.mapped, backed.file)

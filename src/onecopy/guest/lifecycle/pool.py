@@ -5,7 +5,7 @@ has a run folder and a lease like a guest, but no guest's name. Pools have a siz
 the run folder of all guests: like the VMMs it is gone when the host is booted. Once half of a pool
 has been taken, a process in the background fills it again.
 
-Not here: taking one (Host.taking).
+Not here: taking one (Runtime.taking).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import msgspec
 from onecopy.errors import NotFound, StoreDamaged
 from onecopy.guest.lifecycle import admission, batch, restore
 from onecopy.guest.run_directory import POOL, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import child_reaper, files
 from onecopy.linux.lock import locked
 from onecopy.model import Reference, in_order
@@ -42,7 +42,7 @@ class Pool(msgspec.Struct, frozen=True):
     """Those that there are."""
 
 
-def pools(host: Host) -> list[Pool]:
+def pools(host: Runtime) -> list[Pool]:
     """All pools, by system; of one that was removed or replaced nothing is ready."""
     current = {artifact.ref: artifact for artifact, _ in _wanted(host).values()}
     return [
@@ -51,10 +51,11 @@ def pools(host: Host) -> list[Pool]:
     ]
 
 
-async def resize(host: Host, artifact: Artifact, size: int) -> Pool:
+async def resize(host: Runtime, artifact: Artifact, size: int) -> Pool:
     """Give a saved system a pool of ``size``, and fill it; 0 for none.
 
-    Raises NotEnough if there is no memory for all of it, and what starting a clone raises.
+    Raises InsufficientResources if there is no memory for all of it, and what starting a clone
+    raises.
     """
     if size:
         source = restore.template(host, artifact)
@@ -65,10 +66,10 @@ async def resize(host: Host, artifact: Artifact, size: int) -> Pool:
     return Pool(artifact.ref, size, tuple(_of(host, artifact)))
 
 
-async def fill(host: Host) -> None:
+async def fill(host: Runtime) -> None:
     """Prepare what is missing, and end what nobody wants any more; one process at a time does.
 
-    Raises NotEnough, and what starting a clone raises; what is prepared by then stays.
+    Raises InsufficientResources, and what starting a clone raises; what is prepared by then stays.
     """
     async with locked(host.run / _LOCK):
         wanted = _wanted(host)
@@ -79,7 +80,7 @@ async def fill(host: Host) -> None:
         trim(host)
 
 
-async def _prepare(host: Host, artifact: Artifact, count: int) -> None:
+async def _prepare(host: Runtime, artifact: Artifact, count: int) -> None:
     source = restore.template(host, artifact)
     need = admission.of_clones(source.accel.name, count)
     spec = restore.CloneSpec(translated=need.translated)
@@ -91,7 +92,7 @@ async def _prepare(host: Host, artifact: Artifact, count: int) -> None:
     )
 
 
-def trim(host: Host) -> None:
+def trim(host: Runtime) -> None:
     """End what is prepared of systems that were removed or replaced, and what is too many."""
     left = {digest: size for digest, (_, size) in _wanted(host).items()}
     unwanted = []
@@ -103,7 +104,7 @@ def trim(host: Host) -> None:
         host.end(*unwanted)
 
 
-def remove(host: Host, ref: Reference) -> None:
+def remove(host: Runtime, ref: Reference) -> None:
     """Give up the pool of a system that is to be removed, if no guest uses that."""
     with contextlib.suppress(NotFound, StoreDamaged):
         artifact = host.store.resolve(ref, "system")
@@ -112,7 +113,7 @@ def remove(host: Host, ref: Reference) -> None:
             host.end(*_of(host, artifact))
 
 
-def refill(host: Host) -> None:
+def refill(host: Runtime) -> None:
     """Have pools filled, by a process that outlives this one, if half of one has been taken."""
     if not any(_ready(host, artifact) * 2 <= size for artifact, size in _wanted(host).values()):
         return
@@ -129,7 +130,7 @@ def refill(host: Host) -> None:
     child_reaper.adopt(process.pid)
 
 
-def _wanted(host: Host) -> dict[str, tuple[Artifact, int]]:
+def _wanted(host: Runtime) -> dict[str, tuple[Artifact, int]]:
     """Digest of a saved system -> it, and how many are wanted."""
     found: dict[str, tuple[Artifact, int]] = {}
     for ref, size in _sizes(host).items():
@@ -143,7 +144,7 @@ def _wanted(host: Host) -> dict[str, tuple[Artifact, int]]:
     return found
 
 
-def _sizes(host: Host) -> dict[str, int]:
+def _sizes(host: Runtime) -> dict[str, int]:
     """Reference of a saved system -> the size of its pool."""
     try:
         return msgspec.json.decode((host.run / _SIZES).read_bytes(), type=dict[str, int])
@@ -151,7 +152,7 @@ def _sizes(host: Host) -> dict[str, int]:
         return {}
 
 
-def _note(host: Host, ref: str, size: int) -> None:
+def _note(host: Runtime, ref: str, size: int) -> None:
     path = host.run / _SIZES
     with host.locked():
         sizes = _sizes(host)
@@ -164,9 +165,9 @@ def _note(host: Host, ref: str, size: int) -> None:
         files.replace(path, msgspec.json.encode(sizes))
 
 
-def _of(host: Host, artifact: Artifact) -> list[GuestRecord]:
+def _of(host: Runtime, artifact: Artifact) -> list[GuestRecord]:
     return [record for record in host.prepared() if record.digest == artifact.digest]
 
 
-def _ready(host: Host, artifact: Artifact) -> int:
+def _ready(host: Runtime, artifact: Artifact) -> int:
     return len(_of(host, artifact))

@@ -17,8 +17,8 @@ from onecopy.errors import GuestFailed, InvalidInput, TooLarge
 from onecopy.guest import guest_script
 from onecopy.guest.lifecycle.disks import DiskSpec, OpenDisk, opened
 from onecopy.guest.machine import SystemConfig, check_mountpoint
-from onecopy.guest.run_directory import Batch, GuestDisk, GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import Batch, GuestDisk, GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segment_costs import require_room
 from onecopy.guest.segments.attach import attach
 from onecopy.images.range_record import SegmentConfig
@@ -44,7 +44,7 @@ _HINTS = {
 }
 
 
-class Fitting(msgspec.Struct, frozen=True):
+class ExtraResources(msgspec.Struct, frozen=True):
     """What a user asks for besides what was saved, or booted."""
 
     memory: int | None = None
@@ -56,10 +56,12 @@ class Fitting(msgspec.Struct, frozen=True):
     disks: tuple[DiskSpec, ...] = ()
 
 
-NOTHING = Fitting()
+NOTHING = ExtraResources()
 
 
-def require_possible(host: Host, wanted: Fitting, config: SystemConfig, so_far: str) -> None:
+def require_possible(
+    host: Runtime, wanted: ExtraResources, config: SystemConfig, so_far: str
+) -> None:
     """Raise for what a machine cannot be fitted with, before anything is started.
 
     ``so_far`` says how it has what it has: "it boots". Raises InvalidInput, TooLarge, NotFound.
@@ -117,7 +119,7 @@ def _require_memory(wanted: int, saved: int, so_far: str) -> None:
         )
 
 
-def added_memory(wanted: Fitting, config: SystemConfig) -> int:
+def added_memory(wanted: ExtraResources, config: SystemConfig) -> int:
     """Bytes of RAM that come to what was saved."""
     return 0 if wanted.memory is None else max(wanted.memory - config.memory, 0)
 
@@ -139,7 +141,7 @@ def _require_cpus(wanted: int, config: SystemConfig, so_far: str) -> None:
 
 
 async def fit(
-    host: Host, batch: Batch, folder: GuestFolder, record: GuestRecord, wanted: Fitting
+    host: Runtime, batch: Batch, folder: RunDirectory, record: GuestRecord, wanted: ExtraResources
 ) -> GuestRecord:
     """Give a guest that is being started what it is to have, note that, and return its record.
 
@@ -172,7 +174,7 @@ async def fit(
         return folder.record()
 
 
-async def _grow(monitor: Monitor, record: GuestRecord, wanted: Fitting) -> list[str]:
+async def _grow(monitor: Monitor, record: GuestRecord, wanted: ExtraResources) -> list[str]:
     """Plug in memory and processors; what the guest is told of them."""
     words: list[str] = []
     more = (wanted.memory or record.memory) - record.memory
@@ -211,7 +213,7 @@ def _let_write(folder: Path, pid: int, disks: Sequence[OpenDisk]) -> None:
     logs.make_room(folder, pid, max(disk_image.most(each.fd, each.form) for each in disks))
 
 
-async def _confirm(folder: GuestFolder, words: Sequence[str], *, timeout: float) -> None:
+async def _confirm(folder: RunDirectory, words: Sequence[str], *, timeout: float) -> None:
     done = await guest_script.fit(folder.path, *words, timeout=timeout)
     if done.exit_code:
         reason = done.stderr.decode(errors="replace").partition(":")[0]

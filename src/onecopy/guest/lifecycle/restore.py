@@ -16,24 +16,24 @@ from onecopy.guest import identity, machine
 from onecopy.guest.identity import new_identity
 from onecopy.guest.lifecycle import device_state
 from onecopy.guest.lifecycle.launch import (
-    described,
+    display_slots,
     handed_out,
-    noted,
+    kill_on_error,
     open_to,
-    or_killed,
+    race_exit,
+    record_launch,
     require_mergeable,
     segment_names,
     started,
-    unless_ended,
     with_segments,
 )
-from onecopy.guest.lifecycle.resources import NOTHING, Fitting, fit, require_possible
+from onecopy.guest.lifecycle.resources import NOTHING, ExtraResources, fit, require_possible
 from onecopy.guest.machine import Placed, SystemConfig
-from onecopy.guest.network import Network, can_be_closed, new_card, require_closed, shown_card
+from onecopy.guest.network import Network, can_be_closed, display_nic, new_nic, require_closed
 from onecopy.guest.pagecache import preload
 from onecopy.guest.ports import Ports, forward, need_rights, published, require_free
-from onecopy.guest.run_directory import Batch, GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import Batch, GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.images.kernel import ensure_kernel
 from onecopy.linux import process
 from onecopy.linux.tap import connect_tap
@@ -41,7 +41,7 @@ from onecopy.model import Mergeable
 from onecopy.store import Artifact
 from onecopy.vmm import open_notify
 from onecopy.vmm.accel import Accelerator, Choice, choose
-from onecopy.vmm.argv import TRANSLATED, Card, Hardware, Launch, Ram, command
+from onecopy.vmm.argv import TRANSLATED, Hardware, Launch, Nic, Ram, command
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm, prepare
 
@@ -54,7 +54,7 @@ class CloneSpec(msgspec.Struct, frozen=True):
     """Of the host, to be a port of; "" for a user-mode network."""
     ksm: Mergeable = Mergeable.RAM
     """A guest of a trust domain is closed to it all the same."""
-    fitting: Fitting = NOTHING
+    fitting: ExtraResources = NOTHING
     allow_host: bool = False
     """Whether its user-mode network reaches what listens on the host."""
     translated: int = TRANSLATED
@@ -88,7 +88,7 @@ class Template(msgspec.Struct, frozen=True):
         return self.artifact.layer("ram").path
 
 
-def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Template:
+def template(host: Runtime, artifact: Artifact, accel: Choice = Choice.AUTO) -> Template:
     """Check that a saved system can be started here.
 
     Raises Incompatible with the reason, StoreDamaged.
@@ -121,7 +121,7 @@ def template(host: Host, artifact: Artifact, accel: Choice = Choice.AUTO) -> Tem
 
 
 def launch_spec(
-    host: Host, source: Template, folder: Path, spec: CloneSpec, card: Card | None
+    host: Runtime, source: Template, folder: Path, spec: CloneSpec, card: Nic | None
 ) -> Launch:
     """How QEMU is told to start this clone."""
     return Launch(
@@ -142,16 +142,16 @@ def launch_spec(
     )
 
 
-def dry_run(host: Host, source: Template, name: str, spec: CloneSpec) -> list[str]:
+def dry_run(host: Runtime, source: Template, name: str, spec: CloneSpec) -> list[str]:
     """The exact command line, but for the numbers of inherited sockets, and addresses."""
     _require_possible(host, source, spec)
-    card = shown_card(_network(source, spec))
+    card = display_nic(_network(source, spec))
     launched = launch_spec(host, source, host.run / name, spec, card)
-    return command(with_segments(source.hardware, described(source.placed)), launched)
+    return command(with_segments(source.hardware, display_slots(source.placed)), launched)
 
 
 async def start_clone(
-    host: Host,
+    host: Runtime,
     source: Template,
     name: str,
     spec: CloneSpec = _PLAIN,
@@ -173,17 +173,17 @@ async def start_clone(
     with host.starting(batch) as mine:
         async with _running(host, source, name, spec, mine) as (folder, vmm, record, connect):
             if source.config.agent:
-                card = Card(record.mac, record.address) if record.mac else None
+                card = Nic(record.mac, record.address) if record.mac else None
                 who = new_identity(name, card, machine_id=source.config.machine_id)
-                address = await unless_ended(vmm, identity.become(folder.path, who, connect))
+                address = await race_exit(vmm, identity.become(folder.path, who, connect))
                 record = replace(record, address=address)
             folder.write(record)
-            record = await unless_ended(vmm, fit(host, mine, folder, record, spec.fitting))
+            record = await race_exit(vmm, fit(host, mine, folder, record, spec.fitting))
             return handed_out(folder, vmm, record, began)
 
 
 async def prepare_clone(
-    host: Host, source: Template, name: str, batch: Batch, spec: CloneSpec = _PLAIN
+    host: Runtime, source: Template, name: str, batch: Batch, spec: CloneSpec = _PLAIN
 ) -> GuestRecord:
     """A VMM that is to become a clone some time (pool.py): the saved state is loaded, and it waits.
 
@@ -196,12 +196,12 @@ async def prepare_clone(
 
 
 #: The last connects its network card, where that has not been done.
-_Up = tuple[GuestFolder, Vmm, GuestRecord, Callable[[], None]]
+_Up = tuple[RunDirectory, Vmm, GuestRecord, Callable[[], None]]
 
 
 @contextlib.asynccontextmanager
 async def _running(
-    host: Host, source: Template, name: str, spec: CloneSpec, batch: Batch
+    host: Runtime, source: Template, name: str, spec: CloneSpec, batch: Batch
 ) -> AsyncIterator[_Up]:
     """A clone that runs on as what was saved; on any error its VMM is ended."""
     if spec.can_be_prepared:
@@ -216,14 +216,14 @@ async def _running(
 
 
 @contextlib.asynccontextmanager
-async def _woken(folder: GuestFolder, record: GuestRecord, spec: CloneSpec) -> AsyncIterator[_Up]:
+async def _woken(folder: RunDirectory, record: GuestRecord, spec: CloneSpec) -> AsyncIterator[_Up]:
     """Let a prepared VMM run."""
     try:
         argv = process.cmdline(record.pid)
         vmm = Vmm(record.pid, folder.path, argv, listener=record.listener)
     except (NotFound, ProcessLookupError) as error:
         raise GuestFailed("QEMU ended while it waited", hint="try again") from error
-    async with or_killed(vmm):
+    async with kill_on_error(vmm):
         require_closed(record, folder.path)
         async with connect(folder.path / "monitor.sock") as monitor:
             await forward(monitor, folder.path, spec.publish)
@@ -234,13 +234,13 @@ async def _woken(folder: GuestFolder, record: GuestRecord, spec: CloneSpec) -> A
 
 @contextlib.asynccontextmanager
 async def _launched(
-    host: Host, source: Template, name: str, spec: CloneSpec, batch: Batch, *, runs: bool
+    host: Runtime, source: Template, name: str, spec: CloneSpec, batch: Batch, *, runs: bool
 ) -> AsyncIterator[_Up]:
     """A new VMM with the saved state."""
     with (
         host.claim(name, [source.artifact.digest], batch) as (folder, lease),
         # In a bridge it is still taken for who was saved. Bare machines do not tell when no more.
-        new_card(
+        new_nic(
             host, folder.path, _network(source, spec), connected=not source.config.agent
         ) as card,
         # Not before it is leased: another command may remove it until then.
@@ -256,7 +256,7 @@ async def _launched(
                 if runs:
                     await monitor.execute("cont")
                 ports = await published(monitor, folder.path, spec.publish)
-            record = noted(
+            record = record_launch(
                 folder,
                 vmm,
                 kind="clone",
@@ -275,7 +275,7 @@ async def _launched(
             yield folder, vmm, record, _connecting(card, spec)
 
 
-def _connecting(card: Card | None, spec: CloneSpec) -> Callable[[], None]:
+def _connecting(card: Nic | None, spec: CloneSpec) -> Callable[[], None]:
     """What connects a card to the bridge that it is for."""
     if not spec.bridge or card is None or not isinstance(card.tap, int):
         return _connected
@@ -286,7 +286,7 @@ def _connected() -> None:
     """It is."""
 
 
-def _require_possible(host: Host, source: Template, spec: CloneSpec) -> None:
+def _require_possible(host: Runtime, source: Template, spec: CloneSpec) -> None:
     require_possible(host, spec.fitting, source.config, f"{source.artifact.ref} was saved")
 
 

@@ -23,21 +23,21 @@ from onecopy.guest.guest_script import said
 from onecopy.guest.identity import Identity
 from onecopy.guest.lifecycle import admission, snapshot
 from onecopy.guest.lifecycle.boot import booted, launch_spec, network_of
-from onecopy.guest.lifecycle.bootplan import ColdSpec, Prepared, prepare_cold, system_config
+from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot, system_config
 from onecopy.guest.lifecycle.clone_hooks import hooked
 from onecopy.guest.lifecycle.freeze import frozen
-from onecopy.guest.lifecycle.launch import described, with_segments
+from onecopy.guest.lifecycle.launch import display_slots, with_segments
 from onecopy.guest.lifecycle.snapshot import STATE_ROOM, Snapshot, Source
 from onecopy.guest.machine import Generator, MappedSegment, SystemConfig
-from onecopy.guest.network import new_card, shown_card
+from onecopy.guest.network import display_nic, new_nic
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.hotplug import changing
 from onecopy.linux import process
 from onecopy.model import PageClass, Reference, format_size
 from onecopy.store import Access, Artifact, NewLayer, require_disk
 from onecopy.store.oci import ROLE
-from onecopy.vmm.argv import Card, Launch, command
+from onecopy.vmm.argv import Launch, Nic, command
 from onecopy.vmm.guest_reply import decimal, shown
 from onecopy.vmm.qemu_process import Vmm
 
@@ -73,9 +73,9 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 async def save_system(
-    host: Host,
+    host: Runtime,
     ref: Reference,
-    spec: ColdSpec,
+    spec: BootSpec,
     progress: Callable[[str], None] = lambda _: None,
     *,
     on_clone: str | None = None,
@@ -84,12 +84,12 @@ async def save_system(
     """Boot ``spec``, wait for its sign of readiness, and store it as saved system ``ref``.
 
     Each clone runs ``clone_hooks`` (clone_hooks.py) and then ``on_clone``, a shell command, before
-    it is handed out, and must succeed in them. Raises what prepare_cold raises, InvalidInput for a
-    hook that the guest cannot have, GuestFailed, NotReady, and NotEnough for disk. Nothing of the
-    guest or of its files is left, whatever happens.
+    it is handed out, and must succeed in them. Raises what plan_boot raises, InvalidInput for a
+    hook that the guest cannot have, GuestFailed, NotReady, and InsufficientResources for disk.
+    Nothing of the guest or of its files is left, whatever happens.
     """
     _require_free(host, ref, spec.root.name)
-    prepared = prepare_cold(host, spec, progress)
+    prepared = plan_boot(host, spec, progress)
     if not prepared.agent:
         raise InvalidInput(
             f"{prepared.root.ref} is a kernel by itself, of which nobody can tell when it is ready",
@@ -106,15 +106,15 @@ async def save_system(
         host.store.workspace() as work,
         host.batch() as batch,
         host.claim(name, prepared.digests, batch) as (folder, lease),
-        new_card(host, folder.path, network_of(spec)) as card,
+        new_nic(host, folder.path, network_of(spec)) as card,
     ):
         progress(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
         launched = _launched(host, prepared, folder.path, name, card)
         async with booted(host, prepared, launched, lease) as (vmm, _):
             await _read_folders(folder.path, config.segments)
             config = await _told(folder.path, on_clone, config)
-            config = await _hooked(folder.path, clone_hooks, config, progress)
-            config = await _rehearsed(folder.path, name, card, config)
+            config = await _install_hooks(folder.path, clone_hooks, config, progress)
+            config = await _rehearse(folder.path, name, card, config)
             progress("ready; waiting until it is quiet")
             if prepared.command is None:
                 await run_captured(folder.path, ["sh", "-c", _SETTLED], timeout=600)
@@ -133,7 +133,7 @@ async def save_system(
 
 
 async def save_guest(
-    host: Host,
+    host: Runtime,
     ref: Reference,
     name: str,
     progress: Callable[[str], None] = lambda _: None,
@@ -146,7 +146,7 @@ async def save_guest(
     ``on_clone`` and ``clone_hooks`` are as for `save_system`; None leaves what the guest has from
     its own saved system.
     Raises NotFound, InvalidInput (it has what a saved system cannot have), InUse (a program runs in
-    it by exec), GuestFailed, AgentFailed, NotEnough, NotPermitted, OtherDomain.
+    it by exec), GuestFailed, AgentFailed, InsufficientResources, NotPermitted, OtherDomain.
     """
     async with changing(host, name) as folder:
         record = folder.record()
@@ -160,7 +160,7 @@ async def save_guest(
         if config.agent:
             progress("letting it get ready")
         config = await _told(folder.path, on_clone, config)
-        config = await _hooked(folder.path, clone_hooks, config, progress)
+        config = await _install_hooks(folder.path, clone_hooks, config, progress)
         config = await _prepared(folder.path, config, card=bool(record.mac))
         with host.store.workspace() as work:
             progress("freezing it")
@@ -171,12 +171,14 @@ async def save_guest(
             return await _stored(host, ref, config, layers, taken, record.domain)
 
 
-def _require_free(host: Host, ref: Reference, root: str) -> None:
+def _require_free(host: Runtime, ref: Reference, root: str) -> None:
     """Raise unless a guest of ``root`` can be saved as ``ref``, before it is booted."""
     host.store.require_free("system", ref, Access(domain=host.store.access(root).domain))
 
 
-def _launched(host: Host, prepared: Prepared, folder: Path, name: str, card: Card | None) -> Launch:
+def _launched(
+    host: Runtime, prepared: BootPlan, folder: Path, name: str, card: Nic | None
+) -> Launch:
     """How QEMU is told to boot a guest that is to be saved."""
     spec = launch_spec(host, prepared, folder, name, card)
     # Freed memory is zeroes, which need not be stored. Not for guests that stay: it makes a kernel
@@ -200,7 +202,7 @@ async def _told(folder: Path, on_clone: str | None, config: SystemConfig) -> Sys
     return replace(config, on_clone=on_clone or None)
 
 
-async def _hooked(
+async def _install_hooks(
     folder: Path,
     clone_hooks: Sequence[str] | None,
     config: SystemConfig,
@@ -218,8 +220,8 @@ def _frozen(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> 
     return frozen(folder, tell) if config.agent else snapshot.NOT_FROZEN
 
 
-async def _rehearsed(
-    folder: Path, name: str, card: Card | None, config: SystemConfig
+async def _rehearse(
+    folder: Path, name: str, card: Nic | None, config: SystemConfig
 ) -> SystemConfig:
     """Let a guest of which nobody knows yet get ready to become another one."""
     machine_id = await _machine_id(folder)
@@ -323,7 +325,7 @@ def _layers(held: Sequence[Artifact], config: SystemConfig, taken: Snapshot) -> 
 
 
 async def _stored(
-    host: Host,
+    host: Runtime,
     ref: Reference,
     config: SystemConfig,
     layers: Sequence[NewLayer],
@@ -343,8 +345,8 @@ async def _stored(
     )
 
 
-def dry_run(host: Host, prepared: Prepared) -> list[str]:
+def dry_run(host: Runtime, prepared: BootPlan) -> list[str]:
     """QEMU's command line, but for names made when it runs."""
-    folder, card = host.run / "saving", shown_card(network_of(prepared.spec))
+    folder, card = host.run / "saving", display_nic(network_of(prepared.spec))
     spec = _launched(host, prepared, folder, folder.name, card)
-    return command(with_segments(prepared.hardware, described(prepared.placed)), spec)
+    return command(with_segments(prepared.hardware, display_slots(prepared.placed)), spec)

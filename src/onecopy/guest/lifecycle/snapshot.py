@@ -18,7 +18,7 @@ import msgspec
 
 from onecopy.errors import GuestFailed, InUse, InvalidInput
 from onecopy.guest.pause import copying, stopped
-from onecopy.guest.run_directory import GuestFolder
+from onecopy.guest.run_directory import RunDirectory
 from onecopy.linux import cow_pages, memfd, sparse
 from onecopy.model import MIB
 from onecopy.store.disk import file_errors
@@ -58,7 +58,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 async def take(
-    folder: GuestFolder,
+    folder: RunDirectory,
     source: Source,
     work: Path,
     still: Freezing = NOT_FROZEN,
@@ -69,7 +69,7 @@ async def take(
 
     Meanwhile, and in what is written, its programs are frozen by ``still``. Raises InvalidInput (it
     has devices that came while it ran), InUse (a program runs in it that the host started),
-    GuestFailed, NotPermitted, NotEnough.
+    GuestFailed, NotPermitted, InsufficientResources.
     """
     ram, state = work / "ram", work / "state"
     with file_errors(work):

@@ -19,8 +19,8 @@ from onecopy.errors import OnecopyError
 from onecopy.guest.exec import run_captured
 from onecopy.guest.fair_time import FairTime
 from onecopy.guest.lifecycle.batch import turns
-from onecopy.guest.run_directory import GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT
 from onecopy.linux import process
 from onecopy.vmm import logs
@@ -66,7 +66,7 @@ class Stopped(msgspec.Struct, frozen=True):
 
 
 async def stop_guests(
-    host: Host, records: Sequence[GuestRecord], patience: float = PATIENCE
+    host: Runtime, records: Sequence[GuestRecord], patience: float = PATIENCE
 ) -> list[Stopped]:
     """Stop guests; return how each of them ended.
 
@@ -97,8 +97,8 @@ def _known(ending: Stopped | BaseException) -> Stopped:
 class _Stopping:
     """One guest that is being stopped."""
 
-    def __init__(self, host: Host, record: GuestRecord, seconds: float) -> None:
-        self._folder = GuestFolder(host.run / record.name)
+    def __init__(self, host: Runtime, record: GuestRecord, seconds: float) -> None:
+        self._folder = RunDirectory(host.run / record.name)
         self._record = record
         self._seconds = seconds
         self._log: logs.Log | None = None
@@ -164,7 +164,7 @@ class _Stopping:
                 self._said = (self._said + data.decode(errors="replace"))[-(1 << 16) :]
 
 
-async def sync_disks(host: Host, record: GuestRecord) -> None:
+async def sync_disks(host: Runtime, record: GuestRecord) -> None:
     """Let a guest write what it has for its disks, before it is ended unasked."""
     if record.disks:
         with contextlib.suppress(OnecopyError):

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from onecopy.errors import NotFound
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.sharing import cross_check
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.cross_check import Check
@@ -19,14 +19,14 @@ from onecopy.vmm.external_qemu import Vmm
 _TRIES = 10
 
 
-def report_all(host: Host) -> Report:
+def report_all(host: Runtime) -> Report:
     """The report of a host: its guests, what is prepared, and other QEMU processes."""
     maps = guest_maps([*host.guests(), *host.prepared()])
     others = external_qemu.find({each.pid for each in maps})
     return collect(maps, map(vmm_maps, others.vmms), left_out=others.left_out)
 
 
-def checked_report(host: Host) -> tuple[Report, Check]:
+def checked_report(host: Runtime) -> tuple[Report, Check]:
     """The same, and whether its parts add up; taken anew while processes end meanwhile.
 
     Raises what `check.read` and `check.check` do; NotFound if that goes on and on.

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from onecopy.errors import InvalidInput, NotFound
 from onecopy.guest.observe.accounts import guest_maps, vmm_maps
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.linux.files import Identity, open_regular
 from onecopy.model import Reference
@@ -65,7 +65,7 @@ class Advised(msgspec.Struct, frozen=True):
 
 
 def look(
-    host: Host,
+    host: Runtime,
     names: Sequence[str] = (),
     *,
     roots: Sequence[Path] = (),
@@ -98,7 +98,7 @@ def look(
     return Advised(found, tuple(steps), chosen.domain, which)
 
 
-def apply(host: Host, advised: Advised, tell: Tell = lambda _: None) -> list[Artifact]:
+def apply(host: Runtime, advised: Advised, tell: Tell = lambda _: None) -> list[Artifact]:
     """Build the segments of the steps, in the guests' trust domain.
 
     Raises as `build_segment`, and NotFound if another file has the name of a disk by now.
@@ -129,7 +129,7 @@ class _Chosen(msgspec.Struct, frozen=True):
     domain: str
 
 
-def _choose(host: Host, names: Sequence[str]) -> _Chosen:
+def _choose(host: Runtime, names: Sequence[str]) -> _Chosen:
     records = host.guests()
     ours = guest_maps(records)
     found = external_qemu.find({each.pid for each in [*ours, *guest_maps(host.prepared())]})
@@ -194,7 +194,7 @@ def _of_domain(guest: GuestMaps) -> LeftOut:
     return LeftOut(guest.name, guest.pid, "it is of a trust domain; name the guests of that one")
 
 
-def _segments(host: Host, domain: str) -> list[Image]:
+def _segments(host: Runtime, domain: str) -> list[Image]:
     # By path: a segment may have several names, and is read once.
     names = {
         layer.path: each.ref

@@ -16,7 +16,7 @@ from onecopy.errors import (
     Unreadable,
     as_root,
 )
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.images.kernel import KernelConfig, ensure_kernel
 from onecopy.linux import cgroup, prefetch, verity
 from onecopy.linux.counters import ksm, meminfo, pagemap
@@ -36,7 +36,7 @@ class Finding(msgspec.Struct, frozen=True):
     says: str
 
 
-def examine(host: Host, progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
+def examine(host: Runtime, progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
     """All checks; raises nothing for what it finds."""
     return [
         *_programs(),
@@ -61,7 +61,7 @@ def _programs() -> Iterator[Finding]:
         yield Finding("programs", "ok", f"all {len(PACKAGES)} found")
 
 
-def _virtualization(host: Host, progress: Callable[[str], None]) -> Iterator[Finding]:
+def _virtualization(host: Runtime, progress: Callable[[str], None]) -> Iterator[Finding]:
     try:
         qemu = host.qemu
         yield _starting(qemu)
@@ -160,7 +160,7 @@ def _counters() -> Iterator[Finding]:
         yield Finding("page counters", "limited", error.message)
 
 
-def _store(host: Host) -> Iterator[Finding]:
+def _store(host: Runtime) -> Iterator[Finding]:
     free = shutil.disk_usage(host.store.root).free
     state = "ok" if free > 2 << 30 else "limited"
     yield Finding("store", state, f"{host.store.root}, {format_size(free)} free")
@@ -178,7 +178,7 @@ def _read_ahead(size: int | None) -> Finding:
     return Finding("read-ahead", "limited", says)
 
 
-def _protection(host: Host) -> Finding:
+def _protection(host: Runtime) -> Finding:
     with host.store.workspace() as work:
         sample = work / "sample"
         sample.write_bytes(b"sample")

@@ -7,8 +7,8 @@ there is no prctl(2) for another process. Not here: KSM itself (sharing/ksm_sett
 
 from __future__ import annotations
 
-from onecopy.errors import InvalidInput, NotEnough
-from onecopy.guest.runtime import Host
+from onecopy.errors import InsufficientResources, InvalidInput
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import ksm, meminfo
 from onecopy.model import PAGE_SIZE
 from onecopy.vmm.monitor import connect
@@ -17,11 +17,11 @@ from onecopy.vmm.monitor import connect
 _RAM = {"ram", "added-memory"}
 
 
-async def set_mergeable(host: Host, name: str, *, mergeable: bool) -> None:
+async def set_mergeable(host: Runtime, name: str, *, mergeable: bool) -> None:
     """Open the RAM of a running guest to KSM, or close it, which tears its merged pages apart.
 
-    Raises NotFound, InvalidInput for a guest of a trust domain, NotEnough when there is no memory
-    for pages of its own, GuestFailed.
+    Raises NotFound, InvalidInput for a guest of a trust domain, InsufficientResources when there is
+    no memory for pages of its own, GuestFailed.
     """
     record = host.guest(name).record()
     if mergeable and record.domain:
@@ -42,4 +42,6 @@ def _require_memory(pid: int) -> None:
     needed = (ksm.read_process(pid).merging_pages or 0) * PAGE_SIZE
     available = meminfo.read().available
     if available is not None and needed > available:
-        raise NotEnough("memory", needed=needed, available=available, hint="stop some guests first")
+        raise InsufficientResources(
+            "memory", needed=needed, available=available, hint="stop some guests first"
+        )

@@ -19,7 +19,7 @@ from onecopy.guest.lifecycle.batch import names_for, start_many, turns
 from onecopy.guest.lifecycle.restore import CloneSpec, Template, start_clone, template
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import Batch, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import files, process
 from onecopy.linux.counters import meminfo
 from onecopy.sharing.cross_check import Before, Check, check
@@ -47,7 +47,7 @@ _NONE = Work()
 
 
 async def measure(
-    host: Host,
+    host: Runtime,
     system: Artifact,
     size: Size = _USUAL,
     tell: Tell = lambda _: None,
@@ -55,7 +55,7 @@ async def measure(
 ) -> Profile:
     """Start clones, look at them and end them.
 
-    Raises what starts do, Incompatible, NotEnough; GuestFailed if ``work`` fails.
+    Raises what starts do, Incompatible, InsufficientResources; GuestFailed if ``work`` fails.
     """
     source = template(host, system)
     names = names_for("plan", None, size.first + size.more)
@@ -96,7 +96,7 @@ async def measure(
 
 
 async def _start(
-    host: Host, source: Template, names: list[str], owner: Path, port: int
+    host: Runtime, source: Template, names: list[str], owner: Path, port: int
 ) -> tuple[list[GuestRecord], float]:
     """The guests, and how many seconds it took until they were handed out."""
     need = admission.of_clones(source.accel.name, len(names))
@@ -132,7 +132,7 @@ async def _command(command: str, guest: GuestRecord) -> None:
         raise GuestFailed(f"{command!r} ended with exit code {code}: {said}")
 
 
-def _look(host: Host, guests: list[GuestRecord], before: Before) -> Check:
+def _look(host: Runtime, guests: list[GuestRecord], before: Before) -> Check:
     names = {guest.name for guest in guests}
     records = [each for each in host.guests() if each.name in names]
     return check(before, collect(guest_maps(records)))
@@ -146,7 +146,7 @@ async def _idle(guests: list[GuestRecord], seconds: float) -> float:
     return (after - before) / (time.monotonic() - began) / len(guests)
 
 
-def kept(host: Host, system: Artifact, work: Work = _NONE) -> Profile | None:
+def kept(host: Runtime, system: Artifact, work: Work = _NONE) -> Profile | None:
     """What was measured before of this system and ``work``, with the QEMU that the host has now."""
     try:
         found = msgspec.json.decode(_path(host, system).read_bytes(), type=Profile)
@@ -155,10 +155,10 @@ def kept(host: Host, system: Artifact, work: Work = _NONE) -> Profile | None:
     return found if (found.qemu, found.work) == (host.qemu.version, work) else None
 
 
-def keep(host: Host, system: Artifact, profile: Profile) -> None:
+def keep(host: Runtime, system: Artifact, profile: Profile) -> None:
     """Keep a profile for `kept`. Raises OSError."""
     files.replace(_path(host, system), msgspec.json.encode(profile))
 
 
-def _path(host: Host, system: Artifact) -> Path:
+def _path(host: Runtime, system: Artifact) -> Path:
     return host.store.cache / f"plan-{system.digest.partition(':')[2]}.json"

@@ -16,7 +16,7 @@ import msgspec
 
 from onecopy.errors import InvalidInput, NotFound, NotPermitted
 from onecopy.guest.observe.accounts import guest_maps, vmm_maps
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import process
 from onecopy.linux.counters import ksm, meminfo, residency
 from onecopy.model import PAGE_SIZE, format_size
@@ -44,7 +44,7 @@ class View(msgspec.Struct, frozen=True):
 class Watch:
     """Looks at a host; the first look has no figures of CPU yet."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Runtime) -> None:
         self._host = host
         self._looks = 0
         self._folder_changed = -1

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Iterator
 
 from onecopy.errors import NotFound, Unreadable
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import pagemap, smaps
 from onecopy.model import PAGE_SIZE
 from onecopy.store import Artifact, Layer
@@ -24,7 +24,7 @@ class Users:
     Raises NotPermitted without ptrace rights over their VMMs.
     """
 
-    def __init__(self, host: Host, artifact: Artifact) -> None:
+    def __init__(self, host: Runtime, artifact: Artifact) -> None:
         self._maps = list(_maps(host, artifact))
 
     def pages(self, layer: Layer) -> bytes | None:
@@ -42,7 +42,7 @@ class Users:
         return bytes(pages) if found else None
 
 
-def _maps(host: Host, artifact: Artifact) -> Iterator[tuple[int, list[smaps.Mapping]]]:
+def _maps(host: Runtime, artifact: Artifact) -> Iterator[tuple[int, list[smaps.Mapping]]]:
     holders = {name for layer in artifact.layers for name in host.store.users(layer.digest)}
     for _, pid in host.vmms(holders):
         # What nobody can read of one says nothing of the others.

@@ -19,7 +19,7 @@ import msgspec
 
 from onecopy.errors import (
     AlreadyExists,
-    NotEnough,
+    InsufficientResources,
     NotFound,
     NotPermitted,
     OnecopyError,
@@ -74,7 +74,7 @@ def holder_of(artifact: Artifact) -> str:
 def pin(store: Store, artifact: Artifact) -> Pinned:
     """Lock all blobs of ``artifact`` in memory; at return they are.
 
-    Raises AlreadyExists, NotEnough (memory, or what this user may lock), NotPermitted,
+    Raises AlreadyExists, InsufficientResources (memory, or what this user may lock), NotPermitted,
     StoreDamaged, NotFound.
     """
     holder = holder_of(artifact)
@@ -104,10 +104,10 @@ def unpin(store: Store, artifact: Artifact) -> None:
 
 
 def _require_memory(needed: int) -> None:
-    """Raise NotEnough before anything is begun."""
+    """Raise InsufficientResources before anything is begun."""
     available = meminfo.read().available
     if available is not None and available < needed + _RESERVE:
-        raise NotEnough(
+        raise InsufficientResources(
             "memory",
             needed=needed + _RESERVE,
             available=available,
@@ -115,7 +115,7 @@ def _require_memory(needed: int) -> None:
         )
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     if limit != resource.RLIM_INFINITY and limit < needed and not capabilities() & _IPC_LOCK:
-        raise NotEnough(
+        raise InsufficientResources(
             "memory that this user may lock",
             needed=needed,
             available=limit,
@@ -146,7 +146,7 @@ def _told(answer: bytes) -> dict[str, Any]:
 def _error(number: int, text: str, needed: int) -> OnecopyError:
     if number in (errno.ENOMEM, errno.EAGAIN):
         available = meminfo.read().available or 0
-        return NotEnough(
+        return InsufficientResources(
             "memory to lock", needed=needed, available=available, hint=f"the kernel said: {text}"
         )
     if number in (errno.EPERM, errno.EACCES):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from onecopy.errors import GuestFailed, NotUnmounted
 from onecopy.guest import guest_script
 from onecopy.guest.run_directory import Attached
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.hotplug import confirm, plug, release, require_detachable, words
 from onecopy.model import Reference
 from onecopy.vmm.guest_reply import shown
@@ -23,13 +23,14 @@ _BUSY = 16
 
 
 async def attach(
-    host: Host, name: str, ref: Reference, mountpoint: str = "", *, exclusive: bool = False
+    host: Runtime, name: str, ref: Reference, mountpoint: str = "", *, exclusive: bool = False
 ) -> Attached:
     """Load a segment into a running guest, mounted on ``mountpoint`` or as a device (``""``).
 
     With ``exclusive`` the guest gets a private copy, to write to, of what others only read. Raises
-    NotFound, Restricted, OtherDomain, AlreadyExists, InvalidInput, NoSlot, TooLarge, NotEnough,
-    GuestFailed, AgentFailed. What fails leaves at most a device in the guest, marked as kept.
+    NotFound, Restricted, OtherDomain, AlreadyExists, InvalidInput, NoSlot, TooLarge,
+    InsufficientResources, GuestFailed, AgentFailed. What fails leaves at most a device in the
+    guest, marked as kept.
     """
     loading = await plug(host, name, ref, mountpoint, exclusive=exclusive)
     folder = host.guest(name)
@@ -46,7 +47,7 @@ async def attach(
     return await confirm(host, name, loading.name, mountpoint)
 
 
-async def detach(host: Host, name: str, segment: str) -> Attached:
+async def detach(host: Runtime, name: str, segment: str) -> Attached:
     """Unload a segment: unmount it and take its name away. Its device, and the lease, stay.
 
     Raises NotFound, InvalidInput, NotUnmounted (with the processes that hold it), AgentFailed.

@@ -17,8 +17,8 @@ import msgspec
 
 from onecopy.errors import CommandFailed, InvalidInput, StoreDamaged
 from onecopy.guest.pause import copying, paused
-from onecopy.guest.run_directory import Attached, Device, GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import Attached, Device, GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.hotplug import changing, find
 from onecopy.images.range_record import MEDIA_TYPE, SegmentConfig, role
 from onecopy.linux import cow_pages
@@ -42,7 +42,7 @@ class Committed(msgspec.Struct, frozen=True):
 
 
 async def commit(
-    host: Host,
+    host: Runtime,
     name: str,
     segment: str,
     target: Reference | None = None,
@@ -53,9 +53,9 @@ async def commit(
 
     The guest goes on with its own copy; who has the old version keeps it. All or nothing: it
     returns once the new version is on disk and its digests were verified. Raises NotFound,
-    InvalidInput (not loaded EW), NameMoved (the name means something else than what the guest
+    InvalidInput (not loaded EW), NameConflict (the name means something else than what the guest
     loaded), AlreadyExists, GuestFailed, AgentFailed, StoreDamaged (the guest has spoilt its file
-    system), NotEnough, NotPermitted.
+    system), InsufficientResources, NotPermitted.
     """
     async with changing(host, name) as folder:
         record = folder.require_agent()
@@ -98,9 +98,9 @@ def _copy(layer: Layer, size: int, out: Path) -> None:
 
 
 async def _collect(
-    host: Host,
+    host: Runtime,
     record: GuestRecord,
-    folder: GuestFolder,
+    folder: RunDirectory,
     segment: str,
     own: dict[int, Device],
     work: Path,
@@ -142,7 +142,7 @@ def _check(image: Path, fs: str, segment: str) -> None:
 
 
 def _put(
-    host: Host,
+    host: Runtime,
     target: Reference,
     old: Artifact,
     own: set[int],
@@ -172,7 +172,7 @@ def _put(
     )
 
 
-def _read_back(host: Host, artifact: Artifact) -> None:
+def _read_back(host: Runtime, artifact: Artifact) -> None:
     """Verify the digests of what is on the disk, not in memory."""
     for layer in artifact.layers:
         with layer.path.open("rb", buffering=0) as file:

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Iterator
 
 from onecopy.errors import (
     AlreadyExists,
+    InsufficientResources,
     InvalidInput,
     NoSlot,
-    NotEnough,
     NotFound,
     OnecopyError,
     OtherDomain,
@@ -20,7 +20,7 @@ from onecopy.errors import (
 )
 from onecopy.guest.machine import check_mountpoint
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments import protocol
 from onecopy.guest.segments.hotplug import confirm, find, plug, release, require_detachable, words
 from onecopy.guest.segments.protocol import Request
@@ -31,12 +31,12 @@ from onecopy.store import Artifact
 
 #: What a guest is told in full.
 TOLD = (
-    *(AlreadyExists, InvalidInput, NoSlot, NotEnough, NotFound),
+    *(AlreadyExists, InvalidInput, NoSlot, InsufficientResources, NotFound),
     *(OtherDomain, Restricted, TooLarge),
 )
 
 
-async def answer(host: Host, guest: str, request: Request) -> bytes:
+async def answer(host: Runtime, guest: str, request: Request) -> bytes:
     """All lines of the answer; raises nothing that the host can refuse."""
     try:
         lines = [line async for line in _lines(host, guest, request)]
@@ -45,7 +45,7 @@ async def answer(host: Host, guest: str, request: Request) -> bytes:
     return b"".join(lines)
 
 
-async def _lines(host: Host, guest: str, request: Request) -> AsyncIterator[bytes]:
+async def _lines(host: Runtime, guest: str, request: Request) -> AsyncIterator[bytes]:
     arguments = request.arguments
     match request.verb:
         case "load":
@@ -77,14 +77,14 @@ async def _lines(host: Host, guest: str, request: Request) -> AsyncIterator[byte
             yield protocol.ok(request.id)
 
 
-def _found(host: Host, guest: str, text: str) -> str:
+def _found(host: Runtime, guest: str, text: str) -> str:
     record = host.guest(guest).record()
     artifact = host.store.resolve(Reference.parse(text), "segment")
     host.store.require_access([artifact.name], guest, record.domain)
     return _described(artifact, record)
 
 
-def _all(host: Host, record: GuestRecord) -> Iterator[str]:
+def _all(host: Runtime, record: GuestRecord) -> Iterator[str]:
     """The segments that a guest may load."""
     for artifact in host.store.artifacts("segment"):
         if artifact.name.partition(".")[0] == TOOLS_NAME:

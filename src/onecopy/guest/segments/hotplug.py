@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 
 from onecopy.errors import AlreadyExists, GuestFailed, InvalidInput, NotFound
-from onecopy.guest.backing import Backed, backings
+from onecopy.guest.backing import Backing, backings
 from onecopy.guest.lifecycle.launch import attached
 from onecopy.guest.machine import Placed, check_mountpoint, ranges_of
-from onecopy.guest.run_directory import Attached, GuestFolder, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import Attached, GuestRecord, RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segment_costs import require_room
 from onecopy.guest.segments import reset
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT
@@ -33,12 +33,12 @@ _WAITING = 300.0
 
 
 async def plug(
-    host: Host, name: str, ref: Reference, mountpoint: str = "", *, exclusive: bool = False
+    host: Runtime, name: str, ref: Reference, mountpoint: str = "", *, exclusive: bool = False
 ) -> Attached:
     """Give the guest the devices of a segment; it is `loading` until `confirm` or `release`.
 
     Raises NotFound, Restricted, OtherDomain, AlreadyExists, InvalidInput, NoSlot, TooLarge,
-    NotEnough, NotPermitted, StoreDamaged, GuestFailed.
+    InsufficientResources, NotPermitted, StoreDamaged, GuestFailed.
     """
     if mountpoint:
         check_mountpoint(mountpoint)
@@ -65,12 +65,12 @@ async def plug(
         return loading
 
 
-async def confirm(host: Host, name: str, segment: str, mountpoint: str = "") -> Attached:
+async def confirm(host: Runtime, name: str, segment: str, mountpoint: str = "") -> Attached:
     """The guest has what was plugged in; raise NotFound."""
     return await _change(host, name, segment, state="loaded", mountpoint=mountpoint)
 
 
-async def release(host: Host, name: str, segment: str) -> Attached:
+async def release(host: Runtime, name: str, segment: str) -> Attached:
     """The guest uses a segment no more; raise NotFound."""
     return await _change(host, name, segment, state="kept", mountpoint="")
 
@@ -115,8 +115,8 @@ def _require_memory(record: GuestRecord, placed: Sequence[Placed]) -> None:
 
 
 async def _plug(
-    host: Host,
-    folder: GuestFolder,
+    host: Runtime,
+    folder: RunDirectory,
     record: GuestRecord,
     artifact: Artifact,
     placed: Sequence[Placed],
@@ -134,7 +134,7 @@ async def _plug(
             )
             # QEMU keeps it, and with it the lease, until it ends.
             await monitor.give_fd(lease.fd, f"lease.{secrets.token_hex(4)}")
-            ranges: list[tuple[Placed, Backed, str]] = []
+            ranges: list[tuple[Placed, Backing, str]] = []
             for number, item in zip(numbers, placed, strict=True):
                 backed = found.back(item.needed)
                 await pmem_hotplug.plug(
@@ -153,7 +153,9 @@ def words(item: Attached, mountpoint: str) -> list[str]:
     return [item.name, item.devices[0].fs or "-", mountpoint or "-", *devices]
 
 
-async def _change(host: Host, name: str, segment: str, *, state: str, mountpoint: str) -> Attached:
+async def _change(
+    host: Runtime, name: str, segment: str, *, state: str, mountpoint: str
+) -> Attached:
     async with changing(host, name) as folder:
         item = find(folder.record(), segment)
         item = msgspec.structs.replace(item, state=state, mountpoint=mountpoint)
@@ -161,7 +163,7 @@ async def _change(host: Host, name: str, segment: str, *, state: str, mountpoint
         return item
 
 
-def _note(folder: GuestFolder, item: Attached) -> None:
+def _note(folder: RunDirectory, item: Attached) -> None:
     """Write ``item`` in place of what the record had of the same devices."""
     record = folder.record()
     addresses = [device.address for device in item.devices]
@@ -170,7 +172,7 @@ def _note(folder: GuestFolder, item: Attached) -> None:
 
 
 @contextlib.asynccontextmanager
-async def changing(host: Host, name: str) -> AsyncIterator[GuestFolder]:
+async def changing(host: Runtime, name: str) -> AsyncIterator[RunDirectory]:
     """The guest's folder, while nobody else changes what it has loaded.
 
     Raises NotFound, and GuestFailed if somebody does so for too long.

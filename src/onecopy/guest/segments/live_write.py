@@ -28,7 +28,7 @@ def write(
     ``number`` is the range, by default the only one that is SC; ``offset`` is in bytes. What is
     written stays until the segment goes. Two writers take turns; a guest that reads meanwhile may
     see a part. Raises NotFound, InvalidInput (no such range, or it does not fit: then what came
-    before the end of the range is written), NotEnough, NotPermitted.
+    before the end of the range is written), InsufficientResources, NotPermitted.
     """
     item = _range(store, ref, number)
     path = live_file(store, item.needed)

@@ -2,7 +2,8 @@
 
 A request is ``ID VERB ARGUMENTS...``, an answer ``ID item TEXT`` any number of times, then ``ID ok
 TEXT`` or ``ID error ERROR EXIT-CODE TEXT``. Guests are not trusted: whatever they send becomes a
-`Request` or a `Nonsense`, and takes no more memory than a line. Not here: the port (service.py).
+`Request` or a `MalformedRequest`, and takes no more memory than a line. Not here: the port
+(service.py).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Request(msgspec.Struct, frozen=True):
         return (" ".join((self.id, self.verb, *self.arguments)) + "\n").encode()
 
 
-class Nonsense(msgspec.Struct, frozen=True):
+class MalformedRequest(msgspec.Struct, frozen=True):
     """Something that is no request; ``id`` is - if it had none."""
 
     why: str
@@ -47,7 +48,7 @@ class Lines:
         self._rest = b""
         self._skipping = False
 
-    def feed(self, data: bytes) -> Iterator[Request | Nonsense]:
+    def feed(self, data: bytes) -> Iterator[Request | MalformedRequest]:
         """What is complete with ``data``; raises nothing."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
@@ -58,27 +59,27 @@ class Lines:
                 yield parse(line)
         if len(self._rest) > LIMIT:
             if not self._skipping:
-                yield Nonsense(f"a line has more than {LIMIT} bytes")
+                yield MalformedRequest(f"a line has more than {LIMIT} bytes")
             self._rest, self._skipping = b"", True
 
 
-def parse(line: bytes) -> Request | Nonsense:
+def parse(line: bytes) -> Request | MalformedRequest:
     """One line, without its end."""
     if len(line) > LIMIT:
-        return Nonsense(f"a line has more than {LIMIT} bytes")
+        return MalformedRequest(f"a line has more than {LIMIT} bytes")
     try:
         text = line.decode("ascii")
     except UnicodeDecodeError:
-        return Nonsense("a request is printable ASCII")
+        return MalformedRequest("a request is printable ASCII")
     if not text.isprintable():
-        return Nonsense("a request is printable ASCII")
+        return MalformedRequest("a request is printable ASCII")
     id_, *words = text.split(" ")
     if not _ID.fullmatch(id_):
-        return Nonsense("a request begins with an ID of up to 32 hexadecimal digits")
+        return MalformedRequest("a request begins with an ID of up to 32 hexadecimal digits")
     if not words or words[0] not in VERBS:
-        return Nonsense(f"the requests are {', '.join(VERBS)}", id_)
+        return MalformedRequest(f"the requests are {', '.join(VERBS)}", id_)
     if len(words) - 1 != VERBS[words[0]] or "" in words:
-        return Nonsense(f"{words[0]} takes {VERBS[words[0]]} arguments", id_)
+        return MalformedRequest(f"{words[0]} takes {VERBS[words[0]]} arguments", id_)
     return Request(id_, words[0], tuple(words[1:]))
 
 

@@ -13,12 +13,14 @@ from onecopy.errors import NotFound
 from onecopy.guest.backing import backings
 from onecopy.guest.machine import Placed
 from onecopy.guest.run_directory import Attached, Device, GuestRecord
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 from onecopy.linux import cow_pages, memfd
 from onecopy.model import PageClass
 
 
-async def renew(host: Host, record: GuestRecord, kept: Attached, placed: Sequence[Placed]) -> None:
+async def renew(
+    host: Runtime, record: GuestRecord, kept: Attached, placed: Sequence[Placed]
+) -> None:
     """Drop what the guest has written to the devices that it kept of a segment.
 
     What guests have in common starts again if no other one has it loaded. Raises NotPermitted.

@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from onecopy.errors import AlreadyExists, GuestFailed, NotFound, OnecopyError
-from onecopy.guest.run_directory import GuestFolder
-from onecopy.guest.runtime import Host
+from onecopy.guest.run_directory import RunDirectory
+from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments import protocol
 from onecopy.guest.segments.handlers import answer
-from onecopy.guest.segments.protocol import Lines, Nonsense, Request
+from onecopy.guest.segments.protocol import Lines, MalformedRequest, Request
 from onecopy.vmm.port_pipe import Pipe
 
 #: Seconds between looks for new guests.
@@ -41,7 +41,7 @@ _CHUNK = 4096
 Tell = Callable[[str], None]
 
 
-async def serve(host: Host, tell: Tell = lambda _: None) -> None:
+async def serve(host: Runtime, tell: Tell = lambda _: None) -> None:
     """Answer all guests of a store, those to come included, until cancelled.
 
     ``tell`` is told each request. Raises AlreadyExists if another one does.
@@ -60,7 +60,7 @@ async def serve(host: Host, tell: Tell = lambda _: None) -> None:
 
 
 def _follow(
-    host: Host,
+    host: Runtime,
     tasks: dict[tuple[str, int], asyncio.Task[None]],
     workers: ThreadPoolExecutor,
     tell: Tell,
@@ -83,7 +83,7 @@ def _folders(run: Path) -> Iterator[tuple[tuple[str, int], Path]]:
 
 
 @contextlib.contextmanager
-def _alone(host: Host) -> Iterator[None]:
+def _alone(host: Runtime) -> Iterator[None]:
     fd = os.open(host.run / ".serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +97,7 @@ def _alone(host: Host) -> Iterator[None]:
 
 
 async def _guest(
-    host: Host, folder: Path, workers: ThreadPoolExecutor, tell: Tell, *, late: bool
+    host: Runtime, folder: Path, workers: ThreadPoolExecutor, tell: Tell, *, late: bool
 ) -> None:
     """Answer one guest."""
     lines, turns, rejected = Lines(), _Turns(), float("-inf")
@@ -123,7 +123,7 @@ async def _handed_out(folder: Path) -> None:
     """Wait until a guest that asks while it is started can be given something."""
     while True:
         try:
-            GuestFolder(folder).record()
+            RunDirectory(folder).record()
         except NotFound:
             await asyncio.sleep(_LOOK)
         else:
@@ -142,9 +142,13 @@ async def _send(pipe: Pipe, reply: bytes) -> None:
 
 
 async def _reply(
-    host: Host, guest: str, found: Request | Nonsense, workers: ThreadPoolExecutor, tell: Tell
+    host: Runtime,
+    guest: str,
+    found: Request | MalformedRequest,
+    workers: ThreadPoolExecutor,
+    tell: Tell,
 ) -> bytes:
-    if isinstance(found, Nonsense):
+    if isinstance(found, MalformedRequest):
         tell(f"{guest}: {found.why}")
         return protocol.error(found.id, "bad-request", 2, found.why)
     loop = asyncio.get_running_loop()
@@ -161,7 +165,7 @@ async def _reply(
     return reply
 
 
-def _work(host: Host, guest: str, request: Request) -> bytes:
+def _work(host: Runtime, guest: str, request: Request) -> bytes:
     async def work() -> bytes:
         async with asyncio.timeout(_TIMEOUT):
             return await answer(host, guest, request)

@@ -19,8 +19,8 @@ from pathlib import Path
 from onecopy.errors import (
     AlreadyExists,
     GuestFailed,
+    InsufficientResources,
     InvalidInput,
-    NotEnough,
     NotFound,
     OnecopyError,
     TooLarge,
@@ -82,7 +82,7 @@ async def copy_in(folder: Path, source: StrPath, target: str) -> None:
 
     As cp(1) does: into ``target`` if that is a folder there, else under that name. Links in a
     folder are copied as they are; all belongs to root there. A file that is there is replaced, a
-    folder never. Raises NotFound, InvalidInput, AlreadyExists, NotPermitted, NotEnough,
+    folder never. Raises NotFound, InvalidInput, AlreadyExists, NotPermitted, InsufficientResources,
     AgentFailed, GuestFailed; what fails leaves nothing of it.
     """
     where, tag, err = _absolute(target), secrets.token_hex(8), Tail()
@@ -184,13 +184,13 @@ async def _tidy(folder: Path, where: str, tag: str) -> None:
         await run_captured(folder, [*_RUN, script, "cp", where, tag], timeout=_TIDYING)
 
 
-async def _full(folder: Path, where: str, source: Path) -> NotEnough:
+async def _full(folder: Path, where: str, source: Path) -> InsufficientResources:
     """The guest has no room for ``source``: how much there would have to be."""
     script = f'{_BUSYBOX} df -Pk "$1" 2>/dev/null || {_BUSYBOX} df -Pk "${{1%/*}}/"'
     done = await run_captured(folder, [*_RUN, script, "cp", where], timeout=_PATIENCE)
     free = next(iter(done.stdout.split()[-3:]), b"")
     sizes = (s.st_size for _, s in walk(source) if not stat.S_ISLNK(s.st_mode))
-    return NotEnough(
+    return InsufficientResources(
         f"disk in {folder.name}",
         needed=sum(sizes),
         available=decimal(free, f"what {folder.name} has left", most=1 << 50) << 10,

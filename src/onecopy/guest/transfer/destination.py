@@ -15,7 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from onecopy.errors import AlreadyExists, InvalidInput, NotEnough, NotFound, NotPermitted
+from onecopy.errors import (
+    AlreadyExists,
+    InsufficientResources,
+    InvalidInput,
+    NotFound,
+    NotPermitted,
+)
 from onecopy.linux.removal import remove_tree
 from onecopy.store.disk import free_bytes
 
@@ -158,7 +164,7 @@ def host_errors(path: StrPath) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             available = free_bytes(Path(path).absolute().parent)
-            raise NotEnough(
+            raise InsufficientResources(
                 "disk", needed=available + 1, available=available, hint="nothing was copied"
             ) from error
         kind = _ERRORS.get(error.errno or 0)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import NotEnough, TooLarge
+from onecopy.errors import InsufficientResources, TooLarge
 from onecopy.model import MIB, format_size
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -91,8 +91,8 @@ class Unpacker:
 
     An archive of several members is one of a folder, whose first member is the folder itself. Modes
     and times are kept, but for set-id bits; what is made is ours. Raises Unusable, OSError,
-    TooLarge beyond ``limits``, and NotEnough when the disk is nearly full; what is made by then
-    stays.
+    TooLarge beyond ``limits``, and InsufficientResources when the disk is nearly full; what is made
+    by then stays.
     """
 
     def __init__(self, target: Path, limits: Limits | None = None) -> None:
@@ -235,7 +235,7 @@ def _require_room(folder: Path) -> None:
     disk = os.statvfs(folder)
     free, reserve = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize // _SHARE
     if free < min(reserve, _RESERVE):
-        raise NotEnough(
+        raise InsufficientResources(
             "disk to leave some to others",
             needed=min(reserve, _RESERVE),
             available=free,

@@ -86,7 +86,8 @@ class DebianSource(msgspec.Struct, frozen=True):
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
         """Install into the empty folder ``into``, as root, and return it (about 20 s).
 
-        Raises BadSource (suite, package, network), NotPermitted, NotEnough, MissingProgram.
+        Raises BadSource (suite, package, network), NotPermitted, InsufficientResources,
+        MissingProgram.
         """
         if os.geteuid() != 0:
             raise NotPermitted(

@@ -48,7 +48,7 @@ class DiskSource(msgspec.Struct, frozen=True):
         """Copy the files into the empty folder ``into``, as root, and return it.
 
         Raises BadSource (no disk image, in use, truncated, damaged, encrypted, LVM; no root, or
-        several), NotEnough, MissingProgram, Incompatible, OSError.
+        several), InsufficientResources, MissingProgram, Incompatible, OSError.
         """
         try:
             with self._opened() as fd:

@@ -45,7 +45,7 @@ class ArchiveSource(msgspec.Struct, frozen=True):
         """Unpack into the empty folder ``into``, as root, and return it; it is empty if that fails.
 
         Raises BadSource (not an archive, broken, or with members that lead out or cannot be kept),
-        NotEnough, MissingProgram, Incompatible, OSError.
+        InsufficientResources, MissingProgram, Incompatible, OSError.
         """
         progress(f"unpacking {self.path.name}")
         left_out = LeftOut()
