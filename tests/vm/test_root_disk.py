@@ -183,9 +183,11 @@ def test_each_program_can_open_its_streams(host: Runtime, guest: GuestRecord, ru
 def test_the_agent_comes_back(run: Run) -> None:
     before = run("sh", "-c", STATE).text.split()
     assert before[:2] == ["-1000", "2"]
-    # In the background, since the agent is killed, then the keeper, so that its twin comes.
+    # In the background, since the agent is killed, then the keeper, so that its twin comes. What
+    # starts it has ended by then.
     script = """
-        kill -9 $(pidof ld.so); sleep 4; kill -9 $(pidof identity); sleep 4
+        while pidof exec >/dev/null; do sleep .2; done
+        sleep 3; kill -9 $(pidof ld.so); sleep 4; kill -9 $(pidof identity); sleep 4
         for keeper in $(pidof keeper); do
             read -r _ _ _ parent _ </proc/$keeper/stat; [ $parent != 1 ] || kill -9 $keeper
         done

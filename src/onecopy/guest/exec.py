@@ -170,7 +170,7 @@ class _Program:
 async def _exit_code(agent: Agent, pid: int) -> int:
     delay, deadline = 0.002, Deadline.after(_ENDING)
     while deadline.left():
-        status = await agent.call("guest-exec-status", _Status, pid=pid)
+        status = await _status(agent, pid)
         if status.exited:
             if status.exitcode is None:
                 return 128 + (status.signal or 0)
@@ -178,6 +178,19 @@ async def _exit_code(agent: Agent, pid: int) -> int:
         await asyncio.sleep(delay)
         delay = min(delay * 2, 0.1)
     raise AgentFailed(f"the exit code of process {pid} did not come within {_ENDING:g} s")
+
+
+async def _status(agent: Agent, pid: int) -> _Status:
+    try:
+        return await agent.call("guest-exec-status", _Status, pid=pid)
+    except AgentFailed as error:
+        # QEMU's qga/commands.c: it has no such child.
+        if "Invalid parameter 'pid'" not in error.message:
+            raise
+        raise AgentFailed(
+            "the guest agent was restarted while the program ran, whose exit code is lost",
+            hint="run the program again",
+        ) from error
 
 
 async def _transfer(ports: Ports, tag: str, streams: Streams, agent: Agent, pid: int) -> None:
