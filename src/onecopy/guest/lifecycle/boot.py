@@ -34,13 +34,13 @@ from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT, Boot, write_initrd
 from onecopy.images.kernel import KernelConfig
-from onecopy.linux import tsc
 from onecopy.store import Artifact, Lease
 from onecopy.vmm import guest_reply
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Kernel, Launch, Nic, Ram, command
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm, prepare
+from onecopy.vmm.tcg import kernel_words
 
 _ENDED = "the guest ended while starting"
 
@@ -59,7 +59,7 @@ def launch_spec(
         ram=Ram.ANONYMOUS,
         rom=host.qemu.rom,
         traces=host.qemu.traces,
-        kernel=_booted_kernel(prepared, folder),
+        kernel=_booted_kernel(host, prepared, folder),
         card=card,
         publish=prepared.spec.publish,
         ksm=open_to(prepared.spec.ksm, prepared.domain),
@@ -67,21 +67,11 @@ def launch_spec(
     )
 
 
-def _booted_kernel(prepared: BootPlan, folder: Path) -> Kernel:
+def _booted_kernel(host: Runtime, prepared: BootPlan, folder: Path) -> Kernel:
     if prepared.agent:
-        append = _clock(prepared.accel.name)
+        append = kernel_words(host.qemu.version) if prepared.accel.name == "tcg" else ""
         return Kernel(prepared.kernel.layer("kernel").path, folder / "initrd", append)
     return Kernel(prepared.root.layer("kernel").path, None)
-
-
-def _clock(accel: str) -> str:
-    """What a kernel is told of the speed of its clock.
-
-    Under TCG its time-stamp counter is the host's. On a busy host it measures that by a timer which
-    is late, and its clock runs several times too fast for ever.
-    """
-    megahertz = tsc.megahertz() if accel == "tcg" else None
-    return f"tsc_early_khz={megahertz * 1000}" if megahertz else ""
 
 
 def dry_run(host: Runtime, prepared: BootPlan, name: str) -> list[str]:

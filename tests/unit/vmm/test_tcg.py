@@ -1,0 +1,18 @@
+"""What a guest's kernel is told under TCG, by QEMU's version."""
+
+import pytest
+
+from onecopy.linux import tsc
+from onecopy.vmm.tcg import kernel_words
+
+
+@pytest.mark.parametrize("version", ["7.2.22", "6.1", "8.0.0", "10.0.13", "odd"])
+def test_only_an_old_qemu_hides_cmpxchg16b(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tsc, "megahertz", lambda: 2400)
+    old = version.startswith(("7.", "6."))
+    assert kernel_words(version) == "tsc_early_khz=2400000" + " clearcpuid=141" * old
+
+
+def test_a_clock_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tsc, "megahertz", lambda: None)
+    assert kernel_words("10.0.0") == ""
