@@ -18,7 +18,7 @@ from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import Template, template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
@@ -27,7 +27,7 @@ ROOT = Reference("bench-root")
 #: Removed at the end.
 SYSTEM = Reference("bench")
 ALONE = Reference("bench-alone")
-_SOURCE, _PACKAGES = "debian:bookworm", ["python3"]
+_SOURCE, _PACKAGES = "debian:bookworm", ("python3",)
 #: A shell command: the application answers (asked in the guest, of itself).
 READY = "python3 -c 'import urllib.request; urllib.request.urlopen(\"http://127.0.0.1\")'"
 
@@ -70,7 +70,7 @@ async def set_up(
 ) -> Setup:
     """Save the system, on ``root`` or on one that is built if the store lacks it."""
     if root is None and host.store.find(ROOT, "segment") is None:
-        build_segment(host.store, ROOT, _SOURCE, include=_PACKAGES, progress=tell)
+        build_segment(host.store, ROOT, _SOURCE, BuildOptions(include=_PACKAGES), progress=tell)
     spec = BootSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
     prepared = plan_boot(host, spec, tell)
     began = time.monotonic()

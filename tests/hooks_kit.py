@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
-from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy import Guest
 from onecopy.guest.run_directory import GuestRecord
-from onecopy.guest.runtime import Runtime
 from onecopy.store import Artifact
 from tests.vm.conftest import RunIn
+from tests.vm.guests import open_guests
 
 #: Name -> values.
 Drawn = dict[str, set[str]]
@@ -34,29 +31,18 @@ def write(run_in: RunIn, guest: GuestRecord, path: str, content: str, mode: str 
     assert done.exit_code == 0, done
 
 
-def drawn(
-    host: Runtime, system: Artifact, script: str, names: Sequence[str] = ("draws-1", "draws-2")
-) -> list[Drawn]:
-    """What a shell script says in clones of ``system``: "NAME VALUE", a line each.
+def drawn(system: Artifact, script: str, name: str = "draws") -> list[Drawn]:
+    """What a shell script says in two clones of ``system``: "NAME VALUE", a line each.
 
     A request that is lost costs a clone a value: so there are several of each name, and clones that
     draw alike have some in common.
     """
-    source = template(host, system)
-    begun = start_many(
-        host, names, lambda name, batch: start_clone(host, source, name, batch=batch)
-    )
-    started = list(asyncio.run(begun).guests)
-    try:
-        return [_said(host, guest, script) for guest in started]
-    finally:
-        for guest in started:
-            host.end(guest)
+    with open_guests() as guests:
+        return [_said(guest, script) for guest in guests.clone(system, 2, name=name)]
 
 
-def _said(host: Runtime, guest: GuestRecord, script: str) -> Drawn:
-    done = asyncio.run(run_captured(host.run / guest.name, ["sh", "-c", script], timeout=600))
-    assert done.exit_code == 0, done
+def _said(guest: Guest, script: str) -> Drawn:
+    done = guest.exec(["sh", "-c", script], timeout=600)
     values: Drawn = {}
     for line in done.text.splitlines():
         name, _, value = line.partition(" ")

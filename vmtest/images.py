@@ -19,7 +19,7 @@ from pathlib import Path
 
 from onecopy.errors import InUse
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import Reference
 from tests.vm.kept import builders_digest, kept_store
 
@@ -149,7 +149,7 @@ class _Builder:
                     with suppress(InUse):
                         store.remove(Reference.parse(artifact.ref))
             self.tell(f"building {name}")
-            build_segment(store, ref, source(), include=include)
+            build_segment(store, ref, source(), BuildOptions(include=include))
         return ref
 
 

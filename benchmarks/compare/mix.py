@@ -26,7 +26,7 @@ from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.lifecycle.restore import template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.subprocesses import run
 from onecopy.vmm.accel import Choice
@@ -178,7 +178,7 @@ async def different(host: Runtime, work: Path, accel: Choice, count: int, tell: 
 
 def _build_root(host: Runtime, tell: Tell) -> None:
     if host.store.find(ROOT, "segment") is None:
-        build_segment(host.store, ROOT, SOURCE, include=PACKAGES, progress=tell)
+        build_segment(host.store, ROOT, SOURCE, BuildOptions(include=PACKAGES), progress=tell)
 
 
 def _own_root(host: Runtime, tree: Path, number: int, tell: Tell) -> Reference:

@@ -77,7 +77,6 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
-    pass_fds: Sequence[int] = (),
     hint: str = "",
     both: bool = False,
 ) -> str:
@@ -97,7 +96,6 @@ def run(
         stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        pass_fds=pass_fds,
         process_group=0,
         # What a program makes must not depend on who runs us.
         umask=0o022,

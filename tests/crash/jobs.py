@@ -95,7 +95,7 @@ class Maker:
             with store.hold([old.digest], f"committer-{os.getpid()}"), store.workspace() as work:
                 layers = [_layer(work / "image", tag, 0)]
                 parsed = Reference.parse(ref)
-                store.verify(store.put(kind, parsed, b"{}", layers, expected=old.digest))
+                store.verify(store.put(kind, parsed, b"{}", layers, replace=old.digest))
 
         return Job(run, before.bound(ref, frozenset({tag}), {}))
 

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onecopy.errors import BadSource, InsufficientResources, OnecopyError
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.images.fs_image import make_image
 from onecopy.images.kernel import ensure_kernel
 from onecopy.images.source import open_source
@@ -33,7 +33,7 @@ from onecopy.model import Reference
 from onecopy.store import Store
 from tests.conftest import cannot_run
 from tests.hostile import tar_kit as tar
-from tests.unit.linux.test_removal import nest
+from tests.unit.deep_tree import nest
 
 REF = Reference.parse("hostile:1")
 GOOD = tar.file(b"good", b"data")
@@ -378,7 +378,7 @@ def test_as_deep_and_long_as_can_be(tmp_path: Path, fs: str) -> None:
     (tmp_path / "x.tar").write_bytes(data)
     store = Store(tmp_path / "store")
     with suppress(BadSource):
-        build_segment(store, REF, f"tar:{tmp_path}/x.tar", fs=fs)
+        build_segment(store, REF, f"tar:{tmp_path}/x.tar", BuildOptions(fs=fs))
     assert not list((store.root / "tmp").iterdir())
 
 
@@ -427,7 +427,7 @@ def test_the_same_archive_gives_the_same_image(tmp_path: Path, fs: str, mtime: b
     digests = set()
     for number in range(2):
         store = Store(tmp_path / f"store{number}")
-        artifact = build_segment(store, REF, f"tar:{tmp_path}/x.tar", fs=fs)
+        artifact = build_segment(store, REF, f"tar:{tmp_path}/x.tar", BuildOptions(fs=fs))
         digests.add(artifact.digest)
         time.sleep(1.1)
     assert len(digests) == 1
@@ -458,14 +458,14 @@ def test_a_disk_that_an_archive_fills(tmp_path: Path) -> None:
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.errors import OnecopyError
 from onecopy.model import Reference
 from onecopy.store import Store
 store = Store(Path(sys.argv[1]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    build_segment(store, Reference.parse("x:1"), f"tar:{sys.argv[2]}", fs=sys.argv[3])
+    build_segment(store, Reference.parse("x:1"), f"tar:{sys.argv[2]}", BuildOptions(fs=sys.argv[3]))
 except OnecopyError as error:
     print(type(error).__name__)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before >> 10)

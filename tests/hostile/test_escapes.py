@@ -6,19 +6,18 @@ import asyncio
 import os
 import pty
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
+from onecopy.store import Artifact
+from tests.command import ONECOPY
 from tests.vm.conftest import Clones
+from tests.vm.guests import Guests
 
-ONECOPY = Path(sys.executable).with_name("onecopy")
 #: For printf(1): a title, C1's CSI in UTF-8 and by itself, a turned text, a bell, no UTF-8.
 HOSTILE = r"\033]0;owned\007\302\2332J\233\342\200\256x\377\033[31m"
 SHOWN = r"\x1b]0;owned\x07\x9b2J\x9b\u202ex\xff\x1b[31m"
@@ -27,7 +26,7 @@ SHOWN = r"\x1b]0;owned\x07\x9b2J\x9b\u202ex\xff\x1b[31m"
 def onecopy(host: Runtime, *args: str, terminal: bool = False) -> tuple[int, bytes]:
     """Exit code, and both outputs; with ``terminal`` that is one, and what is drawn on it."""
     env = os.environ | {"ONECOPY_HOME": str(host.store.root), "TERM": "xterm"}
-    argv = [str(ONECOPY), *args]
+    argv = [ONECOPY, *args]
     if not terminal:
         done = subprocess.run(argv, env=env, capture_output=True, timeout=120, check=False)
         return done.returncode, done.stdout + done.stderr
@@ -72,10 +71,9 @@ def test_what_it_says_of_failures(host: Runtime, clones: Clones) -> None:
     assert code == 0 and b"\x1b]0;owned\x07" in out
 
 
-def test_a_hook_that_fails(host: Runtime, clones: Clones) -> None:
-    (guest,) = clones(1)
-    hook = f"printf '{HOSTILE}\\n' >&2; exit 3"
-    done = asyncio.run(save_guest(host, Reference("hooked"), guest.name, on_clone=hook))
+def test_a_hook_that_fails(host: Runtime, guests: Guests, saved: Artifact) -> None:
+    (guest,) = guests.clone(saved)
+    done = guest.save("hooked", on_clone=f"printf '{HOSTILE}\\n' >&2; exit 3")
     try:
         assert r"\x1b]0;owned\x07\x9b2J" in _refused(onecopy(host, "run", "hooked"))
         two = ("run", "hooked", "-n", "2", "--keep-going")

@@ -29,10 +29,10 @@ from onecopy.model import MIB
 from onecopy.sharing import live_figures, report
 from onecopy.store import Artifact
 from onecopy.vmm import external_qemu
+from tests.command import ONECOPY
 from tests.hostile.impostor import compile_impostor, impostor, require_root
 from tests.unit.other_user import NOBODY, as_nobody
 
-ONECOPY = Path(sys.executable).with_name("onecopy")
 #: Seconds for a command among all of them, on a busy machine; the hang that is meant has no end.
 STUCK = 100
 OTHER = NOBODY - 1
@@ -115,7 +115,7 @@ def crowd(program: Path) -> Iterator[set[int]]:
 def onecopy(home: Path, *args: str) -> str:
     """What it prints, within bounds of time and memory."""
     env = os.environ | {"ONECOPY_HOME": str(home)}
-    limited = ["prlimit", f"--as={4 << 30}", str(ONECOPY), *args]
+    limited = ["prlimit", f"--as={4 << 30}", ONECOPY, *args]
     done = subprocess.run(
         limited, env=env, capture_output=True, stdin=subprocess.DEVNULL, timeout=STUCK
     )

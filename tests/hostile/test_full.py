@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from onecopy.model import Reference
 from onecopy.store import Store
 from tests.unit.other_user import NOBODY, as_nobody
 from tests.unit.small_disk import ext4, fill_blocks, fill_inodes, tmpfs
-from tests.unit.store_kit import check_whole, killed_at, put
+from tests.unit.store_kit import check_whole, kills, put
 
 _LINES = [
     *("ls", "ps", "tag app:1 app:9", "tag app:1 other", "rm app:9", "grant app web-*"),
@@ -96,19 +95,18 @@ def test_a_removal_on_a_full_disk_killed_anywhere_is_done_or_not(tmp_path: Path)
     seen = set()
     with tmpfs(tmp_path / "disk", "size=1m,nr_inodes=60") as disk:
         copy = disk / "home"
-        for step in count(1):
-            shutil.copytree(root, copy)
-            filler = fill_blocks(disk)
-            fill_inodes(disk)
-            killed = killed_at(step, lambda: Store(copy).remove(Reference.parse("app:2")))
-            Store(copy)
-            seen.add(frozenset(check_whole(copy).items()))
-            filler.unlink()
-            for path in (copy, *disk.glob("file-*")):
+
+        def make() -> Path:
+            for path in disk.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not killed:
-                assert step > 100
-                break
+            shutil.copytree(root, copy)
+            fill_blocks(disk)
+            fill_inodes(disk)
+            return copy
+
+        for left in kills(make, lambda: Store(copy).remove(Reference.parse("app:2"))):
+            Store(left)
+            seen.add(frozenset(check_whole(left).items()))
     one = (kept.ref, kept.digest)
     assert seen == {frozenset({one, (gone.ref, gone.digest)}), frozenset({one})}
     shutil.rmtree(run_root(store), ignore_errors=True)

@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,19 +21,18 @@ from onecopy.errors import AgentFailed, OnecopyError, TooLarge
 from onecopy.guest.exec import TIMED_OUT, run_captured, run_streaming
 from onecopy.guest.exec_streams import Streams
 from onecopy.guest.lifecycle import stop
-from onecopy.guest.lifecycle.batch import names_for, start_many
-from onecopy.guest.lifecycle.restore import start_clone, template
-from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.transfer import copy
 from onecopy.guest.transfer.tar import Limits
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.agent import Agent
+from tests.command import onecopy, refused
 from tests.hostile.lies import HONEST, SLOW, WRONG, Mode, always, line, raw, status, to
 from tests.vm.conftest import Clones, RunIn, vmms
+from tests.vm.guests import open_guests
 
-ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 LIAR = (Path(__file__).parent / "liar.py").read_text()
 #: Seconds that a command is given, those that it may take beyond, and what would be stuck.
 ASKED, BEYOND, STUCK = 3.0, 2.0, 120.0
@@ -65,17 +62,10 @@ def tell(host: Runtime, guest: GuestRecord, mode: Mode) -> None:
 @pytest.fixture(scope="module")
 def liar(host: Runtime, saved: Artifact) -> Iterator[GuestRecord]:
     """One guest with our agent."""
-    source = template(host, saved)
-
-    async def start(name: str, batch: Batch) -> GuestRecord:
-        return await start_clone(host, source, name, batch=batch)
-
-    (guest,) = asyncio.run(start_many(host, names_for("liar", None, 1), start)).guests
-    try:
+    with open_guests() as guests:
+        guest = guests.clone(saved)[0].record
         become_liar(host, guest)
         yield guest
-    finally:
-        host.end(guest)
 
 
 @contextlib.contextmanager
@@ -188,9 +178,9 @@ def test_stop_ends_each_whatever_it_says(host: Runtime, clones: Clones, run_in: 
         tell(host, guest, WRONG[name])
     assert run_in(good, "true").exit_code == 0
     names = [evil[0].name, good.name, *(guest.name for guest in evil[1:])]
-    done = subprocess.run([ONECOPY, "stop", *names], capture_output=True, timeout=STUCK)
-    assert (done.returncode, done.stderr) == (0, b"")
-    said = done.stdout.decode().splitlines()
+    done = onecopy("stop", *names)
+    assert done.stderr == ""
+    said = done.stdout.splitlines()
     assert [each.split(" ")[0] for each in said] == names
     assert f"{good.name} {stop.Ending.SHUT_DOWN.value}" in said
     assert not {guest.pid for guest in (good, *evil)} & set(vmms(host))
@@ -199,11 +189,7 @@ def test_stop_ends_each_whatever_it_says(host: Runtime, clones: Clones, run_in: 
 def test_the_command_says_it_in_one_line(host: Runtime, liar: GuestRecord) -> None:
     for name in ("terminal escapes", "objects in objects"):
         tell(host, liar, WRONG[name])
-        argv = [ONECOPY, "exec", "--timeout", str(ASKED), liar.name, "true"]
-        done = subprocess.run(argv, capture_output=True, timeout=STUCK)
-        assert done.returncode == 125
-        assert b"Traceback" not in done.stderr
-        assert all(part.isprintable() for part in done.stderr.decode().splitlines())
-    argv = [ONECOPY, "cp", f"{liar.name}:/etc/passwd", os.devnull]
-    assert subprocess.run(argv, capture_output=True, timeout=STUCK).returncode == 12
+        said = refused(125, "exec", "--timeout", str(ASKED), liar.name, "true")
+        assert all(part.isprintable() for part in said.splitlines())
+    refused(12, "cp", f"{liar.name}:/etc/passwd", os.devnull)
     tell(host, liar, to("guest-exec", raw(b"{}\n")))

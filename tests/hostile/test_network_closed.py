@@ -29,7 +29,7 @@ from onecopy.vmm.argv import GATEWAY, NAME_SERVER, NETWORK
 from onecopy.vmm.vmm_user import User
 from tests.hostile.net_world import HOST, METADATA, OUTSIDE, PORT, RESOLVER, World, world
 from tests.unit.other_user import NOBODY
-from tests.vm.test_bad_luck import copy
+from tests.vm.kept import copy_artifact
 
 Try = tuple[str, str, int]
 #: What listens on the host's 127.0.0.1, as a guest gets there.
@@ -161,7 +161,7 @@ def user(here: World, saved: Artifact) -> Iterator[Trial]:
     with tempfile.TemporaryDirectory(prefix="onecopy-user-") as folder:
         home = Path(folder)
         store = Store(home / "store")
-        copy(saved, store)
+        copy_artifact(saved, store)
         (home / "run").mkdir(mode=0o700)
         told = store.root.stat()
         for path in (home, *home.rglob("*")):

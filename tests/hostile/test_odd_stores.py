@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import BadSource
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.images.deb_packages import fetch_package, host_suite
 from onecopy.model import Reference
 from onecopy.store import Store
@@ -46,6 +46,6 @@ def test_a_segment_is_built_in_an_odd_store(store: Store, tmp_path: Path, fs: st
     source = tmp_path / "source"
     source.mkdir()
     (source / "file").write_text("content")
-    build_segment(store, Reference.parse("x:1"), f"dir:{source}", fs=fs)
+    build_segment(store, Reference.parse("x:1"), f"dir:{source}", BuildOptions(fs=fs))
     assert not list((store.root / "tmp").iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {ODD, "source"}

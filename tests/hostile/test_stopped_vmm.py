@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +23,9 @@ from onecopy.guest.resume import go_on
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.vmm.monitor import connect
+from tests.command import ONECOPY, onecopy
 from tests.vm.conftest import Clones, RunIn
 
-ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 #: Seconds that a command is given, those that it may take beyond, and what would be stuck.
 ASKED, BEYOND, STUCK = 3.0, 2.0, 120.0
 
@@ -45,7 +44,7 @@ def stopped(guest: GuestRecord) -> Iterator[None]:
 def started() -> float:
     """Seconds that a command takes here and now to do nothing."""
     began = time.monotonic()
-    subprocess.run([ONECOPY, "exec", "nobody", "true"], capture_output=True)
+    onecopy("exec", "nobody", "true", code=None)
     return time.monotonic() - began
 
 
@@ -69,8 +68,7 @@ def test_exec_takes_no_more_than_its_time(host: Runtime, clones: Clones, run_in:
         assert time.monotonic() - began < ASKED + BEYOND
         # A command on another guest, and one on all, wait for nothing.
         assert run_in(other, "echo", "on").stdout == b"on\n"
-        done = subprocess.run([ONECOPY, "ps"], capture_output=True, timeout=STUCK)
-        assert {guest.name, other.name} <= set(done.stdout.decode().split())
+        assert {guest.name, other.name} <= set(onecopy("ps").stdout.split())
     # It is as good as before, whatever was left in its pipes and ports.
     assert run_in(guest, "echo", "on").stdout == b"on\n"
 
@@ -90,14 +88,12 @@ def test_the_first_signal_ends_a_command(clones: Clones, number: int) -> None:
 def test_stop_ends_it(host: Runtime, clones: Clones) -> None:
     guest, other = clones(2)
     with stopped(guest):
-        argv = [ONECOPY, "stop", guest.name, other.name]
-        done = subprocess.run(argv, capture_output=True, timeout=STUCK)
-        said = done.stdout.decode().splitlines()
-        assert said == [
+        done = onecopy("stop", guest.name, other.name)
+        assert done.stdout.splitlines() == [
             f"{guest.name} was ended: it did not answer",
             f"{other.name} shut down",
         ]
-        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stderr == ""
     assert not {guest.name, other.name} & {each.name for each in host.guests()}
 
 

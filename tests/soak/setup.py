@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import subprocess
@@ -10,11 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.guest.lifecycle.bootplan import BootSpec
-from onecopy.guest.lifecycle.save import save_system
+import onecopy
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
-from onecopy.model import MIB, Reference
+from onecopy.model import Reference
 from tests.soak.campaign import BASE
 from tests.vm.conftest import APP, PYTHON_ROOT
 from tests.vm.kept import kept_store
@@ -30,14 +28,15 @@ def soaked(folder: Path) -> Iterator[Runtime]:
         with host.store.workspace() as work:
             (work / "app.py").write_text(APP)
             build_segment(host.store, Reference("app"), f"dir:{work}")
-        spec = BootSpec(
-            root=PYTHON_ROOT,
-            segments=((Reference("app"), "/srv/app"),),
-            memory=128 * MIB,
-            command="exec python3 /srv/app/app.py",
-            ready="wget -q -O /dev/null http://127.0.0.1/",
-        )
-        asyncio.run(save_system(host, Reference(BASE), spec))
+        with onecopy.Host(folder) as face:
+            face.save(
+                BASE,
+                str(PYTHON_ROOT),
+                segments=["app:/srv/app"],
+                memory="128M",
+                run="exec python3 /srv/app/app.py",
+                ready="wget -q -O /dev/null http://127.0.0.1/",
+            )
         # ext4 takes blocks for its own records only when it writes a file back.
         os.sync()
         yield host

@@ -7,19 +7,20 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import onecopy.store
+import onecopy
 from onecopy.model import Reference
 from onecopy.store import Artifact, NewLayer, Store
 
 PMEM = "application/vnd.onecopy.test.v1"
-_PACKAGE = str(Path(onecopy.store.__file__).parent)
+_PACKAGE = str(Path(onecopy.__file__).parent)
 
 
 def put(
@@ -92,7 +93,7 @@ def fork(function: Callable[[], object]) -> int:
 
 
 def killed_at(step: int, function: Callable[[], object]) -> bool:
-    """Run ``function`` in a child that is killed -9 before the store's line number ``step``.
+    """Run ``function`` in a child that is killed -9 before onecopy's line number ``step``.
 
     Lines are counted as they are executed. False if the child ended before that.
     """
@@ -119,3 +120,69 @@ def killed_at(step: int, function: Callable[[], object]) -> bool:
         return True
     assert status == 0
     return False
+
+
+def kills(make: Callable[[], Path], change: Callable[[], object]) -> Iterator[Path]:
+    """Kill ``change`` at each state of the store that it passes through; the store after each.
+
+    ``make`` gives a fresh store, in a place that is the same each time. A killed process leaves
+    what is on disk: so it is killed before each line of onecopy before which the disk has changed,
+    and before the first. The last round is not killed.
+    """
+    steps = _steps_that_change(make(), change)
+    assert len(steps) > 3, "nothing to see"
+    for step in (1, *steps):
+        root = make()
+        killed_at(step, change)
+        yield root
+    root = make()
+    assert os.waitpid(fork(change), 0)[1] == 0
+    yield root
+
+
+def _steps_that_change(root: Path, change: Callable[[], object]) -> list[int]:
+    """The numbers of lines, as `killed_at` counts them, before which the disk has changed."""
+    reading, writing = os.pipe()
+
+    def run() -> None:
+        steps, number, before = [], 0, _on_disk(root)
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal number, before
+            if not frame.f_code.co_filename.startswith(_PACKAGE):
+                return None
+            if event == "line":
+                number += 1
+                now = _on_disk(root)
+                if now != before:
+                    steps.append(number)
+                before = now
+            return trace
+
+        sys.settrace(trace)
+        change()
+        sys.settrace(None)
+        os.write(writing, json.dumps(steps).encode())
+
+    child = fork(run)
+    os.close(writing)
+    with open(reading, "rb") as pipe:  # noqa: PTH123 - a descriptor
+        told = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0
+    found: list[int] = json.loads(told)
+    return found
+
+
+def _on_disk(root: Path) -> list[tuple[str, int, int, bytes]]:
+    """All that is in a folder: path, mode, links and content."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = f"{folder}/{name}"
+            status = os.lstat(path)
+            content = b""
+            if stat.S_ISREG(status.st_mode):
+                with open(path, "rb") as file:  # noqa: PTH123 - it is called at each line
+                    content = file.read()
+            found.append((path, status.st_mode, status.st_nlink, content))
+    return found

@@ -6,35 +6,29 @@ at in a guest's memory (physical.py).
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from onecopy.errors import BadSource, MissingProgram
-from onecopy.guest.exec import Completed, run_captured
-from onecopy.guest.exec_streams import KEPT
-from onecopy.guest.lifecycle.batch import names_for, start_many
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import start_clone, template
-from onecopy.guest.lifecycle.save import save_system
-from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.exec import Completed
+from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.images.kernel import ensure_kernel
-from onecopy.model import MIB, Reference
+from onecopy.model import Reference
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.closed_network import TABLE, is_closed
 from onecopy.vmm.vmm_user import User
 from tests.conftest import cannot_run
-from tests.vm.kept import SUITE, kept_store
+from tests.vm.guests import Guests, open_guests, save_system
+from tests.vm.kept import SUITE, kept_store, kept_system
 
 PYTHON_ROOT = Reference("python", SUITE)
 #: What guests must run under ("kvm" or "tcg"); else what is found.
@@ -83,7 +77,7 @@ class RunIn(Protocol):
 
 
 class Cold(Protocol):
-    """The fixture ``cold``: boot one guest from a segment; ``options`` are BootSpec's."""
+    """The fixture ``cold``: boot one guest from a segment; ``options`` are `Host.boot`'s."""
 
     def __call__(self, root: Artifact, **options: object) -> GuestRecord: ...
 
@@ -135,6 +129,16 @@ def vmms(host: Runtime) -> list[int]:
     return found
 
 
+def left(host: Runtime) -> dict[str, list[str]]:
+    """What a guest or command leaves: VMMs, leases, run folders, workspaces."""
+    return {
+        "vmms": [str(pid) for pid in vmms(host)],
+        "leases": [record.holder for record in host.store.leases()],
+        "folders": sorted(path.name for path in host.run.iterdir() if path.is_dir()),
+        "workspaces": [path.name for path in (host.store.root / "tmp").iterdir()],
+    }
+
+
 def remove_rules() -> None:
     """Remove the rules that close guests, unless somebody else has some."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
@@ -176,6 +180,20 @@ def busybox_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Art
 
 
 @pytest.fixture(scope="session")
+def busybox_init_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Root segment: busybox with its init."""
+    folder = tmp_path_factory.mktemp("init")
+    for path in ("bin", "sbin", "etc"):
+        (folder / path).mkdir()
+    (folder / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
+    (folder / "bin/busybox").chmod(0o755)
+    (folder / "bin/sh").symlink_to("busybox")
+    (folder / "sbin/init").symlink_to("../bin/busybox")
+    (folder / "etc/inittab").write_text("::sysinit:/bin/busybox true\n")
+    return build_segment(host.store, Reference("busybox-init"), f"dir:{folder}")
+
+
+@pytest.fixture(scope="session")
 def static_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Root segment: one static program, /bin/probe (see PROBE), and no shell."""
     if shutil.which("gcc") is None:
@@ -197,79 +215,67 @@ def systemd_root(host: Runtime) -> Artifact:
 @pytest.fixture(scope="session")
 def systemd_system(host: Runtime, systemd_root: Artifact) -> Artifact:
     """Saved system: Debian with systemd, up."""
-    spec = BootSpec(root=Reference.parse(systemd_root.ref), memory=256 * MIB)
-    return asyncio.run(save_system(host, Reference("systemd-saved"), spec)).artifact
+    return kept_system(
+        host,
+        "systemd-saved",
+        lambda: save_system("systemd-saved", systemd_root, memory="256M"),
+    )
 
 
 @pytest.fixture(scope="session")
 def saved(host: Runtime, python_root: Artifact, app: Artifact) -> Artifact:
     """Saved system: ``python_root`` with the app at /srv/app answering on port 80."""
-    spec = BootSpec(
-        root=Reference.parse(python_root.ref),
-        segments=((Reference.parse(app.ref), "/srv/app"),),
-        memory=256 * MIB,
-        command="exec python3 /srv/app/app.py",
-        ready="wget -q -O /dev/null http://127.0.0.1/",
-    )
-    return asyncio.run(save_system(host, Reference("saved"), spec)).artifact
 
-
-@pytest.fixture
-def clones(host: Runtime, saved: Artifact) -> Iterator[Clones]:
-    """``clones(n)`` starts n clones of ``saved``; they end after the test."""
-    source = template(host, saved)
-    started: list[GuestRecord] = []
-
-    def start(count: int) -> list[GuestRecord]:
-        names = names_for("clone", None, count)
-        new = _start(host, names, lambda name, batch: start_clone(host, source, name, batch=batch))
-        started.extend(new)
-        return new
-
-    yield start
-    for record in started:
-        host.end(record)
-    # Those that a test let end by themselves.
-    host.forget(*(record.name for record in started))
-
-
-@pytest.fixture
-def cold(host: Runtime) -> Iterator[Cold]:
-    """``cold(root, **options)`` boots a guest from a segment; it ends after the test."""
-    started: list[GuestRecord] = []
-
-    def boot(root: Artifact, **options: object) -> GuestRecord:
-        options = {"idle": True, **options}
-        spec = BootSpec(root=Reference.parse(root.ref), **options)  # type: ignore[arg-type]
-        prepared = plan_boot(host, spec)
-        names = names_for("cold", None, 1)
-        started.extend(
-            _start(host, names, lambda name, batch: boot_guest(host, prepared, name, batch))
+    def make() -> Artifact:
+        return save_system(
+            "saved",
+            python_root,
+            segments=[f"{app.ref}:/srv/app"],
+            memory="256M",
+            run="exec python3 /srv/app/app.py",
+            ready="wget -q -O /dev/null http://127.0.0.1/",
         )
-        return started[-1]
 
-    yield boot
-    for record in started:
-        host.end(record)
-    # Those that a test let end by themselves.
-    host.forget(*(record.name for record in started))
+    return kept_system(host, "saved", make)
 
 
-def _start(
-    host: Runtime, names: list[str], start: Callable[[str, Batch], Awaitable[GuestRecord]]
-) -> list[GuestRecord]:
-    return list(asyncio.run(start_many(host, names, start)).guests)
+@pytest.fixture(scope="session")
+def minimal(host: Runtime, busybox_root: Artifact) -> Artifact:
+    """Saved system: ``busybox_root`` under our minimal init, and nothing else."""
+
+    def make() -> Artifact:
+        return save_system("minimal", busybox_root, memory="128M", run="")
+
+    return kept_system(host, "minimal", make)
 
 
 @pytest.fixture
-def run_in(host: Runtime) -> RunIn:
+def guests(host: Runtime) -> Iterator[Guests]:
+    """Boot and clone guests through `onecopy.Host` (guests.py); they end after the test."""
+    with open_guests() as mine:
+        yield mine
+
+
+@pytest.fixture
+def clones(guests: Guests, saved: Artifact) -> Clones:
+    """``clones(n)`` starts n clones of ``saved``, for tests of what the host has on record."""
+    return lambda count: [guest.record for guest in guests.clone(saved, count)]
+
+
+@pytest.fixture
+def cold(guests: Guests) -> Cold:
+    """``cold(root, **options)`` boots a guest, for tests of what the host has on record."""
+    return lambda root, **options: guests.boot(root, **options).record
+
+
+@pytest.fixture
+def run_in(guests: Guests) -> RunIn:
     """``run_in(guest, *argv)`` runs a program in a guest and returns what came of it."""
 
     def run(
         guest: GuestRecord, *argv: str, stdin: bytes | None = None, timeout: float = 120
     ) -> Completed:
-        folder = host.run / guest.name
-        running = run_captured(folder, argv, stdin=stdin, timeout=timeout, limit=KEPT)
-        return asyncio.run(running)
+        found = guests.host.guest(guest.name)
+        return found.exec(argv, check=False, stdin=stdin, timeout=timeout)
 
     return run

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,9 +13,9 @@ from onecopy.guest.observe import advise
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
+from tests.command import ONECOPY, answer, onecopy, refused
 from tests.vm.conftest import Clones, RunIn
 
-ONECOPY = Path(sys.executable).with_name("onecopy")
 SIZE = 8 * MIB
 
 
@@ -49,12 +45,6 @@ def alike(clones: Clones, run_in: RunIn, files: Path) -> list[GuestRecord]:
             done = run_in(guest, "sh", "-c", f"cat >/dev/shm/{name}", stdin=data)
             assert done.exit_code == 0, done.stderr
     return guests
-
-
-def onecopy(*args: str | Path) -> str:
-    done = subprocess.run([ONECOPY, *args], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_what_is_known_is_found_and_no_more(
@@ -93,15 +83,15 @@ def test_it_is_carried_out(host: Runtime, clones: Clones, files: Path, run_in: R
     known = (files / "known").read_bytes()
     copies = "cd /dev/shm; cat >0; for n in 1 2 3; do cp 0 $n; done"
     assert run_in(guest, "sh", "-c", copies, stdin=known).exit_code == 0
-    text = onecopy("advise", guest.name, "--files", files, "--html", files.parent / "page.html")
+    text = onecopy(
+        "advise", guest.name, "--files", files, "--html", files.parent / "page.html"
+    ).stdout
     # Where the guest has freed much, KSM is advised as well.
     assert "Take: extra. " in text or "Take: extra and ksm. " in text
     assert str(files / "known") in text
     page = (files.parent / "page.html").read_text()
     assert guest.name in page and "onecopy build shared-files" in page and "<svg" in page
-    told: dict[str, Any] = json.loads(
-        onecopy("advise", guest.name, "--files", files, "--apply", "advised", "--json")
-    )
+    told = answer("advise", guest.name, "--files", files, "--apply", "advised", "--json")
     assert told["built"] == ["advised-files:latest"]
     build, attach, *more = (step["argv"] for step in told["steps"])
     assert more in ([], [["onecopy", "ksm", "on"]])
@@ -124,7 +114,6 @@ def test_names_and_files_that_are_not_there(clones: Clones, tmp_path: Path) -> N
         ([guest.name, "--files", ONECOPY], InvalidInput.exit_code),
         ([guest.name, "--html", tmp_path / "none/page"], InvalidInput.exit_code),
     ):
-        done = subprocess.run([ONECOPY, "advise", *args], capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+        said = refused(code, "advise", *args)
         progress = ("onecopy: reading", "onecopy: comparing")
-        assert len([x for x in done.stderr.splitlines() if not x.startswith(progress)]) == 2
+        assert len([x for x in said.splitlines() if not x.startswith(progress)]) == 2

@@ -28,6 +28,7 @@ from onecopy.images.create import NewRange, create_segment
 from onecopy.model import MIB, PageClass, Reference
 from onecopy.store import Access, Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.guests import Guests
 from tests.vm.segments import load, make, read, record, unload
 
 
@@ -72,9 +73,9 @@ def test_mounted_used_and_unloaded(
 
 
 def test_what_is_in_use_is_not_unloaded(
-    host: Runtime, cold: Cold, run_in: RunIn, busybox_root: Artifact, site: Artifact
+    host: Runtime, guests: Guests, run_in: RunIn, minimal: Artifact, site: Artifact
 ) -> None:
-    guest = cold(busybox_root)
+    guest = guests.clone(minimal)[0].record
     load(host, guest, "site:/srv")
     run_in(guest, "sh", "-c", "exec 3</srv/page; (sleep 1000 </dev/null >/dev/null 2>&1 &)")
     with pytest.raises(NotUnmounted) as refused:
@@ -88,9 +89,9 @@ def test_what_is_in_use_is_not_unloaded(
 
 
 def test_each_refusal_has_its_own_error(
-    host: Runtime, cold: Cold, busybox_root: Artifact, site: Artifact, tmp_path: Path
+    host: Runtime, guests: Guests, minimal: Artifact, site: Artifact, tmp_path: Path
 ) -> None:
-    guest = cold(busybox_root)
+    guest = guests.clone(minimal)[0].record
     store = host.store
     store.tag(Reference("site"), Reference("secret"))
     store.restrict("secret", lambda _: Access(restricted=True, grants=("other-*",)))
@@ -127,8 +128,8 @@ def test_each_refusal_has_its_own_error(
         store.remove(Reference(name), in_use=True)
 
 
-def test_no_slot_left(host: Runtime, cold: Cold, busybox_root: Artifact, tmp_path: Path) -> None:
-    guest = cold(busybox_root)
+def test_no_slot_left(host: Runtime, guests: Guests, minimal: Artifact, tmp_path: Path) -> None:
+    guest = guests.clone(minimal)[0].record
     make(host, tmp_path / "many", "many", *[PageClass.SR] * 30)
     make(host, tmp_path / "few", "few", *[PageClass.SR] * 2)
     load(host, guest, "many")
@@ -140,10 +141,10 @@ def test_no_slot_left(host: Runtime, cold: Cold, busybox_root: Artifact, tmp_pat
 
 
 def test_a_truncated_blob_is_not_mapped(
-    host: Runtime, cold: Cold, run_in: RunIn, busybox_root: Artifact, tmp_path: Path
+    host: Runtime, guests: Guests, run_in: RunIn, minimal: Artifact, tmp_path: Path
 ) -> None:
     """A guest that ran beyond the end of its file would be killed (SIGBUS)."""
-    guest = cold(busybox_root)
+    guest = guests.clone(minimal)[0].record
     segment = make(host, tmp_path / "cut", "cut", PageClass.SR)
     path = segment.layer("image").path
     path.chmod(0o644)

@@ -9,7 +9,6 @@ import asyncio
 import gc
 import itertools
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
 from onecopy.model import Reference
 from onecopy.store import Artifact
+from tests.command import ONECOPY
 from tests.vm.conftest import Clones
 from tests.vm.conftest import vmms as qemus
 from tests.vm.kept import MEMTEST
@@ -195,7 +195,7 @@ def test_several_that_fail_to_become_themselves(
     script = "case $(hostname) in *-[13]) exit 1 ;; esac"
     asyncio.run(save_guest(host, Reference("picky"), guest.name, on_clone=script))
     host.end(guest)
-    argv = [sys.executable, "-m", "onecopy", "run", "picky", "-n", "4", "--name", "picky"]
+    argv = [ONECOPY, "run", "picky", "-n", "4", "--name", "picky"]
     for _ in range(3):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
         assert done.returncode and "Traceback" not in done.stderr, done.stderr

@@ -16,31 +16,37 @@ from onecopy.linux.counters import pagemap
 from onecopy.model import PAGE_SIZE, PageClass, Reference
 from onecopy.store import Artifact
 from tests.vm import physical
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Clones, RunIn
+from tests.vm.guests import open_guests
 from tests.vm.segments import CONTENT, ZEROES, load, make, read, record, unload, write
 
 CLASSES = tuple(PageClass)
+#: A page that one test alone writes to: what was written once stays a copy.
+UNWRITTEN = 5
 MINE, THEIRS = "first guest's", "second guest's"
 Pair = tuple[GuestRecord, GuestRecord]
 
 
-@pytest.fixture
-def pair(
-    host: Runtime,
-    cold: Cold,
-    clones: Clones,
-    busybox_root: Artifact,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Pair]:
-    """A cold guest and a clone with a segment of all classes."""
+@pytest.fixture(scope="module")
+def booted(
+    host: Runtime, busybox_root: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GuestRecord]:
+    """A booted guest, and the segment of all classes that each test loads anew."""
     make(host, tmp_path_factory.mktemp("classes"), "classes", *CLASSES)
-    guests = cold(busybox_root), clones(1)[0]
-    for guest in guests:
-        load(host, guest, "classes")
-    yield guests
-    for guest in guests:
-        host.end(guest)
+    with open_guests() as guests:
+        yield guests.boot(busybox_root).record
     host.store.remove(Reference("classes"))
+
+
+@pytest.fixture
+def pair(host: Runtime, booted: GuestRecord, clones: Clones) -> Iterator[Pair]:
+    """A booted guest and a clone which have loaded the segment, that nobody had loaded before."""
+    both = booted, clones(1)[0]
+    for guest in both:
+        load(host, guest, "classes")
+    yield both
+    host.end(both[1])
+    unload(host, booted, "classes")
 
 
 def device(page_class: PageClass) -> str:
@@ -118,19 +124,19 @@ def test_which_guests_share_pages(host: Runtime, pair: Pair, run_in: RunIn) -> N
     shares = {}
     for page_class in CLASSES:
         for guest in pair:
-            read(run_in, guest, device(page_class))
+            read(run_in, guest, device(page_class), page=UNWRITTEN)
         frames = [frame(host, guest, page_class) for guest in pair]
         assert None not in frames, page_class
         shares[page_class] = frames[0] == frames[1]
     assert shares == {each: each.shared or each is PageClass.EW for each in CLASSES}
     for guest in pair:
-        write(run_in, guest, device(PageClass.EW), "own")
+        write(run_in, guest, device(PageClass.EW), "own", UNWRITTEN)
     assert frame(host, pair[0], PageClass.EW) != frame(host, pair[1], PageClass.EW)
 
 
 def frame(host: Runtime, guest: GuestRecord, page_class: PageClass) -> int | None:
-    """The page frame of the first page of a range."""
+    """The page frame of a page that no other test writes to."""
     found = next(item for item in record(host, guest).attached if item.name == "classes")
     item = found.devices[CLASSES.index(page_class)]
     path = f"{item.path} (deleted)" if item.path.startswith("/memfd:") else item.path
-    return pagemap.pfn(physical.entries(guest, path)[0])
+    return pagemap.pfn(physical.entries(guest, path)[UNWRITTEN])

@@ -25,7 +25,7 @@ from onecopy.errors import (
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.commit import Committed, commit
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.linux import cow_pages
 from onecopy.model import MIB, Reference
 from onecopy.store import Access, Artifact
@@ -40,7 +40,9 @@ def notes(host: Runtime, tmp_path: Path) -> Artifact:
     """An ext2 segment with the file `text` and 8 MiB of room."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/text").write_text("first\n")
-    return build_segment(host.store, REF, f"dir:{tmp_path}/notes", fs="ext2", room=8 * MIB)
+    return build_segment(
+        host.store, REF, f"dir:{tmp_path}/notes", BuildOptions(fs="ext2", room=8 * MIB)
+    )
 
 
 def make(host: Runtime, guest: GuestRecord, target: Reference | None = None) -> Committed:

@@ -21,9 +21,7 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle import restore
 from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.lifecycle.bootplan import BootSpec
-from onecopy.guest.lifecycle.disks import DiskSpec
 from onecopy.guest.lifecycle.launch import display_slots, with_segments
-from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.lifecycle.stop import stop_guests
@@ -51,8 +49,9 @@ from tests.conftest import cannot_run
 from tests.unit.bpf import decide, seccomp_filters
 from tests.unit.other_user import NOBODY, as_nobody
 from tests.vm.conftest import ACCEL, Clones, Cold
+from tests.vm.guests import Guests
+from tests.vm.kept import copy_artifact
 from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
-from tests.vm.test_bad_luck import copy
 
 #: What QEMU has open besides files: event loop, sockets, virtual machine, where it asks for files.
 ANONYMOUS = re.compile(
@@ -147,22 +146,18 @@ def test_a_vmm_has_only_what_it_needs(
 
 
 def test_a_disk_is_the_one_file_that_it_may_write_to(
-    host: Runtime, saved: Artifact, tmp_path: Path
+    host: Runtime, guests: Guests, saved: Artifact, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(MIB))
-    spec = CloneSpec(fitting=ExtraResources(disks=(DiskSpec(file=disk),)))
-    guest = asyncio.run(start_clone(host, template(host, saved), "writer", spec))
-    try:
-        own = {str(host.run / guest.name / name) for name in OWN}
-        writable = {what for what, access in open_files(guest.pid) if access != os.O_RDONLY}
-        named = {what for what in writable if not ANONYMOUS.fullmatch(what)}
-        assert named - own - {"/dev/null", str(KVM)} == {str(disk)}
-        # It has the open file alone: the name is still that of a file of ours.
-        assert disk.stat().st_uid == os.geteuid()
-        assert not disk.stat().st_mode & 0o022
-    finally:
-        host.end(guest)
+    guest = guests.clone(saved, disks=[str(disk)])[0].record
+    own = {str(host.run / guest.name / name) for name in OWN}
+    writable = {what for what, access in open_files(guest.pid) if access != os.O_RDONLY}
+    named = {what for what in writable if not ANONYMOUS.fullmatch(what)}
+    assert named - own - {"/dev/null", str(KVM)} == {str(disk)}
+    # It has the open file alone: the name is still that of a file of ours.
+    assert disk.stat().st_uid == os.geteuid()
+    assert not disk.stat().st_mode & 0o022
 
 
 def open_files(pid: int) -> Iterator[tuple[str, int]]:
@@ -360,7 +355,7 @@ def others_store(host: Runtime) -> Iterator[Path]:
         (home / "bin").mkdir()
         store = Store(home / "store")
         for artifact in (ensure_kernel(host.store), ensure_tools(host.store)):
-            copy(artifact, store)
+            copy_artifact(artifact, store)
         root = home / "root/bin"
         root.mkdir(parents=True)
         shutil.copy("/bin/busybox", root / "busybox")

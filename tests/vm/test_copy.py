@@ -10,7 +10,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,9 +21,9 @@ from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.store import Artifact
+from tests.command import ONECOPY
 from tests.vm.conftest import Clones, Cold, RunIn
 
-CP = [str(Path(sys.executable).with_name("onecopy")), "cp"]
 #: Seconds after which something that must not block has blocked.
 STUCK = 120
 
@@ -36,7 +35,7 @@ def guest(clones: Clones) -> GuestRecord:
 
 def cp(source: str | Path, target: str | Path, code: int = 0) -> str:
     """What `onecopy cp`, which must end with ``code``, says on standard error."""
-    argv = [*CP, str(source), str(target)]
+    argv = [ONECOPY, "cp", str(source), str(target)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=STUCK)
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
@@ -164,7 +163,7 @@ def test_killed_it_leaves_nothing_under_the_name(
     left: list[Path] = []
     for number, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
         with subprocess.Popen(
-            [*CP, f"{guest.name}:/d", tmp_path / "d"], stderr=subprocess.DEVNULL
+            [ONECOPY, "cp", f"{guest.name}:/d", tmp_path / "d"], stderr=subprocess.DEVNULL
         ) as command:
             wait_for(partial(newly_begun, tmp_path, left))
             command.send_signal(number)
@@ -176,7 +175,7 @@ def test_killed_it_leaves_nothing_under_the_name(
     run_in(guest, "pkill", "tar")
     (tmp_path / "zeros").write_bytes(bytes(60_000_000))
     with subprocess.Popen(
-        [*CP, tmp_path / "zeros", f"{guest.name}:/z"], stderr=subprocess.DEVNULL
+        [ONECOPY, "cp", tmp_path / "zeros", f"{guest.name}:/z"], stderr=subprocess.DEVNULL
     ) as command:
         begun = "ls -a / | grep -e onecopy- -e '^z$'"
         wait_for(lambda: run_in(guest, "sh", "-c", begun).exit_code == 0)
@@ -201,7 +200,9 @@ def wait_for(holds: Callable[[], bool]) -> None:
 
 def test_a_guest_that_ends_meanwhile(host: Runtime, guest: GuestRecord, tmp_path: Path) -> None:
     with subprocess.Popen(
-        [*CP, f"{guest.name}:/dev/../usr", tmp_path / "usr"], stderr=subprocess.PIPE, text=True
+        [ONECOPY, "cp", f"{guest.name}:/dev/../usr", tmp_path / "usr"],
+        stderr=subprocess.PIPE,
+        text=True,
     ) as command:
         wait_for(lambda: any(tmp_path.rglob("bin")))
         os.kill(guest.pid, signal.SIGKILL)

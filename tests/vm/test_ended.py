@@ -9,8 +9,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,9 +27,9 @@ from onecopy.linux import vmm_registry
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
-from tests.vm.conftest import RunIn
+from tests.command import answer, onecopy
+from tests.vm.conftest import Clones
 
-ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 STUCK = 120.0
 #: Guest -> what ends it: a clone's own doing, what its command is, or what its QEMU meets.
 DOES = {
@@ -62,19 +60,13 @@ EXPECTED = {
 }
 
 
-def onecopy(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([ONECOPY, *args], capture_output=True, text=True, timeout=STUCK)
-    assert done.returncode == code, done
-    return done
-
-
 async def quit_by_monitor(folder: Path) -> None:
     async with connect(folder / "monitor.sock") as monitor:
         await monitor.execute("quit")
 
 
 @pytest.fixture(scope="module")
-def guests(host: Runtime, saved: Artifact, busybox_root: Artifact) -> dict[str, GuestRecord]:
+def various(host: Runtime, saved: Artifact, busybox_root: Artifact) -> dict[str, GuestRecord]:
     """All of them, started together."""
     source = template(host, saved)
     booted = {
@@ -98,7 +90,7 @@ def guests(host: Runtime, saved: Artifact, busybox_root: Artifact) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def ended(host: Runtime, guests: dict[str, GuestRecord]) -> Iterator[dict[str, GuestRecord]]:
+def ended(host: Runtime, various: dict[str, GuestRecord]) -> Iterator[dict[str, GuestRecord]]:
     """All of them, ended; their records as a command finds them."""
     from onecopy.guest.exec import run_captured
 
@@ -112,17 +104,17 @@ def ended(host: Runtime, guests: dict[str, GuestRecord]) -> Iterator[dict[str, G
         for name in COMMANDS:
             assert asyncio.run(run_captured(host.run / name, ["touch", "/end"])).exit_code == 0
         for name, number in SIGNALS.items():
-            os.kill(guests[name].pid, number)
+            os.kill(various[name].pid, number)
         asyncio.run(quit_by_monitor(host.run / QUITS))
-        for guest in guests.values():
+        for guest in various.values():
             assert asyncio.run(wait_for_end(guest, STUCK)), guest.name
-        found = json.loads(onecopy("ps", "-a", "--json").stdout)
+        found = answer("ps", "-a", "--json")
         known = {record.name: record for record in host.ended()}
         assert {each["name"] for each in found if each["ended"]} == known.keys()
         yield known
     finally:
-        host.end(*guests.values())
-        host.forget(*guests)
+        host.end(*various.values())
+        host.forget(*various)
 
 
 def test_each_is_told_as_what_it_was(ended: dict[str, GuestRecord]) -> None:
@@ -167,7 +159,7 @@ def test_other_commands_say_that_it_has_ended(
 
 def test_exec_and_inspect(ended: dict[str, GuestRecord]) -> None:
     assert "has ended: rebooted" in onecopy("exec", "reboots", "true", code=125).stderr
-    shown = json.loads(onecopy("inspect", "done").stdout)
+    shown = answer("inspect", "done")
     assert (shown["ended"]["exit_code"], shown["account"]) == (7, None)
 
 
@@ -205,13 +197,10 @@ def test_they_are_removed(host: Runtime, saved: Artifact, ended: dict[str, Guest
 
 
 def test_nothing_is_kept_of_what_is_stopped(
-    host: Runtime, saved: Artifact, run_in: RunIn, monkeypatch: pytest.MonkeyPatch
+    host: Runtime, clones: Clones, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if another command sees it ended before `stop` does."""
-    source = template(host, saved)
-    (guest,) = asyncio.run(
-        start_many(host, ["told"], lambda name, batch: start_clone(host, source, name, batch=batch))
-    ).guests
+    (guest,) = clones(1)
     looked = []
 
     async def wait(record: GuestRecord, patience: float | None = None) -> bool:

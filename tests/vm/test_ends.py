@@ -9,41 +9,30 @@ from __future__ import annotations
 import asyncio
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.bootplan import BootSpec
-from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.resources import ExtraResources
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
-from onecopy.guest.lifecycle.save import save_system
+from onecopy import Guest
 from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests, wait_for_end
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
-from onecopy.model import MIB, Reference
+from onecopy.model import MIB
 from onecopy.store import Artifact
+from tests.command import ONECOPY
 from tests.vm.conftest import Cold, RunIn
 from tests.vm.ends import ASKED, ENDS, FORCED, MINIMAL, POWERED_OFF, STUCK, end_all, wrong
+from tests.vm.guests import Guests, save_system
 
-ONECOPY = str(Path(sys.executable).with_name("onecopy"))
-DISK = CloneSpec(fitting=ExtraResources(disks=(DiskSpec(size=64 * MIB, mountpoint="/data"),)))
+DISK = ["64M:/data"]
 #: A program that takes 3 s to end, and its words then.
 SLOW = "trap 'sleep 3; echo whole >/data/end; exit' TERM; touch /run/up; while :; do sleep 1; done"
 STUBBORN = "trap : TERM; touch /run/up; while :; do sleep 1; done"
 
 
-def started(
-    host: Runtime, system: Artifact, names: Sequence[str], spec: CloneSpec | None = None
-) -> list[GuestRecord]:
-    made, spec = template(host, system), spec or CloneSpec()
-    begun = start_many(host, names, lambda name, batch: start_clone(host, made, name, spec, batch))
-    return list(asyncio.run(begun).guests)
+def records(guests: Sequence[Guest]) -> list[GuestRecord]:
+    return [guest.record for guest in guests]
 
 
 @pytest.fixture(autouse=True)
@@ -53,61 +42,40 @@ def _end_guests(host: Runtime) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def minimal(host: Runtime, busybox_root: Artifact) -> Artifact:
-    """Saved system: our minimal init, and nothing else."""
-    spec = BootSpec(Reference.parse(busybox_root.ref), memory=128 * MIB, command="")
-    return asyncio.run(save_system(host, Reference("minimal"), spec)).artifact
-
-
-@pytest.fixture(scope="session")
-def busybox_init_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """Root segment: busybox with its init."""
-    folder = tmp_path_factory.mktemp("init")
-    for path in ("bin", "sbin", "etc"):
-        (folder / path).mkdir()
-    (folder / "bin/busybox").write_bytes(Path("/bin/busybox").read_bytes())
-    (folder / "bin/busybox").chmod(0o755)
-    (folder / "bin/sh").symlink_to("busybox")
-    (folder / "sbin/init").symlink_to("../bin/busybox")
-    (folder / "etc/inittab").write_text("::sysinit:/bin/busybox true\n")
-    return build_segment(host.store, Reference("busybox-init"), f"dir:{folder}")
-
-
-@pytest.fixture(scope="module")
 def busybox(host: Runtime, busybox_init_root: Artifact) -> Artifact:
     """Saved system: busybox's init."""
-    spec = BootSpec(Reference.parse(busybox_init_root.ref), memory=128 * MIB)
-    return asyncio.run(save_system(host, Reference("busybox-saved"), spec)).artifact
+    return save_system("busybox-saved", busybox_init_root, memory="128M")
 
 
 @pytest.mark.parametrize("init", ["minimal", "busybox"])
-def test_each_end_of_clones(host: Runtime, init: str, request: pytest.FixtureRequest) -> None:
+def test_each_end_of_clones(
+    host: Runtime, guests: Guests, init: str, request: pytest.FixtureRequest
+) -> None:
     expected = ENDS[init]
-    names = [f"end-{number}" for number in range(len(expected))]
-    guests = started(host, request.getfixturevalue(init), names)
-    assert wrong(end_all(host, guests, list(expected)), expected) == []
+    clones = guests.clone(request.getfixturevalue(init), len(expected), name="end")
+    assert wrong(end_all(host, records(clones), list(expected)), expected) == []
 
 
-def test_ends_under_systemd(host: Runtime, systemd_system: Artifact) -> None:
+def test_ends_under_systemd(host: Runtime, guests: Guests, systemd_system: Artifact) -> None:
     expected = {key: ENDS["systemd"][key] for key in ("systemctl reboot", "halt -f")}
-    guests = started(host, systemd_system, ["s-1", "s-2"])
-    assert wrong(end_all(host, guests, list(expected)), expected) == []
+    two = guests.clone(systemd_system, 2)
+    assert wrong(end_all(host, records(two), list(expected)), expected) == []
 
 
 def test_a_booted_guest_halts(host: Runtime, cold: Cold, busybox_root: Artifact) -> None:
-    guest = cold(busybox_root, memory=128 * MIB, command="", idle=False)
+    guest = cold(busybox_root, memory=128 * MIB, run="")
     assert wrong(end_all(host, [guest], ["halt"]), ASKED) == []
 
 
 def test_a_command_that_ends_leaves_the_others_their_time(
-    host: Runtime, minimal: Artifact, run_in: RunIn
+    host: Runtime, guests: Guests, minimal: Artifact, run_in: RunIn
 ) -> None:
-    guest, again = started(host, minimal, ["left-1"], DISK)[0], None
+    (guest,) = records(guests.clone(minimal, name="left", disks=DISK))
     begin(run_in, guest, SLOW)
     (command,) = MINIMAL
     assert wrong(end_all(host, [guest], [command]), MINIMAL) == []
     host.end(guest)
-    (again,) = started(host, minimal, ["left-1"], DISK)
+    (again,) = records(guests.clone(minimal, name="left", disks=DISK))
     assert run_in(again, "cat", "/data/end").stdout == b"whole\n"
 
 
@@ -122,14 +90,14 @@ def begin(run_in: RunIn, guest: GuestRecord, program: str) -> None:
 
 @pytest.mark.parametrize("init", ["minimal", "busybox"])
 def test_stop_gives_programs_their_time(
-    host: Runtime, init: str, run_in: RunIn, request: pytest.FixtureRequest
+    host: Runtime, guests: Guests, init: str, run_in: RunIn, request: pytest.FixtureRequest
 ) -> None:
     system = request.getfixturevalue(init)
-    (guest,) = started(host, system, ["slow"], DISK)
+    (guest,) = records(guests.clone(system, name="slow", disks=DISK))
     begin(run_in, guest, SLOW)
     assert asyncio.run(stop_guests(host, [guest], 60)) == [Stopped(Ending.SHUT_DOWN)]
     # It comes back with its disk, which was unmounted.
-    (guest,) = started(host, system, ["slow"], DISK)
+    (guest,) = records(guests.clone(system, name="slow", disks=DISK))
     assert run_in(guest, "cat", "/data/end").stdout == b"whole\n"
     log = run_in(guest, "dmesg").text
     assert "EXT4-fs" in log and "recovery" not in log
@@ -141,17 +109,17 @@ def test_stop_gives_programs_their_time(
 
 
 def test_a_program_that_stands_still_is_heard_too(
-    host: Runtime, minimal: Artifact, run_in: RunIn
+    host: Runtime, guests: Guests, minimal: Artifact, run_in: RunIn
 ) -> None:
-    (guest,) = started(host, minimal, ["still"])
+    (guest,) = records(guests.clone(minimal, name="still"))
     begin(run_in, guest, "touch /run/up; kill -STOP $$; sleep 1000")
     assert asyncio.run(stop_guests(host, [guest], 60)) == [Stopped(Ending.SHUT_DOWN)]
 
 
 def test_ctrl_c_ends_the_wait_and_not_the_shutdown(
-    host: Runtime, minimal: Artifact, run_in: RunIn
+    host: Runtime, guests: Guests, minimal: Artifact, run_in: RunIn
 ) -> None:
-    (guest,) = started(host, minimal, ["stubborn"])
+    (guest,) = records(guests.clone(minimal, name="stubborn"))
     begin(run_in, guest, STUBBORN)
     argv = [ONECOPY, "stop", guest.name, "--timeout", "20"]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, process_group=0) as command:
@@ -164,9 +132,11 @@ def test_ctrl_c_ends_the_wait_and_not_the_shutdown(
     assert asyncio.run(wait_for_end(guest, STUCK))
 
 
-def test_the_watcher_comes_back(host: Runtime, minimal: Artifact, run_in: RunIn) -> None:
+def test_the_watcher_comes_back(
+    host: Runtime, guests: Guests, minimal: Artifact, run_in: RunIn
+) -> None:
     """Killed as inits kill all, it is started by the kernel, as what cannot be killed so easily."""
-    (guest,) = started(host, minimal, ["watched"])
+    (guest,) = records(guests.clone(minimal, name="watched"))
     before = run_in(guest, "pidof", "@onecopy-watcher").text.split()
     look = "cd /proc/$(pidof @onecopy-watcher) && cat oom_score_adj cgroup && cut -d' ' -f41 stat"
     killed = f"kill -9 {before[0]}; until {look}; do usleep 100000; done 2>/dev/null"

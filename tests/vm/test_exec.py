@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,24 +28,27 @@ from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
+from tests.command import ONECOPY
 from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.guests import Guests
 
 #: Takes more and more memory (perl).
 _HOG = "push @taken, 'x' x 1e6 while 1"
-EXEC = [str(Path(sys.executable).with_name("onecopy")), "exec"]
 #: Seconds after which something that must not block has blocked.
 STUCK = 120
 LAST = 14_000_000  # `seq 1 LAST` prints about 115 MB, no two lines of them equal
 
 
 def execute(*args: str, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*EXEC, *args], stdin=stdin, capture_output=True, timeout=STUCK)
+    return subprocess.run([ONECOPY, "exec", *args], stdin=stdin, capture_output=True, timeout=STUCK)
 
 
 @contextmanager
 def begun(*args: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]]:
     """The command, its standard input and output; it is gone at the end of the ``with``."""
-    with subprocess.Popen([*EXEC, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [ONECOPY, "exec", *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdin and process.stdout
         try:
             yield process, process.stdin, process.stdout
@@ -295,8 +297,8 @@ def test_a_guest_that_ends_meanwhile(guest: GuestRecord, run_in: RunIn) -> None:
             running.result(STUCK)
 
 
-def test_in_a_tree_with_only_busybox(cold: Cold, busybox_root: Artifact, run_in: RunIn) -> None:
-    guest = cold(busybox_root, memory=128 * MIB)
+def test_in_a_tree_with_only_busybox(guests: Guests, minimal: Artifact, run_in: RunIn) -> None:
+    guest = guests.clone(minimal)[0].record
     assert run_in(guest, "busybox", "echo", "hello").stdout == b"hello\n"
     done = run_in(guest, "sh", "-c", "readlink /proc/$$/exe; cat >/root.txt; exit 9", stdin=b"x")
     assert (done.exit_code, done.stdout) == (9, b"/bin/busybox\n")
@@ -316,8 +318,8 @@ def test_in_a_tree_with_one_static_program(
     assert run_in(guest, "bash").exit_code == 127
 
 
-def test_in_a_debian_with_systemd(cold: Cold, systemd_root: Artifact, run_in: RunIn) -> None:
-    guest = cold(systemd_root, memory=512 * MIB)
+def test_in_a_debian_with_systemd(guests: Guests, systemd_system: Artifact, run_in: RunIn) -> None:
+    guest = guests.clone(systemd_system)[0].record
     failed = run_in(guest, "systemctl", "--failed", "--plain", "--no-legend").stdout.decode()
     state = run_in(guest, "systemctl", "is-system-running")
     assert (state.exit_code, state.stdout) == (0, b"running\n"), failed

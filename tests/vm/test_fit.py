@@ -16,12 +16,7 @@ import pytest
 from onecopy import aio
 from onecopy.errors import GuestFailed, InUse, InvalidInput, OnecopyError
 from onecopy.guest.lifecycle import disks
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.resources import ExtraResources
-from onecopy.guest.lifecycle.restore import CloneSpec, Template, start_clone, template
-from onecopy.guest.lifecycle.save import save_guest
-from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests
+from onecopy.guest.machine import SystemConfig
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
@@ -30,30 +25,17 @@ from onecopy.model import MIB, Reference
 from onecopy.sharing import report
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn, vmms
+from tests.vm.guests import Guests
 
 Fit = Callable[..., GuestRecord]
 Say = Callable[[GuestRecord, str], str]
 
 
-@pytest.fixture(scope="module")
-def source(host: Runtime, saved: Artifact) -> Template:
-    return template(host, saved)
-
-
 @pytest.fixture
-def fit(host: Runtime, source: Template) -> Iterator[Fit]:
+def fit(host: Runtime, saved: Artifact, guests: Guests) -> Iterator[Fit]:
     """``fit(name, memory=...)`` starts a clone with that fitting; it and its disk end after it."""
-    names = set()
-
-    def start(name: str, **fitting: object) -> GuestRecord:
-        names.add(name)
-        spec = CloneSpec(fitting=ExtraResources(**fitting))  # type: ignore[arg-type]
-        return asyncio.run(start_clone(host, source, name, spec))
-
-    yield start
-    for record in host.guests():
-        if record.name in names:
-            host.end(record)
+    yield lambda name, **fitting: guests.clone(saved, name=name, **fitting)[0].record
+    guests.end()
     for disk in disks.list_own_disks(host):
         disks.remove(host, disk.name)
 
@@ -70,12 +52,13 @@ def say(run_in: RunIn) -> Say:
     return run
 
 
-def own(size: int, mountpoint: str = "/data") -> tuple[DiskSpec, ...]:
-    return (DiskSpec(size=size * MIB, mountpoint=mountpoint),)
+def own(size: int, mountpoint: str = ":/data") -> list[str]:
+    """A disk of its own, of ``size`` MiB."""
+    return [f"{size}M{mountpoint}"]
 
 
-def file(path: Path, mountpoint: str = "") -> tuple[DiskSpec, ...]:
-    return (DiskSpec(file=path, mountpoint=mountpoint),)
+def file(path: Path, mountpoint: str = "") -> list[str]:
+    return [f"{path}{mountpoint}"]
 
 
 @pytest.fixture(scope="module")
@@ -86,53 +69,51 @@ def notes(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def test_memory_segment_and_disk(
-    host: Runtime, source: Template, fit: Fit, say: Say, notes: Artifact
+    host: Runtime, saved: Artifact, fit: Fit, say: Say, notes: Artifact, guests: Guests
 ) -> None:
-    memory = source.config.memory + 256 * MIB
-    ref = Reference.parse(notes.ref)
-    guest = fit("web", memory=memory, segments=((ref, "/notes"),), disks=own(24))
+    before = SystemConfig.of(saved).memory
+    memory = before + 256 * MIB
+    guest = fit("web", memory=memory, segments=[f"{notes.ref}:/notes"], disks=own(24))
     assert (guest.memory, guest.added, guest.cpus) == (memory, 256 * MIB, 1)
     # More than was saved, of it in use by one program at once.
     total = say(guest, "awk '/MemTotal/ {print $2}' /proc/meminfo")
-    assert int(total) * 1024 > source.config.memory
-    fill = f"b = bytearray(b'x') * {source.config.memory + 16 * MIB}; print(b.count(b'x'))"
-    assert say(guest, f'python3 -c "{fill}"') == str(source.config.memory + 16 * MIB)
+    assert int(total) * 1024 > before
+    fill = f"b = bytearray(b'x') * {before + 16 * MIB}; print(b.count(b'x'))"
+    assert say(guest, f'python3 -c "{fill}"') == str(before + 16 * MIB)
     (account,) = report.collect(guest_maps([guest])).guests
     assert (account.ram_size, account.note) == (memory, "")
-    assert (account.ram_private or 0) > source.config.memory // 2
+    assert (account.ram_private or 0) > before // 2
     assert say(guest, "cat /notes/text; grep -c '/notes erofs ro.*dax' /proc/mounts") == "noted\n1"
     assert say(guest, "grep -c '^/dev/vda /data ext4 rw' /proc/mounts") == "1"
     assert say(guest, "readlink /dev/onecopy/disk0") == "/dev/vda"
     with pytest.raises(InvalidInput, match=r"web\.img, 256.0 MiB more memory"):
-        asyncio.run(save_guest(host, Reference("again"), "web"))
+        guests.save(guest, "again")
     assert host.guest("web").record() == guest
 
 
-def test_content_stays(host: Runtime, fit: Fit, say: Say) -> None:
+def test_content_stays(host: Runtime, fit: Fit, say: Say, guests: Guests) -> None:
     first = fit("web", disks=own(24))
     assert first.disks[0].made
     say(first, "echo asked >/data/asked")
-    assert asyncio.run(stop_guests(host, [first])) == [Stopped(Ending.SHUT_DOWN)], (
-        "it should have shut down by itself"
-    )
+    assert guests.host.guest("web").stop(), "it should have shut down by itself"
     second = fit("web", disks=own(96))
     assert not second.disks[0].made
     assert say(second, "cat /data/asked") == "asked"
     assert int(say(second, "df -m /data | awk 'END {print $2}'")) > 64
     say(second, "echo synced >/data/synced; sync; echo lost >/data/lost")
     host.end(second)
-    third = fit("web", disks=own(96, "/elsewhere"))
+    third = fit("web", disks=own(96, ":/elsewhere"))
     assert say(third, "cat /elsewhere/asked /elsewhere/synced") == "asked\nsynced"
     # Its host knows of it only by its name.
     assert say(fit("other", disks=own(16)), "ls /data") == "lost+found"
 
 
-def test_files_as_disks(fit: Fit, host: Runtime, say: Say, tmp_path: Path) -> None:
+def test_files_as_disks(fit: Fit, guests: Guests, say: Say, tmp_path: Path) -> None:
     qcow2, raw = tmp_path / "a.qcow2", tmp_path / "b.img"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", qcow2, "64M"], check=True)
     raw.write_bytes(bytes(8 * MIB))
     subprocess.run(["/sbin/mke2fs", "-q", "-F", "-t", "ext4", raw], check=True)
-    guest = fit("web", disks=file(qcow2) + file(raw, "/raw"))
+    guest = fit("web", disks=file(qcow2) + file(raw, ":/raw"))
     fill = "tr '\\0' x </dev/zero | dd of=/dev/onecopy/disk0 bs=1M count=40"
     say(guest, f"{fill} iflag=fullblock conv=fsync")
     say(guest, "echo kept >/raw/file")
@@ -140,7 +121,7 @@ def test_files_as_disks(fit: Fit, host: Runtime, say: Say, tmp_path: Path) -> No
         fit("other", disks=file(raw))
     assert caught.value.users == ("web",)
     assert subprocess.run(["qemu-img", "info", qcow2], capture_output=True).returncode == 1
-    assert asyncio.run(stop_guests(host, [guest])) == [Stopped(Ending.SHUT_DOWN)]
+    assert guests.host.guest(guest.name).stop()
     subprocess.run(["qemu-img", "check", "-q", qcow2], check=True)
     read = f"read -P {ord('x')} 0 40M"
     subprocess.run(["qemu-io", "-r", "-f", "qcow2", "-c", read, qcow2], check=True)
@@ -159,38 +140,28 @@ def test_a_cold_guest_has_one_too(
 
 
 def test_each_of_several_has_its_own(
-    host: Runtime, source: Template, fit: Fit, say: Say, tmp_path: Path
+    host: Runtime, saved: Artifact, fit: Fit, say: Say, guests: Guests
 ) -> None:
-    spec = CloneSpec(fitting=ExtraResources(disks=own(16)))
-
-    async def start(names: list[str]) -> tuple[GuestRecord, ...]:
-        starting = start_many(host, names, lambda n, b: start_clone(host, source, n, spec, b))
-        return (await starting).guests
-
     fit("web-3", disks=own(16, ""))
     # The third name is taken: none of them is there, and what was made for them is gone.
     with pytest.raises(OnecopyError):
-        asyncio.run(start(["web-1", "web-2", "web-3"]))
+        guests.clone(saved, 3, name="web", disks=own(16))
     assert [disk.name for disk in disks.list_own_disks(host)] == ["web-3"]
-    guests = asyncio.run(start(["web-1", "web-2"]))
-    try:
-        for guest in guests:
-            say(guest, "hostname >/data/name; sync")
-        found = {disk.name: disk.guest for disk in disks.list_own_disks(host)}
-        assert found == {name: name for name in ("web-1", "web-2", "web-3")}
-        assert [say(guest, "cat /data/name") for guest in guests] == ["web-1", "web-2"]
-    finally:
-        for guest in guests:
-            host.end(guest)
+    two = [guest.record for guest in guests.clone(saved, 2, name="web", disks=own(16))]
+    for guest in two:
+        say(guest, "hostname >/data/name; sync")
+    found = {disk.name: disk.guest for disk in disks.list_own_disks(host)}
+    assert found == {name: name for name in ("web-1", "web-2", "web-3")}
+    assert [say(guest, "cat /data/name") for guest in two] == ["web-1", "web-2"]
 
 
 def test_what_fails_leaves_nothing(host: Runtime, fit: Fit, tmp_path: Path) -> None:
     before, raw = set(vmms(host)), tmp_path / "raw.img"
     raw.write_bytes(bytes(8 * MIB))
     with pytest.raises(GuestFailed, match="mounted on /proc"):
-        fit("web", disks=own(16, "/proc"))
+        fit("web", disks=own(16, ":/proc"))
     with pytest.raises(GuestFailed, match="Invalid argument") as caught:
-        fit("web", disks=file(raw, "/data"))
+        fit("web", disks=file(raw, ":/data"))
     assert "mkfs.ext4" in caught.value.hint
     assert disks.list_own_disks(host) == []
     assert set(vmms(host)) == before

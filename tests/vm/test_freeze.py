@@ -11,7 +11,7 @@ import pytest
 
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import Reference
 from tests.vm.conftest import Clones, RunIn
 from tests.vm.segments import load
@@ -25,7 +25,7 @@ def guest(host: Runtime, clones: Clones, tmp_path: Path) -> GuestRecord:
     """A guest with a segment "notes" that it may write, mounted on /notes."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/page").write_text("a page\n")
-    build_segment(host.store, Reference("notes"), f"dir:{tmp_path}/notes", fs="ext2")
+    build_segment(host.store, Reference("notes"), f"dir:{tmp_path}/notes", BuildOptions(fs="ext2"))
     (guest,) = clones(1)
     load(host, guest, "notes:/notes", exclusive=True)
     return guest

@@ -6,20 +6,20 @@ long to start (tests/workloads).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from onecopy.errors import AgentFailed, InvalidInput
-from onecopy.guest.lifecycle.save import Saved, save_guest
+from onecopy.guest.lifecycle.save import Saved
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.hooks_kit import SETTLED, alike, drawn, write
 from tests.vm.conftest import Cold, RunIn
+from tests.vm.guests import Guests
 
 #: Answers what it draws from OpenSSL's generator, and from Python's, at each request; and draws
 #: beforehand, so that both are seeded. SIGHUP starts it anew, in the same process.
@@ -65,14 +65,15 @@ DAEMONS_PACKAGES = (
 
 
 @pytest.fixture
-def save(host: Runtime) -> Iterator[SaveHooked]:
+def save(host: Runtime, guests: Guests) -> Iterator[SaveHooked]:
     """``save(guest, *hooks)`` saves it with these clone hooks."""
     ref = Reference("hooked")
 
     def now(guest: GuestRecord, *hooks: str, on_clone: str = "") -> Saved:
-        return asyncio.run(save_guest(host, ref, guest.name, clone_hooks=hooks, on_clone=on_clone))
+        return guests.save(guest, ref, clone_hooks=hooks, on_clone=on_clone)
 
     yield now
+    guests.end()
     if host.store.find(ref, "system"):
         host.store.remove(ref)
 
@@ -88,7 +89,7 @@ def test_a_program_that_a_signal_starts_anew(
     saved = save(guest)
     (found,) = [each for each in saved.generators if each.program.startswith("python3")]
     assert (found.secrets, found.source, found.covered) == (True, "libcrypto.so", "")
-    assert alike(drawn(host, saved.artifact, ASK_APP)) == {"openssl", "python"}
+    assert alike(drawn(saved.artifact, ASK_APP)) == {"openssl", "python"}
 
     write(run_in, guest, "/etc/onecopy/clone.d/10-first", FIRST, mode="755")
     write(run_in, guest, "/etc/onecopy/clone.d/20-second", SECOND, mode="755")
@@ -99,7 +100,7 @@ def test_a_program_that_a_signal_starts_anew(
     folder = "/etc/onecopy/clone.d"
     assert saved.clone_hooks == (found.covered, f"{folder}/10-first", f"{folder}/20-second")
     script = ASK_APP + "echo ran $(cat /tmp/ran)\n"
-    pair = drawn(host, saved.artifact, script, names=("own-1", "own-2"))
+    pair = drawn(saved.artifact, script, name="own")
     assert [each.pop("ran") for each in pair] == [{"1 own-1 2 last"}, {"1 own-2 2 last"}]
     assert not alike(pair)
 
@@ -114,7 +115,7 @@ def test_a_program_that_a_signal_starts_anew(
     run_in(guest, "touch", "/tmp/bad")
     saved = save(guest, "none")
     with pytest.raises(AgentFailed, match="20-second: exit code 4: no luck"):
-        drawn(host, saved.artifact, ASK_APP)
+        drawn(saved.artifact, ASK_APP)
 
 
 #: A pool of one connection to redis, which is asked all the time; each answer leaves the time.
@@ -183,21 +184,23 @@ def prepared(cold: Cold, root: Artifact, run_in: RunIn) -> GuestRecord:
 
 
 def test_services_of_systemd(host: Runtime, cold: Cold, run_in: RunIn, save: SaveHooked) -> None:
-    root = build_segment(host.store, DAEMONS, "debian:trixie", include=DAEMONS_PACKAGES)
+    root = build_segment(
+        host.store, DAEMONS, "debian:trixie", BuildOptions(include=DAEMONS_PACKAGES)
+    )
     guest = prepared(cold, root, run_in)
     saved = save(guest)
     found = {each.program: each for each in saved.generators}
     assert [found[name].hook for name in ("nginx", "redis-server")] == ["nginx", "redis"]
     assert found["sshd"].covered
     assert not any(name.startswith(("systemd", "udev")) for name in found)
-    assert alike(drawn(host, saved.artifact, DRAW)) >= {"redis", "nginx"}
+    assert alike(drawn(saved.artifact, DRAW)) >= {"redis", "nginx"}
 
     assert run_in(guest, "systemctl", "enable", "own.service").exit_code == 0
     saved = save(guest, "auto", "openssh")
     assert saved.clone_hooks == ("nginx", "redis", "openssh", "own.service")
     covered = {each.program: each.covered for each in saved.generators}
     assert (covered["nginx"], covered["redis-server"]) == ("nginx", "redis")
-    pair = drawn(host, saved.artifact, POOLED + DRAW, names=("own-1", "own-2"))
+    pair = drawn(saved.artifact, POOLED + DRAW, name="own")
     # At 10 tries a second, and on a host that has much else to do.
     assert all(int(tries) <= 10 for each in pair for tries in each.pop("pool"))
     assert [each.pop("target") for each in pair] == [{"own-1"}, {"own-2"}]

@@ -9,20 +9,18 @@ import asyncio
 import re
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 from onecopy.errors import AgentFailed
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
-from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import RunIn
+from tests.vm.guests import Guests
 from tests.vm.physical import private, ram
 
 #: One line for each thing that two machines must not have in common.
@@ -38,27 +36,18 @@ cat /proc/sys/kernel/random/uuid
 MANY = 50
 
 
-def start(
-    host: Runtime, source: Artifact, names: Sequence[str], spec: CloneSpec
-) -> list[GuestRecord]:
-    made = template(host, source)
-    begun = start_many(host, names, lambda name, batch: start_clone(host, made, name, spec, batch))
-    return list(asyncio.run(begun).guests)
-
-
 @pytest.fixture
-def fifty(host: Runtime, saved: Artifact, run_in: RunIn) -> Iterator[list[GuestRecord]]:
+def fifty(
+    host: Runtime, guests: Guests, saved: Artifact, run_in: RunIn
+) -> Iterator[list[GuestRecord]]:
     """Clones of a guest that has a machine-id, each with a forwarded port."""
-    (first,) = start(host, saved, ["first"], CloneSpec())
-    done = run_in(first, "sh", "-c", "cat /proc/sys/kernel/random/uuid | tr -d - >/etc/machine-id")
-    assert done.exit_code == 0
-    system = asyncio.run(save_guest(host, Reference("many"), "first")).artifact
-    host.end(first)
-    names = [f"one-of-{number}" for number in range(MANY)]
-    guests = start(host, system, names, CloneSpec(publish=((0, 80),)))
-    yield guests
-    for guest in guests:
-        host.end(guest)
+    (first,) = guests.clone(saved)
+    first.exec(["sh", "-c", "cat /proc/sys/kernel/random/uuid | tr -d - >/etc/machine-id"])
+    system = first.save("many").artifact
+    first.stop()
+    clones = guests.clone(system, MANY, name="one-of", publish=[(0, 80)])
+    yield [clone.record for clone in clones]
+    guests.end()
     host.store.remove(Reference("many"))
 
 
@@ -92,38 +81,30 @@ def test_fifty_clones_differ_in_all(host: Runtime, fifty: list[GuestRecord]) -> 
 
 
 @pytest.mark.smoke
-def test_clock_and_hook(host: Runtime, saved: Artifact, run_in: RunIn) -> None:
-    (guest,) = start(host, saved, ["years-ago"], CloneSpec())
-    made = []
+def test_clock_and_hook(host: Runtime, guests: Guests, saved: Artifact) -> None:
+    (guest,) = guests.clone(saved)
+    # As if it had been saved years ago.
+    guest.exec(["date", "-s", "2020-01-01 00:00:00"])
+    system = guest.save("old", on_clone="echo $(hostname) $(date +%Y) >/root/hook").artifact
     try:
-        # As if it had been saved years ago.
-        assert run_in(guest, "date", "-s", "2020-01-01 00:00:00").exit_code == 0
-        hook = "echo $(hostname) $(date +%Y) >/root/hook"
-        asyncio.run(save_guest(host, Reference("old"), guest.name, on_clone=hook))
-        system = host.store.resolve(Reference("old"), "system")
-        made = start(host, system, ["today-1", "today-2"], CloneSpec())
-        for clone in made:
-            now = int(run_in(clone, "date", "+%s").stdout)
-            assert abs(now - time.time()) < 20
-            said = run_in(clone, "cat", "/root/hook").stdout.decode().split()
+        for clone in guests.clone(system, 2):
+            assert abs(int(clone.exec(["date", "+%s"]).text) - time.time()) < 20
+            said = clone.exec(["cat", "/root/hook"]).text.split()
             assert said == [clone.name, str(time.gmtime().tm_year)]
     finally:
-        for each in (guest, *made):
-            host.end(each)
-        if host.store.find(Reference("old"), "system"):
-            host.store.remove(Reference("old"))
+        guests.end()
+        host.store.remove(Reference("old"))
 
 
 def test_who_does_not_confirm_is_not_handed_out(
-    host: Runtime, cold: Cold, busybox_root: Artifact, run_in: RunIn
+    host: Runtime, guests: Guests, minimal: Artifact, run_in: RunIn
 ) -> None:
-    guest = cold(busybox_root, memory=128 * MIB)
-    ref = Reference("fails")
+    guest = guests.clone(minimal)[0].record
 
     def why(on_clone: str) -> str:
-        system = asyncio.run(save_guest(host, ref, guest.name, on_clone=on_clone)).artifact
+        system = guests.save(guest, "fails", on_clone=on_clone).artifact
         with pytest.raises(AgentFailed) as caught:
-            start(host, system, ["never"], CloneSpec())
+            guests.clone(system, name="never")
         assert not (host.run / "never").exists()
         return caught.value.message
 
@@ -137,18 +118,15 @@ def test_who_does_not_confirm_is_not_handed_out(
         assert run_in(guest, "ip", "link", "set", "eth0", "down").exit_code == 0
         assert run_in(guest, "ip", "link", "set", "eth0", "name", "other").exit_code == 0
         with pytest.raises(AgentFailed, match="network"):
-            asyncio.run(save_guest(host, ref, guest.name))
+            guests.save(guest, "fails")
     finally:
-        host.store.remove(ref)
+        host.store.remove(Reference("fails"))
 
 
 @pytest.fixture
-def two(host: Runtime, systemd_system: Artifact) -> Iterator[list[GuestRecord]]:
+def two(guests: Guests, systemd_system: Artifact) -> list[GuestRecord]:
     """Two clones of a saved Debian with systemd."""
-    guests = start(host, systemd_system, ["own-1", "own-2"], CloneSpec())
-    yield guests
-    for guest in guests:
-        host.end(guest)
+    return [guest.record for guest in guests.clone(systemd_system, 2, name="own")]
 
 
 def test_clones_of_a_systemd_guest(two: list[GuestRecord], run_in: RunIn) -> None:

@@ -5,20 +5,15 @@ Not here: which disk images can be a source (unit/test_build_disk.py).
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
-from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
@@ -26,10 +21,11 @@ from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.sharing import report
 from onecopy.store import Artifact
+from tests.command import onecopy
 from tests.vm.conftest import Cold, RunIn
+from tests.vm.guests import Guests
 from tests.vm.kept import MEMTEST, SERVICES
 
-ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 #: As Debian's installer and its cloud images have it: of disks that a guest has not.
 FSTAB = """\
 # /etc/fstab: static file system information.
@@ -58,27 +54,16 @@ Restart = Callable[[GuestRecord], list[GuestRecord]]
 
 
 @pytest.fixture
-def restart(host: Runtime) -> Iterator[Restart]:
+def restart(host: Runtime, guests: Guests) -> Iterator[Restart]:
     """``restart(guest)`` saves a running guest and starts two clones; they end after the test."""
-    started: list[GuestRecord] = []
 
     def start(guest: GuestRecord) -> list[GuestRecord]:
-        saved = asyncio.run(save_guest(host, Reference("again"), guest.name)).artifact
-        source = template(host, saved)
-        spec = CloneSpec(publish=tuple((0, port) for _, port in guest.publish))
-        found = asyncio.run(
-            start_many(
-                host,
-                ["again-1", "again-2"],
-                lambda name, batch: start_clone(host, source, name, spec, batch),
-            )
-        )
-        started.extend(found.guests)
-        return list(found.guests)
+        saved = guests.save(guest, "again").artifact
+        ports = [(0, port) for _, port in guest.publish]
+        return [each.record for each in guests.clone(saved, 2, name="again", publish=ports)]
 
     yield start
-    for record in started:
-        host.end(record)
+    guests.end()
     if host.store.find(Reference("again"), "system"):
         host.store.remove(Reference("again"))
 
@@ -169,10 +154,6 @@ def memtest(host: Runtime) -> Artifact:
     return host.store.resolve(MEMTEST, "kernel")
 
 
-def onecopy(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([ONECOPY, *argv], capture_output=True, text=True)
-
-
 def console(host: Runtime, guest: GuestRecord) -> str:
     return (host.run / guest.name / "console.log").read_text(errors="replace")
 
@@ -199,7 +180,7 @@ def test_a_system_that_is_no_linux(
         ("commit", guest.name, "any"),
         ("run", "--cold", memtest.ref, "--", "true"),
     ):
-        done = onecopy(*argv)
+        done = onecopy(*argv, code=None)
         assert "is a bare machine" in done.stderr, argv
         assert done.returncode == (125 if argv[0] == "exec" else 12)
     clones = restart(guest)

@@ -46,7 +46,7 @@ def test_an_aligned_file(
 ) -> None:
     data = os.urandom(SIZE)
     segment = aligned(host, tmp_path / "tree", data)
-    guest = cold(python_root, segments=((Reference("aligned"), "/data"),), memory=192 << 20)
+    guest = cold(python_root, segments=["aligned:/data"], memory=192 << 20)
     done = run_in(guest, "python3", "-c", READS)
     assert done.exit_code == 0, done.stderr
     faults, tops = done.stdout.decode().split()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -19,25 +18,10 @@ from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
 from onecopy.store import Artifact
-from tests.vm.conftest import vmms
+from tests.command import ONECOPY, onecopy, refused
+from tests.vm.conftest import left, vmms
 
 Clones = Callable[[int], list[GuestRecord]]
-ONECOPY = [sys.executable, "-m", "onecopy"]
-
-
-def left(host: Runtime) -> dict[str, list[str]]:
-    """What a guest or command leaves: VMMs, leases, run folders, workspaces."""
-    return {
-        "vmms": [str(pid) for pid in vmms(host)],
-        "leases": [record.holder for record in host.store.leases()],
-        "folders": sorted(path.name for path in host.run.iterdir() if path.is_dir()),
-        "workspaces": [path.name for path in (host.store.root / "tmp").iterdir()],
-    }
-
-
-def run_command(*args: str) -> subprocess.CompletedProcess[str]:
-    """The real command, to its end."""
-    return subprocess.run([*ONECOPY, *args], capture_output=True, text=True, check=False)
 
 
 def test_rm_of_what_is_in_use_names_the_user(
@@ -47,9 +31,7 @@ def test_rm_of_what_is_in_use_names_the_user(
     with pytest.raises(InUse) as caught:
         host.store.remove(Reference.parse(saved.ref))
     assert caught.value.users == (guest.name,)
-    done = run_command("rm", saved.ref)
-    assert done.returncode == 4
-    assert guest.name in done.stderr
+    assert guest.name in refused(4, "rm", saved.ref)
 
 
 def test_a_killed_vmm_leaves_nothing(host: Runtime, saved: Artifact, clones: Clones) -> None:
@@ -62,11 +44,11 @@ def test_a_killed_vmm_leaves_nothing(host: Runtime, saved: Artifact, clones: Clo
             break
         time.sleep(0.01)
     assert host.store.users(saved.digest) == []
-    assert guest.name not in run_command("ps").stdout
+    assert guest.name not in onecopy("ps").stdout
     # But for what it printed, and that it was killed.
-    assert guest.name in run_command("ps", "-a").stdout
+    assert guest.name in onecopy("ps", "-a").stdout
     assert left(host) == {**before, "folders": sorted({*before["folders"], ".ended"})}
-    assert run_command("rm", guest.name).returncode == 0
+    onecopy("rm", guest.name)
     assert left(host) == before
 
 
@@ -75,7 +57,7 @@ def test_a_save_that_is_ended_leaves_nothing(
     host: Runtime, python_root: Artifact, number: signal.Signals
 ) -> None:
     before = left(host)
-    argv = [*ONECOPY, "save", "ended", "--root", python_root.ref, "--run", ""]
+    argv = [ONECOPY, "save", "ended", "--root", python_root.ref, "--run", ""]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as command:
         assert command.stderr is not None
         for line in command.stderr:
@@ -88,7 +70,7 @@ def test_a_save_that_is_ended_leaves_nothing(
         command.stderr.read()
     assert command.returncode == (-9 if number is signal.SIGKILL else 130)
     if number is signal.SIGKILL:
-        assert run_command("ps").returncode == 0  # the next command sweeps
+        onecopy("ps")  # the next command sweeps
     assert left(host) == before
     assert host.store.find(Reference("ended"), "system") is None
 
@@ -97,7 +79,7 @@ def test_qemu_killed_during_a_save_is_an_error_with_its_reason(
     host: Runtime, python_root: Artifact
 ) -> None:
     before = left(host)
-    argv = [*ONECOPY, "save", "shot", "--root", python_root.ref, "--run", ""]
+    argv = [ONECOPY, "save", "shot", "--root", python_root.ref, "--run", ""]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as command:
         while not (running := vmms(host)):
             time.sleep(0.01)
@@ -111,13 +93,10 @@ def test_qemu_killed_during_a_save_is_an_error_with_its_reason(
 
 def test_one_that_cannot_start_takes_the_others_along(host: Runtime, saved: Artifact) -> None:
     before = left(host)
-    first = run_command("run", saved.ref, "--name", "taken-2")
-    assert first.returncode == 0, first.stderr
-    done = run_command("run", saved.ref, "-n", "3", "--name", "taken")
-    assert done.returncode == 5, done.stderr
+    onecopy("run", saved.ref, "--name", "taken-2")
+    refused(5, "run", saved.ref, "-n", "3", "--name", "taken")
     assert [guest.name for guest in host.guests()] == ["taken-2"]
-    going = run_command("run", saved.ref, "-n", "3", "--name", "taken", "--keep-going")
-    assert going.returncode == 5
+    refused(5, "run", saved.ref, "-n", "3", "--name", "taken", "--keep-going")
     assert {guest.name for guest in host.guests()} == {"taken-1", "taken-2", "taken-3"}
-    assert run_command("stop", "--all").returncode == 0
+    onecopy("stop", "--all")
     assert left(host) == before

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import http.client
-import json
 import os
 import random
 import re
@@ -19,7 +18,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,23 +31,12 @@ from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.argv import FIRST_ADDRESS
 from onecopy.vmm.monitor import connect
+from tests.command import ONECOPY, answer, onecopy
 from tests.conftest import cannot_run
 from tests.vm.conftest import vmms
 
-ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 #: The guest that several tests share, since it takes long to boot.
 LASTING = "lasting"
-
-
-def command(*args: str, code: int = 0, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([ONECOPY, *args], capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == code, f"{args}: {done.returncode} {done.stdout} {done.stderr}"
-    return done
-
-
-def answer(*args: str, code: int = 0) -> Any:
-    """The JSON that a command prints."""
-    return json.loads(command(*args, code=code).stdout)
 
 
 def get(port: int) -> str:
@@ -101,7 +88,7 @@ def real_command(pid: int) -> list[str]:
 
 
 def dry_run(*args: str) -> list[str]:
-    return shlex.split(command("run", *args, "--dry-run").stdout)
+    return shlex.split(onecopy("run", *args, "--dry-run").stdout)
 
 
 @pytest.fixture(autouse=True)
@@ -120,11 +107,11 @@ def web(host: Runtime, busybox_root: Artifact, tmp_path_factory: pytest.TempPath
     (tree / "www").mkdir()
     shutil.copy("/bin/busybox", tree / "bin/busybox")
     (tree / "www/index.html").write_text("a page of the web segment")
-    built = command("build", "web-root", "--from", f"dir:{tree}").stdout.split()
+    built = onecopy("build", "web-root", "--from", f"dir:{tree}").stdout.split()
     assert built[0] == "web-root:latest"
     options = ["--root", "web-root", "--memory", "128M"]
     options += ["--run", "busybox httpd -f -p 80 -h /www"]
-    saved = command("save", "web", *options, "--ready", "wget -q -O - http://127.0.0.1/")
+    saved = onecopy("save", "web", *options, "--ready", "wget -q -O - http://127.0.0.1/")
     assert saved.stdout.split()[0] == "web:latest"
     ls = {item["name"]: item for item in answer("ls", "--json")}
     assert ls["web-root"]["digest"] == built[1]
@@ -151,8 +138,8 @@ def lasting(host: Runtime, web: str, modules: Path) -> Iterator[dict[str, Any]]:
     segment = answer("inspect", "web-root")["layers"][0]["path"]
     with contextlib.ExitStack() as stack:
         point = stack.enter_context(mounted(segment, modules.parent.with_name("web-root")))
-        command("build", "web-ext2", "--from", f"dir:{point}", "--fs", "ext2")
-        command("build", "web-data", "--from", f"dir:{point}", "--fs", "ext2", "--room", "4M")
+        onecopy("build", "web-ext2", "--from", f"dir:{point}", "--fs", "ext2")
+        onecopy("build", "web-data", "--from", f"dir:{point}", "--fs", "ext2", "--room", "4M")
     kernel = ensure_kernel(host.store).layer("kernel").path
     args = ["web-ext2", "--cold", "--name", LASTING, "--memory", "128M", "-p", "0:80"]
     args += ["--segment", "web-data:/data", "--run", "busybox httpd -f -p 80 -h /www"]
@@ -200,7 +187,7 @@ def test_ls_and_inspect_tell_what_is_in_the_store(host: Runtime, web: str) -> No
     assert system["config"]["memory"] == 128 << 20
     ram = next(item for item in system["layers"] if item["size"] == 128 << 20)
     assert ram["disk"] < ram["size"], "pages of zeroes take no disk"
-    verified = command("verify", web, "web-root").stdout.splitlines()
+    verified = onecopy("verify", web, "web-root").stdout.splitlines()
     assert verified == [
         "web:latest is whole, its file systems are sound: erofs, erofs, erofs",
         "web-root:latest is whole, its file systems are sound: erofs",
@@ -238,7 +225,7 @@ def test_run_ps_and_inspect_are_right_about_guests(host: Runtime, web: str) -> N
         ((port, inside),) = guest["publish"]
         assert inside == 80
         assert get(port) == "a page of the web segment"
-    table = command("ps").stdout
+    table = onecopy("ps").stdout
     assert "w-1" in table and f"{guests[0]['publish'][0][0]}->80" in table
 
 
@@ -271,7 +258,7 @@ def test_report_is_what_the_kernel_counts(host: Runtime, web: str) -> None:
     for blob in report["blobs"]:
         if blob["kind"] == "ram" and "r-1" in blob["name"]:
             assert (blob["guests"], blob["size"]) == (2, guests[0]["memory"])
-    assert "RAM OWN" in command("report").stdout
+    assert "RAM OWN" in onecopy("report").stdout
 
 
 def pss_is_told(guests: list[dict[str, Any]]) -> bool:
@@ -302,7 +289,7 @@ def counted(pid: int, path: str) -> dict[str, int]:
 
 
 def test_logs_and_console(web: str) -> None:
-    command("run", web, "--name", "talker")
+    onecopy("run", web, "--name", "talker")
     echo = 'read line </dev/ttyS0; echo "heard $line" >/dev/ttyS0'
     with (
         subprocess.Popen(
@@ -320,25 +307,25 @@ def test_logs_and_console(web: str) -> None:
         console.stdin.write(b"\x1d")
         console.stdin.flush()
         assert console.wait(60) == 0
-    assert "heard something" in command("logs", "talker").stdout
-    lines = command("logs", "--qemu", "talker").stdout.splitlines()
+    assert "heard something" in onecopy("logs", "talker").stdout
+    lines = onecopy("logs", "--qemu", "talker").stdout.splitlines()
     # The first since QEMU 9.1, older ones know no other way; the second where KVM's host has fewer
     # processors than a guest can be given.
     known = ("fd: migration to a file is deprecated", "exceeds the recommended cpus supported")
     assert [line for line in lines if not any(words in line for words in known)] == []
-    assert "no guest 'nobody'" in command("logs", "nobody", code=3).stderr
+    assert "no guest 'nobody'" in onecopy("logs", "nobody", code=3).stderr
 
 
 def test_dry_run_is_what_really_runs(host: Runtime, web: str, lasting: dict[str, Any]) -> None:
     port = free_ports(2)
     args = [web, "-n", "2", "--name", "same", "-p", f"{port}:80"]
-    planned = command("run", *args, "--dry-run").stdout.splitlines()
+    planned = onecopy("run", *args, "--dry-run").stdout.splitlines()
     assert names(host) == set()
     guests = answer("run", *args, "--json")["guests"]
     assert [shlex.split(line) for line in planned] == [real_command(g["pid"]) for g in guests]
     assert lasting["planned"] == real_command(lasting["pid"])
 
-    save = shlex.split(command("save", "no", "--root", "web-root", "--run", "", "--dry-run").stdout)
+    save = shlex.split(onecopy("save", "no", "--root", "web-root", "--run", "", "--dry-run").stdout)
     assert Path(save[0]).name == "qemu-system-x86_64"
     assert any(word.startswith("memory-backend-ram,id=ram") for word in save)
     assert "no" not in {item["name"] for item in answer("ls", "--json")}
@@ -350,18 +337,18 @@ def test_four_at_once_answer_with_their_own_names(saved: Artifact) -> None:
     guests = answer(*args)["guests"]
     assert [guest["publish"] for guest in guests] == [[[first + i, 80]] for i in range(4)]
     assert [get(first + i) for i in range(4)] == [f"web-{i + 1}" for i in range(4)]
-    done = command("stop", *(guest["name"] for guest in guests))
+    done = onecopy("stop", *(guest["name"] for guest in guests))
     assert done.stdout.splitlines() == [f"web-{i + 1} shut down" for i in range(4)]
     with pytest.raises(ConnectionError):
         get(first)
 
 
 def test_a_guest_for_one_command(host: Runtime, web: str) -> None:
-    done = command("run", web, "--", "sh", "-c", "echo out; echo err >&2; exit 7", code=7)
+    done = onecopy("run", web, "--", "sh", "-c", "echo out; echo err >&2; exit 7", code=7)
     assert done.stdout == "out\n"
     assert done.stderr.endswith("err\n")
     assert names(host) == set() and answer("ps", "--json") in ([], [_lasting(host)])
-    command("run", web, "--name", "kept", "--keep", "--", "true")
+    onecopy("run", web, "--name", "kept", "--keep", "--", "true")
     assert names(host) == {"kept"}
 
 
@@ -371,9 +358,9 @@ def _lasting(host: Runtime) -> Any:
 
 def test_a_taken_name(host: Runtime, web: str) -> None:
     (first,) = answer("run", web, "--name", "a-2", "--json")["guests"]
-    assert "a-2 runs already" in command("run", web, "--name", "a-2", code=5).stderr
+    assert "a-2 runs already" in onecopy("run", web, "--name", "a-2", code=5).stderr
     # All or none: neither a-1 nor a-3 stays.
-    command("run", web, "-n", "3", "--name", "a", code=5)
+    onecopy("run", web, "-n", "3", "--name", "a", code=5)
     assert names(host) == {"a-2"}
     told = answer("inspect", "a-2")
     del told["account"]
@@ -386,7 +373,7 @@ def test_a_taken_port(host: Runtime, web: str) -> None:
     first = free_ports(4)
     args = ["run", web, "-n", "4", "--name", "p", "-p", f"{first}:80"]
     with socket.create_server(("127.0.0.1", first + 2)):
-        assert f"port {first + 2} on 127.0.0.1 is taken" in command(*args, code=4).stderr
+        assert f"port {first + 2} on 127.0.0.1 is taken" in onecopy(*args, code=4).stderr
         assert names(host) == set()
         for number in range(1, 5):
             assert_no_trace(host, f"p-{number}")
@@ -397,37 +384,37 @@ def test_a_taken_port(host: Runtime, web: str) -> None:
         assert names(host) == {"p-1", "p-2", "p-4"}
         assert_no_trace(host, "p-3")
     # A guest of ours may hold it, too.
-    assert "is taken" in command("run", web, "-p", f"{first}:80", code=4).stderr
+    assert "is taken" in onecopy("run", web, "-p", f"{first}:80", code=4).stderr
 
 
 def test_more_than_the_host_has_memory_for(host: Runtime, web: str) -> None:
     """The host's memory is real, and the guests' are not begun."""
-    refused = command("run", web, "-n", "10000", "--name", "many", code=9)
+    refused = onecopy("run", web, "-n", "10000", "--name", "many", code=9)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fit = int(re.search(r"so (\d+) would fit", refused.stderr)[1])  # type: ignore[index]
     assert 0 < fit * 20 * MIB < total
     assert not [each.name for each in host.guests() if each.name.startswith("many")]
     # The kernel itself refuses one mapping of more than there is.
     cold = ["run", "web-root", "--cold", "--run", "", "--memory", f"{(total >> 20) * 99 // 100}M"]
-    assert "0 would fit" in command(*cold, code=9).stderr
+    assert "0 would fit" in onecopy(*cold, code=9).stderr
     (guest,) = answer(*cold, "--overcommit", "--json")["guests"]
-    assert command("exec", guest["name"], "cat", "/proc/meminfo").stdout.startswith("MemTotal:")
-    command("stop", guest["name"])
+    assert onecopy("exec", guest["name"], "cat", "/proc/meminfo").stdout.startswith("MemTotal:")
+    onecopy("stop", guest["name"])
 
 
 def test_stopping_asks_waits_and_ends(host: Runtime, web: str) -> None:
     guests = answer("run", web, "-n", "3", "--name", "s", "--json")["guests"]
     polite, frozen, at_once = (guest["name"] for guest in guests)
-    assert command("stop", polite).stdout == f"{polite} shut down\n"
+    assert onecopy("stop", polite).stdout == f"{polite} shut down\n"
     os.kill(guests[1]["pid"], signal.SIGSTOP)
-    said = command("stop", frozen, "--timeout", "2").stdout
+    said = onecopy("stop", frozen, "--timeout", "2").stdout
     assert said == f"{frozen} was ended: it did not answer\n"
-    assert command("stop", "--now", at_once).stdout == f"{at_once} was ended\n"
+    assert onecopy("stop", "--now", at_once).stdout == f"{at_once} was ended\n"
     for guest in guests:
         assert not running(guest["pid"])
         assert_no_trace(host, guest["name"])
-    command("stop", polite, code=3)
-    command("stop", code=2)
+    onecopy("stop", polite, code=3)
+    onecopy("stop", code=2)
 
 
 def running(pid: int) -> bool:
@@ -448,28 +435,28 @@ def test_a_killed_vmm_is_swept_by_the_next_command(host: Runtime, web: str) -> N
     assert not (host.store.root / "leases/k-1.json").exists()
     assert names(host) == {"k-2"}
     # Its name is free again.
-    command("run", web, "--name", "k-1")
+    onecopy("run", web, "--name", "k-1")
 
 
 def test_a_kernel_of_ones_own(modules: Path, lasting: dict[str, Any]) -> None:
     assert lasting["kind"] == "cold"
-    release = command("exec", LASTING, "--", "uname", "-r").stdout.strip()
+    release = onecopy("exec", LASTING, "--", "uname", "-r").stdout.strip()
     assert release == modules.name
     kernels = answer("ls", "--json", "--kind", "kernel")
     (mine,) = [item for item in kernels if item["users"] == [LASTING]]
     config = answer("inspect", f"{mine['name']}:{mine['version']}")["config"]
     assert config["release"] == release
-    inside = command("exec", LASTING, "--", "cat", f"/lib/modules/{release}/modules.dep").stdout
+    inside = onecopy("exec", LASTING, "--", "cat", f"/lib/modules/{release}/modules.dep").stdout
     assert "virtio_pmem.ko" in inside
     cold = ["run", "--cold", "web-root", "--run", ""]
-    assert "go together" in command(*cold, "--kernel", "/boot/vmlinuz", code=8).stderr
+    assert "go together" in onecopy(*cold, "--kernel", "/boot/vmlinuz", code=8).stderr
 
 
 def test_an_ext2_root_is_executed_in_place(lasting: dict[str, Any]) -> None:
     # The root's own mount is below the overlay, out of sight: mounted once more, without options,
     # the same device shows those that it has.
     script = "mkdir /tmp/root && mount -t ext4 -o ro /dev/pmem0 /tmp/root && cat /proc/mounts"
-    lines = command("exec", LASTING, "--", "sh", "-c", script).stdout.splitlines()
+    lines = onecopy("exec", LASTING, "--", "sh", "-c", script).stdout.splitlines()
     mounts = {line.split()[1]: line.split() for line in lines}
     for device, point in (("/dev/pmem0", "/tmp/root"), ("/dev/pmem3", "/data")):
         assert mounts[point][:1] + mounts[point][2:3] == [device, "ext4"]
@@ -489,20 +476,20 @@ def test_kvm_runs_guests_or_says_why_not(busybox_root: Artifact) -> None:
         assert guest["accel"] == "kvm"
         assert "kvm" in real_command(guest["pid"])
     else:
-        refused = command(*args, code=13).stderr
+        refused = onecopy(*args, code=13).stderr
         assert reason.startswith("KVM cannot be used: ") and reason in refused
         assert "--accel tcg" in refused
 
 
 def test_what_is_in_use_is_not_removed(host: Runtime, web: str, lasting: dict[str, Any]) -> None:
     """The last test of this file: what others here use goes."""
-    command("run", web, "--name", "user")
-    assert f"{web}:latest is in use by user" in command("rm", web, code=4).stderr
-    assert "web-ext2:latest is in use by lasting" in command("rm", "web-ext2", code=4).stderr
+    onecopy("run", web, "--name", "user")
+    assert f"{web}:latest is in use by user" in onecopy("rm", web, code=4).stderr
+    assert "web-ext2:latest is in use by lasting" in onecopy("rm", "web-ext2", code=4).stderr
     ram = Path(answer("inspect", "user")["ram_path"])
-    command("stop", "user", LASTING)
-    assert command("rm", web, "web-data").stdout == "web:latest removed\nweb-data:latest removed\n"
-    assert command("rm", "web-ext2").stdout == "web-ext2:latest removed\n"
+    onecopy("stop", "user", LASTING)
+    assert onecopy("rm", web, "web-data").stdout == "web:latest removed\nweb-data:latest removed\n"
+    assert onecopy("rm", "web-ext2").stdout == "web-ext2:latest removed\n"
     assert not ram.exists()
     assert "web" not in {item["name"] for item in answer("ls", "--json")}
-    command("run", web, code=3)
+    onecopy("run", web, code=3)

@@ -17,9 +17,9 @@ import pytest
 
 from onecopy.errors import GuestFailed, StoreDamaged
 from onecopy.guest.lifecycle import admission
-from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.resources import ExtraResources
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
+from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
@@ -32,7 +32,8 @@ from onecopy.vmm import logs, vmm_limits
 from onecopy.vmm.argv import LEAST_TRANSLATED
 from onecopy.vmm.monitor import Monitor, connect
 from onecopy.vmm.vmm_limits import LOG_ROOM
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Clones, RunIn
+from tests.vm.guests import Guests
 
 DISK = 64 * MIB
 
@@ -53,15 +54,12 @@ def uses(guest: GuestRecord, name: str) -> int:
 
 
 @pytest.fixture
-def fitted(host: Runtime, saved: Artifact, tmp_path: Path) -> Iterator[GuestRecord]:
+def fitted(guests: Guests, saved: Artifact, tmp_path: Path) -> GuestRecord:
     """A clone with a disk, whose QEMU has been told nothing of it before it ran."""
     disk = tmp_path / "disk.img"
     disk.write_bytes(b"")
     os.truncate(disk, DISK)
-    spec = CloneSpec(fitting=ExtraResources(disks=(DiskSpec(file=disk),)))
-    guest = asyncio.run(start_clone(host, template(host, saved), "fitted", spec))
-    yield guest
-    host.end(guest)
+    return guests.clone(saved, disks=[str(disk)])[0].record
 
 
 def test_real_ones(host: Runtime, clones: Clones, fitted: GuestRecord, run_in: RunIn) -> None:
@@ -89,10 +87,20 @@ def test_real_ones(host: Runtime, clones: Clones, fitted: GuestRecord, run_in: R
     assert after["address space"] - before["address space"] == 2 * HUGE_PAGE_SIZE
 
 
-def test_translated_code(host: Runtime, cold: Cold, python_root: Artifact, run_in: RunIn) -> None:
+@pytest.fixture
+def little(host: Runtime, python_root: Artifact) -> Iterator[GuestRecord]:
+    """A guest with little room for translated code, which no user can ask for."""
+    ref = Reference.parse(python_root.ref)
+    plan = plan_boot(host, BootSpec(ref, command="", translated=LEAST_TRANSLATED))
+    guest = asyncio.run(boot_guest(host, plan, "little"))
+    yield guest
+    host.end(guest)
+
+
+def test_translated_code(host: Runtime, little: GuestRecord, run_in: RunIn) -> None:
     """Under TCG a guest that works fills the memory for it, and takes no more."""
     # A boot alone is more code than there is room for.
-    guest = cold(python_root, translated=LEAST_TRANSLATED)
+    guest = little
     if guest.accel == "tcg":
         said = asyncio.run(_human(host, guest, "info jit"))
         (dropped,) = re.findall(r"TB flush count\s+(\d+)", said)

@@ -5,12 +5,9 @@ The machine's settings of KSM are put back. Not here: bench figures (benchmarks/
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,27 +15,22 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import Incompatible
-from onecopy.guest.lifecycle.batch import names_for
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.observe import advise
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import ksm, smaps
-from onecopy.model import MIB, PAGE_SIZE, Mergeable
+from onecopy.model import MIB, PAGE_SIZE
 from onecopy.store import Artifact
+from tests.command import ONECOPY, answer, onecopy
 from tests.conftest import cannot_run
 from tests.vm.conftest import Clones, RunIn
+from tests.vm.guests import Guests
 
 PAGES = 1024
 #: The same pages in each guest, and different from one another.
 WRITE = "import hashlib\nwith open('/dev/shm/same', 'wb') as file:\n"
 WRITE += f"    for n in range({PAGES}): file.write(hashlib.sha256(b'%d' % n).digest() * 128)\n"
 CHECK = "cksum < /dev/shm/same"
-
-
-def onecopy(*args: str) -> str:
-    argv = [str(Path(sys.executable).with_name("onecopy")), *args]
-    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 def settings() -> dict[str, str | None]:
@@ -59,7 +51,7 @@ def scanning() -> Iterator[None]:
     finally:
         onecopy("ksm", "off", "--unmerge")
     assert settings() == before
-    assert json.loads(onecopy("ksm", "status", "--json"))["saved"] == 0
+    assert answer("ksm", "status", "--json")["saved"] == 0
 
 
 def merging(pid: int) -> int:
@@ -76,7 +68,7 @@ def test_equal_writes_of_clones_become_one(scanning: None, clones: Clones, run_i
     while min(merging(guest.pid) for guest in guests) < PAGES:
         assert time.monotonic() < deadline, [merging(guest.pid) for guest in guests]
         time.sleep(0.5)
-    told = json.loads(onecopy("ksm", "status", "--json"))
+    told = answer("ksm", "status", "--json")
     merged = {each["name"]: each["merged"] for each in told["guests"]}
     assert min(merged[guest.name] for guest in guests) >= PAGES * PAGE_SIZE
     assert told["run"] == 1 and told["saved"] >= PAGES * PAGE_SIZE and told["cpu_seconds"] > 0
@@ -111,8 +103,8 @@ def test_a_guest_may_start_closed_to_it(
     finally:
         host.end(guest)
     cold = ["run", "--cold", busybox_root.ref, "--run", "sleep 9", "--dry-run"]
-    assert "mem-merge" not in onecopy(*cold)
-    assert "mem-merge=off" in onecopy(*cold, "--ksm", "none")
+    assert "mem-merge" not in onecopy(*cold).stdout
+    assert "mem-merge=off" in onecopy(*cold, "--ksm", "none").stdout
 
 
 def offered(guest: GuestRecord) -> bool:
@@ -141,7 +133,7 @@ def test_what_it_would_still_gain(host: Runtime, clones: Clones, run_in: RunIn) 
     # Beside these pages what the program has left in free memory, which is alike, too.
     assert 0.9 * PAGES * PAGE_SIZE <= more <= 32 * MIB
     # All guests of the host, others' too.
-    told = json.loads(onecopy("ksm", "status", "--gain", "--json"))
+    told = answer("ksm", "status", "--gain", "--json")
     assert told["gain"] >= 0.9 * more
 
 
@@ -150,8 +142,7 @@ def test_it_runs_by_itself_and_is_put_back() -> None:
     if before["run"] != "0" or os.geteuid():
         cannot_run("it needs root, and a kernel with KSM that is off")
     # Less than all of the memory is available on every host.
-    onecopy_ = str(Path(sys.executable).with_name("onecopy"))
-    argv = [onecopy_, "ksm", "auto", "--interval", "0.1", "--below", "100"]
+    argv = [ONECOPY, "ksm", "auto", "--interval", "0.1", "--below", "100"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as auto:
         try:
             assert auto.stdout
@@ -167,30 +158,22 @@ def test_it_runs_by_itself_and_is_put_back() -> None:
         auto.stdout.readline()
         auto.kill()
     # After a crash it says what it had changed.
-    assert json.loads(onecopy("ksm", "status", "--json"))["changed"]["run"]["found"] == "0"
+    assert answer("ksm", "status", "--json")["changed"]["run"]["found"] == "0"
     onecopy("ksm", "off", "--unmerge")
     assert settings() == before
 
 
-def test_a_vmms_own_memory_merges_if_asked(scanning: None, host: Runtime, saved: Artifact) -> None:
-    source, names = template(host, saved), names_for("merge", None, 2)
-    started: list[GuestRecord] = []
+@pytest.mark.usefixtures("scanning")
+def test_a_vmms_own_memory_merges_if_asked(guests: Guests, saved: Artifact) -> None:
     try:
-        try:
-            for name in names:
-                guest = asyncio.run(start_clone(host, source, name, CloneSpec(ksm=Mergeable.ALL)))
-                started.append(guest)
-        except Incompatible as error:
-            cannot_run(error.message)
-        pids = [guest.pid for guest in started]
-        # Relocated data alone is more, and equal only without address randomisation.
-        deadline = time.monotonic() + 300
-        while min(merged_of_qemu(pid) for pid in pids) < MIB:
-            assert time.monotonic() < deadline, [merged_of_qemu(pid) for pid in pids]
-            time.sleep(0.5)
-    finally:
-        for guest in started:
-            host.end(guest)
+        pids = [guest.record.pid for guest in guests.clone(saved, 2, ksm="all")]
+    except Incompatible as error:
+        cannot_run(error.message)
+    # Relocated data alone is more, and equal only without address randomisation.
+    deadline = time.monotonic() + 300
+    while min(merged_of_qemu(pid) for pid in pids) < MIB:
+        assert time.monotonic() < deadline, [merged_of_qemu(pid) for pid in pids]
+        time.sleep(0.5)
 
 
 def merged_of_qemu(pid: int) -> int:

@@ -6,21 +6,18 @@ Not here: what else tells clones apart (test_identity.py), single cases of /etc/
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from onecopy.errors import AgentFailed
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.restore import start_clone, template
-from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Cold, RunIn
+from tests.vm.guests import Guests
 from tests.vm.kept import SERVICES
 
 REF = Reference("named")
@@ -70,22 +67,15 @@ Restart = Callable[[GuestRecord, str], GuestRecord]
 
 
 @pytest.fixture
-def restart(host: Runtime) -> Iterator[Restart]:
+def restart(host: Runtime, guests: Guests) -> Iterator[Restart]:
     """``restart(guest, name)`` saves a running guest and starts a clone, ended after the test."""
-    started: list[GuestRecord] = []
 
     def start(guest: GuestRecord, name: str) -> GuestRecord:
-        saved = asyncio.run(save_guest(host, REF, guest.name)).artifact
-        source = template(host, saved)
-        begun = start_many(
-            host, [name], lambda name, batch: start_clone(host, source, name, batch=batch)
-        )
-        started.extend(asyncio.run(begun).guests)
-        return started[-1]
+        (clone,) = guests.clone(guests.save(guest, REF).artifact, name=name)
+        return clone.record
 
     yield start
-    for record in started:
-        host.end(record)
+    guests.end()
     if host.store.find(REF, "system"):
         host.store.remove(REF)
 
@@ -134,7 +124,7 @@ def test_a_root_without_etc(
 
 def test_host_keys_of_any_type(host: Runtime, cold: Cold, run_in: RunIn, restart: Restart) -> None:
     services = host.store.resolve(SERVICES, "segment")
-    guest = cold(services, memory=192 * MIB, command="")
+    guest = cold(services, memory=192 * MIB, run="")
     assert run_in(guest, "sh", "-ec", KEYS, timeout=300).exit_code == 0
 
     def public(guest: GuestRecord) -> list[list[str]]:

@@ -5,7 +5,6 @@ Not here: user-mode networks and forwarded ports (test_lifecycle.py, test_identi
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import select
 import shlex
@@ -19,9 +18,6 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import InvalidInput, NotFound, NotPermitted
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
-from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.runtime import Runtime
 from onecopy.linux.tap import open_tap
 from onecopy.model import MIB, Reference
@@ -30,6 +26,7 @@ from onecopy.vmm.argv import NAME_SERVER
 from tests.conftest import cannot_run
 from tests.unit.other_user import as_nobody
 from tests.vm.conftest import Cold, RunIn
+from tests.vm.guests import Guests
 
 #: A network that nobody else has here. None of RFC 5737: closed-off hosts reach mirrors by such
 #: addresses, and other tests need them meanwhile.
@@ -70,33 +67,25 @@ def ports(bridge: str) -> list[str]:
     return [path.name for path in Path(f"/sys/class/net/{bridge}/brif").iterdir()]
 
 
-def test_clones_in_a_bridge(host: Runtime, saved: Artifact, bridge: str, run_in: RunIn) -> None:
-    source, spec = template(host, saved), CloneSpec(bridge=bridge)
-    begun = start_many(
-        host, ["left", "right"], lambda name, batch: start_clone(host, source, name, spec, batch)
-    )
-    guests = asyncio.run(begun).guests
-    try:
-        assert len(ports(bridge)) == 2
-        assert len({guest.mac for guest in guests}) == 2
-        left, right = guests
-        for guest, other in ((left, right), (right, left)):
-            assert guest.address.startswith(f"{NET}.")
-            # From the host, and from each other.
-            with urllib.request.urlopen(f"http://{guest.address}/", timeout=60) as answer:
-                assert answer.read().decode().strip() == guest.name
-            done = run_in(guest, "wget", "-qO-", f"http://{other.address}/")
-            assert done.stdout.decode().strip() == other.name
-    finally:
-        for guest in guests:
-            host.end(guest)
+def test_clones_in_a_bridge(saved: Artifact, bridge: str, guests: Guests) -> None:
+    left, right = guests.clone(saved, 2, bridge=bridge)
+    assert len(ports(bridge)) == 2
+    assert left.record.mac != right.record.mac
+    for guest, other in ((left, right), (right, left)):
+        assert guest.record.address.startswith(f"{NET}.")
+        # From the host, and from each other.
+        with urllib.request.urlopen(f"http://{guest.record.address}/", timeout=60) as answer:
+            assert answer.read().decode().strip() == guest.name
+        done = guest.exec(["wget", "-qO-", f"http://{other.record.address}/"])
+        assert done.text.strip() == other.name
+    guests.end()
     assert not ports(bridge)
 
 
 def test_cold_guests_in_a_bridge(
     cold: Cold, busybox_root: Artifact, bridge: str, run_in: RunIn
 ) -> None:
-    guest = cold(busybox_root, bridge=bridge, command="")
+    guest = cold(busybox_root, bridge=bridge, run="")
     assert guest.address.startswith(f"{NET}.")
     shown = run_in(guest, "busybox", "ifconfig", "eth0").text
     assert f"inet addr:{guest.address} " in shown
@@ -105,12 +94,11 @@ def test_cold_guests_in_a_bridge(
 
 
 def test_a_system_that_was_saved_in_a_bridge(
-    host: Runtime, cold: Cold, busybox_root: Artifact, bridge: str, run_in: RunIn
+    host: Runtime, guests: Guests, busybox_root: Artifact, bridge: str, run_in: RunIn
 ) -> None:
     """Its clones in a network of their own keep nothing of what DHCP gave."""
-    guest = cold(busybox_root, bridge=bridge, command="")
-    saved = asyncio.run(save_guest(host, Reference("bridged"), guest.name)).artifact
-    clone = asyncio.run(start_clone(host, template(host, saved), "homely"))
+    guest = guests.boot(busybox_root, bridge=bridge).record
+    clone = guests.clone(guests.save(guest, "bridged").artifact, name="homely")[0].record
     try:
         assert not clone.address.startswith(f"{NET}.")
         assert f"inet addr:{clone.address} " in run_in(clone, "busybox", "ifconfig", "eth0").text
@@ -162,7 +150,7 @@ def frames(taken: socket.socket) -> list[bytes]:
 
 
 def test_connections_are_reset_in_the_clone_only(
-    host: Runtime, cold: Cold, python_root: Artifact, bridge: str, run_in: RunIn
+    host: Runtime, guests: Guests, python_root: Artifact, bridge: str, run_in: RunIn
 ) -> None:
     capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
     server = socket.create_server((f"{NET}.1", 0))
@@ -171,17 +159,15 @@ def test_connections_are_reset_in_the_clone_only(
         capture.bind((bridge, 0))
         port = server.getsockname()[1]
         command = f"exec python3 -c {shlex.quote(TALKS)} {NET}.1 {port}"
-        guest = cold(python_root, bridge=bridge, command=command, memory=192 * MIB)
+        guest = guests.boot(python_root, bridge=bridge, run=command, memory=192 * MIB).record
         server.settimeout(60)
         first = kept.enter_context(closing(server.accept()[0]))
         heard(first, guest.name)
         there = learned(bridge, guest.mac)
         assert there
-        system = asyncio.run(save_guest(host, Reference("talks"), guest.name)).artifact
+        system = guests.save(guest, "talks").artifact
         frames(capture)
-        clone = asyncio.run(
-            start_clone(host, template(host, system), "talks-1", CloneSpec(bridge=bridge))
-        )
+        clone = guests.clone(system, name="talks-1", bridge=bridge)[0].record
         try:
             second = kept.enter_context(closing(server.accept()[0]))
             assert second.getpeername()[0] == clone.address != guest.address
@@ -231,16 +217,13 @@ def test_an_ordinary_user_and_a_bridge(bridge: str) -> None:
     assert not ports(bridge)
 
 
-def test_what_is_no_network(
-    host: Runtime, saved: Artifact, cold: Cold, busybox_root: Artifact
-) -> None:
-    source = template(host, saved)
+def test_what_is_no_network(saved: Artifact, guests: Guests, busybox_root: Artifact) -> None:
     with pytest.raises(NotFound, match="no bridge"):
-        asyncio.run(start_clone(host, source, "lost", CloneSpec(bridge="nowhere0")))
+        guests.clone(saved, bridge="nowhere0")
     with pytest.raises(InvalidInput, match="no network card"):
-        cold(busybox_root, network=False, publish=((0, 80),))
+        guests.boot(busybox_root, network=False, publish=[(0, 80)])
     with pytest.raises(InvalidInput, match="forwarded"):
-        asyncio.run(start_clone(host, source, "lost", CloneSpec(((0, 80),), bridge="nowhere0")))
+        guests.clone(saved, bridge="nowhere0", publish=[(0, 80)])
 
 
 def test_a_guest_without_a_network(cold: Cold, busybox_root: Artifact, run_in: RunIn) -> None:

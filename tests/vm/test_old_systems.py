@@ -7,22 +7,17 @@ here: what makes a clone another machine (test_identity.py), connections (test_n
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import start_clone, template
-from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.model import MIB, Reference
+from onecopy.model import Reference
 from tests.vm.conftest import RunIn
+from tests.vm.guests import Guests, open_guests
 from tests.vm.kept import SERVICES
 
 DAYS = 86400
@@ -66,14 +61,8 @@ WITHIN = 120
 @pytest.fixture(scope="module")
 def original(host: Runtime) -> Iterator[GuestRecord]:
     """A booted Debian 13 with services, whose clock is two days behind."""
-    spec = BootSpec(root=Reference.parse(str(SERVICES)), memory=256 * MIB, timeout=1200)
-    prepared = plan_boot(host, spec)
-    begun = start_many(
-        host, ["original"], lambda name, batch: boot_guest(host, prepared, name, batch)
-    )
-    (guest,) = asyncio.run(begun).guests
-    yield guest
-    host.end(guest)
+    with open_guests() as guests:
+        yield guests.boot(str(SERVICES), name="original", memory="256M", timeout=1200).record
 
 
 def text(run_in: RunIn, guest: GuestRecord, script: str) -> str:
@@ -86,27 +75,20 @@ def behind(run_in: RunIn, guest: GuestRecord) -> float:
     return time.time() - float(text(run_in, guest, "date +%s.%N"))
 
 
-def clones_of(host: Runtime, names: Sequence[str]) -> list[GuestRecord]:
-    source = template(host, host.store.resolve(REF, "system"))
-    begun = start_many(
-        host, names, lambda name, batch: start_clone(host, source, name, batch=batch)
-    )
-    return list(asyncio.run(begun).guests)
-
-
-def test_a_system_two_days_old(host: Runtime, original: GuestRecord, run_in: RunIn) -> None:
+def test_a_system_two_days_old(
+    host: Runtime, guests: Guests, original: GuestRecord, run_in: RunIn
+) -> None:
     text(run_in, original, SET_UP)
     before, late = text(run_in, original, STATE), behind(run_in, original)
     assert late > 1.5 * DAYS
-    asyncio.run(save_guest(host, REF, original.name))
-    made = []
+    guests.save(original, REF)
     try:
         # The guest is as it was, and its timers have not fired again.
         assert text(run_in, original, STATE) == before
         assert abs(behind(run_in, original) - late) < 30
         timers = set(text(run_in, original, TIMERS).split())
         assert {"daily.timer", "dpkg-db-backup.timer", *OTHERS} <= timers
-        made = clones_of(host, ["old-1", "old-2", "old-3"])
+        made = [guest.record for guest in guests.clone(str(REF), 2, name="old")]
         for clone in made:
             assert abs(behind(run_in, clone)) < 30
         for clone in made:
@@ -115,7 +97,7 @@ def test_a_system_two_days_old(host: Runtime, original: GuestRecord, run_in: Run
             assert text(run_in, clone, "cat /root/daily") == "ran\n"
             _nothing_ran(clone, text(run_in, clone, JOURNAL))
     finally:
-        host.end(*made)
+        guests.end()
         host.store.remove(REF)
 
 
@@ -154,7 +136,7 @@ def _nothing_ran(clone: GuestRecord, journal: str) -> None:
 
 
 def test_cron_does_not_make_up_for_two_hours(
-    host: Runtime, original: GuestRecord, run_in: RunIn
+    host: Runtime, guests: Guests, original: GuestRecord, run_in: RunIn
 ) -> None:
     """Cron runs what it has missed if the clock goes forward by up to three hours (cron(8))."""
     # Not due while this runs.
@@ -162,11 +144,10 @@ def test_cron_does_not_make_up_for_two_hours(
     job = f"echo '{minute} * * * * root echo ran >>/root/missed' >/etc/cron.d/missed"
     text(run_in, original, f"{job}; date -u -s @{int(time.time()) - 7200}; systemctl restart cron")
     pid = text(run_in, original, CRON_PID)
-    asyncio.run(save_guest(host, REF, original.name))
-    made = []
+    guests.save(original, REF)
     try:
         assert text(run_in, original, CRON_PID) == pid
-        (clone,) = made = clones_of(host, ["missed"])
+        clone = guests.clone(str(REF), name="missed")[0].record
         # It sees no clock until it is started anew.
         assert text(run_in, clone, f"ps -o stat= -p {pid}").startswith("T")
         deadline = time.monotonic() + WITHIN
@@ -176,5 +157,5 @@ def test_cron_does_not_make_up_for_two_hours(
         assert text(run_in, clone, f"ps -o stat= -p $({CRON_PID})").startswith("S")
         assert run_in(clone, "cat", "/root/missed").exit_code
     finally:
-        host.end(*made)
+        guests.end()
         host.store.remove(REF)

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +23,10 @@ from onecopy.guest.runtime import Runtime
 from onecopy.linux import kmsg
 from onecopy.model import MIB
 from onecopy.store import Artifact
+from tests.command import ONECOPY, onecopy
 from tests.conftest import cannot_run
 from tests.vm.conftest import Clones, RunIn, vmms
 
-ONECOPY = Path(sys.executable).with_name("onecopy")
 #: Bytes for a command and what it starts: for some clones, but for 40 by far not.
 LIMIT = 256 * MIB
 
@@ -82,7 +81,7 @@ def test_in_the_middle_of_many(
     # It may have been a VMM or the command itself that the kernel chose.
     said = (done.returncode, "out of memory" in done.stderr)
     assert said in ((10, True), (-9, False), (137, False)), done
-    subprocess.run([ONECOPY, "ps"], check=True, capture_output=True)
+    onecopy("ps")
     assert vmms(host) == before
     assert [guest.name for guest in host.guests()] == [other.name]
     # None of them was handed out.
@@ -113,5 +112,5 @@ def test_a_guest_s_qemu(host: Runtime, clones: Clones, run_in: RunIn, group: Pat
     if not kmsg.deaths():
         cannot_run("this user may not read the kernel's log")
     assert causes == {guest.name: Cause.HOST_OUT_OF_MEMORY, killed.name: Cause.KILLED}
-    told = subprocess.run([ONECOPY, "ps", "-a"], check=True, capture_output=True, text=True).stdout
+    told = onecopy("ps", "-a").stdout
     assert "the host's kernel killed QEMU: out of memory in its control group" in told

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,8 +12,8 @@ from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.sharing.forecast import Work
 from onecopy.store import Artifact
+from tests.command import ONECOPY, answer
 
-ONECOPY = str(Path(sys.executable).with_name("onecopy"))
 #: Bytes that a guest writes, and the work for it.
 _EATEN = 16 * MIB
 _EAT = Work(
@@ -26,13 +21,6 @@ _EAT = Work(
 )
 #: A guest answers with its name.
 _ASK = Work('test "$(busybox wget -qO- http://127.0.0.1:$PORT/)" = $GUEST', 80)
-
-
-def planned(*args: str) -> dict[str, Any]:
-    argv = [ONECOPY, "plan", "--json", *args]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=300)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def test_a_few_clones_are_measured(host: Runtime, saved: Artifact) -> None:
@@ -45,7 +33,7 @@ def test_a_few_clones_are_measured(host: Runtime, saved: Artifact) -> None:
     plan.keep(host, saved, profile)
     assert plan.kept(host, saved) == profile
     # The command takes what is known.
-    found = planned("--system", saved.ref, "--guests", "100", "--memory", "2G")
+    found = answer("plan", "--json", "--system", saved.ref, "--guests", "100", "--memory", "2G")
     assert found["profile"]["digest"] == saved.digest and found["profile"]["clones"] == 4
     assert found["memory"] == profile.shared + found["per_host"] * profile.each
     assert found["fits"]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-import onecopy
+from onecopy import Host
 from onecopy.errors import AlreadyExists
 from onecopy.guest.lifecycle import pool
 from onecopy.guest.lifecycle.resources import ExtraResources
@@ -27,8 +27,8 @@ from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference, parse_mount
 from onecopy.store import Artifact
-from tests.vm.conftest import RunIn, vmms
-from tests.vm.test_leases import ONECOPY, left, run_command
+from tests.command import ONECOPY, onecopy, refused
+from tests.vm.conftest import RunIn, left, vmms
 
 
 @pytest.fixture
@@ -86,23 +86,23 @@ def test_a_prepared_guest_is_like_any_other(
     # The first two were given it as files of theirs, in folders that have other names now.
     for guest in guests:
         assert run_in(guest, "cat", "/mnt/file").text == "of a further segment"
-    assert run_command("stop", *[guest.name for guest in guests]).returncode == 0
+    onecopy("stop", *[guest.name for guest in guests])
 
 
 @pytest.mark.usefixtures("empty")
 def test_a_pool_fills_again_when_half_is_taken(host: Runtime, saved: Artifact) -> None:
     pids = prepared(host, saved, 2)
-    assert run_command("run", saved.name, "--name", "first").returncode == 0
+    onecopy("run", saved.name, "--name", "first")
     deadline = time.monotonic() + 120
     while (ready := len(host.prepared())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ready == 2
     (taken,) = (guest for guest in host.guests())
     assert taken.pid in pids
-    assert run_command("pool").stdout.split()[-3:] == [saved.ref, "2", "2"]
-    report = run_command("report").stdout
+    assert onecopy("pool").stdout.split()[-3:] == [saved.ref, "2", "2"]
+    report = onecopy("report").stdout
     assert all(record.name in report for record in host.prepared())
-    assert run_command("pool", saved.name, "0").returncode == 0
+    onecopy("pool", saved.name, "0")
     assert vmms(host) == [taken.pid]
 
 
@@ -127,11 +127,10 @@ def test_what_was_replaced_or_removed_is_not_kept(host: Runtime, saved: Artifact
     name = Reference("pooled")
     host.store.tag(Reference.parse(saved.ref), name)
     prepared(host, host.store.resolve(name), 1)
-    done = run_command("rm", str(name))
-    assert done.returncode == 0, done.stderr
+    onecopy("rm", str(name))
     assert not host.prepared()
     assert not pool.pools(host)
-    assert run_command("pool", "pooled", "1").returncode == 3
+    refused(3, "pool", "pooled", "1")
 
 
 @pytest.mark.usefixtures("empty")
@@ -148,7 +147,7 @@ def test_a_name_that_is_taken_costs_nothing(host: Runtime, saved: Artifact) -> N
 _KILLED = """
 import os, sys
 from pathlib import Path
-from onecopy.guest.runtime import Host
+from onecopy.guest.runtime import Runtime
 
 host, digest, left = Runtime.open(), sys.argv[1], int(sys.argv[2])
 rename = Path.rename
@@ -173,22 +172,22 @@ def test_killed_while_it_takes_one(
     prepared(host, saved, 1)
     done = subprocess.run([sys.executable, "-c", _KILLED, saved.digest, str(number)])
     assert done.returncode == -signal.SIGKILL
-    assert run_command("ps").returncode == 0
+    onecopy("ps")
     assert left(host) == empty
 
 
 def test_killed_while_it_fills(host: Runtime, saved: Artifact, empty: dict[str, list[str]]) -> None:
-    with subprocess.Popen([*ONECOPY, "pool", saved.name, "8"], stderr=subprocess.PIPE) as command:
+    with subprocess.Popen([ONECOPY, "pool", saved.name, "8"], stderr=subprocess.PIPE) as command:
         while len(vmms(host)) < len(empty["vmms"]) + 2:
             assert command.poll() is None
         command.kill()
-    assert run_command("ps").returncode == 0
+    onecopy("ps")
     assert left(host) == empty
 
 
 @pytest.mark.usefixtures("empty")
 def test_from_python(host: Runtime, saved: Artifact) -> None:
-    with onecopy.Host(host.store.root) as mine:
+    with Host(host.store.root) as mine:
         assert mine.pool(saved.ref, 2) == 2
         pids = {record.pid for record in host.prepared()}
         with mine.start(saved.ref, 2) as guests:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,10 +24,9 @@ from onecopy.model import MIB, PAGE_SIZE, PageClass, Reference
 from onecopy.sharing import report
 from onecopy.sharing.account import find_ram
 from onecopy.vmm import external_qemu
+from tests.command import answer, onecopy
 from tests.vm.conftest import Clones, RunIn
 from tests.vm.segments import SIZE, load, make
-
-ONECOPY = Path(sys.executable).with_name("onecopy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +140,6 @@ def column(key: str) -> report.Column:
     return next(each for each in report.COLUMNS if each.key == key)
 
 
-def onecopy(*args: str) -> str:
-    done = subprocess.run([ONECOPY, *args], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def wait_until_found(pid: int) -> None:
     """Between fork and exec it is no QEMU."""
     deadline = time.monotonic() + 60
@@ -164,9 +155,9 @@ def test_as_a_user_sees_it(host: Runtime, clones: Clones) -> None:
     with subprocess.Popen([*argv, "-machine", "q35,accel=tcg"]) as theirs:
         try:
             wait_until_found(theirs.pid)
-            text = onecopy("report", "--check")
-            told: dict[str, Any] = json.loads(onecopy("report", "--check", "--json"))
-            inspected = json.loads(onecopy("inspect", guests[0].name))
+            text = onecopy("report", "--check").stdout
+            told: dict[str, Any] = answer("report", "--check", "--json")
+            inspected = answer("inspect", guests[0].name)
             with onecopy_api.Host() as api:
                 theirs_too = api.report()
             rollups = [smaps.read_rollup(pid) for pid in (theirs.pid, *(g.pid for g in guests))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,22 +14,25 @@ from onecopy.errors import AlreadyExists, NotFound, OtherDomain, Restricted
 from onecopy.guest.exec import Completed
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.linux import process
 from onecopy.model import Reference
 from onecopy.store import Access, Artifact
+from tests.command import ONECOPY, onecopy
 from tests.vm.conftest import Clones, Cold, RunIn
 from tests.vm.segments import record
 
 REFUSED = 100
-SERVE = [sys.executable, "-m", "onecopy", "serve"]
+SERVE = [ONECOPY, "serve"]
 
 
 @pytest.fixture
 def site(host: Runtime, tmp_path: Path) -> Artifact:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/page").write_text("a page\n")
-    return build_segment(host.store, Reference("asked"), f"dir:{tmp_path}/site", fs="ext2")
+    return build_segment(
+        host.store, Reference("asked"), f"dir:{tmp_path}/site", BuildOptions(fs="ext2")
+    )
 
 
 @pytest.fixture
@@ -127,13 +129,13 @@ def test_a_guest_that_asks_while_it_starts(
     cold: Cold, python_root: Artifact, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
 ) -> None:
     # Asked long before the guest is handed out, which takes the agent's first answer.
-    guest = cold(python_root, command="onecopy-segment load asked /srv/asked && exec sleep 999")
+    guest = cold(python_root, run="onecopy-segment load asked /srv/asked && exec sleep 999")
     script = "until cat /srv/asked/page; do sleep 0.1; done 2>/dev/null"
     assert run_in(guest, "timeout", "60", "sh", "-c", script).stdout == b"a page\n"
 
 
 def test_one_service_is_enough(host: Runtime, served: subprocess.Popen[str]) -> None:
-    second = subprocess.run(SERVE, capture_output=True, text=True, check=False, timeout=60)
+    second = onecopy("serve", code=None)
     assert second.returncode == AlreadyExists.exit_code
 
 

@@ -16,7 +16,6 @@ import pytest
 
 from onecopy.errors import InUse, InvalidInput
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import Saved, save_guest
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
@@ -24,24 +23,22 @@ from onecopy.guest.segments.attach import attach
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.guests import Guests
 
 AGAIN = Reference("again")
 SaveAgain = Callable[[GuestRecord], tuple[Saved, GuestRecord]]
 
 
 @pytest.fixture
-def save_again(host: Runtime) -> Iterator[SaveAgain]:
+def save_again(host: Runtime, guests: Guests) -> Iterator[SaveAgain]:
     """``save_again(guest)`` saves a guest and starts a clone of that."""
-    started = []
 
     def save(guest: GuestRecord) -> tuple[Saved, GuestRecord]:
-        done = asyncio.run(save_guest(host, AGAIN, guest.name))
-        started.append(asyncio.run(start_clone(host, template(host, done.artifact), "next")))
-        return done, started[-1]
+        done = guests.save(guest, AGAIN)
+        return done, guests.clone(done.artifact, name="next")[0].record
 
     yield save
-    for guest in started:
-        host.end(guest)
+    guests.end()
     if host.store.find(AGAIN, "system"):
         host.store.remove(AGAIN)
 
@@ -128,12 +125,9 @@ asyncio.run(work())
 
 
 @pytest.fixture
-def served(host: Runtime, saved: Artifact) -> Iterator[GuestRecord]:
+def served(guests: Guests, saved: Artifact) -> GuestRecord:
     """A clone whose application answers on a port of the host."""
-    spec = CloneSpec(publish=((0, 80),))
-    guest = asyncio.run(start_clone(host, template(host, saved), "served", spec))
-    yield guest
-    host.end(guest)
+    return guests.clone(saved, name="served", publish=[(0, 80)])[0].record
 
 
 def _answer(guest: GuestRecord, seconds: float) -> str:
@@ -159,9 +153,9 @@ def test_a_command_that_ends_while_programs_are_frozen(
 
 
 def test_what_stands_still_and_what_does_not(
-    host: Runtime, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
+    host: Runtime, guests: Guests, minimal: Artifact, run_in: RunIn, save_again: SaveAgain
 ) -> None:
-    guest = cold(busybox_root, memory=128 * MIB)
+    guest = guests.clone(minimal)[0].record
     # A group that its user has frozen, and a program that is in no group that can be.
     script = """
         cd /sys/fs/cgroup && mkdir mine && echo 1 >mine/cgroup.freeze

@@ -5,18 +5,14 @@ Not here: RAM of clones (test_sharing_clones.py), what the report makes of it (t
 
 from __future__ import annotations
 
-import asyncio
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from onecopy.guest.lifecycle.batch import names_for, start_many
-from onecopy.guest.lifecycle.bootplan import BootSpec
-from onecopy.guest.lifecycle.restore import start_clone, template
-from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
@@ -26,7 +22,10 @@ from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
 from tests.vm import physical
 from tests.vm.conftest import Cold, RunIn
+from tests.vm.guests import Guests, open_guests, save_system
 
+#: Where a guest says that a test has used it.
+USED = "/run/used"
 #: A busy program that tells where its own text is: [[physical address, checksum], ...].
 BUSY = (
     physical.IN_GUEST
@@ -98,50 +97,31 @@ print(json.dumps({
 )
 
 
-@pytest.fixture
-def two(cold: Cold, python_root: Artifact) -> list[GuestRecord]:
+@pytest.fixture(scope="module")
+def two(host: Runtime, python_root: Artifact) -> Iterator[list[GuestRecord]]:
     """Two guests, each booted by itself."""
-    return [cold(python_root, memory=192 * MIB) for _ in range(2)]
+    with open_guests() as guests:
+        yield [guests.boot(python_root, memory="192M").record for _ in range(2)]
+
+
+@pytest.fixture
+def fresh(two: list[GuestRecord], run_in: RunIn) -> list[GuestRecord]:
+    """The two, in which no test has run anything before."""
+    for guest in two:
+        assert run_in(guest, "test", "-e", USED).exit_code == 1, "not the first test of two guests"
+    return two
+
+
+@pytest.fixture
+def used(two: list[GuestRecord], run_in: RunIn) -> list[GuestRecord]:
+    """The two, whatever has run in them."""
+    for guest in two:
+        assert run_in(guest, "touch", USED).exit_code == 0
+    return two
 
 
 def blob(artifact: Artifact) -> Path:
     return artifact.layer("image").path
-
-
-def text_pages(host: Runtime, guest: GuestRecord, run_in: RunIn, image: Path) -> dict[int, int]:
-    """Page of the segment -> checksum, of the text that a busy Python really has mapped."""
-    done = run_in(guest, "python3", "-c", BUSY)
-    assert done.exit_code == 0, done.stderr
-    region = physical.regions(host, guest)[str(image)]
-    found = physical.decode(done.stdout)
-    # All of it is in the segment: nothing was copied into the guest's RAM.
-    assert all(region.start <= address < region.start + region.size for address, _ in found)
-    return {(address - region.start) // PAGE_SIZE: crc for address, crc in found}
-
-
-@pytest.mark.smoke
-def test_a_programs_text_is_one_copy(
-    host: Runtime, two: list[GuestRecord], run_in: RunIn, python_root: Artifact
-) -> None:
-    image = blob(python_root)
-    texts = [text_pages(host, guest, run_in, image) for guest in two]
-    common = sorted(texts[0].keys() & texts[1].keys())
-    frames = [physical.entries(guest, image) for guest in two]
-    seen = [p for p in common if all(pagemap.present(f[p]) for f in frames)]
-    pfns = [[pagemap.pfn(f[page]) or 0 for page in seen] for f in frames]
-    print(f"text pages mapped in both guests: {len(common)}, in both VMMs: {len(seen)}")
-
-    assert len(common) * PAGE_SIZE > MIB
-    assert len(seen) > len(common) * 0.9
-    assert pfns[0] == pfns[1]
-    assert len(set(pfns[0])) == len(seen)
-    assert min(kpage.counts(pfns[0])) >= 2
-    assert not any(flag & kpage.Flags.ANON for flag in kpage.flags(pfns[0]))
-    with image.open("rb") as file:
-        for page in common:
-            file.seek(page * PAGE_SIZE)
-            checksum = zlib.crc32(file.read(PAGE_SIZE))
-            assert texts[0][page] == texts[1][page] == checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +160,8 @@ def first_start(guest: GuestRecord, run_in: RunIn) -> FirstStart:
     return result
 
 
-def test_a_first_start_reads_and_caches_no_program(two: list[GuestRecord], run_in: RunIn) -> None:
-    for guest in two:
+def test_a_first_start_reads_and_caches_no_program(fresh: list[GuestRecord], run_in: RunIn) -> None:
+    for guest in fresh:
         found = first_start(guest, run_in)
         assert found.mapped > 2 * MIB
         assert found.faults == (0, 0)
@@ -193,30 +173,60 @@ def test_a_first_start_reads_and_caches_no_program(two: list[GuestRecord], run_i
 
     # The counter does see a program that is not executed in place: a copy in RAM.
     script = "grep nr_file_pages /proc/vmstat; cp /usr/bin/python3 /tmp/p; "
-    done = run_in(two[0], "sh", "-c", script + "grep nr_file_pages /proc/vmstat")
+    done = run_in(fresh[0], "sh", "-c", script + "grep nr_file_pages /proc/vmstat")
     before, after = (int(line.split()[1]) for line in done.stdout.splitlines())
     assert (after - before) * PAGE_SIZE > 6 * MIB
 
 
+def text_pages(host: Runtime, guest: GuestRecord, run_in: RunIn, image: Path) -> dict[int, int]:
+    """Page of the segment -> checksum, of the text that a busy Python really has mapped."""
+    done = run_in(guest, "python3", "-c", BUSY)
+    assert done.exit_code == 0, done.stderr
+    region = physical.regions(host, guest)[str(image)]
+    found = physical.decode(done.stdout)
+    # All of it is in the segment: nothing was copied into the guest's RAM.
+    assert all(region.start <= address < region.start + region.size for address, _ in found)
+    return {(address - region.start) // PAGE_SIZE: crc for address, crc in found}
+
+
+@pytest.mark.smoke
+def test_a_programs_text_is_one_copy(
+    host: Runtime, used: list[GuestRecord], run_in: RunIn, python_root: Artifact
+) -> None:
+    image = blob(python_root)
+    texts = [text_pages(host, guest, run_in, image) for guest in used]
+    common = sorted(texts[0].keys() & texts[1].keys())
+    frames = [physical.entries(guest, image) for guest in used]
+    seen = [p for p in common if all(pagemap.present(f[p]) for f in frames)]
+    pfns = [[pagemap.pfn(f[page]) or 0 for page in seen] for f in frames]
+    print(f"text pages mapped in both guests: {len(common)}, in both VMMs: {len(seen)}")
+
+    assert len(common) * PAGE_SIZE > MIB
+    assert len(seen) > len(common) * 0.9
+    assert pfns[0] == pfns[1]
+    assert len(set(pfns[0])) == len(seen)
+    assert min(kpage.counts(pfns[0])) >= 2
+    assert not any(flag & kpage.Flags.ANON for flag in kpage.flags(pfns[0]))
+    with image.open("rb") as file:
+        for page in common:
+            file.seek(page * PAGE_SIZE)
+            checksum = zlib.crc32(file.read(PAGE_SIZE))
+            assert texts[0][page] == texts[1][page] == checksum
+
+
 def test_a_first_start_in_a_clone_reads_nothing_at_all(
-    host: Runtime, python_root: Artifact, run_in: RunIn
+    host: Runtime, guests: Guests, python_root: Artifact, run_in: RunIn
 ) -> None:
     # Nothing but an idle system was saved: the program starts for the first time in each clone.
-    spec = BootSpec(root=Reference.parse(python_root.ref), memory=192 * MIB, command="")
-    source = template(host, asyncio.run(save_system(host, Reference("idle"), spec)).artifact)
-    names = names_for("first", None, 2)
-    guests = asyncio.run(
-        start_many(host, names, lambda name, batch: start_clone(host, source, name, batch=batch))
-    )
+    idle = save_system("idle", python_root, memory="192M", run="")
     try:
-        for guest in guests.guests:
-            found = first_start(guest, run_in)
+        for guest in guests.clone(idle, 2):
+            found = first_start(guest.record, run_in)
             assert found.mapped > 2 * MIB
             assert (found.faults, found.read, found.sectors) == ((0, 0), 0, 0)
             assert found.cached < found.mapped / 64
     finally:
-        for guest in guests.guests:
-            host.end(guest)
+        guests.end()
         host.store.remove(Reference("idle"))
 
 
@@ -234,7 +244,7 @@ def test_what_nobody_touched_is_not_in_memory(
     forget(blob(big))
     assert residency.resident_bytes(blob(big)) == 0
 
-    guest = cold(python_root, segments=((Reference("big"), "/data"),), memory=192 * MIB)
+    guest = cold(python_root, segments=["big:/data"], memory=192 * MIB)
     done = run_in(guest, "sh", "-c", f"head -c {read} /data/data | cksum")
     assert done.exit_code == 0, done.stderr
     resident = residency.resident_pages(blob(big))
@@ -258,12 +268,12 @@ def forget(path: Path) -> None:
 
 
 def test_a_private_write_stays_in_its_process(
-    host: Runtime, two: list[GuestRecord], run_in: RunIn, python_root: Artifact
+    host: Runtime, used: list[GuestRecord], run_in: RunIn, python_root: Artifact
 ) -> None:
-    done = run_in(two[0], "python3", "-c", PRIVATE_WRITE)
+    done = run_in(used[0], "python3", "-c", PRIVATE_WRITE)
     assert done.exit_code == 0, done.stderr
     told = physical.decode(done.stdout)
-    region = physical.regions(host, two[0])[str(blob(python_root))]
+    region = physical.regions(host, used[0])[str(blob(python_root))]
     in_segment = range(region.start, region.start + region.size)
     assert bytes.fromhex(told["mine"]) == b"scribble"
     assert told["was"] in in_segment
@@ -272,7 +282,7 @@ def test_a_private_write_stays_in_its_process(
     assert told["others"] == told["before"] != told["mine"]
 
     script = "f = open('/usr/bin/python3', 'rb'); f.seek(0x80000); print(f.read(8).hex())"
-    for guest in two:
+    for guest in used:
         done = run_in(guest, "python3", "-c", script)
         assert done.stdout.decode().strip() == told["before"]
     host.store.verify(python_root)

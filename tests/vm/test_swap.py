@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from onecopy.guest.lifecycle.disks import DiskSpec
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.model import MIB
 from onecopy.store import Artifact
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Clones, RunIn
+from tests.vm.guests import Guests
 from tests.vm.physical import decode
 
 LRU = "/sys/kernel/mm/lru_gen/enabled"
@@ -39,9 +39,9 @@ print(json.dumps(moved | {"wrong": wrong, "code": code}))
 
 
 @pytest.fixture
-def swapping(cold: Cold, python_root: Artifact, run_in: RunIn) -> GuestRecord:
+def swapping(guests: Guests, python_root: Artifact, run_in: RunIn) -> GuestRecord:
     """A guest of 128 MiB, with a disk for swap."""
-    guest = cold(python_root, memory=128 * MIB, disks=(DiskSpec(size=256 * MIB),))
+    guest = guests.boot(python_root, name="swaps", memory="128M", disks=["256M"]).record
     use = "mkswap /dev/onecopy/disk0 && swapon /dev/onecopy/disk0"
     done = run_in(guest, "sh", "-c", use)
     assert done.exit_code == 0, done.stderr

@@ -7,17 +7,15 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.command import ONECOPY
 from tests.vm.conftest import Clones
 
-ONECOPY = Path(sys.executable).with_name("onecopy")
 #: Seconds after which something has not come.
 STUCK = 60
 
@@ -87,7 +85,7 @@ def test_interrupted(screen: Screen) -> None:
 
 def test_without_a_terminal(clones: Clones) -> None:
     names = {guest.name for guest in clones(2)}
-    argv = [str(ONECOPY), "top", "--interval", "0.5", "--sort", "own"]
+    argv = [ONECOPY, "top", "--interval", "0.5", "--sort", "own"]
     done = subprocess.run(
         argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=STUCK
     )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.pagecache import preload
 from onecopy.guest.pagecache.access_record import extents_of
 from onecopy.guest.pagecache.mapped import Users
-from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import prefetch
 from onecopy.linux.counters import residency, smaps
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact, Layer
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Clones, Cold, RunIn
 
 MEMORY = 192 * MIB
 NEARLY = 0.9
@@ -103,10 +100,10 @@ def test_what_a_guest_touched_of_what_is_all_in_memory(
     assert (told.what, told.wanted > mapped) == ("recorded", True)
 
 
-def test_a_clone_s_ram_is_loaded(host: Runtime, saved: Artifact) -> None:
+def test_a_clone_s_ram_is_loaded(host: Runtime, clones: Clones, saved: Artifact) -> None:
     ram = saved.layer("ram")
     drop(list(saved.layers))
-    host.end(_clone(host, saved))
+    host.end(*clones(1))
     touched = resident(ram)
     preload.record(host.store, saved)
     assert any(touched)
@@ -120,10 +117,6 @@ def test_a_clone_s_ram_is_loaded(host: Runtime, saved: Artifact) -> None:
     wanted = resident(ram)
     assert any(wanted)
     drop(list(saved.layers))
-    guest = _clone(host, saved)
+    (guest,) = clones(1)
     until_resident(ram, wanted)
     host.end(guest)
-
-
-def _clone(host: Runtime, saved: Artifact) -> GuestRecord:
-    return asyncio.run(start_clone(host, template(host, saved), "warmed"))

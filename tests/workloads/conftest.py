@@ -3,6 +3,7 @@
 from tests.vm.conftest import (  # noqa: F401
     busybox_root,
     cold,
+    guests,
     host,
     python_root,
     run_in,

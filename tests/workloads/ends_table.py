@@ -21,9 +21,8 @@ from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
-from tests.vm.conftest import busybox_root, host, systemd_root  # noqa: F401
+from tests.vm.conftest import busybox_init_root, busybox_root, host, systemd_root  # noqa: F401
 from tests.vm.ends import AFTER_ALL, ENDS, POWERED_OFF, end_all, wrong
-from tests.vm.test_ends import busybox_init_root  # noqa: F401
 
 #: Init -> the fixture or the reference of its root, and what is run in place of an init.
 INITS: dict[str, tuple[str, str | None]] = {

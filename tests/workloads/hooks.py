@@ -7,18 +7,18 @@ OpenSSH and redis (tests/vm/test_hooks.py).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 
 import pytest
 
-from onecopy.guest.lifecycle.save import Saved, save_guest
+from onecopy.guest.lifecycle.save import Saved
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import MIB, Reference
 from tests.hooks_kit import SETTLED, alike, drawn, write
 from tests.vm.conftest import Cold, RunIn
+from tests.vm.guests import Guests
 
 ROOT = Reference("hooks", "trixie")
 PACKAGES = (
@@ -158,7 +158,9 @@ def guest(host: Runtime, cold: Cold, run_in: RunIn) -> GuestRecord:
     """A booted guest with all services, which have drawn something already."""
     root = host.store.find(ROOT, "segment")
     if not root:
-        root = build_segment(host.store, ROOT, f"debian:{ROOT.version}", include=PACKAGES)
+        root = build_segment(
+            host.store, ROOT, f"debian:{ROOT.version}", BuildOptions(include=PACKAGES)
+        )
     guest = cold(root, memory=1024 * MIB, timeout=1800)
     write(run_in, guest, "/srv/app.js", NODE)
     write(run_in, guest, "/srv/App.java", JAVA)
@@ -175,23 +177,23 @@ def guest(host: Runtime, cold: Cold, run_in: RunIn) -> GuestRecord:
 
 
 @pytest.fixture
-def save(host: Runtime, guest: GuestRecord) -> Iterator[dict[str, Saved]]:
+def save(host: Runtime, guests: Guests, guest: GuestRecord) -> Iterator[dict[str, Saved]]:
     """What came of saving the guest without hooks ("plain"), and then with them."""
-    plain = asyncio.run(save_guest(host, Reference(f"{SAVED.name}-plain"), guest.name))
-    hooked = asyncio.run(save_guest(host, SAVED, guest.name, clone_hooks=("auto",)))
+    plain = guests.save(guest, f"{SAVED.name}-plain")
+    hooked = guests.save(guest, SAVED, clone_hooks=("auto",))
     yield {"plain": plain, "hooked": hooked}
     for saved in (plain, hooked):
         host.store.remove(Reference.parse(saved.artifact.ref))
 
 
-def test_alike_without_hooks_and_not_with_them(host: Runtime, save: dict[str, Saved]) -> None:
+def test_alike_without_hooks_and_not_with_them(save: dict[str, Saved]) -> None:
     hooks = ("jvm", "nginx", "node", "php-fpm", "postgresql", "rabbitmq")
     assert save["hooked"].clone_hooks == hooks
-    same = alike(drawn(host, save["plain"].artifact, DRAW))
+    same = alike(drawn(save["plain"].artifact, DRAW))
     assert same >= OWN
     assert not {"php-kernel", "java-kernel"} & same
 
-    pair = drawn(host, save["hooked"].artifact, DRAW, names=("own-1", "own-2"))
+    pair = drawn(save["hooked"].artifact, DRAW, name="own")
     for number, each in enumerate(pair, 1):
         assert each.pop("rabbitmq-up") == {"yes"}
         # Ten tries a second.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onecopy.errors import BadSource
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.images.deb_packages import fetch_package
 from onecopy.images.normalise import normalise
 from onecopy.model import Reference
@@ -37,7 +37,9 @@ def ensure_root(host: Runtime, root: Root, tell: Tell) -> Artifact:
             _TREES[root.suite](work)
             return build_segment(host.store, ref, f"dir:{work / 'tree'}")
     try:
-        return build_segment(host.store, ref, f"debian:{root.suite}", include=root.packages)
+        return build_segment(
+            host.store, ref, f"debian:{root.suite}", BuildOptions(include=root.packages)
+        )
     except BadSource as error:
         if "is expired" not in error.message:
             raise

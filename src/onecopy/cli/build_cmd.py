@@ -55,7 +55,7 @@ def command(
 
     The same source gives the same digest. Guests that use the segment's present version keep it.
     """
-    from onecopy.images.build import build_segment
+    from onecopy.images.build import BuildOptions, build_segment
     from onecopy.store import Store
 
     check_new_name(name.name)
@@ -65,10 +65,7 @@ def command(
             Store(),
             name,
             source,
-            include=packages,
-            fs=fs,
-            page_class=PageClass(page_class),
-            room=room,
+            BuildOptions(tuple(packages), fs, PageClass(page_class), room),
             access=new_access(domain),
             progress=tell,
         )

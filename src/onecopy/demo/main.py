@@ -13,7 +13,7 @@ from onecopy.demo.measure import Measured, start_batch
 from onecopy.guest.lifecycle import boot, restore, save
 from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.runtime import Runtime
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.images.deb_packages import host_suite
 from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
@@ -73,9 +73,8 @@ async def run(
 def build_all(host: Runtime, tell: Callable[[str], None]) -> None:
     """The root segment, once, and the application's, which is quick."""
     if not host.store.find(ROOT, "segment"):
-        build_segment(
-            host.store, ROOT, f"debian:{host_suite()}", include=["python3"], progress=tell
-        )
+        options = BuildOptions(include=("python3",))
+        build_segment(host.store, ROOT, f"debian:{host_suite()}", options, progress=tell)
     with resources.as_file(resources.files("onecopy.demo").joinpath("app")) as folder:
         build_segment(host.store, APP, f"dir:{Path(folder)}", progress=tell)
 

@@ -142,7 +142,7 @@ def _put(
     archive.write_bytes(cpio(work / "boot"))
     make_image(work / "modules", work / "modules.erofs", "erofs")
     config = KernelConfig(release=release, modules=tuple(names), package=package)
-    return store.put(
+    return store.put_own(
         "kernel",
         ref,
         msgspec.json.encode(config),
@@ -151,7 +151,6 @@ def _put(
             _layer(archive, "cpio", "boot-modules"),
             _layer(work / "modules.erofs", "erofs", "modules"),
         ],
-        own=True,
     )
 
 

@@ -51,7 +51,7 @@ def ensure_tools(
         _assemble(work / "debian", tree)
         size = make_image(tree, work / "image", "erofs")
         config = SegmentConfig(ranges=(Range(PageClass.SR, size, "erofs"),), source="onecopy")
-        return store.put(
+        return store.put_own(
             "segment",
             ref,
             config.encode(),
@@ -67,7 +67,6 @@ def ensure_tools(
                     annotations={"org.onecopy.role": "busybox"},
                 ),
             ],
-            own=True,
         )
 
 

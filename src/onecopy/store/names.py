@@ -112,10 +112,8 @@ def require_name(index: Index, name: str) -> None:
         raise NotFound(f"there is nothing of the name {name}", hint=hint)
 
 
-def require_digest(index: Index, ref: Reference, expected: str | None) -> None:
-    """Raise NameConflict unless ``ref`` means the digest ``expected``; None expects nothing."""
-    if expected is None:
-        return
+def require_digest(index: Index, ref: Reference, expected: str) -> None:
+    """Raise NameConflict unless ``ref`` means the digest ``expected``."""
     found = next((entry.digest for entry in ours(index) if entry.ref == str(ref)), None)
     if found != expected:
         now = f"means {found} by now" if found else "is gone"

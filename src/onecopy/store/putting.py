@@ -31,8 +31,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
     kind: str
     ref: Reference
-    replace: bool = True
-    expected: str | None = None
+    replace: bool | str = True
     access: Access | None = None
 
 
@@ -78,9 +77,10 @@ def _name(
     data = oci.encode(manifest)
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     index = loading.index(layout)
-    names.require_digest(index, wanted.ref, wanted.expected)
+    if isinstance(wanted.replace, str):
+        names.require_digest(index, wanted.ref, wanted.replace)
     entry = oci.index_entry(wanted.kind, wanted.ref, data, now)
-    entry = names.claim(index, entry, replace=wanted.replace)
+    entry = names.claim(index, entry, replace=bool(wanted.replace))
     index = _with_access(index, wanted, domain)
     # First what a full disk can refuse: the caller's files stay where they are.
     write_blob(layout, manifest.config.digest, config)

@@ -63,28 +63,30 @@ class Store:
         config: bytes,
         layers: Sequence[NewLayer],
         *,
-        replace: bool = True,
-        expected: str | None = None,
+        replace: bool | str = True,
         access: Access | None = None,
-        own: bool = False,
     ) -> Artifact:
         """Store and name an artifact, whole or not at all; files in ``layers`` are moved in.
 
         ``config`` is JSON. The same kind, config, layers and trust domain always give the same
         digest. What the name meant before goes, or is pending purge while leased. A new name gets
-        ``access``; one that there is keeps its own.
-
-        Names that begin with ``onecopy-`` are for what is onecopy's ``own``.
+        ``access``; an existing name keeps its own. ``replace`` says what the name may mean before:
+        anything (True), nothing else (False), or one digest.
 
         Raises AlreadyExists (with ``replace=False`` if the name means another digest; always if it
-        means another kind), NameConflict (it does not mean the digest ``expected``), OtherDomain
-        (the name is of another trust domain than ``access``), InvalidInput, NotFound,
-        InsufficientResources, NotPermitted, StoreDamaged.
+        means another kind), NameConflict (the name does not mean the digest ``replace``),
+        OtherDomain (the name is of another trust domain than ``access``), InvalidInput (also a name
+        that begins with ``onecopy-``), NotFound, InsufficientResources, NotPermitted, StoreDamaged.
         """
-        if not own:
-            check_new_name(ref.name)
-        wanted = Wanted(kind, ref, replace, expected, access)
+        check_new_name(ref.name)
+        wanted = Wanted(kind, ref, replace, access)
         return putting.put(self._layout, wanted, config, layers)
+
+    def put_own(
+        self, kind: str, ref: Reference, config: bytes, layers: Sequence[NewLayer]
+    ) -> Artifact:
+        """Store an artifact of onecopy's own as `put` does: its name begins with ``onecopy-``."""
+        return putting.put(self._layout, Wanted(kind, ref), config, layers)
 
     def require_free(self, kind: str, ref: Reference, access: Access | None = None) -> None:
         """Raise what `put` would for the name alone, before there is anything to put.
@@ -104,15 +106,18 @@ class Store:
         """Give what ``source`` means a further name; into another trust domain it is copied.
 
         A new name gets the access of the old one, and in another domain none of its grants; ``own``
-        is as for `put`. Raises as `resolve` and `put` do.
+        names begin with ``onecopy-``. Raises as `resolve` and `put` do.
         """
+        if not own:
+            check_new_name(target.name)
         found = self.resolve(source)
         access = self.access(found.name)
         if domain is not None and domain != access.domain:
             access = Access(domain=who.check_domain(domain), restricted=access.restricted)
         layers = [NewLayer.of(layer) for layer in found.layers]
         keeps = None if domain is None and self._knows(target.name) else access
-        return self.put(found.kind, target, found.config, layers, access=keeps, own=own)
+        wanted = Wanted(found.kind, target, access=keeps)
+        return putting.put(self._layout, wanted, found.config, layers)
 
     def _knows(self, name: str) -> bool:
         return names.has_name(loading.index(self._layout), name)

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -63,6 +64,15 @@ class Placing(threading.Thread):
             cgroup.remove(self._group)
 
 
+@dataclass(frozen=True)
+class _Child:
+    """What we hold of a QEMU process that we started."""
+
+    process: subprocess.Popen[bytes]
+    placing: Placing
+    answers: Answers | None
+
+
 class Vmm:
     """A QEMU process while we have to do with it, until kill() or detach()."""
 
@@ -71,22 +81,21 @@ class Vmm:
         pid: int,
         folder: Path,
         argv: Sequence[str],
-        process: subprocess.Popen[bytes] | None = None,
-        answers: Answers | None = None,
+        *,
         listener: int | None = None,
-        placing: Placing | None = None,
+        child: _Child | None = None,
     ) -> None:
-        """One that we started (``process``), or any other; raise ProcessLookupError."""
+        """One that we started (``child``), or any other; raise ProcessLookupError."""
         self.pid = pid
         self._pidfd: int | None = os.pidfd_open(pid)
         self.start_ticks = stat(pid).start_ticks
         self.folder = folder
         self.argv = tuple(argv)
-        self._process = process
+        self._process = child.process if child else None
         #: Number of QEMU's descriptor where its questions come in (open_notify.py).
         self.listener = listener
-        self._answers = answers
-        self._placing = placing
+        self._answers = child.answers if child else None
+        self._placing = child.placing if child else None
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait up to ``timeout`` seconds for the end; whether it has ended."""
@@ -217,7 +226,8 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
     process, argv = started.process, command(hardware, spec)
     placing = Placing(process.pid, vmm_limits.memory(hardware, spec), vmm_limits.threads(hardware))
     placing.start()
-    return Vmm(process.pid, spec.folder, argv, process, answers, started.listener, placing)
+    child = _Child(process, placing, answers)
+    return Vmm(process.pid, spec.folder, argv, listener=started.listener, child=child)
 
 
 def _ports(spec: Launch) -> tuple[int, ...] | None:

@@ -11,7 +11,7 @@ from onecopy.guest.run_directory import RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach, detach
 from onecopy.guest.segments.commit import commit
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.images.kernel import KernelConfig
 from onecopy.model import PageClass, Reference
 from onecopy.store import Store
@@ -58,7 +58,12 @@ def test_what_is_no_kernel(
 def test_a_kernel_is_no_file_system(tmp_path: Path, kernel: Path) -> None:
     for options in ({"include": ["x"]}, {"fs": "ext2"}, {"page_class": PageClass.EW}, {"room": 1}):
         with pytest.raises(InvalidInput, match="no packages"):
-            build_segment(Store(tmp_path / "store"), Reference("b"), f"kernel:{kernel}", **options)
+            build_segment(
+                Store(tmp_path / "store"),
+                Reference("b"),
+                f"kernel:{kernel}",
+                BuildOptions(**options),
+            )
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import BadSource, InvalidInput
-from onecopy.images.build import build_segment
+from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import HUGE_PAGE_SIZE, Reference
 from onecopy.store.store import Store
 from tests.conftest import cannot_run
@@ -71,9 +71,9 @@ def test_bad_input_is_refused_before_the_store_is_touched(store: Store, tree: Pa
     with pytest.raises(InvalidInput):
         build_segment(store, by_digest, f"dir:{tree}")
     with pytest.raises(InvalidInput):
-        build_segment(store, REF, f"dir:{tree}", fs="xfs")
+        build_segment(store, REF, f"dir:{tree}", BuildOptions(fs="xfs"))
     with pytest.raises(InvalidInput):
-        build_segment(store, REF, f"dir:{tree}", include=["python3"])
+        build_segment(store, REF, f"dir:{tree}", BuildOptions(include=("python3",)))
     with pytest.raises(BadSource):
         build_segment(store, REF, f"dir:{tree}/missing")
     assert not remains(store)
@@ -93,7 +93,7 @@ def test_an_interrupted_build_leaves_nothing(store: Store, tree: Path, fs: str) 
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            build_segment(store, REF, f"dir:{tree}", fs=fs, progress=interrupt_soon)
+            build_segment(store, REF, f"dir:{tree}", BuildOptions(fs=fs), progress=interrupt_soon)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert not remains(store)

@@ -12,8 +12,8 @@ from onecopy.errors import Incompatible, InvalidInput, NotFound
 from onecopy.linux import process
 from onecopy.linux.counters import ksm, meminfo
 from tests.conftest import cannot_run
+from tests.unit.recorded import RECORDED
 
-RECORDED = Path(__file__).parents[1] / "data/6.18.44-fc-v669"
 GONE = 2**22 + 1  # above the kernel's largest pid
 
 

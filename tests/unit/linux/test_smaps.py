@@ -12,38 +12,10 @@ import pytest
 
 from onecopy.errors import NotFound
 from onecopy.linux.counters import smaps
+from tests.unit.recorded import RECORDED, check_against_rollup, rollup
 
-RECORDED = Path(__file__).parents[1] / "data/6.18.44-fc-v669"
 # A real QEMU with 256 MiB of anonymous RAM, stopped while smaps and smaps_rollup were read.
 ANONYMOUS = 1001
-FIELDS = {
-    "Rss": "rss",
-    "Shared_Clean": "shared_clean",
-    "Shared_Dirty": "shared_dirty",
-    "Private_Clean": "private_clean",
-    "Private_Dirty": "private_dirty",
-    "Anonymous": "anonymous",
-    "AnonHugePages": "anon_huge",
-    "Swap": "swap",
-    "KSM": "ksm",
-}
-
-
-def rollup(text: str) -> dict[str, int]:
-    """The kernel's own sums, in bytes."""
-    return {key: int(kib) << 10 for key, kib in re.findall(r"^(\w+): +(\d+) kB$", text, re.M)}
-
-
-def check_against_rollup(mappings: list[smaps.Mapping], sums: dict[str, int]) -> None:
-    for key, name in FIELDS.items():
-        figures = [getattr(m, name) for m in mappings]
-        if key in sums:
-            assert sum(figures) == sums[key], key
-        else:  # an older kernel: only KSM may be missing
-            assert (key, set(figures)) == ("KSM", {None})
-    # The kernel rounds Pss down to a KiB once per mapping in smaps, once in all in the rollup.
-    pss = sum(m.pss for m in mappings)
-    assert pss <= sums["Pss"] < pss + 1024 * len(mappings)
 
 
 def test_recorded_sums_are_the_kernels_own() -> None:

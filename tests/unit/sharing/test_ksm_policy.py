@@ -13,9 +13,7 @@ from onecopy.guest.observe import ksm_auto
 from onecopy.linux.counters import ksm
 from onecopy.model import MIB
 from onecopy.sharing.ksm_policy import Look, State, decide
-from tests.unit.sharing.test_ksm_settings import everything, plain, root, sysfs
-
-__all__ = ["root"]
+from tests.unit.ksm_tree import everything, plain, sysfs
 
 PLENTY = Look(total=1000 * MIB, available=500 * MIB, profit=0, full_scans=0)
 SCARCE = replace(PLENTY, available=100 * MIB)

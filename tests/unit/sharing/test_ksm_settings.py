@@ -11,31 +11,7 @@ from onecopy.linux.counters import ksm
 from onecopy.model import PAGE_SIZE
 from onecopy.sharing import ksm_settings
 from onecopy.sharing.ksm_settings import Changed
-from tests.unit.linux.test_process import RECORDED
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A host of our own: what was recorded of a real one, to write to."""
-    shutil.copytree(RECORDED / "sys/kernel/mm/ksm", tmp_path / "sys/kernel/mm/ksm")
-    (tmp_path / "proc").mkdir()
-    shutil.copy(RECORDED / "proc/meminfo", tmp_path / "proc")
-    return tmp_path
-
-
-def sysfs(root: Path, name: str) -> Path:
-    return root / "sys/kernel/mm/ksm" / name
-
-
-def everything(root: Path) -> dict[str, str]:
-    return {path.name: path.read_text().strip() for path in sysfs(root, "run").parent.iterdir()}
-
-
-def plain(settings: dict[str, str]) -> dict[str, str]:
-    """As the kernel takes them: `[none] scan-time` is `none`."""
-    return {
-        name: text.partition("[")[2].partition("]")[0] or text for name, text in settings.items()
-    }
+from tests.unit.ksm_tree import everything, plain, sysfs
 
 
 def test_on_and_off(root: Path) -> None:

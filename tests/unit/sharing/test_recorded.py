@@ -13,7 +13,7 @@ from onecopy.linux.counters import ksm, meminfo, smaps
 from onecopy.model import MIB
 from onecopy.sharing import live_figures, report
 from onecopy.sharing.account import GuestMaps, find_ram, measure
-from tests.unit.linux.test_smaps import check_against_rollup, rollup
+from tests.unit.recorded import check_against_rollup, rollup
 
 KERNELS = sorted(path.parent for path in (Path(__file__).parents[1] / "data").glob("*/proc"))
 COLD = GuestMaps("cold", 1001, None, 256 * MIB)

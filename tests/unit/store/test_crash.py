@@ -5,14 +5,13 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
 
 from onecopy.model import Reference
 from onecopy.store import Access, Artifact, Store
-from tests.unit.store_kit import check_whole, fork, killed_at, put
+from tests.unit.store_kit import check_whole, fork, kills, put
 
 MEMORY = Path("/dev/shm")
 APP = Reference.parse("app:1")
@@ -29,24 +28,25 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def kill_at_each_line(root: Path, change: Callable[[Store], object]) -> set[frozenset[str]]:
-    """Kill ``change`` before each line of the store that it runs; every set of names that is left.
-
-    Each round begins with a fresh copy of ``root``.
-    """
-    seen = set()
+def copies(root: Path) -> Callable[[], Path]:
+    """Makes fresh copies of ``root``, each in the place of the one before."""
     copy = root.with_name("copy")
-    for step in count(1):
-        shutil.copytree(root, copy)
-        killed = killed_at(step, lambda: change(Store(copy)))
+
+    def make() -> Path:
+        shutil.rmtree(copy, ignore_errors=True)
+        return Path(shutil.copytree(root, copy))
+
+    return make
+
+
+def kill_everywhere(root: Path, change: Callable[[Store], object]) -> set[frozenset[str]]:
+    """Kill ``change`` of a copy of ``root`` at each state; every set of names that is left."""
+    seen = set()
+    for copy in kills(copies(root), lambda: change(Store(root.with_name("copy")))):
         Store(copy)
         names = check_whole(copy)
         assert list((copy / "leases").iterdir()) == []
         seen.add(frozenset(f"{name} {digest}" for name, digest in names.items()))
-        shutil.rmtree(copy)
-        if not killed:
-            assert step > 100
-            break
     return seen
 
 
@@ -57,14 +57,14 @@ def names_of(*artifacts: Artifact) -> frozenset[str]:
 def test_put_killed_anywhere_is_whole_or_absent(tmp_path: Path) -> None:
     old = put(Store(tmp_path / "a"), "app:1", OLD)
     new = put(Store(tmp_path / "b"), "app:2", NEW)
-    seen = kill_at_each_line(tmp_path / "a", lambda store: put(store, "app:2", NEW))
+    seen = kill_everywhere(tmp_path / "a", lambda store: put(store, "app:2", NEW))
     assert seen == {names_of(old), names_of(old, new)}
 
 
 def test_replace_killed_anywhere_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     old = put(Store(tmp_path / "a"), "app:1", OLD)
     new = put(Store(tmp_path / "b"), "app:1", NEW)
-    seen = kill_at_each_line(tmp_path / "a", lambda store: put(store, "app:1", NEW))
+    seen = kill_everywhere(tmp_path / "a", lambda store: put(store, "app:1", NEW))
     assert seen == {names_of(old), names_of(new)}
 
 
@@ -72,13 +72,13 @@ def test_remove_killed_anywhere_leaves_all_or_nothing_of_it(tmp_path: Path) -> N
     store = Store(tmp_path / "a")
     kept, gone = put(store, "app:1", OLD), put(store, "app:2", NEW)
     ref = Reference.parse("app:2")
-    seen = kill_at_each_line(tmp_path / "a", lambda store: store.remove(ref))
+    seen = kill_everywhere(tmp_path / "a", lambda store: store.remove(ref))
     assert seen == {names_of(kept, gone), names_of(kept)}
 
 
 def test_hold_killed_anywhere_leaves_no_lease(tmp_path: Path) -> None:
     artifact = put(Store(tmp_path / "a"))
-    seen = kill_at_each_line(tmp_path / "a", lambda store: store.hold([artifact.digest], "web-1"))
+    seen = kill_everywhere(tmp_path / "a", lambda store: store.hold([artifact.digest], "web-1"))
     assert seen == {names_of(artifact)}
 
 
@@ -90,7 +90,7 @@ def test_extend_killed_anywhere_leaves_no_lease(tmp_path: Path) -> None:
             (main.files / "blob").hardlink_to(store.resolve(APP).layers[0].path)
             store.extend("web-1", [artifact.digest])
 
-    assert kill_at_each_line(tmp_path / "a", change) == {names_of(artifact)}
+    assert kill_everywhere(tmp_path / "a", change) == {names_of(artifact)}
 
 
 def test_tag_into_another_domain_killed_anywhere(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_tag_into_another_domain_killed_anywhere(tmp_path: Path) -> None:
     old = put(Store(tmp_path / "a"), "app:1", OLD)
     put(Store(tmp_path / "b"), "app:1", OLD)
     new = change(Store(tmp_path / "b"))
-    seen = kill_at_each_line(tmp_path / "a", change)
+    seen = kill_everywhere(tmp_path / "a", change)
     assert seen == {names_of(old), names_of(old, new)}
 
 
@@ -118,29 +118,24 @@ def test_a_restriction_survives_what_is_killed_anywhere(tmp_path: Path) -> None:
         mine.restrict("app", lambda _: after)
 
     seen = []
-    for step in count(1):
-        shutil.copytree(root, copy)
-        killed = killed_at(step, change)
-        access = Store(copy).access("app")
+    for left in kills(copies(root), change):
+        access = Store(left).access("app")
         if access not in seen:
             seen.append(access)
-        check_whole(copy)
-        shutil.rmtree(copy)
-        if not killed:
-            break
+        check_whole(left)
     assert seen == [before, after]
 
 
 def test_first_opening_killed_anywhere(tmp_path: Path) -> None:
     root = tmp_path / "fresh" / "store"
-    for step in count(1):
-        killed = killed_at(step, lambda: Store(root))
-        Store(root)
-        assert check_whole(root) == {}
-        shutil.rmtree(tmp_path / "fresh")
-        if not killed:
-            assert step > 20
-            break
+
+    def make() -> Path:
+        shutil.rmtree(tmp_path / "fresh", ignore_errors=True)
+        return root
+
+    for left in kills(make, lambda: Store(root)):
+        Store(left)
+        assert check_whole(left) == {}
 
 
 @pytest.mark.parametrize("workspace", [False, True])
@@ -153,16 +148,10 @@ def test_sweep_killed_anywhere_is_finished_by_the_next(tmp_path: Path, workspace
     if workspace:
         (root / "tmp" / "work-x").mkdir()
         (root / "tmp" / "work-x" / "half").write_bytes(b"half")
-    for step in count(1):
-        shutil.copytree(root, copy)
-        killed = killed_at(step, lambda: Store(copy))
-        Store(copy)
-        assert check_whole(copy) == {new.ref: new.digest}
-        assert list((copy / "leases").iterdir()) == []
-        shutil.rmtree(copy)
-        if not killed:
-            assert step > 100
-            break
+    for left in kills(copies(root), lambda: Store(copy)):
+        Store(left)
+        assert check_whole(left) == {new.ref: new.digest}
+        assert list((left / "leases").iterdir()) == []
 
 
 def test_workspace_of_a_killed_command_is_swept_and_a_live_one_is_not(tmp_path: Path) -> None:

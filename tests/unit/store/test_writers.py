@@ -18,7 +18,7 @@ def update(store: Store, content: bytes, expected: str) -> str:
     with store.workspace() as work:
         (work / "layer").write_bytes(content)
         layer = NewLayer(work / "layer", PMEM, {"org.onecopy.role": "image"})
-        return store.put("segment", APP, b"{}", [layer], expected=expected).digest
+        return store.put("segment", APP, b"{}", [layer], replace=expected).digest
 
 
 def test_processes_put_one_name_and_the_last_one_is_whole(tmp_path: Path) -> None:

@@ -36,22 +36,11 @@ from onecopy.vmm.port_pipe import Pipe
 from onecopy.vmm.qemu_process import prepare
 from tests.hostile.lies import WRONG
 from tests.unit.pipe_kit import Peer
+from tests.unit.vmm_replies import REPLY
 
 #: Seconds after which something that must come will not come.
 STUCK = 30.0
 FORMS = [_Started, _Status, Nothing, int, dict]
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-(10**40), 10**40)
-    | st.floats()
-    | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
-)
-KEYS = st.sampled_from(["return", "error", "desc", "pid", "exited", "exitcode", "signal"])
-REPLY = st.recursive(JSON, lambda inner: st.dictionaries(KEYS, inner), max_leaves=10)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from onecopy.errors import GuestFailed, NoSlot
 from onecopy.guest.exec_ports import plugged
 from onecopy.linux.lock import locked
 from onecopy.vmm.monitor import connect
-from tests.unit.vmm.test_guest_reply import REPLY
+from tests.unit.vmm_replies import REPLY
 
 STUCK = 30.0
 GREETING = {"QMP": {"version": {"qemu": {"major": 7}, "package": ""}, "capabilities": []}}

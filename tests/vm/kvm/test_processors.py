@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from onecopy.errors import TooLarge
-from onecopy.guest.lifecycle.resources import ExtraResources
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
-from onecopy.guest.runtime import Runtime
+from onecopy.guest.machine import SystemConfig
 from onecopy.store import Artifact
-from tests.vm.conftest import RunIn
+from tests.vm.guests import Guests
 
 #: Prints how many clock ticks each processor has worked while it was the only one allowed.
 WORK = """
@@ -29,18 +25,14 @@ for cpu in sorted(os.sched_getaffinity(0)):
 
 
 @pytest.mark.smoke
-def test_processors_that_came_later_run(host: Runtime, saved: Artifact, run_in: RunIn) -> None:
-    source = template(host, saved)
-    assert (source.config.cpus, source.config.cpu_room) == (1, 8)
-    spec = CloneSpec(fitting=ExtraResources(cpus=3))
-    guest = asyncio.run(start_clone(host, source, "wide", spec))
-    try:
-        assert guest.cpus == 3
-        done = run_in(guest, "python3", "-c", WORK)
-        ticks = {int(line.split()[0]): int(line.split()[1]) for line in done.text.splitlines()}
-        assert ticks.keys() == {0, 1, 2}, done
-        assert min(ticks.values()) >= 20
-    finally:
-        host.end(guest)
+def test_processors_that_came_later_run(guests: Guests, saved: Artifact) -> None:
+    config = SystemConfig.of(saved)
+    assert (config.cpus, config.cpu_room) == (1, 8)
+    (guest,) = guests.clone(saved, cpus=3)
+    assert guest.record.cpus == 3
+    done = guest.exec(["python3", "-c", WORK])
+    ticks = {int(line.split()[0]): int(line.split()[1]) for line in done.text.splitlines()}
+    assert ticks.keys() == {0, 1, 2}, done
+    assert min(ticks.values()) >= 20
     with pytest.raises(TooLarge, match="can have 8"):
-        asyncio.run(start_clone(host, source, "wider", CloneSpec(fitting=ExtraResources(cpus=9))))
+        guests.clone(saved, cpus=9)

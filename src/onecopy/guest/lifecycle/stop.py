@@ -167,7 +167,8 @@ class _Stopping:
 async def sync_disks(host: Runtime, record: GuestRecord) -> None:
     """Let a guest write what it has for its disks, before it is ended unasked."""
     if record.disks:
-        with contextlib.suppress(OnecopyError):
+        # A guest that has ended has no run directory.
+        with contextlib.suppress(OnecopyError, FileNotFoundError):
             await run_captured(host.run / record.name, _SYNC, timeout=PATIENCE)
 
 

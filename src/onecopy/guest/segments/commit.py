@@ -64,7 +64,6 @@ async def commit(
         old = host.store.resolve(Reference(item.name, digest=item.digest), "segment")
         target = target or Reference.parse(item.ref)
         host.store.require_free("segment", target)
-        expected = item.digest if str(target) == item.ref else None
         require_disk(host.store.root, sum(device.size for device in own.values()))
         with host.store.workspace() as work:
             progress("copying what is stored")
@@ -75,7 +74,16 @@ async def commit(
             for number, device in own.items():
                 _check(work / role(number), device.fs, segment)
             progress("storing the new version")
-            artifact = _put(host, target, old, set(own), work, expected, changed=any(runs))
+            config, layers = _new_version(old, set(own) if any(runs) else set(), work)
+            artifact = host.store.put(
+                "segment",
+                target,
+                config.encode(),
+                layers,
+                # A name must mean what the guest loaded by it.
+                replace=item.digest if str(target) == item.ref else False,
+                access=host.store.access(old.name),
+            )
             progress("reading it back")
             _read_back(host, artifact)
     return Committed(artifact, sum(each.size for each in runs), pause)
@@ -141,35 +149,21 @@ def _check(image: Path, fs: str, segment: str) -> None:
         ) from error
 
 
-def _put(
-    host: Runtime,
-    target: Reference,
-    old: Artifact,
-    own: set[int],
-    work: Path,
-    expected: str | None,
-    *,
-    changed: bool,
-) -> Artifact:
+def _new_version(
+    old: Artifact, written: set[int], work: Path
+) -> tuple[SegmentConfig, list[NewLayer]]:
+    """Record and layers of the version in which the guest has ``written`` these ranges."""
     config = SegmentConfig.of(old)
-    if changed:
+    if written:
         config = msgspec.structs.replace(config, parent=old.digest)
     layers = []
     for number, item in enumerate(config.ranges):
-        if number in own and changed:
+        if number in written:
             form = f"{MEDIA_TYPE}+{item.fs or 'raw'}"
             layers.append(NewLayer(work / role(number), form, {ROLE: role(number)}))
         elif item.page_class.saved:
             layers.append(NewLayer.of(old.layer(role(number)), {ROLE: role(number)}))
-    return host.store.put(
-        "segment",
-        target,
-        config.encode(),
-        layers,
-        replace=expected is not None,
-        expected=expected,
-        access=host.store.access(old.name),
-    )
+    return config, layers
 
 
 def _read_back(host: Runtime, artifact: Artifact) -> None:

@@ -22,39 +22,23 @@
  * Each page that a clone touches for the first time costs it time and memory of its own, and under
  * TCG each piece of code that it runs for the first time. So this is one process, which starts no
  * other where it need not, opens its files ahead, and has no C library: it is built with tcc alone.
- * Structures and numbers are those of Linux on x86-64 (netdevice(7)).
+ * Structures and numbers are those of Linux on x86-64.
  */
 
 #include "linux.h"
 
 #define TOOLS "/run/onecopy/tools"
-/* Our line in /etc/hosts (names). */
-#define OURS_BEGIN "127.0.1.1\t"
-#define OURS_END "\t# onecopy"
 
 enum { O_RDONLY, O_RDWR = 2, O_NONBLOCK = 04000, O_CLOEXEC = 02000000 };
 enum { O_NOFOLLOW = 0400000 };
 enum { SEEK_END = 2, CLOCK_REALTIME = 0 };
-enum { AF_INET = 2, SOCK_DGRAM = 2, ARPHRD_ETHER = 1, RTF_UP = 1, RTF_GATEWAY = 2 };
+enum { AF_INET = 2, SOCK_DGRAM = 2 };
 enum { ENOENT = 2, EEXIST = 17, ENOTDIR = 20, EISDIR, EPIPE = 32, ELOOP = 40, SIGHUP = 1 };
-enum { SIOCADDRT = 0x890b, SIOCGIFADDR = 0x8915, SIOCSIFADDR, SIOCSIFNETMASK = 0x891c };
-enum { SIOCSIFHWADDR = 0x8924, SIOCGIFHWADDR = 0x8927 };
 struct timespec { long seconds, nanoseconds; };
-struct sockaddr { unsigned short family; unsigned char data[14]; };
-struct ifreq { char name[16]; struct sockaddr addr; char rest[8]; };
-struct rtentry {
-    unsigned long pad1;
-    struct sockaddr dst, gateway, genmask;
-    unsigned short flags;
-    short pad2;
-    unsigned long pad3[5];
-    char *dev;
-    unsigned long pad4[3];
-};
 struct utsname { char sysname[65], nodename[65], rest[4][65]; };
 
 static char reseeded[] = "crng reseeded due to virtual machine fork";
-static int port, sock, messages = -1;
+static int port, messages = -1;
 /* What renew has to do in a clone: end the keeper of a DHCP lease, make SSH host keys, run clone hooks. */
 static int leased, keyed, hooked;
 /* Whether the kernel has said that it re-seeded its random numbers: this is a clone. */
@@ -69,20 +53,6 @@ static int lull;
  * at least; and that the kernel gets to notice that this is one. */
 enum { DEADLINE = 20000, REST = 20000, NOTICING = 2000 };
 
-/* The files that say who this machine is; -1: it has none, or D-Bus's is a link to the other. */
-enum { HOSTNAME, HOSTS, MACHINE_ID, BUS_ID, FILES };
-static struct { char *path; int flags, fd; } files[FILES] = {
-    {"/etc/hostname", 0, -1}, {"/etc/hosts", 0, -1}, {"/etc/machine-id", 0, -1},
-    {"/var/lib/dbus/machine-id", O_NOFOLLOW, -1}
-};
-/* The end of /etc/hosts: our line in it (names), or where one goes; what is behind that; and the
- * domain in it, from its dot on. */
-static char hosts[16384], *behind, domain[256];
-static long line_at, behind_length;
-static int line_missing;
-/* Who is to look at the host name again. */
-static int readers[16], reader_count;
-
 /* The compiler calls it where a structure is copied: they are apart. */
 void *memmove(void *to, void *from, unsigned long size)
 {
@@ -91,66 +61,7 @@ void *memmove(void *to, void *from, unsigned long size)
     return to;
 }
 
-static int starts(char *text, char *with)
-{
-    while (*with)
-        if (*text++ != *with++)
-            return 0;
-    return 1;
-}
-
-static int same(char *text, char *other)
-{
-    return starts(text, other) && !text[length(other)];
-}
-
-/* Append text to what ends at end; return the new end. */
-static char *put(char *end, char *text)
-{
-    while (*text)
-        *end++ = *text++;
-    *end = 0;
-    return end;
-}
-
-static char *put_number(char *end, unsigned long value, int base, int digits)
-{
-    char text[24], *first = text + sizeof text - 1;
-    *first = 0;
-    while (value || digits > 0) {
-        *--first = "0123456789abcdef"[value % base];
-        value /= base;
-        digits--;
-    }
-    return put(end, first);
-}
-
-/* Cut the first word off; return it. */
-static char *word(char **rest)
-{
-    char *first = *rest, *end = first;
-    while (*end && *end != ' ')
-        end++;
-    *rest = *end ? end + 1 : end;
-    *end = 0;
-    return first;
-}
-
-static int digit(char c)
-{
-    if (c >= '0' && c <= '9')
-        return c - '0';
-    return c >= 'a' && c <= 'f' ? c - 'a' + 10 : 16;
-}
-
-/* Read a number; it ends where no digit of its base is. */
-static unsigned long number(char **text, int base)
-{
-    unsigned long value = 0;
-    for (; digit(**text) < base; (*text)++)
-        value = value * base + digit(**text);
-    return value;
-}
+#include "text.c"
 
 static void say(char *text)
 {
@@ -192,47 +103,8 @@ static int renew(char *verb, char *argument)
 
 #include "freezer.c"
 #include "connections.c"
-
-static void reopen(int *fd, char *path, int flags)
-{
-    if (*fd >= 0)
-        call(SYS_close, *fd);
-    *fd = call(SYS_open, path, flags | O_CLOEXEC, 0);
-}
-
-static int ends(char *end, char *with)
-{
-    long count = length(with);
-    return starts(end - count, with);
-}
-
-/* Find our line in /etc/hosts, of which the end is looked at. */
-static void read_hosts(int fd)
-{
-    long size = call(SYS_lseek, fd, 0, SEEK_END);
-    long from = size > (long)sizeof hosts - 1 ? size - (long)sizeof hosts + 1 : 0;
-    long count = call(SYS_pread, fd, hosts, sizeof hosts - 1, from);
-    char *last = hosts + (count > 0 ? count : 0), *first = hosts, *end, *to = domain;
-    *last = *domain = 0;
-    line_at = size;
-    behind = last;
-    line_missing = last > hosts && last[-1] != '\n' ? 2 : 1;
-    for (; *first; first = *end ? end + 1 : end) {
-        for (end = first; *end && *end != '\n';)
-            end++;
-        if (!starts(first, OURS_BEGIN) || end - first < 20 || !ends(end, OURS_END))
-            continue;
-        line_at = from + (first - hosts);
-        behind = *end ? end + 1 : end;
-        line_missing = 0;
-        for (first += sizeof OURS_BEGIN - 1; *first != '.' && *first > ' ';)
-            first++;
-        while (*first > ' ' && to < domain + sizeof domain - 1)
-            *to++ = *first++;
-        *to = 0;
-    }
-    behind_length = last - behind;
-}
+#include "machine_files.c"
+#include "network.c"
 
 /* Whether there is something in a file. */
 static int holds(char *path)
@@ -241,38 +113,6 @@ static int holds(char *path)
     int fd = call(SYS_open, path, O_RDONLY | O_CLOEXEC, 0), found = call(SYS_read, fd, &first, 1) == 1;
     call(SYS_close, fd);
     return found;
-}
-
-static void read_readers(void)
-{
-    char text[128], *at = text;
-    int list = call(SYS_open, "/run/onecopy/hup", O_RDONLY | O_CLOEXEC, 0);
-    long count = call(SYS_read, list, text, sizeof text - 1);
-    call(SYS_close, list);
-    text[count > 0 ? count : 0] = 0;
-    for (reader_count = 0; digit(*at) < 10 && reader_count < 16; at += *at == ' ')
-        readers[reader_count++] = number(&at, 10);
-}
-
-/* Open the files that name this machine. Opened for writing an overlay's file becomes one of this
- * guest's own. */
-static int open_files(void)
-{
-    char first;
-    for (int i = 0; i < FILES; i++) {
-        reopen(&files[i].fd, files[i].path, O_RDWR | files[i].flags);
-        int error = -files[i].fd;
-        int none = error == ENOENT || error == ENOTDIR || error == EISDIR || error == ELOOP;
-        if (error > 0 && !none)
-            return fail("files", files[i].path);
-        if (i >= MACHINE_ID && error <= 0 && call(SYS_pread, files[i].fd, &first, 1, 0) != 1) {
-            call(SYS_close, files[i].fd);
-            files[i].fd = -1;
-        }
-    }
-    if (files[HOSTS].fd >= 0)
-        read_hosts(files[HOSTS].fd);
-    return 1;
 }
 
 static void prepare(int card)
@@ -295,114 +135,6 @@ static void prepare(int card)
     /* Not for its answer: the kernel loads modules for it, and has time to be done with that. */
     look_for_connections();
     say("prepared\n");
-}
-
-/* Let a file end with text, from a place on. */
-static int write_file(int file, char *text, long size, long at)
-{
-    int fd = files[file].fd;
-    if (fd < 0 || (call(SYS_pwrite, fd, text, size, at) == size && !call(SYS_ftruncate, fd, at + size)))
-        return 1;
-    return fail("files", files[file].path);
-}
-
-/* Write name and machine-id into the files; they are not looked at by those who know them already. */
-static int write_files(char *name, char *id)
-{
-    char text[sizeof domain + 256], *end = put(put(text, name), "\n");
-    if (!write_file(HOSTNAME, text, end - text, 0))
-        return 0;
-    end = put(put(text, line_missing > 1 ? "\n" : ""), OURS_BEGIN);
-    end = put(put(end, name), domain);
-    if (*domain)
-        end = put(put(end, " "), name);
-    end = put(end, OURS_END "\n");
-    if (!write_file(HOSTS, text, end - text, line_at))
-        return 0;
-    if (behind_length && !write_file(HOSTS, behind, behind_length, line_at + (end - text)))
-        return 0;
-    end = put(put(text, id), "\n");
-    if (*id != '-' && !(write_file(MACHINE_ID, text, end - text, 0) && write_file(BUS_ID, text, end - text, 0)))
-        return 0;
-    for (int i = 0; i < reader_count; i++)
-        call(SYS_kill, readers[i], SIGHUP);
-    return 1;
-}
-
-static void set_address(struct sockaddr *addr, char *text)
-{
-    addr->family = AF_INET;
-    for (int i = 0; i < 14; i++)
-        addr->data[i] = 0;
-    /* A port of two bytes comes first (struct sockaddr_in). */
-    for (int i = 2; i < 6; i++, text++)
-        addr->data[i] = number(&text, 10);
-}
-
-static int configure(struct ifreq *eth0, long what, char *address)
-{
-    set_address(&eth0->addr, address);
-    return call(SYS_ioctl, sock, what, eth0) == 0;
-}
-
-static int route(char *gateway)
-{
-    struct rtentry entry = {0};
-    set_address(&entry.dst, "0.0.0.0");
-    set_address(&entry.genmask, "0.0.0.0");
-    set_address(&entry.gateway, gateway);
-    entry.flags = RTF_UP | RTF_GATEWAY;
-    long error = call(SYS_ioctl, sock, SIOCADDRT, &entry);
-    return error == 0 || error == -EEXIST;
-}
-
-/* Have nothing of what was saved on the network card: it may be connected then. */
-static void part(struct ifreq *eth0, int wait)
-{
-    char line[8];
-    configure(eth0, SIOCSIFADDR, "0.0.0.0");
-    if (!wait)
-        return;
-    if (connected)
-        reset_connections();
-    say("apart\n");
-    call(SYS_read, port, line, sizeof line);
-}
-
-/* Give eth0 its address of hardware and of IP, and read both back into the ends of two texts. */
-static int network(char *name, char *mac, char *settings, char *mac_end, char *address_end, int wait)
-{
-    struct ifreq eth0 = {"eth0"};
-    char *byte = mac;
-    eth0.addr.family = ARPHRD_ETHER;
-    for (int i = 0; i < 6; i++, byte++)
-        eth0.addr.data[i] = number(&byte, 16);
-    if (call(SYS_ioctl, sock, SIOCSIFHWADDR, &eth0))
-        return fail("network", "eth0 does not take its hardware address");
-    if (starts(settings, "dhcp")) {
-        part(&eth0, wait);
-        if (!renew("dhcp", name))
-            return 0;
-    } else {
-        char *address = word(&settings), *mask = word(&settings), *gateway = word(&settings);
-        if (!configure(&eth0, SIOCSIFADDR, address) || !configure(&eth0, SIOCSIFNETMASK, mask))
-            return fail("network", "eth0 does not take its IP address");
-        if (wait && connected)
-            reset_connections();
-        if (!route(gateway))
-            return fail("network", "it takes no route to its gateway");
-        if (leased && !renew("address", word(&settings)))
-            return 0;
-    }
-    if (call(SYS_ioctl, sock, SIOCGIFADDR, &eth0))
-        return fail("network", "eth0 has no IP address");
-    for (int i = 2; i < 6; i++)
-        address_end = put_number(i > 2 ? put(address_end, ".") : address_end, eth0.addr.data[i], 10, 1);
-    if (call(SYS_ioctl, sock, SIOCGIFHWADDR, &eth0))
-        return fail("network", "eth0 has no hardware address");
-    for (int i = 0; i < 6; i++)
-        mac_end = put_number(i ? put(mac_end, ":") : mac_end, eth0.addr.data[i], 16, 2);
-    return 1;
 }
 
 /* Wait until the kernel says that vmgenid had it re-seed its random numbers; return whether it did. */
