@@ -46,8 +46,8 @@ nginx_() {
 setup() {
     mkdir -p $etc
     configure 1
-    # Its standard output is a file of ours: /dev/stdout leads there.
-    nginx_ >$etc/out 2>$etc/err
+    # Its standard output is a file of ours: /dev/stdout leads there. A daemon would have none.
+    setsid nginx -c $etc/nginx.conf -g 'daemon off;' >$etc/out 2>$etc/err </dev/null &
     within 120 get /version
 }
 
@@ -77,8 +77,9 @@ reloaded() {
 reopened() {
     mv $etc/out $etc/out.1
     nginx_ -s reopen
-    get /version >/dev/null
-    within 30 sh -c "tail -n 1 $etc/out $etc/out.1 | grep -q 'GET /version'"
+    get "/version?reopened" >/dev/null
+    # By its own descriptor it finds the file that was renamed (proc_pid_fd(5)).
+    within 30 grep -q 'GET /version?reopened' $etc/out.1
 }
 
 stopped() {

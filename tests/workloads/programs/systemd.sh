@@ -9,7 +9,7 @@ settled() {
 
 transient() {
     systemd-run --quiet --wait --pipe -p DynamicUser=yes -p PrivateTmp=yes -p ProtectSystem=strict \
-        sh -c 'id -un && touch /tmp/mine && ! touch /usr/mine 2>/dev/null'
+        sh -c 'id -u | grep -qx "6[1-5]..." && touch /tmp/mine && ! touch /usr/mine 2>/dev/null'
 }
 
 journal() {
@@ -34,13 +34,13 @@ restarts() {
 
 check "it is running" within 300 settled
 same "no unit failed" "$(systemctl --failed --plain --no-legend)" ""
-same "no job waits" "$(systemctl list-jobs --no-legend 2>&1)" "No jobs running."
+same "no job waits" "$(systemctl list-jobs --no-legend 2>&1 | grep -v 'No jobs')" ""
 check "a unit with a user of its own" transient
 check "the journal has lines with the name" journal
 check "a timer fires" timer
 check "journald and logind restart" restarts
 same "hostnamectl's name" "$(hostnamectl hostname 2>/dev/null)" "$(hostname)"
-same "localhost" "$(getent hosts localhost | head -n 1 | awk '{ print $NF }')" localhost
+check "localhost" sh -c 'getent hosts localhost | grep -qw localhost'
 check "its own name" getent hosts "$(hostname)"
 same "still no unit failed" "$(systemctl --failed --plain --no-legend)" ""
 own machine-id "$(cat /etc/machine-id)"
