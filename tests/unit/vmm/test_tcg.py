@@ -3,6 +3,7 @@
 import pytest
 
 from onecopy.linux import tsc
+from onecopy.vmm.cpu import DEFAULT, LEVELS
 from onecopy.vmm.tcg import kernel_words
 
 
@@ -10,9 +11,16 @@ from onecopy.vmm.tcg import kernel_words
 def test_only_an_old_qemu_hides_cmpxchg16b(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tsc, "megahertz", lambda: 2400)
     old = version.startswith(("7.", "6."))
-    assert kernel_words(version) == "tsc_early_khz=2400000" + " clearcpuid=141" * old
+    assert (
+        kernel_words(version, LEVELS[DEFAULT]) == "tsc_early_khz=2400000" + " clearcpuid=141" * old
+    )
 
 
 def test_a_clock_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tsc, "megahertz", lambda: None)
-    assert kernel_words("10.0.0") == ""
+    assert kernel_words("10.0.0", LEVELS[DEFAULT]) == ""
+
+
+def test_a_guest_that_is_a_host_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tsc, "megahertz", lambda: None)
+    assert kernel_words("7.2.22", "max") == ""

@@ -69,7 +69,8 @@ def launch_spec(
 
 def _booted_kernel(host: Runtime, prepared: BootPlan, folder: Path) -> Kernel:
     if prepared.agent:
-        append = kernel_words(host.qemu.version) if prepared.accel.name == "tcg" else ""
+        tcg, cpu = prepared.accel.name == "tcg", prepared.hardware.cpu
+        append = kernel_words(host.qemu.version, cpu) if tcg else ""
         return Kernel(prepared.kernel.layer("kernel").path, folder / "initrd", append)
     return Kernel(prepared.root.layer("kernel").path, None)
 
