@@ -39,8 +39,7 @@ def reader_parts(store: Store, work: Path, progress: Callable[[str], None]) -> P
     modules = KernelConfig.of(kernel).modules
     _write_initrd(initrd, modules, kernel.layer("boot-modules"), tools.layer("busybox"))
     return Parts(
-        binary=qemu.binary,
-        machine=qemu.machine,
+        qemu=qemu,
         accel=accel.name,
         kernel=image,
         initrd=initrd,

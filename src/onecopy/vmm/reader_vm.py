@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from onecopy.vmm.argv import accelerator
 from onecopy.vmm.confined_tool import Limits, Task, Tool, named, running
 from onecopy.vmm.cpu import DEFAULT, qemu_cpu
 from onecopy.vmm.passed_files import READ, WRITE
+from onecopy.vmm.qemu import Qemu
+from onecopy.vmm.tcg import kernel_words
 from onecopy.vmm.vmm_user import KVM
 
 _MEMORY = 512 * MIB
@@ -46,8 +48,7 @@ class Disk(msgspec.Struct, frozen=True):
 class Parts(msgspec.Struct, frozen=True):
     """What a reader is made of."""
 
-    binary: str
-    machine: str
+    qemu: Qemu
     accel: str
     kernel: Path
     initrd: Path
@@ -83,7 +84,7 @@ def reading(parts: Parts, disk: Disk) -> Iterator[Running]:
         size = os.fstat(files[2]).st_size
         names = [named(fd) for fd in files]
         task = Task(
-            [*_machine(parts, size), *_files(size, *names), *_disk(disk), *_ports(ports)],
+            [*_machine(parts, size), *_files(parts, size, names), *_disk(disk), *_ports(ports)],
             rights,
             kvm=parts.accel == "kvm",
             limits=Limits(
@@ -119,18 +120,24 @@ def _machine(parts: Parts, modules: int) -> list[str]:
     options = "hpet=off,vmport=off,smm=off,smbus=off,sata=off,usb=off,i8042=off,graphics=off"
     ceiling = _MEMORY + modules + 1024 * MIB
     return [
-        *(parts.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *(parts.qemu.binary, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
-        *("-machine", f"{parts.machine},{options}", "-accel", accelerator(parts.accel)),
-        *("-cpu", qemu_cpu("host" if parts.accel == "kvm" else DEFAULT, parts.accel), "-smp", "2"),
+        *("-machine", f"{parts.qemu.machine},{options}", "-accel", accelerator(parts.accel)),
+        *("-cpu", _cpu(parts), "-smp", "2"),
         *("-m", f"size={_MEMORY}B,slots=1,maxmem={ceiling}B", "-serial", "stdio"),
     ]
 
 
-def _files(size: int, kernel: str, initrd: str, modules: str) -> list[str]:
+def _cpu(parts: Parts) -> str:
+    return qemu_cpu("host" if parts.accel == "kvm" else DEFAULT, parts.accel)
+
+
+def _files(parts: Parts, size: int, names: Sequence[str]) -> list[str]:
+    kernel, initrd, modules = names
+    line = f"{_LINE} {kernel_words(parts.accel, parts.qemu.version, _cpu(parts))}".rstrip()
     backend = f"memory-backend-file,id=modules,size={size},mem-path={modules},share=on,readonly=on"
     return [
-        *("-kernel", kernel, "-initrd", initrd, "-append", _LINE),
+        *("-kernel", kernel, "-initrd", initrd, "-append", line),
         *("-object", backend, "-device", "virtio-pmem-pci,memdev=modules"),
     ]
 

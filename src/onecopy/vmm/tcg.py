@@ -17,12 +17,14 @@ _FIXED = 8
 _CX16 = 4 * 32 + 13
 
 
-def kernel_words(version: str, cpu: str) -> str:
+def kernel_words(accel: str, version: str, cpu: str) -> str:
     """Return the words for a kernel's command line under QEMU ``version``, with its ``-cpu``.
 
     The time-stamp counter under TCG is the host's. On a busy host a guest measures it by a timer
     that is late, and its clock runs several times too fast from then on.
     """
+    if accel != "tcg":
+        return ""
     words = []
     if megahertz := tsc.megahertz():
         words.append(f"tsc_early_khz={megahertz * 1000}")

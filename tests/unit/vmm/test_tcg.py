@@ -12,15 +12,20 @@ def test_only_an_old_qemu_hides_cmpxchg16b(version: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(tsc, "megahertz", lambda: 2400)
     old = version.startswith(("7.", "6."))
     assert (
-        kernel_words(version, LEVELS[DEFAULT]) == "tsc_early_khz=2400000" + " clearcpuid=141" * old
+        kernel_words("tcg", version, LEVELS[DEFAULT])
+        == "tsc_early_khz=2400000" + " clearcpuid=141" * old
     )
 
 
 def test_a_clock_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tsc, "megahertz", lambda: None)
-    assert kernel_words("10.0.0", LEVELS[DEFAULT]) == ""
+    assert kernel_words("tcg", "10.0.0", LEVELS[DEFAULT]) == ""
 
 
 def test_a_guest_that_is_a_host_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tsc, "megahertz", lambda: None)
-    assert kernel_words("7.2.22", "max") == ""
+    assert kernel_words("tcg", "7.2.22", "max") == ""
+
+
+def test_kvm_needs_none_of_it() -> None:
+    assert kernel_words("kvm", "7.2.22", LEVELS[DEFAULT]) == ""

@@ -69,8 +69,7 @@ def launch_spec(
 
 def _booted_kernel(host: Runtime, prepared: BootPlan, folder: Path) -> Kernel:
     if prepared.agent:
-        tcg, cpu = prepared.accel.name == "tcg", prepared.hardware.cpu
-        append = kernel_words(host.qemu.version, cpu) if tcg else ""
+        append = kernel_words(prepared.accel.name, host.qemu.version, prepared.hardware.cpu)
         return Kernel(prepared.kernel.layer("kernel").path, folder / "initrd", append)
     return Kernel(prepared.root.layer("kernel").path, None)
 
