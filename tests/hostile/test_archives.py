@@ -538,7 +538,6 @@ def try_out(folder: Path, data: bytes) -> None:
 
 @settings(
     max_examples=300,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -549,7 +548,6 @@ def test_any_archive_is_kept_or_refused(tmp_path: Path, data: bytes, end: bytes)
 
 @settings(
     max_examples=200,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -37,9 +37,7 @@ ALL: list[Callable[[Path], object]] = [
     lambda root: report.collect([MAPS], root=root),
     lambda root: live_figures.sample([("cold", PID)], merging=True, root=root),
 ]
-fast = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+fast = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
@@ -124,7 +122,7 @@ _VALUES = st.one_of(
 
 
 @given(st.lists(st.tuples(_OPTIONS, _VALUES).map(list) | _VALUES.map(lambda each: [each])))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_command_line(words: list[list[str]]) -> None:
     argv = [word for some in words for word in some]
     found = cmdline.parse(["qemu-system-x86_64", *argv])

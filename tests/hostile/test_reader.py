@@ -278,7 +278,7 @@ TEXT = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     overrides=st.dictionaries(
         st.sampled_from(["table", "look", "fstab", "add", "wrong", "subvolumes", "empty"]), TEXT

@@ -133,7 +133,7 @@ def kills(make: Callable[[], Path], change: Callable[[], object]) -> Iterator[Pa
     assert len(steps) > 3, "nothing to see"
     for step in (1, *steps):
         root = make()
-        killed_at(step, change)
+        assert killed_at(step, change)
         yield root
     root = make()
     assert os.waitpid(fork(change), 0)[1] == 0

@@ -88,7 +88,7 @@ def test_a_system_two_days_old(
         assert abs(behind(run_in, original) - late) < 30
         timers = set(text(run_in, original, TIMERS).split())
         assert {"daily.timer", "dpkg-db-backup.timer", *OTHERS} <= timers
-        made = [guest.record for guest in guests.clone(str(REF), 2, name="old")]
+        made = [guest.record for guest in guests.clone(str(REF), 3, name="old")]
         for clone in made:
             assert abs(behind(run_in, clone)) < 30
         for clone in made:

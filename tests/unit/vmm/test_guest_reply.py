@@ -82,7 +82,7 @@ def answered(data: bytes, form: type[Any]) -> Any:
     return with_peer("agent", test)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(REPLY, st.sampled_from(FORMS))
 def test_any_json_is_what_was_wanted_or_an_error(value: Any, form: type[Any]) -> None:
     line = json.dumps(value).encode() + b"\n"
@@ -93,7 +93,7 @@ def test_any_json_is_what_was_wanted_or_an_error(value: Any, form: type[Any]) ->
         assert len(error.message) < 1000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=300), st.sampled_from(FORMS))
 @example(b"\xff" * 300, Nothing)
 def test_any_bytes_are_what_was_wanted_or_an_error(data: bytes, form: type[Any]) -> None:
@@ -101,7 +101,7 @@ def test_any_bytes_are_what_was_wanted_or_an_error(data: bytes, form: type[Any])
         assert isinstance(answered(data + b"\n", form), form)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary() | REPLY.map(lambda value: json.dumps(value).encode()), st.sampled_from(FORMS))
 @example(b"[" * 100_000 + b"]" * 100_000, Nothing)
 @example(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, Nothing)
@@ -157,7 +157,7 @@ def test_a_line_up_to_the_limit_comes_whole(size: int) -> None:
     with_peer("agent", test)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.binary(max_size=2000))
 def test_lines_are_cut_where_they_end(data: bytes) -> None:
     async def test(folder: Path, peer: Peer) -> None:
@@ -272,7 +272,7 @@ def test_a_guest_that_says_something_else(said: bytes) -> None:
     assert len(caught.value.message) < 1000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(min_size=1, max_size=400))
 def test_a_guest_that_says_anything(said: bytes) -> None:
     with contextlib.suppress(AgentFailed):

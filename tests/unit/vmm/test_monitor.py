@@ -171,7 +171,7 @@ def test_who_has_the_monitor_does_not_hold_up_for_ever(tmp_path: Path) -> None:
     run(main())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200).map(lambda data: data + b"\n") | REPLY.map(line))
 def test_whatever_it_answers_is_an_error_of_ours(said: bytes) -> None:
     from tempfile import TemporaryDirectory
@@ -186,7 +186,7 @@ def test_whatever_it_answers_is_an_error_of_ours(said: bytes) -> None:
         run(main(Path(name)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(REPLY)
 def test_whatever_its_results_are(value: Any) -> None:
     from tempfile import TemporaryDirectory
