@@ -22,7 +22,7 @@ from onecopy.linux.counters import kpage, pagemap, smaps
 from onecopy.linux.counters.smaps import Mapping
 from onecopy.model import MIB, PAGE_SIZE, PageClass, Reference
 from onecopy.sharing import report
-from onecopy.sharing.account import find_ram
+from onecopy.sharing.account import GuestMaps, find_ram
 from onecopy.vmm import external_qemu
 from tests.command import answer, onecopy
 from tests.vm.conftest import Clones, RunIn
@@ -74,14 +74,49 @@ def frozen(guests: Sequence[GuestRecord]) -> Iterator[None]:
             os.kill(guest.pid, signal.SIGCONT)
 
 
-def collected(guests: Sequence[GuestRecord]) -> report.Report:
-    """Report frozen guests while the other QEMUs, which share libraries with them, stay."""
+@dataclass(frozen=True, slots=True)
+class GuestPages:
+    """The pages of one QEMU: of its RAM, of its segments, of the rest, and of all mappings."""
+
+    ram: Pages
+    ram_mappings: int
+    segments: Pages
+    rest: Pages
+    every: Pages
+    mappings: int
+
+    @classmethod
+    def of(cls, pid: int, maps: GuestMaps) -> GuestPages:
+        mappings = smaps.read(pid)
+        ram = find_ram(maps, mappings)
+        segments = [m for m in mappings if m.path in maps.segments]
+        rest = [m for m in mappings if m not in ram and m not in segments]
+        return cls(
+            ram=Pages.of(pid, ram),
+            ram_mappings=len(ram),
+            segments=Pages.of(pid, segments),
+            rest=Pages.of(pid, rest),
+            every=Pages.of(pid, mappings),
+            mappings=len(mappings),
+        )
+
+
+def collected(guests: Sequence[GuestRecord]) -> tuple[report.Report, list[GuestPages]]:
+    """Report frozen guests, and read their pages just before and after.
+
+    Other QEMUs share libraries with them: the figures are comparable once both readings agree.
+    """
     deadline = time.monotonic() + 120
+    maps = guest_maps(guests)
+
+    def pages() -> list[GuestPages]:
+        return [GuestPages.of(guest.pid, of) for guest, of in zip(guests, maps, strict=True)]
+
     while True:
-        before = [Pages.of(guest.pid, smaps.read(guest.pid)) for guest in guests]
-        found = report.collect(guest_maps(guests))
-        if before == [Pages.of(guest.pid, smaps.read(guest.pid)) for guest in guests]:
-            return found
+        before = pages()
+        found = report.collect(maps)
+        if before == pages():
+            return found, before
         assert time.monotonic() < deadline, "other guests never stay the same"
 
 
@@ -102,27 +137,21 @@ def test_every_figure_is_pagemaps(
     assert run_in(guests[0], "sh", "-c", write).exit_code == 0
     guests = [host.guest(guest.name).record() for guest in guests]
     with frozen(guests):
-        found = collected(guests)
-        for guest, maps, account in zip(guests, guest_maps(guests), found.guests, strict=True):
-            mappings = smaps.read(guest.pid)
-            ram = find_ram(maps, mappings)
-            segments = [m for m in mappings if m.path in maps.segments]
-            rest = [m for m in mappings if m not in ram and m not in segments]
-            pages = Pages.of(guest.pid, ram)
-            assert account.ram_private == pages.anonymous > 0
-            assert account.ram_shared == pages.resident - pages.anonymous > MIB
-            assert account.ram_proportional is not None
-            assert abs(account.ram_proportional - pages.proportional) < 1024 * len(ram)
-            pages = Pages.of(guest.pid, segments)
-            assert report.value(account, column("segments")) == pages.resident > 0
-            assert account.segments_private == pages.anonymous
-            pages = Pages.of(guest.pid, rest)
-            assert account.vmm_private == pages.alone
-            assert account.vmm_shared == pages.resident - pages.alone
-            pages = Pages.of(guest.pid, mappings)
-            assert account.pss_total is not None
-            assert abs(account.pss_total - pages.proportional) < 1024 * len(mappings)
-            assert (account.swapped, account.note) == (0, "")
+        found, read_pages = collected(guests)
+    for account, pages in zip(found.guests, read_pages, strict=True):
+        assert account.ram_private == pages.ram.anonymous > 0
+        assert account.ram_shared == pages.ram.resident - pages.ram.anonymous > MIB
+        assert account.ram_proportional is not None
+        off = account.ram_proportional - pages.ram.proportional
+        assert abs(off) < 1024 * pages.ram_mappings
+        segments = report.value(account, column("segments"))
+        assert segments == pages.segments.resident > 0
+        assert account.segments_private == pages.segments.anonymous
+        assert account.vmm_private == pages.rest.alone
+        assert account.vmm_shared == pages.rest.resident - pages.rest.alone
+        assert account.pss_total is not None
+        assert abs(account.pss_total - pages.every.proportional) < 1024 * pages.mappings
+        assert (account.swapped, account.note) == (0, "")
     assert [account.segments_private for account in found.guests] == [5 * PAGE_SIZE, 0]
     uses = [{s.name: s for s in account.segments or ()} for account in found.guests]
     for use in uses:
