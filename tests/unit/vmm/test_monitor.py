@@ -154,7 +154,7 @@ def test_a_queue_that_is_full(tmp_path: Path) -> None:
                     waiting = ends.enter_context(socket.socket(socket.AF_UNIX))
                     waiting.setblocking(False)
                     waiting.connect(str(path))
-            with pytest.raises(GuestFailed, match=r"did not answer within 0\.3"):
+            with pytest.raises(GuestFailed, match=r"did not answer within 0\."):
                 async with connect(path, Deadline.after(0.3)):
                     pass
 
@@ -164,7 +164,7 @@ def test_a_queue_that_is_full(tmp_path: Path) -> None:
 def test_who_has_the_monitor_does_not_hold_up_for_ever(tmp_path: Path) -> None:
     async def main() -> None:
         async with locked(tmp_path / "monitor.lock"):
-            with pytest.raises(GuestFailed, match=r"did not answer within 0\.2"):
+            with pytest.raises(GuestFailed, match=r"did not answer within 0\."):
                 async with connect(tmp_path / "monitor.sock", Deadline.after(0.2)):
                     pass
 
@@ -282,7 +282,7 @@ def test_who_finds_no_port_waits_for_one(tmp_path: Path) -> None:
                 assert set(ports) == {"out", "err"}
             tries[:] = []
             with pytest.raises(NoSlot, match="no port left"):
-                deadline = Deadline.after(0.06)
+                deadline = Deadline.after(1.5)
                 async with (
                     deadline.scope(),
                     plugged(tmp_path, "f" * 16, True, deadline, nothing),
