@@ -5,15 +5,16 @@ import signal
 from typing import NoReturn
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 
 def pytest_configure() -> None:
     """Let Ctrl-C reach what the tests start: a shell without job control has it ignored.
 
-    No property has a deadline: a busy machine is no fault.
+    No property has a deadline, and no input may come too slowly: a busy machine is no fault.
     """
-    settings.register_profile("onecopy", deadline=None)
+    slow = [HealthCheck.too_slow]
+    settings.register_profile("onecopy", deadline=None, suppress_health_check=slow)
     settings.load_profile("onecopy")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
