@@ -18,7 +18,7 @@ from onecopy.guest.ended_guests import Deaths
 from onecopy.guest.resume import go_on
 from onecopy.guest.run_directory import POOL, RunDirectory, is_mark
 from onecopy.linux import vmm_registry
-from onecopy.linux.lock import if_left, is_left
+from onecopy.linux.lock import is_left, take_over
 from onecopy.linux.removal import remove_tree
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.store import Store
@@ -146,7 +146,7 @@ def _sweep_stores(run: Path) -> None:
         theirs = vmm_registry.of_store(path.name)
         if any(entry.process.lives() for entry in theirs):
             continue  # `ps` shows it (lost_vmms.py)
-        with going_on(path), if_left(path / ".lock") as lock:
+        with going_on(path), take_over(path / ".lock") as lock:
             if lock is not None and _is_gone(path):
                 tell(path, remove_tree(path))
                 _forget_dead(theirs)

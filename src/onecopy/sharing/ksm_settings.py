@@ -26,7 +26,7 @@ from onecopy.linux import files, process
 from onecopy.linux.counters import ksm, meminfo
 from onecopy.linux.counters.ksm import Ksm, ProcessKsm
 from onecopy.linux.files import ROOT, not_permitted
-from onecopy.linux.lock import alone
+from onecopy.linux.lock import locked_blocking
 from onecopy.model import PAGE_SIZE
 
 _FOLDER = "run/onecopy"
@@ -237,7 +237,7 @@ def _locked(root: Path) -> Iterator[None]:
     folder = root / _FOLDER
     try:
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with alone(folder / "ksm.lock"):
+        with locked_blocking(folder / "ksm.lock"):
             yield
     except PermissionError as error:
         raise not_permitted(folder) from error

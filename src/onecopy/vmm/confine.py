@@ -29,10 +29,10 @@ from onecopy.linux.sandbox.landlock import (
 from onecopy.linux.sandbox.rlimits import Limits
 from onecopy.linux.syscall import (
     PR_SET_NO_NEW_PRIVS,
+    disable_address_randomisation,
     prctl,
-    randomize_no_addresses,
     set_capabilities,
-    unshare_folder,
+    unshare_directory,
 )
 from onecopy.vmm import name_servers
 from onecopy.vmm.vmm_user import KVM, User
@@ -80,7 +80,7 @@ def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int 
         if confinement.etc:
             name_servers.hide(confinement.etc)
         else:
-            unshare_folder()
+            unshare_directory()
         os.chdir(folder)
         if confinement.user:
             confinement.user.become(confinement.capabilities)
@@ -88,7 +88,7 @@ def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int 
             set_capabilities(confinement.capabilities)
         if confinement.merge:
             # Half of what is QEMU's own are addresses (relocated data): equal ones can be merged.
-            randomize_no_addresses()
+            disable_address_randomisation()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         if rules:
             rules.restrict_self()

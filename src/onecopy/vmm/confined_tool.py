@@ -28,7 +28,7 @@ from onecopy.errors import CommandFailed, Incompatible
 from onecopy.linux.mount import mount_over
 from onecopy.linux.sandbox import landlock, seccomp
 from onecopy.linux.sandbox.landlock import EXECUTE, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
-from onecopy.linux.syscall import PR_SET_NO_NEW_PRIVS, prctl, set_capabilities, unshare_folder
+from onecopy.linux.syscall import PR_SET_NO_NEW_PRIVS, prctl, set_capabilities, unshare_directory
 from onecopy.model import format_size
 from onecopy.subprocesses import find_program, keep
 from onecopy.vmm.passed_files import READ, WRITE
@@ -223,7 +223,7 @@ class Tool:
 
     def _confine(self) -> None:
         try:
-            unshare_folder()
+            unshare_directory()
             os.umask(0o022)
             if self._task.over:
                 mount_over(self._task.over)

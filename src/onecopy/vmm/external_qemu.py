@@ -21,7 +21,7 @@ import msgspec
 
 from onecopy.errors import NotFound, NotPermitted, OnecopyError, Unreadable
 from onecopy.linux import bounded_wait, process
-from onecopy.linux.files import ROOT, Identity, asking, process_folder
+from onecopy.linux.files import ROOT, Identity, process_directory, translating_errors
 from onecopy.vmm import cmdline
 from onecopy.vmm.cmdline import Told
 
@@ -110,7 +110,7 @@ def _silent(pid: int) -> _Process:
 def _program(pid: int, root: Path) -> str:
     """The name of the program; of another user's process what it was called as."""
     try:
-        path = str((process_folder(pid, root) / "exe").readlink())
+        path = str((process_directory(pid, root) / "exe").readlink())
     except OSError:
         path = next(iter(process.cmdline(pid, root)), "")
     return PurePath(path.removesuffix(_DELETED)).name
@@ -163,13 +163,13 @@ class _Files:
     """What a process has open, by the kernel's word. Raises NotFound, NotPermitted, Unreadable."""
 
     def __init__(self, pid: int, root: Path) -> None:
-        self._root, self._own = root, process_folder(pid, root)
+        self._root, self._own = root, process_directory(pid, root)
         #: Those that were found, and are regular files.
         self.regular: dict[str, Identity] = {}
         self._names: dict[Path, str] = {}
         self._ids: dict[Identity, list[Path]] = defaultdict(list)
         folder = self._own / "fd"
-        with asking(pid, folder):
+        with translating_errors(pid, folder):
             self._folder = (self._own / "cwd").readlink()
             for entry in islice(folder.iterdir(), _MOST_FDS):
                 self._add(entry)

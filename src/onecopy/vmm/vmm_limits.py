@@ -84,7 +84,7 @@ def let_map(pid: int, size: int, *, private: bool) -> None:
 
     with contextlib.suppress(ProcessLookupError):
         as_user(pid, work)
-    cgroup.let_have(pid, size)
+    cgroup.raise_memory_limit(pid, size)
 
 
 def file_room(pid: int) -> int:

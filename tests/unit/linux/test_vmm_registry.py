@@ -234,5 +234,5 @@ def test_a_registry_that_somebody_else_made_is_refused(base: Path, tmp_path: Pat
     store = Store(tmp_path / "store")
     base.mkdir(0o700)
     (base / "vmms").symlink_to(tmp_path)
-    with pytest.raises(Exception, match="cannot be used"):
+    with pytest.raises(Exception, match="cannot hold run directories"):
         store.is_held("web")

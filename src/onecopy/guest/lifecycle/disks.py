@@ -110,7 +110,7 @@ def opened(host: Runtime, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
         if spec.file is not None:
             fd = ends.enter_context(_open(host, spec.file))
             _require_usable(host, spec.file, fd)
-            yield OpenDisk(spec, spec.file.resolve(), fd, disk_image.form_of(fd, spec.file.name))
+            yield OpenDisk(spec, spec.file.resolve(), fd, disk_image.format_of(fd, spec.file.name))
             return
         path = _path(host, guest)
         new = not path.exists()
