@@ -59,7 +59,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         Store(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     for inside in (tmp_path / "precious", tmp_path / "precious" / "store"):
-        with pytest.raises(InvalidInput, match="not a folder"):
+        with pytest.raises(InvalidInput, match="not a directory"):
             Store(inside)
 
 
