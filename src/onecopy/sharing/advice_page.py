@@ -1,6 +1,6 @@
-"""Advice as one HTML page with pictures: no script, no other file, readable in print.
+"""The advice as one HTML page with diagrams: no scripts, no other files, printable.
 
-Not here: what the figures are (``advice``).
+Not here: the figures (``advice``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from onecopy.printable import printable
 from onecopy.sharing.advice import KINDS, WAYS, Looked
 from onecopy.sharing.survey import Survey
 
-#: One colour for each kind; they can be told apart without seeing red or green (Okabe and Ito).
+#: One colour per kind, which people with colour vision deficiency can distinguish (Okabe and Ito).
 _COLOURS = ("#999999", "#0072b2", "#56b4e9", "#e69f00", "#d55e00")
 _SHARED, _MERGED, _FREE = "#009e73", "#cc79a7", "#f0f0f0"
 _WIDTH, _BAR, _LABEL, _FIGURE = 900, 26, 170, 110
@@ -53,12 +53,16 @@ $files
 
 
 def escape(text: str) -> str:
-    """Text of others for HTML, in which control characters are no text either."""
+    """Escape untrusted text for HTML, control characters included."""
     return html.escape(printable(text))
 
 
 def page(survey: Survey, steps: Sequence[tuple[str, str]]) -> str:
-    """The page; ``steps`` are commands and what each is for."""
+    """Render the page.
+
+    Args:
+        steps: commands, each with its purpose.
+    """
     advice = survey.advice
     return _PAGE.substitute(
         take=escape(" and ".join(advice.take) or "nothing"),
@@ -106,7 +110,7 @@ def _guest(guest: Looked) -> tuple[str, list[tuple[int, str]], int]:
 
 
 def _bars(bars: Iterable[tuple[str, Sequence[tuple[int, str]], int]]) -> str:
-    """Bars to one scale, each a name, parts of (bytes, colour) and the figure beside it."""
+    """Draw bars to a common scale, each with a name, parts of (bytes, colour), and a figure."""
     known = list(bars)
     largest = max([sum(size for size, _ in parts) for _, parts, _ in known], default=0) or 1
     room = _WIDTH - _LABEL - _FIGURE
@@ -127,7 +131,7 @@ def _bars(bars: Iterable[tuple[str, Sequence[tuple[int, str]], int]]) -> str:
 
 
 def _rows(rows: Iterable[Sequence[str | int]]) -> str:
-    """Table rows; numbers are bytes."""
+    """Render table rows; numbers are bytes."""
 
     def cell(value: str | int) -> str:
         if isinstance(value, int):
