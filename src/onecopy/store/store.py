@@ -148,11 +148,7 @@ class Store:
         return names.has_name(loading.index(self._layout), name)
 
     def access(self, name: str) -> Access:
-        """Return who may load ``name``.
-
-        Raises:
-            StoreDamaged: a record is damaged.
-        """
+        """Return who may load ``name``; raise StoreDamaged."""
         return self._read(lambda index: who.of(index, name))
 
     def restrict(self, name: str, alter: Callable[[Access], Access]) -> Access:
@@ -207,11 +203,7 @@ class Store:
         return held[0]
 
     def pending(self) -> list[Artifact]:
-        """List artifacts that were removed or replaced but are still leased (pending purge).
-
-        Raises:
-            StoreDamaged: a record is damaged.
-        """
+        """List artifacts that are pending purge: removed or replaced, but still leased."""
         return self._read(
             lambda index: [self._load(entry) for entry in holding.pending(self._layout, index)]
         )
@@ -227,11 +219,7 @@ class Store:
         )
 
     def find(self, ref: Reference, kind: str) -> Artifact | None:
-        """Return the artifact that a reference means, or None.
-
-        Raises:
-            StoreDamaged: a record is damaged.
-        """
+        """Return the artifact that a reference means, or None; raise StoreDamaged."""
         try:
             return self.resolve(ref, kind)
         except NotFound:
@@ -321,11 +309,7 @@ class Store:
             return holding.extend(self._layout, artifact_digests, holder)
 
     def leases(self) -> list[LeaseRecord]:
-        """List the held leases, by holder.
-
-        Raises:
-            StoreDamaged: a record is damaged.
-        """
+        """List the held leases, by holder; raise StoreDamaged."""
         return lease.scan(self._layout)[0]
 
     def is_held(self, holder: str) -> bool:

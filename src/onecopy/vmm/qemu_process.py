@@ -186,9 +186,8 @@ def prepare(folder: Path) -> None:
 def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> Vmm:
     """Start a confined QEMU (confine.py) in its prepared run directory.
 
-    This fills in ``spec.monitor_fd`` and ``console_fd``. The sockets listen before QEMU runs, so
-    clients can connect at once and need not poll. The running event loop answers the open requests
-    of some QEMUs (open_notify.py).
+    The sockets of ``spec.monitor_fd`` and ``console_fd``, which are set here, listen before QEMU
+    runs. The running event loop answers open requests of some QEMUs (open_notify.py).
 
     Args:
         inherit: descriptors that live as long as the VMM, which may read their files.

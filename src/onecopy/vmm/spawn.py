@@ -53,16 +53,11 @@ class Started(msgspec.Struct, frozen=True):
 def start(
     argv: Sequence[str], confinement: Confinement, folder: Path, output: int, passed: Sequence[int]
 ) -> Started:
-    """Start a confined program.
+    """Start a confined program that inherits only the descriptors ``passed``.
 
-    Credentials, filters and rulesets belong to a thread, and a child inherits those of the thread
-    that creates it. So a thread confines itself, starts the program and ends. No Python code runs
-    in a copy of this process, which would be slow in a large process and unsafe with other threads.
-
-    Args:
-        folder: the working directory.
-        output: the descriptor for its output.
-        passed: the only descriptors that it inherits, besides the standard ones.
+    A child inherits credentials, filters and rulesets from the thread that creates it. So a thread
+    confines itself, starts the program and ends. Forking would run Python in a child, which is
+    unsafe with other threads and slow in a large process.
 
     Raises:
         Incompatible: this host cannot confine it.

@@ -102,7 +102,7 @@ def required(name: str, root: Path = ROOT) -> str:
     """
     found = setting(name, root)
     if found is None:
-        raise Incompatible(f"this kernel's KSM has no setting {name}", hint="omit this setting")
+        raise Incompatible(f"this kernel's KSM has no {name}", hint="omit this setting")
     return found
 
 
