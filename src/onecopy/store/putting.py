@@ -16,7 +16,7 @@ import msgspec
 
 from onecopy.errors import InvalidInput, NameConflict, OtherDomain
 from onecopy.model import Reference
-from onecopy.store import access as who
+from onecopy.store import access as access_rules
 from onecopy.store import ingest, loading, names, oci
 from onecopy.store.access import Access
 from onecopy.store.artifact import Artifact, NewLayer
@@ -103,7 +103,7 @@ def _domain(layout: Layout, request: PutRequest) -> str:
     """Return the trust domain that a name has or will have."""
     index, name = loading.index(layout), request.ref.name
     if names.has_name(index, name) or request.access is None:
-        return who.of(index, name).domain
+        return access_rules.of(index, name).domain
     return request.access.domain
 
 
@@ -116,11 +116,11 @@ def _with_access(index: oci.Index, request: PutRequest, domain: str) -> oci.Inde
                 f"all versions of {name} were removed meanwhile",
                 hint="nothing was stored: repeat the command",
             )
-        return who.bind(index, name, access)
-    current = who.of(index, name).domain
+        return access_rules.bind(index, name, access)
+    current = access_rules.of(index, name).domain
     if current != domain or (request.access and access.domain != current):
         raise OtherDomain(
-            f"{name} belongs to {who.describe_domain(current)}",
+            f"{name} belongs to {access_rules.describe_domain(current)}",
             hint="choose another name, or remove all its versions first with `onecopy rm`",
         )
     return index

@@ -18,7 +18,7 @@ from msgspec import structs
 from onecopy.errors import InUse, NotFound, StoreDamaged
 from onecopy.linux.lock import is_held
 from onecopy.model import Reference, check_name, check_new_name, in_order
-from onecopy.store import access as who
+from onecopy.store import access as access_rules
 from onecopy.store import collect, holding, lease, live, loading, names, oci, putting, workspace
 from onecopy.store.access import Access
 from onecopy.store.artifact import Artifact, Layer, NewLayer
@@ -138,7 +138,7 @@ class Store:
         found = self.resolve(source)
         access = self.access(found.name)
         if domain is not None and domain != access.domain:
-            access = Access(domain=who.check_domain(domain), restricted=access.restricted)
+            access = Access(domain=access_rules.check_domain(domain), restricted=access.restricted)
         layers = [NewLayer.of(layer) for layer in found.layers]
         keeps = None if domain is None and self._knows(target.name) else access
         request = PutRequest(found.kind, target, access=keeps)
@@ -149,7 +149,7 @@ class Store:
 
     def access(self, name: str) -> Access:
         """Return who may load ``name``; raise StoreDamaged."""
-        return self._read(lambda index: who.of(index, name))
+        return self._read(lambda index: access_rules.of(index, name))
 
     def restrict(self, name: str, alter: Callable[[Access], Access]) -> Access:
         """Change who may load a name; its trust domain stays.
@@ -163,10 +163,10 @@ class Store:
         with change(self._layout):
             index = loading.index(self._layout)
             names.require_name(index, name)
-            now = who.of(index, name)
+            now = access_rules.of(index, name)
             # The blobs belong to this trust domain.
             access = structs.replace(alter(now), domain=now.domain)
-            write_index(self._layout, who.bind(index, name, access))
+            write_index(self._layout, access_rules.bind(index, name, access))
             return access
 
     def require_access(self, names_: Iterable[str], guest: str, domain: str) -> None:
@@ -178,7 +178,7 @@ class Store:
         """
         index = self._read(lambda index: index)
         for name in names_:
-            who.require(name, who.of(index, name), guest, domain)
+            access_rules.require(name, access_rules.of(index, name), guest, domain)
 
     def resolve(self, ref: Reference, kind: str | None = None) -> Artifact:
         """Return the artifact that a reference means; by a digest, also one that is pending purge.
