@@ -35,13 +35,13 @@ svg { width: 100%; height: auto } svg text { font: 14px sans-serif; fill: #222 }
 <p>$reason.</p>
 $steps
 <h2>What each way would save</h2>
-<p>Memory that the host would get back, at most. Dark: what no other way saves.</p>
+<p>The most memory that the host would get back. Dark: the part that no other way saves.</p>
 $ways
-<table><tr><th>Way</th><th>Saves</th><th>Alone</th><th>Is</th></tr>$way_rows</table>
-<h2>Where they overlap</h2>
+<table><tr><th>Way</th><th>Saves</th><th>Alone</th><th>Description</th></tr>$way_rows</table>
+<h2>Overlaps</h2>
 <table><tr><th>Saved by</th><th></th></tr>$overlaps</table>
-<h2>What the memory of the guests is</h2>
-<p>$own that guests have for themselves, compared page by page.</p>
+<h2>Kinds of guest memory</h2>
+<p>The guests' own memory, $own, compared page by page.</p>
 $kinds
 <h2>The guests</h2>
 $guests
@@ -86,15 +86,13 @@ def page(survey: Survey, steps: Sequence[tuple[str, str]]) -> str:
         + "".join(f"<li><b>{name}</b>: {escape(KINDS[name])}</li>" for name in advice.kinds)
         + "</ul>",
         guests=_bars(map(_guest, advice.guests)),
-        key=_key(
-            {"own": "#d55e00", "shared": _SHARED, "merged by KSM": _MERGED, "not used": _FREE}
-        ),
+        key=_key({"own": "#d55e00", "shared": _SHARED, "merged by KSM": _MERGED, "unused": _FREE}),
         left_out="".join(
             f"<p>{escape(each.name)} was left out: {escape(each.reason)}.</p>"
             for each in survey.left_out
         )
         + "".join(f"<p>{escape(n)}.</p>" for n in sorted({g.note for g in advice.guests}) if n),
-        files="<h2>Files with most copies</h2><table><tr><th>File</th><th>Copies</th>"
+        files="<h2>Files with the most copies</h2><table><tr><th>File</th><th>Copies</th>"
         "<th>Guests</th></tr>"
         + _rows((each.name, each.copies, str(each.guests)) for each in advice.files)
         + "</table>"

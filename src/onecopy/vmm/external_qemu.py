@@ -245,6 +245,6 @@ class _Files:
     def _is_open(self, entry: Path) -> bool:
         """Whether it is open for access: with O_PATH (open(2)) anybody can open anything."""
         with suppress(OSError, ValueError, IndexError):
-            options = (entry.parent.parent / "fdinfo" / entry.name).read_bytes()
-            return not int(options.partition(b"flags:")[2].split()[0][:12], 8) & os.O_PATH
+            fdinfo = (entry.parent.parent / "fdinfo" / entry.name).read_bytes()
+            return not int(fdinfo.partition(b"flags:")[2].split()[0][:12], 8) & os.O_PATH
         return False
