@@ -64,7 +64,7 @@ def require_one(ref: Reference, digests: Iterable[str]) -> None:
     found = sorted(set(digests))
     if ref.digest and len(found) > 1:
         raise InvalidInput(
-            f"{ref} is ambiguous: it matches {', '.join(found[:-1])} and {found[-1]}",
+            f"{ref} is ambiguous: it may be {', '.join(found[:-1])} or {found[-1]}",
             hint="give more digits of the digest",
         )
 
