@@ -1,8 +1,8 @@
-"""When something must be over: made once from what the user asked for, and passed down.
+"""Deadlines: computed once from the user's timeout and passed down.
 
-Deadlines nest: whatever waits below `Deadline.scope` is ended with it, whatever time of its own it
-has. What is tidied up afterwards has a bound of its own (`grace`), so that a command ends at most
-two seconds later than it was asked to.
+Deadlines nest. A deadline ends every wait inside its `Deadline.scope`, whatever timeout the inner
+wait has. Cleanup afterwards has its own bound, so that a command ends at most two seconds after its
+timeout.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import msgspec
 
 
 class Deadline(msgspec.Struct, frozen=True):
-    """A moment; ``when`` is in seconds of time.monotonic(), which event loops go by, or None."""
+    """A moment in seconds of time.monotonic(), the clock of event loops; None is never."""
 
     when: float | None = None
 
     @classmethod
     def after(cls, seconds: float | None) -> Deadline:
-        """The moment ``seconds`` from now; never, if that is None."""
+        """Return the moment ``seconds`` from now; None means never."""
         return cls(None if seconds is None else time.monotonic() + seconds)
 
     def left(self) -> float | None:
-        """Seconds until then, at least 0; None if it never comes."""
+        """Return the seconds until the deadline, at least 0; None if it never comes."""
         return None if self.when is None else max(self.when - time.monotonic(), 0.0)
 
     def sooner(self, seconds: float) -> Deadline:
-        """This moment, or ``seconds`` from now if that comes first."""
+        """Return this deadline or the one ``seconds`` from now, whichever is earlier."""
         other = time.monotonic() + seconds
         return Deadline(other if self.when is None else min(self.when, other))
 
     def scope(self) -> asyncio.Timeout:
-        """An asynchronous context that raises TimeoutError at that moment."""
+        """Return an asynchronous context manager that raises TimeoutError at the deadline."""
         return asyncio.timeout_at(self.when)

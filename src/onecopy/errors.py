@@ -1,34 +1,34 @@
-"""Every error onecopy raises, as one tree.
+"""The tree of errors that onecopy raises.
 
-OnecopyError
-├── InvalidInput       what was typed or passed cannot be right
-├── NotFound           no such segment, system, guest or file
-├── AlreadyExists      the name is taken
-├── InUse              something still uses it
-├── MissingProgram     a program of the host is not installed
-├── CommandFailed      a program of the host ran and failed
-├── BadSource          the source of a build cannot be used
-├── InsufficientResources          too little memory or disk
-├── GuestFailed        QEMU or the guest's kernel did not start, or ended on its own
-├── NotReady           the guest runs but never became ready
-├── AgentFailed        the guest agent refused, failed or did not answer
-├── Incompatible       this host cannot run what was asked for
-├── StoreDamaged       the store holds something that it must not
-├── NotPermitted       this user may not do that
-├── Restricted         it is restricted, and the guest is not granted it
-├── OtherDomain        it belongs to another trust domain
-├── NoSlot             the guest has no slot left for a segment or disk, or port for a program
-├── TooLarge           it does not fit the guest, or is more than a limit allows
-├── NotUnmounted       a process in the guest holds the segment
-├── NameConflict          the name means something else by now
-├── ProgramFailed      a program in a guest ran and failed
-├── OutputFailed       standard output cannot be written
-├── HostFailed         the host's kernel refused something that nobody foresaw
-├── Unreadable         the kernel's account of a process is too large, late or cut off
-└── Interrupted        Ctrl-C or SIGTERM
+    OnecopyError
+    ├── InvalidInput           a name, reference, size or option is not valid
+    ├── NotFound               no such segment, saved system, guest or file
+    ├── AlreadyExists          the name is taken
+    ├── InUse                  guests still use it
+    ├── MissingProgram         a host program is not installed
+    ├── CommandFailed          a host program ran and failed
+    ├── BadSource              the source of a build cannot be used
+    ├── InsufficientResources  too little memory or disk space
+    ├── GuestFailed            QEMU or the guest's kernel did not start, or ended on its own
+    ├── NotReady               the guest runs but did not become ready in time
+    ├── AgentFailed            the guest agent refused, failed or did not answer
+    ├── Incompatible           this host cannot run the request
+    ├── StoreDamaged           a blob or record of the store does not match its digest or format
+    ├── NotPermitted           the user lacks the permission
+    ├── Restricted             the segment or system is restricted and the guest has no grant
+    ├── OtherDomain            it belongs to another trust domain
+    ├── NoSlot                 the guest has no free slot for a segment or disk, or no free port
+    ├── TooLarge               it does not fit the guest or exceeds a limit
+    ├── NotUnmounted           a process in the guest uses the mounted segment
+    ├── NameConflict           the name now refers to something else
+    ├── ProgramFailed          a program in a guest ran and failed
+    ├── OutputFailed           standard output cannot be written
+    ├── HostFailed             the host's kernel refused an operation for an unexpected reason
+    ├── Unreadable             the kernel's report on a process is too large, late or cut off
+    └── Interrupted            Ctrl-C or SIGTERM
 
-Each class owns a stable ``id`` (shown by ``--json``) and an exit code; each instance says what
-happened, what to do about it (``hint``), and carries its data as attributes. The library raises;
+Each class has a stable ``id``, shown by ``--json``, and an exit code. Each instance says what
+happened and what to do about it (``hint``), and carries its data as attributes. The library raises;
 only ``onecopy.__main__`` exits.
 """
 
@@ -41,12 +41,17 @@ from typing import ClassVar
 
 
 def as_root(command: str) -> str:
-    """A hint to run what only root may, for who is root or not."""
-    return command if os.geteuid() == 0 else f"ask who administers this host to run: {command}"
+    """Return ``command`` as a hint to root, or a hint to have an administrator run it."""
+    return command if os.geteuid() == 0 else f"ask an administrator of this host to run: {command}"
 
 
 class OnecopyError(Exception):
-    """Base of all; ``message`` says what happened, ``hint`` what to do."""
+    """The base of all errors.
+
+    Attributes:
+        message: what happened.
+        hint: what to do about it; may be empty.
+    """
 
     id: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
@@ -58,21 +63,21 @@ class OnecopyError(Exception):
 
 
 class InvalidInput(OnecopyError):
-    """A name, reference, size or option that cannot be right."""
+    """A name, reference, size or option is not valid."""
 
     id = "invalid-input"
     exit_code = 2
 
 
 class NotFound(OnecopyError):
-    """Nothing of that name."""
+    """Nothing of that name exists."""
 
     id = "not-found"
     exit_code = 3
 
 
 class InUse(OnecopyError):
-    """``users`` are the guests that hold it."""
+    """Guests still use it: ``users`` names them."""
 
     id = "in-use"
     exit_code = 4
@@ -90,7 +95,7 @@ class AlreadyExists(OnecopyError):
 
 
 class MissingProgram(OnecopyError):
-    """``program`` is not installed; ``package`` is the Debian package that has it."""
+    """A host program is not installed: ``package`` is the Debian package of ``program``."""
 
     id = "missing-program"
     exit_code = 6
@@ -119,10 +124,17 @@ class CommandFailed(OnecopyError):
         limit: tuple[str, str] | None = None,
         hint: str = "",
     ) -> None:
-        """``limit`` is set if it took more than it may: of "time", for example, and how much."""
+        """Record the failure of a program.
+
+        Args:
+            command: its command line, quoted for a shell.
+            returncode: its exit code, or -N if signal N ended it.
+            output: its output, of which the message shows the last 15 lines.
+            limit: the limit that it exceeded and the limit's value, such as ("time", "60 s").
+        """
         what = f"exit code {returncode} from"
         if limit:
-            what = f"more {limit[0]} than {limit[1]} taken by"
+            what = f"used more {limit[0]} than {limit[1]}"
         tail = "\n".join(output.strip().splitlines()[-15:])
         super().__init__(f"{what}: {command}\n{tail}".rstrip(), hint=hint)
         self.command = command
@@ -139,7 +151,7 @@ class BadSource(OnecopyError):
 
 
 class InsufficientResources(OnecopyError):
-    """Too little of ``what`` ("memory", "disk"); both figures in bytes."""
+    """The host has too little memory or disk space; both figures are in bytes."""
 
     id = "not-enough"
     exit_code = 9
@@ -155,7 +167,7 @@ class InsufficientResources(OnecopyError):
 
 
 class GuestFailed(OnecopyError):
-    """QEMU or the guest did not start, or ended; ``output`` is what both printed last."""
+    """QEMU or the guest did not start, or ended; ``output`` holds the last lines of both."""
 
     id = "guest-failed"
     exit_code = 10
@@ -177,42 +189,42 @@ class GuestFailed(OnecopyError):
 
 
 class NotReady(OnecopyError):
-    """The guest runs, but the sign of readiness did not come in time."""
+    """The guest runs but did not become ready in time."""
 
     id = "not-ready"
     exit_code = 11
 
 
 class AgentFailed(OnecopyError):
-    """The guest agent refused a command, or does not answer."""
+    """The guest agent refused a command, failed or does not answer."""
 
     id = "agent-failed"
     exit_code = 12
 
 
 class Incompatible(OnecopyError):
-    """This host's QEMU, accelerator or kernel cannot do what was asked for."""
+    """This host's QEMU, accelerator or kernel does not support the request."""
 
     id = "incompatible"
     exit_code = 13
 
 
 class StoreDamaged(OnecopyError):
-    """A record or blob of the store is not what its name says."""
+    """A record or blob of the store does not match its digest or format."""
 
     id = "store-damaged"
     exit_code = 14
 
 
 class NotPermitted(OnecopyError):
-    """This user may not do that."""
+    """The user lacks the permission."""
 
     id = "not-permitted"
     exit_code = 15
 
 
 class Restricted(OnecopyError):
-    """The segment or saved system is restricted, and this guest is not granted it."""
+    """The segment or saved system is restricted and the guest has no grant."""
 
     id = "restricted"
     exit_code = 16
@@ -226,21 +238,21 @@ class OtherDomain(OnecopyError):
 
 
 class NoSlot(OnecopyError):
-    """The guest has no slot left for a further segment or disk, or port for a program."""
+    """The guest has no free slot for a segment or disk, or no free port for a program."""
 
     id = "no-slot"
     exit_code = 18
 
 
 class TooLarge(OnecopyError):
-    """It does not fit the guest's room for segments, memory or processors, or exceeds a limit."""
+    """It exceeds the guest's space for segments, its memory, its vCPUs or another limit."""
 
     id = "too-large"
     exit_code = 19
 
 
 class NotUnmounted(OnecopyError):
-    """A process of the guest holds it."""
+    """A process in the guest uses the mounted segment: ``holders`` names it."""
 
     id = "not-unmounted"
     exit_code = 20
@@ -251,14 +263,14 @@ class NotUnmounted(OnecopyError):
 
 
 class NameConflict(OnecopyError):
-    """The name means something else by now."""
+    """The name now refers to something else."""
 
     id = "name-moved"
     exit_code = 21
 
 
 class ProgramFailed(OnecopyError):
-    """A program in a guest failed; in the Python API only."""
+    """A program in a guest failed; raised by the Python API only."""
 
     id = "program-failed"
     exit_code = 22
@@ -269,7 +281,8 @@ class ProgramFailed(OnecopyError):
         tail = "\n".join((stdout + stderr).decode(errors="replace").strip().splitlines()[-15:])
         super().__init__(
             f"exit code {returncode} in {guest} from: {command}\n{tail}".rstrip(),
-            hint="127 is no such program, 124 that its time was up, 128 + n signal n",
+            hint="127 means no such program, 124 that its time limit expired, 128 + N that "
+            "signal N ended it",
         )
         self.guest = guest
         self.command = command
@@ -279,37 +292,37 @@ class ProgramFailed(OnecopyError):
 
 
 class OutputFailed(OnecopyError):
-    """Standard output cannot be written; with 141, and without a word, if its reader is gone."""
+    """Standard output cannot be written; if its reader is gone, the exit code is 141, silently."""
 
     id = "output-failed"
     exit_code = 23
 
     def __init__(self, fd: int, number: int) -> None:
         stream = {1: "standard output", 2: "standard error"}.get(fd, f"descriptor {fd}")
-        said = "it is closed" if number == errno.EBADF else os.strerror(number)
+        reason = "it is closed" if number == errno.EBADF else os.strerror(number)
         super().__init__(
-            f"{stream} cannot be written: {said}",
-            hint="what the command did is done, but not told: send its output somewhere else",
+            f"{stream} cannot be written: {reason}",
+            hint="the command did its work but could not report it; redirect its output elsewhere",
         )
         self.errno = number
 
 
 class HostFailed(OnecopyError):
-    """The host refused something, for a reason that the message gives."""
+    """The host refused an operation; the message gives the reason."""
 
     id = "host-failed"
     exit_code = 24
 
 
 class Unreadable(OnecopyError):
-    """The kernel's account of a process is too large, too late or cut off."""
+    """The kernel's report on a process is too large, too late or cut off."""
 
     id = "unreadable"
     exit_code = 25
 
 
 class Interrupted(OnecopyError):
-    """Ctrl-C or SIGTERM: what was begun is undone; a name given just before stays, whole."""
+    """Ctrl-C or SIGTERM: unfinished work was undone; a name that was already published stays."""
 
     id = "interrupted"
     exit_code = 130

@@ -1,8 +1,7 @@
-"""What has to end with this process, in whatever way a program leaves without closing it.
+"""Clean up when this process exits without having closed its resources.
 
-By an exception, by sys.exit(), at the end of a script: once its threads have ended, as Python has
-it, but for those that are daemons. Nothing runs in a process that is killed, or that leaves by
-os._exit().
+This covers an exception, sys.exit() and the end of a script. Python waits for all threads first,
+except daemon threads. Nothing runs if the process is killed or calls os._exit().
 """
 
 from __future__ import annotations
@@ -14,15 +13,18 @@ from collections.abc import Callable
 
 
 def at_exit(close: Callable[[], None]) -> Callable[[], None]:
-    """Have ``close`` called if this process leaves; what this returns takes that back.
+    """Have ``close`` called when this process exits.
 
-    What was given last is called first. In a child of fork(2) it is not called.
+    Functions run in reverse order of registration. A child of fork(2) does not call them.
+
+    Returns:
+        A function that cancels the registration.
     """
     pid = os.getpid()
 
     def leave() -> None:
         if os.getpid() == pid:
-            # Nobody is there to be told, and the rest must end, too.
+            # Nobody can handle the error here, and the other functions must run too.
             with contextlib.suppress(Exception):
                 close()
 

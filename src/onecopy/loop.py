@@ -1,4 +1,4 @@
-"""An event loop in a thread, for callers that have none; the blocking face runs on it (sync.py)."""
+"""An event loop in a thread, on which the blocking API runs (sync.py)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
-NOT_OPEN = "this Host is not open, or was closed: use it in a with block, or call open() first"
+NOT_OPEN = "this Host is not open or was closed: use it in a with block, or call open() first"
 
 
 class LoopThread:
-    """Runs what any number of threads give it; a context manager.
+    """An event loop in its own thread that runs coroutines for other threads; a context manager.
 
-    A caller that is interrupted (Ctrl-C) has its work cancelled, and goes on when all that was
-    begun is undone.
+    If a caller is interrupted (Ctrl-C), its coroutine is cancelled. The caller continues when the
+    coroutine has undone its work.
     """
 
     def __init__(self) -> None:
@@ -41,21 +41,21 @@ class LoopThread:
         self.stop()
 
     def stop(self, patience: float | None = None) -> None:
-        """Cancel what runs, and end; wait up to ``patience`` seconds for that."""
+        """Cancel all work and stop the thread; wait up to ``patience`` seconds for its end."""
         thread, self._thread = self._thread, None
         if thread is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._closed.set)
             thread.join(patience)
 
     @property
     def runs(self) -> bool:
-        """Whether it takes work."""
-        # After a fork(2) it is there, but does not run.
+        """Whether the loop accepts work."""
+        # In a child of fork(2) the thread object exists, but the thread does not run.
         return self._thread is not None and self._thread.is_alive()
 
     def _serve(self) -> None:
-        # Python makes no new threads while it ends, as asyncio would for its own.
+        # During its shutdown Python refuses new threads, which asyncio would start here.
         with contextlib.suppress(RuntimeError):
             asyncio.run(self._until_closed())
 
@@ -63,20 +63,24 @@ class LoopThread:
         self._loop, self._closed = asyncio.get_running_loop(), asyncio.Event()
         self._ready.set()
         await self._closed.wait()
-        # In this order, and not as asyncio would end generators: all at once.
+        # Exit in reverse order; asyncio would close all asynchronous generators at once.
         while self._entered:
             with contextlib.suppress(BaseException):
                 error = asyncio.CancelledError()
                 await self._entered.pop().__aexit__(type(error), error, None)
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """What comes of ``work``; raise RuntimeError if it does not run."""
+        """Run a coroutine on the loop and return its result.
+
+        Raises:
+            RuntimeError: the loop does not run, or this is the loop's own thread.
+        """
         if not self.runs:
             work.close()
             raise RuntimeError(NOT_OPEN)
         if threading.current_thread() is self._thread:
             work.close()
-            raise RuntimeError("what onecopy calls back must not wait for onecopy")
+            raise RuntimeError("a callback of onecopy must not call onecopy's blocking API")
         result: Future[_T] = Future()
         tasks: list[asyncio.Task[_T]] = []
 
@@ -98,7 +102,7 @@ class LoopThread:
 
     @contextmanager
     def entered(self, manager: AbstractAsyncContextManager[_T]) -> Iterator[_T]:
-        """``manager`` as a context manager of the caller's."""
+        """Enter an asynchronous context manager from the caller's thread."""
         if not self.runs:
             raise RuntimeError(NOT_OPEN)
         value = self.run(_awaited(manager.__aenter__()))
@@ -106,14 +110,14 @@ class LoopThread:
         try:
             yield value
         except BaseException as error:
-            # Whether it passes the error on or not, it is the caller's own.
+            # The caller's own error is raised even if the manager suppresses it.
             self._exit(manager, error)
             raise
         self._exit(manager, None)
 
     def _exit(self, manager: AbstractAsyncContextManager[Any], error: BaseException | None) -> None:
         if not self.runs or manager not in self._entered:
-            return  # all was closed before, or is another process's
+            return  # stop() has exited it, or this is a forked child
         self._entered.remove(manager)
         kind, trace = (type(error), error.__traceback__) if error else (None, None)
         self.run(_awaited(manager.__aexit__(kind, error, trace)))

@@ -1,6 +1,6 @@
-"""The values that every room speaks of: names, references, digests and sizes.
+"""Values that all packages share: names, references, digests and sizes.
 
-Not here: what lies on disk (store/oci.py) or how QEMU is told (vmm/argv.py).
+Not here: on-disk formats (store/oci.py) and QEMU's command line (vmm/argv.py).
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ import msgspec
 from onecopy.errors import InvalidInput
 
 PAGE_SIZE = 4096
-#: Segments and RAM are multiples of this, so that host and guest may map them in huge pages.
+#: Segment and RAM sizes are multiples of this so that host and guest can map huge pages.
 HUGE_PAGE_SIZE = 2 << 20
 MIB = 1 << 20
 DEFAULT_VERSION = "latest"
 
-#: How holders begin that are no guests, or not yet: pinned blobs, what is about to be saved.
+#: Prefixes of lease holders that are not running guests: pinned blobs and saves in progress.
 RESERVED = ("pinned-", "saving-")
-#: How kernel and tools of guests begin.
+#: The prefix of the guests' kernel and tools.
 _OWN = "onecopy-"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-# What git shows of its digests is 7 digits; less is more often a slip than meant.
+# git abbreviates digests to 7 digits; a much shorter one is more likely a typing error.
 _DIGEST = re.compile(r"sha256:[0-9a-f]{6,64}")
 # A guest's name becomes its hostname (RFC 1123 label).
 _GUEST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SIZE = re.compile(r"0*([0-9]{1,19})([KMGT]?)(i?B)?", re.IGNORECASE)
-#: What the kernel can count in a file, or in memory (off_t, loff_t).
+#: The largest size that the kernel can represent (off_t, loff_t).
 _LARGEST = (1 << 63) - 1
 _MOST_SHOWN = 1 << 100
 
 
 def check_name(text: str) -> str:
-    """Return ``text`` if it can name a segment or saved system; raise InvalidInput."""
+    """Check that a name is valid for a segment or saved system.
+
+    Returns:
+        ``text``, unchanged.
+
+    Raises:
+        InvalidInput: the name is not valid.
+    """
     if not _NAME.fullmatch(text):
         raise InvalidInput(
             f"{_short(text)} is not a valid name",
@@ -45,16 +52,30 @@ def check_name(text: str) -> str:
 
 
 def check_new_name(text: str) -> None:
-    """Raise InvalidInput for a name that only onecopy itself gives."""
+    """Refuse a name with the prefix that onecopy reserves for itself.
+
+    Raises:
+        InvalidInput: the name begins with the reserved prefix.
+    """
     if text.startswith(_OWN):
         raise InvalidInput(
-            f"{text!r} cannot be given: names that begin with {_OWN} are onecopy's own",
+            f"{text!r} is reserved: names that begin with {_OWN} belong to onecopy",
             hint="choose another name",
         )
 
 
 def check_guest_name(text: str) -> str:
-    """Return ``text`` if it can name a guest (a hostname label); raise InvalidInput."""
+    """Check that a name is valid for a guest, as a hostname label.
+
+    Returns:
+        ``text``, unchanged.
+
+    Raises:
+        InvalidInput: the name is not valid.
+
+    Source:
+        RFC 1123, section 2.1.
+    """
     if not _GUEST.fullmatch(text):
         raise InvalidInput(
             f"{_short(text)} is not a valid guest name",
@@ -62,72 +83,76 @@ def check_guest_name(text: str) -> str:
         )
     if text.startswith(RESERVED):
         raise InvalidInput(
-            f"{text!r} is not a valid guest name: onecopy itself uses {', '.join(RESERVED)}",
-            hint="begin it with something else",
+            f"{text!r} is not a valid guest name: onecopy reserves the prefixes "
+            f"{', '.join(RESERVED)}",
+            hint="choose a name with another prefix",
         )
     return text
 
 
 def in_order(text: str) -> tuple[tuple[tuple[str, tuple[int, str]], ...], str]:
-    """A key by which names are sorted as people count: web-2 before web-10."""
+    """Return a sort key for natural order, which puts web-2 before web-10."""
     parts = re.split("([0-9]+)", text)
-    # Not int(): foreign guests may have names of any length.
+    # No int() here: names of external guests may be of any length.
     numbers = [(len(n.lstrip("0")), n.lstrip("0")) for n in (*parts[1::2], "")]
     return tuple(zip(parts[::2], numbers, strict=True)), text
 
 
 class Mergeable(StrEnum):
-    """What of a guest KSM may merge."""
+    """Which memory of a guest KSM may merge."""
 
     NONE = "none"
     RAM = "ram"
-    """The guest's own pages."""
+    """The guest's RAM."""
     ALL = "all"
-    """Also what QEMU itself keeps in memory, which then goes without address randomisation."""
+    """Also QEMU's own memory; QEMU then runs without address space layout randomisation."""
 
 
 class PageClass(StrEnum):
-    """How a range of a segment is mapped, in z/VM's terms (page descriptor codes).
+    """How a range of a segment is mapped, named after z/VM's page descriptor codes.
 
-    The first letter is S (all guests have one copy) or E (each has its own), the second what
-    guests may do with it.
+    The first letter says how many copies there are: S for one shared by all guests, E for one per
+    guest. The second letter says what guests may do with it.
+
+    Source:
+        z/VM CP Commands and Utilities Reference, DEFSEG.
     """
 
     SR = "SR"
-    """Shared, read-only: the stored blob itself."""
+    """Shared read-only: guests map the stored blob itself."""
     ER = "ER"
-    """Exclusive, read-only: each guest has a copy in memory of its own."""
+    """Exclusive read-only: each guest has its own copy in memory."""
     SW = "SW"
-    """Shared, writable: one copy for all present users, which ends with the last of them."""
+    """Shared read-write: one copy for all current users, dropped with the last of them."""
     EW = "EW"
-    """Exclusive, writable: copy-on-write of the stored blob."""
+    """Exclusive read-write: copy-on-write of the stored blob."""
     SN = "SN"
-    """As SW, but not saved: zeroes at first."""
+    """Like SW, without saved content: initially zero."""
     EN = "EN"
-    """As EW, but not saved: zeroes at first."""
+    """Like EW, without saved content: initially zero."""
     SC = "SC"
-    """Shared: the host writes, guests read."""
+    """Shared read-only for guests, writable by the host."""
 
     @property
     def shared(self) -> bool:
-        """Whether guests see one copy."""
+        """Whether all guests share one copy."""
         return self.value[0] == "S"
 
     @property
     def saved(self) -> bool:
-        """Whether it has stored content."""
+        """Whether the range has stored content."""
         return self.value[1] != "N"
 
     @property
     def writable(self) -> bool:
-        """Whether guests may write to it."""
+        """Whether guests may write to the range."""
         return self.value[1] in "WN"
 
 
 class Reference(msgspec.Struct, frozen=True):
-    """What a user types to mean one artifact: ``NAME[:VERSION]`` or ``NAME@sha256:HEX``.
+    """A reference to one artifact: ``NAME[:VERSION]`` or ``NAME@sha256:HEX``.
 
-    Of HEX the first 6 digits are enough, or as many as tell it from others of that name.
+    HEX may be shortened to 6 digits or more if that is unique among digests of the name.
     """
 
     name: str
@@ -136,14 +161,18 @@ class Reference(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, text: str) -> Reference:
-        """Parse what a user typed; raise InvalidInput."""
+        """Parse a reference.
+
+        Raises:
+            InvalidInput: the name, version or digest is not valid.
+        """
         name, at, digest = text.partition("@")
         if at:
             if not _DIGEST.fullmatch(digest):
                 raise InvalidInput(
                     f"{_short(digest)} is not a valid digest",
-                    hint="a digest is sha256: and 6 to 64 hexadecimal digits (0-9 a-f); "
-                    "`onecopy ls` shows them",
+                    hint="a digest is sha256: and 6 to 64 hexadecimal digits (0-9 a-f); `onecopy "
+                    "ls` shows them",
                 )
             return cls(check_name(name), digest=digest)
         name, colon, version = text.partition(":")
@@ -159,44 +188,76 @@ class Reference(msgspec.Struct, frozen=True):
 
 
 def parse_mount(text: str) -> tuple[Reference, str]:
-    """``SEGMENT`` or ``SEGMENT:/MOUNTPOINT``; "" where it is not mounted. Raises InvalidInput."""
+    """Parse ``SEGMENT`` or ``SEGMENT:/MOUNTPOINT``.
+
+    Returns:
+        The reference, and the mount point or "" if there is none.
+
+    Raises:
+        InvalidInput: the reference is not valid or is missing.
+    """
     ref, slash, mountpoint = text.rpartition(":/")
     if not slash:
         return Reference.parse(text), ""
     if not ref:
         raise InvalidInput(
-            f"{text!r} does not say which segment to mount",
-            hint="write for example data:/srv/data",
+            f"{text!r} does not name the segment to mount",
+            hint="write SEGMENT:/MOUNTPOINT, for example data:/srv/data",
         )
     return Reference.parse(ref), "/" + mountpoint.rstrip("/")
 
 
 def require_text(text: str) -> str:
-    """Return what can be told to a guest; raise InvalidInput for what came as other bytes."""
+    """Check that a text is valid UTF-8, which the guest agent requires.
+
+    Returns:
+        ``text``, unchanged.
+
+    Raises:
+        InvalidInput: the text contains bytes that are not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidInput(
-            f"{_short(text)} is not UTF-8, and the guest agent takes nothing else",
-            hint="name it in the guest by a pattern: onecopy exec GUEST -- sh -c 'cat /srv/*'",
+            f"{_short(text)} is not UTF-8, which the guest agent requires",
+            hint="match the name with a pattern in the guest: onecopy exec GUEST -- sh -c 'cat "
+            "/srv/*'",
         ) from error
     return text
 
 
 def check_ports(host: int, guest: int) -> tuple[int, int]:
-    """A port of the host, 0 for any, and one of a guest; raise InvalidInput."""
+    """Check a port of the host (0 for any free port) and a port of a guest.
+
+    Returns:
+        Both ports, unchanged.
+
+    Raises:
+        InvalidInput: a port is out of range.
+    """
     if not (0 <= host < 65536 and 0 < guest < 65536):
-        raise InvalidInput(f"{host}:{guest} is not a port pair", hint="ports are 1 to 65535")
+        raise InvalidInput(
+            f"{host}:{guest} is not a valid pair of ports", hint="a port is 1 to 65535"
+        )
     return host, guest
 
 
 def parse_size(text: str) -> int:
-    """Bytes meant by ``256M``, ``1G``, ``65536``; raise InvalidInput."""
+    """Parse a size such as ``256M``, ``1G`` or ``65536``, in binary units.
+
+    Returns:
+        The size in bytes.
+
+    Raises:
+        InvalidInput: the text is not a size or exceeds 8 EiB.
+    """
     match = _SIZE.fullmatch(text.strip())
     size = match and int(match[1]) << _SHIFTS[match[2].upper()]
     if size is None or size > _LARGEST:
         raise InvalidInput(
-            f"{_short(text)} is not a size", hint="write for example 256M or 1G; at most 8 EiB"
+            f"{_short(text)} is not a valid size",
+            hint="write for example 256M or 1G; at most 8 EiB",
         )
     return size
 
@@ -205,13 +266,13 @@ _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def _short(text: str) -> str:
-    """``text`` for an error: of 5,000 digits the first ones tell enough."""
+    """Quote a text for an error message, shortened to 80 characters."""
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def format_size(size: int) -> str:
-    """``size`` bytes for a reader, in binary units: ``1.5 GiB``."""
-    # What a record says may be more than a float holds.
+    """Format a number of bytes in binary units, such as ``1.5 GiB``."""
+    # A record may hold a number that is too large for a float.
     value = float(max(-_MOST_SHOWN, min(size, _MOST_SHOWN)))
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
@@ -221,5 +282,5 @@ def format_size(size: int) -> str:
 
 
 def align_up(size: int, to: int = HUGE_PAGE_SIZE) -> int:
-    """The smallest multiple of ``to`` that is not below ``size`` (both bytes)."""
+    """Round ``size`` up to a multiple of ``to``, both in bytes."""
     return -(-size // to) * to

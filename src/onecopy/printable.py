@@ -1,8 +1,9 @@
-"""Text of others, so that it can be shown: names of guests, files, processes; what they print.
+"""Make untrusted text safe to show: names of guests, files and processes, and their output.
 
-A terminal obeys control characters: they move the cursor, change the title, answer as if typed.
-Some others turn text around, or cannot be seen. All of these are shown as escapes. Not here: where
-that is done (cli/output.py, sharing/advice_page.py).
+Terminals obey control characters: these move the cursor, change the title or inject input. Other
+characters reverse the text direction or are invisible. All of them are shown as escapes.
+
+Not here: the callers (cli/output.py, sharing/advice_page.py).
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-#: Nothing to see, though Python takes them for printable: fillers, joiners and variants (Unicode's
-#: DerivedCoreProperties.txt, Default_Ignorable_Code_Point).
+#: Invisible characters that Python considers printable: fillers, joiners and variation selectors
+#: (Unicode's DerivedCoreProperties.txt, Default_Ignorable_Code_Point).
 _UNSEEN = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0000-\U000e0fff]"
 )
 _PLAIN = re.compile("[ -~]*")
 _OTHER = re.compile("[^ -~]")
-#: How Python keeps bytes that are no UTF-8 (PEP 383).
+#: Surrogates by which Python represents bytes that are not UTF-8 (PEP 383).
 _BYTES = range(0xDC80, 0xDD00)
 
 
 def escape(character: str) -> str:
-    r"""One character as text: ``\x1b``, ``\u202e``; a byte that is no UTF-8: ``\xff``."""
+    r"""Return one character as an escape: ``\x1b``, ``\u202e``, or ``\xff`` for a raw byte."""
     code = ord(character)
     if code in _BYTES:
         code -= 0xDC00
@@ -33,9 +34,11 @@ def escape(character: str) -> str:
 
 
 def printable(text: str, keep: str = "", how: Callable[[str], str] = escape) -> str:
-    """``text`` with ``how`` of each character that acts, or that nobody can see.
+    """Replace each control, bidirectional or invisible character of ``text``.
 
-    Those in ``keep`` stay, such as the newline.
+    Args:
+        keep: characters that stay, such as the newline.
+        how: makes the replacement of a character.
     """
     if _PLAIN.fullmatch(text):
         return text

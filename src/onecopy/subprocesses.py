@@ -1,8 +1,10 @@
-"""The one door to external programs.
+"""Start external programs: all except QEMU.
 
-Every program but QEMU (whose process outlives us: vmm/spawn.py) is started here: standard input
-is /dev/null, the environment is rebuilt, a missing program names its package, a failure carries a
-command line that one can paste.
+Each program gets /dev/null as standard input and a clean environment. The error for a missing
+program names its Debian package. The error for a failed one has a command line that can be pasted
+into a shell.
+
+Not here: QEMU, which outlives the command that starts it (vmm/spawn.py).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import IO
 
 from onecopy.errors import CommandFailed, MissingProgram
 
-#: Program -> the Debian package that has it.
+#: Program -> the Debian package that contains it.
 PACKAGES = {
     "apt-get": "apt",
     "blkid": "util-linux",
@@ -49,22 +51,26 @@ PACKAGES = {
     "zstd": "zstd",
 }
 
-#: A kill -9 of us takes the program along (prctl(2), PR_SET_PDEATHSIG).
-_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
-#: Bytes that a program may print, and that are kept of what it says on standard error.
-_MOST_OUT, _MOST_ERR = 64 << 20, 256 << 10
+#: If this process is killed, the kernel ends the program too (prctl(2), PR_SET_PDEATHSIG).
+_END_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")
+#: Limits in bytes: what a program may print, and how much of its standard error is kept.
+_OUTPUT_LIMIT, _STDERR_LIMIT = 64 << 20, 256 << 10
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_KEPT = ("HOME", "TMPDIR", "http_proxy", "https_proxy", "no_proxy", "APT_CONFIG")
+_INHERITED = ("HOME", "TMPDIR", "http_proxy", "https_proxy", "no_proxy", "APT_CONFIG")
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment programs get: a fixed PATH, the C locale, and little else."""
-    kept = {key: os.environ[key] for key in _KEPT if key in os.environ}
+    """Build the environment of programs: a fixed PATH, the C locale and a few user variables."""
+    kept = {key: os.environ[key] for key in _INHERITED if key in os.environ}
     return {"PATH": _PATH, "LC_ALL": "C.UTF-8", "TZ": "UTC", **kept, **(extra or {})}
 
 
 def find_program(program: str) -> str:
-    """Full path of ``program``; raise MissingProgram."""
+    """Return the full path of a program.
+
+    Raises:
+        MissingProgram: it is not installed.
+    """
     found = shutil.which(program, path=_PATH)
     if not found:
         raise MissingProgram(program, PACKAGES.get(program, program))
@@ -80,32 +86,39 @@ def run(
     hint: str = "",
     both: bool = False,
 ) -> str:
-    """Run a program to its end and return what it printed on standard output.
+    """Run a program until it ends and return its standard output.
 
-    With ``both`` standard error comes before it. What it prints is bounded: not for programs that
-    read foreign data (vmm/confined_tool.py).
+    It runs in its own process group, which is ended if this call is interrupted: no child outlives
+    the call. Programs that parse untrusted data run confined instead (vmm/confined_tool.py).
 
-    It runs in a process group of its own, which is ended when we are interrupted: no child
-    outlives the call. Raises MissingProgram, or CommandFailed with both of its streams.
+    Args:
+        env: variables in addition to `environment`.
+        stdin: bytes for its standard input; by default that is /dev/null.
+        hint: the hint of the error if the program fails.
+        both: return its standard error too, before its standard output.
+
+    Raises:
+        MissingProgram: the program is not installed.
+        CommandFailed: it failed or printed too much; the error has both streams.
     """
     args = [find_program(os.fspath(argv[0])), *(os.fspath(a) for a in argv[1:])]
     process = subprocess.Popen(
-        [*_WITH_US, *args],
+        [*_END_WITH_PARENT, *args],
         cwd=cwd,
         env=environment(env),
         stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         process_group=0,
-        # What a program makes must not depend on who runs us.
+        # Files that a program creates must not depend on the caller's umask.
         umask=0o022,
     )
     out, err = bytearray(), bytearray()
     try:
         _exchange(process, stdin or b"", out, err)
-    except _TooMuch as error:
+    except _OutputLimit as error:
         _end_group(process)
-        output, limit = err.decode(errors="replace"), ("output", f"{_MOST_OUT >> 20} MiB")
+        output, limit = err.decode(errors="replace"), ("output", f"{_OUTPUT_LIMIT >> 20} MiB")
         raise CommandFailed(shlex.join(args), -signal.SIGKILL, output, limit=limit) from error
     except BaseException:
         _end_group(process)
@@ -116,16 +129,20 @@ def run(
     return (err + out if both else out).decode(errors="replace")
 
 
-class _TooMuch(Exception):
-    """It prints more than is kept."""
+class _OutputLimit(Exception):
+    """The program printed more than the limit."""
 
 
 def _exchange(
     process: subprocess.Popen[bytes], stdin: bytes, out: bytearray, err: bytearray
 ) -> None:
-    """Give it ``stdin`` and read both of its streams until it ends; raise _TooMuch."""
+    """Feed the program ``stdin`` and read both of its streams until it ends.
+
+    Raises:
+        _OutputLimit: it printed more than the limit.
+    """
     assert process.stdout and process.stderr  # noqa: S101 - for the type checker
-    todo, streams = memoryview(stdin), {process.stdout: out, process.stderr: err}
+    unsent, streams = memoryview(stdin), {process.stdout: out, process.stderr: err}
     with selectors.DefaultSelector() as selector:
         for stream in streams:
             selector.register(stream, selectors.EVENT_READ)
@@ -135,26 +152,26 @@ def _exchange(
         while selector.get_map():
             for key, _ in selector.select():
                 if key.fileobj is process.stdin:
-                    todo = _give(process.stdin, todo)
-                    if not todo:
+                    unsent = _write_some(process.stdin, unsent)
+                    if not unsent:
                         selector.unregister(process.stdin)
                         process.stdin.close()
                     continue
                 data = os.read(key.fd, 64 << 10)
                 if not data:
                     selector.unregister(key.fileobj)
-                elif key.fileobj is process.stdout and len(out) + len(data) > _MOST_OUT:
-                    raise _TooMuch
+                elif key.fileobj is process.stdout and len(out) + len(data) > _OUTPUT_LIMIT:
+                    raise _OutputLimit
                 else:
                     kept = out if key.fileobj is process.stdout else err
-                    keep(kept, data, None if kept is out else _MOST_ERR)
+                    keep(kept, data, None if kept is out else _STDERR_LIMIT)
     for stream in streams:
         stream.close()
     process.wait()
 
 
-def _give(pipe: IO[bytes], data: memoryview) -> memoryview:
-    """Write what a pipe takes; return the rest, which is nothing if nobody reads it any more."""
+def _write_some(pipe: IO[bytes], data: memoryview) -> memoryview:
+    """Write what the pipe accepts; return the rest, or nothing if its reader is gone."""
     try:
         return data[os.write(pipe.fileno(), data[: 64 << 10]) :] if data else data
     except BrokenPipeError:
@@ -162,22 +179,28 @@ def _give(pipe: IO[bytes], data: memoryview) -> memoryview:
 
 
 def keep(kept: bytearray, data: bytes, most: int | None) -> None:
-    """Add ``data``; of more than twice ``most`` bytes only the beginning and the end stay."""
+    """Append ``data`` to ``kept``, and bound its length.
+
+    If ``kept`` exceeds twice ``most`` bytes, its beginning and its end stay, each ``most`` / 2.
+    """
     kept += data
     if most and len(kept) > 2 * most:
         kept[most // 2 : -most // 2] = b"\n[...]\n"
 
 
 async def run_shell(command: str, env: Mapping[str, str]) -> tuple[int, str]:
-    """Run a user's own command, in their environment and ``env``: exit code, and what it printed.
+    """Run a user's shell command in the user's environment plus ``env``.
 
-    Ended as in `run` when we are interrupted.
+    If this call is interrupted, the command's process group is ended, as in `run`.
+
+    Returns:
+        The exit code, and the output without surrounding white space.
     """
     import asyncio
 
-    # Started by this thread, with which it ends (PR_SET_PDEATHSIG).
+    # This thread starts the program, since PR_SET_PDEATHSIG fires when the thread ends.
     process = subprocess.Popen(  # noqa: ASYNC220
-        [*_WITH_US, "sh", "-c", command],
+        [*_END_WITH_PARENT, "sh", "-c", command],
         env=os.environ | env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -185,17 +208,18 @@ async def run_shell(command: str, env: Mapping[str, str]) -> tuple[int, str]:
         process_group=0,
     )
     try:
-        said, _ = await asyncio.to_thread(process.communicate)
+        output, _ = await asyncio.to_thread(process.communicate)
     except BaseException:
         _end_group(process)
         raise
-    return process.returncode, said.decode(errors="replace").strip()
+    return process.returncode, output.decode(errors="replace").strip()
 
 
 class Detached:
-    """A program of ours that outlives us, in a session of its own; a context manager.
+    """A program of onecopy's that may outlive this process; a context manager.
 
-    It inherits ``pass_fds``. At the end of the ``with`` it is ended, unless it is kept.
+    It runs in its own session and inherits ``pass_fds``. Leaving the context kills it, unless
+    `keep` was called.
     """
 
     def __init__(self, argv: Sequence[str], *, pass_fds: Sequence[int] = ()) -> None:
@@ -213,11 +237,11 @@ class Detached:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     def ask(self, question: bytes) -> bytes:
-        """Give it ``question`` on standard input; what it says until it closes standard output."""
+        """Write ``question`` to standard input; return all of standard output."""
         assert self._process.stdin and self._process.stdout  # noqa: S101 - for the type checker
         try:
             self._process.stdin.write(question)
@@ -227,8 +251,8 @@ class Detached:
         return self._process.stdout.read()
 
     def keep(self) -> None:
-        """Let it live on."""
-        # So that nobody waits for it, or warns that nobody does.
+        """Let the program outlive the context."""
+        # This keeps Popen from waiting for the program, and from warning that nobody does.
         self._process.returncode = 0
 
     def __enter__(self) -> Detached:
@@ -245,7 +269,7 @@ class Detached:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ask the group to end (mmdebstrap unmounts what it mounted), then make it."""
+    """Send the group SIGTERM, so that mmdebstrap can unmount; then SIGKILL."""
     for sig, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, sig)

@@ -134,8 +134,8 @@ def test_root_sees_them_all(crowd: set[int], program: Path, tmp_path: Path) -> N
     assert not {secret, fifo} & {blob["path"] for blob in told["blobs"]}
     assert not any(rows[pid]["ram_path"] for pid in crowd)
     notes = [rows[pid]["note"] for pid in crowd]
-    assert sum("not open in it" in note for note in notes) >= 6
-    assert sum("has more than 16 MiB" in note for note in notes) == 1
+    assert sum("does not have the file open" in note for note in notes) >= 6
+    assert sum("is larger than 16 MiB" in note for note in notes) == 1
     # The others have all their figures.
     assert sum(rows[pid]["pss_total"] is not None for pid in crowd) == len(crowd) - 1
     text = onecopy(tmp_path, "report")
@@ -191,7 +191,7 @@ def test_an_ordinary_user_sees_what_may_be_seen(crowd: set[int], program: Path) 
     rows = {each["pid"]: each for each in json.loads(report)["others"]}
     # What another's process is called is what it says, and one says nothing.
     assert len(crowd - rows.keys()) == 1
-    hidden = [pid for pid in crowd & rows.keys() if "may not open" in rows[pid]["note"]]
+    hidden = [pid for pid in crowd & rows.keys() if "cannot open" in rows[pid]["note"]]
     # Two of three are others'.
     assert len(hidden) >= len(crowd) * 2 // 3 - 1
     assert all(rows[pid]["ram_private"] is None for pid in hidden)
@@ -211,7 +211,7 @@ def test_memory_that_keeps_its_reader_waiting(program: Path, tmp_path: Path) -> 
         told = json.loads(onecopy(tmp_path, "advise", "--json"))
         assert time.monotonic() - began < STUCK
     caught = {each["pid"]: each["reason"] for each in told["left_out"]}
-    assert "keeps us waiting" in caught[process.pid]
+    assert "took too long" in caught[process.pid]
 
 
 def test_many_of_one_user_hide_nobody_else(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:

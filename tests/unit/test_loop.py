@@ -77,7 +77,7 @@ def test_it_does_not_wait_for_itself() -> None:
         async def work() -> None:
             loop.run(_give(1))
 
-        with pytest.raises(RuntimeError, match="calls back"):
+        with pytest.raises(RuntimeError, match="a callback"):
             loop.run(work())
 
 

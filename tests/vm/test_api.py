@@ -213,7 +213,7 @@ def test_programs(mine: onecopy.Host, saved: Artifact) -> None:
         pieces: list[bytes] = []
         assert guest.exec(["echo", "piece"], stdout=pieces.append).stdout == b""
         assert b"".join(pieces) == b"piece\n"
-        with pytest.raises(RuntimeError, match="calls back"):
+        with pytest.raises(RuntimeError, match="a callback"):
             guest.exec(["echo"], stdout=lambda _: guest.exec(["true"]))
         assert guest.exec(["wget", "-qO-", "http://127.0.0.1/"]).text.strip() == guest.name
         assert guest.port(80) > 1024

@@ -395,7 +395,7 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (9, ["save", "x", *root, "--memory", "8M"], "at least --memory 128M"),
         (9, [*cold, "--memory", "0"], "at least --memory 128M"),
         (2, ["save", "x", *root, "--memory", "lots"], "256M or 1G"),
-        (2, ["save", "x", *root, "--memory", "-5M"], "is not a size"),
+        (2, ["save", "x", *root, "--memory", "-5M"], "is not a valid size"),
         (9, ["save", "x", *root, "--memory", "9999G"], "not enough memory"),
         (2, ["save", "x", *root, "--cpus", "0"], "1<=x<=64"),
         (2, ["save", "x", *root, "--timeout", "0"], "1<=x<="),

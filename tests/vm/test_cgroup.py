@@ -16,7 +16,8 @@ import os, subprocess, sys
 namespace = {"__name__": "cgroup"}
 exec(compile(sys.stdin.read(), "cgroup.py", "exec"), namespace)
 create, sweep, processes = (namespace[name] for name in ("create", "sweep", "processes"))
-let_have, of, why_not = (namespace[name] for name in ("let_have", "of", "why_not"))
+raise_memory_limit, of = (namespace[name] for name in ("raise_memory_limit", "of"))
+why_not = namespace["why_not"]
 assert why_not() == "", why_not()
 
 def child(program):
@@ -34,7 +35,7 @@ print("greedy", go(greedy))
 # Room that came later.
 modest = child("bytearray(48 << 20)")
 create(modest.pid, 24 << 20, 10)
-let_have(modest.pid, 56 << 20)
+raise_memory_limit(modest.pid, 56 << 20)
 print("modest", go(modest))
 # More threads than it may have.
 many = child('''

@@ -358,7 +358,7 @@ def _lasting(host: Runtime) -> Any:
 
 def test_a_taken_name(host: Runtime, web: str) -> None:
     (first,) = answer("run", web, "--name", "a-2", "--json")["guests"]
-    assert "a-2 runs already" in onecopy("run", web, "--name", "a-2", code=5).stderr
+    assert "a-2 is already running" in onecopy("run", web, "--name", "a-2", code=5).stderr
     # All or none: neither a-1 nor a-3 stays.
     onecopy("run", web, "-n", "3", "--name", "a", code=5)
     assert names(host) == {"a-2"}

@@ -213,7 +213,7 @@ def test_a_state_that_was_changed_on_the_way(
         guest = asyncio.run(start_clone(host, source, "unchanged"))
         host.end(guest)
         monkeypatch.undo()
-        with pytest.raises(StoreDamaged, match="was changed"):
+        with pytest.raises(StoreDamaged, match="has modified"):
             asyncio.run(start_clone(host, source, "never"))
     finally:
         layer.path.write_bytes(before)

@@ -173,12 +173,12 @@ def new_access(domain: str | None) -> Access | None:
 
 def print_access(name: str, access: Access) -> None:
     """Say who may load a name."""
-    from onecopy.store.access import described
+    from onecopy.store.access import describe_domain
 
     if access.restricted:
         print(f"{name} is restricted to {', '.join(access.grants) or 'nobody'}")
     else:
-        print(f"{name} is for all guests of {described(access.domain)}")
+        print(f"{name} is for all guests of {describe_domain(access.domain)}")
 
 
 def typed_options() -> dict[str, str]:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from onecopy.printable import printable
 from onecopy.vmm import end_traces
-from onecopy.vmm.end_traces import Noted
+from onecopy.vmm.end_traces import LoggedEnd
 
 #: Characters of a reason.
 _MOST = 160
@@ -132,7 +132,7 @@ def find(
     return _last_word(console) or _reason(Cause.UNKNOWN, "unknown: this QEMU does not note its end")
 
 
-def _in_order(noted: Noted, console: str) -> Reason:
+def _in_order(noted: LoggedEnd, console: str) -> Reason:
     if by := _SIGNAL.findall(noted.rest):
         return _reason(Cause.KILLED, f"QEMU was ended by {by[-1]}")
     match noted.cause:
@@ -147,7 +147,7 @@ def _in_order(noted: Noted, console: str) -> Reason:
     return _last_word(console) or _reason(otherwise, _SAID.get(otherwise, "kernel panic"))
 
 
-def _failures(noted: Noted) -> list[str]:
+def _failures(noted: LoggedEnd) -> list[str]:
     return [match["said"] or match["lib"] for match in _FAILURE.finditer(noted.rest)]
 
 

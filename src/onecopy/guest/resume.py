@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onecopy.errors import GuestFailed
-from onecopy.linux.lock import if_left
+from onecopy.linux.lock import take_over
 from onecopy.vmm.monitor import connect
 
 #: Seconds that a QEMU gets, and after which one that did not answer is asked again.
@@ -40,7 +40,7 @@ def _all_go_on(folders: Sequence[Path]) -> None:
 async def _go_on(folder: Path) -> None:
     mark = folder / "paused"
     # Not while another command does, or lets it stand still again.
-    with if_left(mark) as fd:
+    with take_over(mark) as fd:
         if fd is None or _was_asked(fd):
             return
         os.pwrite(fd, b"!", 0)

@@ -47,7 +47,7 @@ import msgspec
 from onecopy.errors import AgentFailed, Incompatible, NotFound, OnecopyError
 from onecopy.guest.end_reason import Ended
 from onecopy.linux import files, process
-from onecopy.linux.files import process_folder
+from onecopy.linux.files import process_directory
 from onecopy.linux.lock import is_held, is_left
 from onecopy.linux.removal import remove_tree
 from onecopy.linux.run_base import run_base
@@ -343,7 +343,7 @@ def find_vmms(folders: Iterable[Path]) -> list[tuple[str, Process]]:
 
 
 def _guest_of(pid: int, wanted: Container[Path]) -> Path | None:
-    folder = (process_folder(pid) / "cwd").readlink()
+    folder = (process_directory(pid) / "cwd").readlink()
     if folder in wanted and "\0-name\0guest=" in "\0".join(process.cmdline(pid)):
         return folder
     return None

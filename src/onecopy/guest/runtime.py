@@ -25,7 +25,7 @@ from onecopy.guest.run_directory import (
 )
 from onecopy.guest.sweep import preserve, sweep
 from onecopy.linux import cgroup, files, vmm_registry
-from onecopy.linux.lock import alone
+from onecopy.linux.lock import locked_blocking
 from onecopy.linux.run_base import make_own, make_run_base
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.model import in_order
@@ -360,7 +360,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         while True:
             with contextlib.ExitStack() as ends:
                 try:
-                    fd = ends.enter_context(alone(self.run / ".lock"))
+                    fd = ends.enter_context(locked_blocking(self.run / ".lock"))
                 except FileNotFoundError:
                     self.make_run()
                     continue

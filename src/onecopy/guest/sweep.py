@@ -18,11 +18,11 @@ from onecopy.guest.ended_guests import Deaths
 from onecopy.guest.resume import go_on
 from onecopy.guest.run_directory import POOL, RunDirectory, is_mark
 from onecopy.linux import vmm_registry
-from onecopy.linux.lock import if_left, is_left
+from onecopy.linux.lock import is_left, take_over
 from onecopy.linux.removal import remove_tree
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.store import Store
-from onecopy.store.leftovers import going_on, tell
+from onecopy.store.leftovers import tolerate_failure, warn
 
 _log = logging.getLogger("onecopy")
 
@@ -74,7 +74,7 @@ def _sweep_folders(host: Swept) -> None:
     there, deaths = host.folders(), Deaths()
     ended_guests.sweep(host.run)
     for path in there:
-        with going_on(path):
+        with tolerate_failure(path):
             folder = RunDirectory(path)
             if folder.abandoned:
                 _remove(host, folder)
@@ -83,13 +83,13 @@ def _sweep_folders(host: Swept) -> None:
                 _remove(host, folder)
     for path in host.run.iterdir():
         if is_mark(path):
-            with going_on(path):
+            with tolerate_failure(path):
                 if is_left(path):
                     path.unlink(missing_ok=True)
     names = {path.name for path in there}
     for entry in host.on_record():
         if entry.holder not in names and not entry.process.lives():
-            with going_on(entry.path):
+            with tolerate_failure(entry.path):
                 entry.forget()
 
 
@@ -122,11 +122,11 @@ def _uid(host: Swept, folder: RunDirectory) -> int:
 
 def _remove(host: Swept, folder: RunDirectory) -> None:
     if any(each.process.lives() for each in host.on_record(folder.name)):
-        tell(folder.path, "its QEMU does not end")
+        warn(folder.path, "its QEMU does not end")
         return
     host.remove(folder)
     if folder.path.exists():
-        tell(folder.path, "something in it stays")
+        warn(folder.path, "something in it stays")
 
 
 def _sweep_stores(run: Path) -> None:
@@ -146,9 +146,9 @@ def _sweep_stores(run: Path) -> None:
         theirs = vmm_registry.of_store(path.name)
         if any(entry.process.lives() for entry in theirs):
             continue  # `ps` shows it (lost_vmms.py)
-        with going_on(path), if_left(path / ".lock") as lock:
+        with tolerate_failure(path), take_over(path / ".lock") as lock:
             if lock is not None and _is_gone(path):
-                tell(path, remove_tree(path))
+                warn(path, remove_tree(path))
                 _forget_dead(theirs)
 
 

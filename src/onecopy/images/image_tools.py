@@ -15,7 +15,7 @@ from onecopy.errors import InsufficientResources
 from onecopy.images.tree import Facts
 from onecopy.linux.counters import meminfo
 from onecopy.model import PAGE_SIZE
-from onecopy.vmm.confined_tool import READ_ANY, READ_TREE, Limits, Ran, Task, named, run_tool
+from onecopy.vmm.confined_tool import READ_ANY, READ_TREE, Limits, Task, ToolResult, named, run_tool
 from onecopy.vmm.passed_files import READ, WRITE
 from onecopy.vmm.vmm_user import capabilities
 
@@ -36,7 +36,7 @@ def run_maker(
     *,
     behind: Sequence[str] = (),
     over: Mapping[int, Path] | None = None,
-) -> Ran:
+) -> ToolResult:
     """Run a program that writes the open file ``image``, its last argument but for ``behind``.
 
     It reads below the open folder ``tree``, whose `Facts` bound what it may take; ``over`` is a

@@ -1,4 +1,7 @@
-"""The kernel's interfaces: its counters (``counters``), its sandboxes, and files, locks, processes.
+"""Interfaces of the Linux kernel.
 
-Not here: what the figures mean for a guest (``onecopy.sharing``), QEMU (``onecopy.vmm``).
+``counters`` reads its counters and ``sandbox`` confines processes. The other modules wrap files,
+locks, processes and memory.
+
+Not here: what the figures mean for a guest (``onecopy.sharing``), and QEMU (``onecopy.vmm``).
 """

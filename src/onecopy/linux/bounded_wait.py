@@ -1,8 +1,10 @@
-"""Ask about many processes, and wait for none of them for ever.
+"""Query many processes without waiting indefinitely for any of them.
 
-A process can keep who reads its memory map, or its command line, waiting in the kernel: by a page
-fault that it is to serve itself (userfaultfd(2)), or a lock that it holds. Only SIGKILL ends such a
-wait, so a thread has it, and is left behind: it ends with this process. Not here: what is read.
+A process can block whoever reads its memory map or command line in the kernel. It may leave a page
+fault unserved (userfaultfd(2)) or hold the lock on its memory map. Only SIGKILL ends such a wait,
+so each query runs in a daemon thread. A stuck thread is abandoned and ends with this process.
+
+Not here: the queries themselves.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from typing import Generic, TypeVar
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-#: How often is looked for late ones, in seconds; only while nothing else comes.
-_LOOK = 0.1
-#: After so many late ones the others have less time: they may all be of one kind.
-_FEW, _LESS = 4, 0.05
-_here = threading.local()
+#: Seconds between looks for late jobs, while no job finishes.
+_POLL_INTERVAL = 0.1
+#: After this many late jobs, the others get this fraction of the time: the cause may be the same.
+_MISSED_BEFORE_HURRY, _HURRY_FACTOR = 4, 0.05
+_current_thread = threading.local()
 
 
 class _Worker(Generic[_T, _R]):
-    """A thread that takes one job after the other, until it is given up."""
+    """A thread that runs one job after another until it is abandoned."""
 
     def __init__(
         self,
@@ -37,22 +39,22 @@ class _Worker(Generic[_T, _R]):
         self._lock = threading.Lock()
         self._since = 0.0
         self._number: int | None = None
-        self._given_up = False
+        self._abandoned = False
         threading.Thread(target=self._work, daemon=True, name="onecopy asks").start()
 
     def going_on(self) -> None:
         self._since = time.monotonic()
 
-    def give_up(self, seconds: float) -> int | None:
-        """The number of a job that has taken longer, which is this thread's last; else None."""
+    def abandon_if_late(self, seconds: float) -> int | None:
+        """Abandon the thread if its job has run for ``seconds``; return its number or None."""
         with self._lock:
             if self._number is None or time.monotonic() - self._since < seconds:
                 return None
-            self._given_up = True
+            self._abandoned = True
             return self._number
 
     def _work(self) -> None:
-        _here.worker = self
+        _current_thread.worker = self
         while self._next():
             result, failure = None, None
             try:
@@ -60,7 +62,7 @@ class _Worker(Generic[_T, _R]):
             except BaseException as error:
                 failure = error
             with self._lock:
-                if self._given_up or self._number is None:
+                if self._abandoned or self._number is None:
                     return
                 self._done.put((self._number, result, failure))
                 self._number = None
@@ -76,8 +78,8 @@ class _Worker(Generic[_T, _R]):
 
 
 def going_on() -> None:
-    """Say that what is asked is being answered: the time for it begins anew."""
-    worker = getattr(_here, "worker", None)
+    """Report progress from within a query: its time limit starts again."""
+    worker = getattr(_current_thread, "worker", None)
     if worker:
         worker.going_on()
 
@@ -90,10 +92,18 @@ def each(
     seconds: float,
     at_once: int = 1,
 ) -> list[_R]:
-    """What ``function`` returns for each of ``items``, in order; ``late(item)`` if it waits longer.
+    """Call ``function`` for each item and bound the time of each call.
 
-    ``seconds`` are for one item, and begin anew whenever `going_on` is called. Raises what
-    ``function`` raises.
+    Args:
+        late: makes the result for an item whose call took too long.
+        seconds: the limit for one call; each call of `going_on` restarts it.
+        at_once: the number of calls that run at the same time.
+
+    Returns:
+        The results, in the order of ``items``.
+
+    Raises:
+        Exception: whatever ``function`` raises.
     """
     jobs, results = deque(enumerate(items)), dict[int, _R]()
     done = queue.SimpleQueue[tuple[int, _R | None, BaseException | None]]()
@@ -102,14 +112,16 @@ def each(
     try:
         while len(results) < len(items):
             try:
-                number, result, failure = done.get(timeout=_LOOK)
+                number, result, failure = done.get(timeout=_POLL_INTERVAL)
             except queue.Empty:
-                for place, worker in enumerate(workers):
-                    if (lost := worker.give_up(patience)) is not None:
+                for index, worker in enumerate(workers):
+                    if (lost := worker.abandon_if_late(patience)) is not None:
                         results[lost] = late(items[lost])
                         missed += 1
-                        patience = seconds if missed < _FEW else seconds * _LESS
-                        workers[place] = _Worker(function, jobs, done)
+                        patience = (
+                            seconds if missed < _MISSED_BEFORE_HURRY else seconds * _HURRY_FACTOR
+                        )
+                        workers[index] = _Worker(function, jobs, done)
                 continue
             if failure:
                 raise failure

@@ -1,10 +1,14 @@
-"""Control groups of version 2: a limit on all that one VMM has, below a group of ours.
+"""Limit all resources of one VMM with a control group of version 2.
 
-Linux Documentation/admin-guide/cgroup-v2.rst. Root makes its groups below the topmost one; an
-ordinary user where systemd, or whoever owns the tree, has delegated one. Moving a process takes the
-kernel some 10 ms (it waits until nobody forks): never on the way of a start. The standard library
-alone. Not here: limits on one process (linux/sandbox/rlimits.py), how much a VMM needs
+Root's groups are below the topmost group. An ordinary user's are below a group that systemd or the
+owner of the tree has delegated. Moving a process into a group takes the kernel about 10 ms, because
+it waits until no process forks. So no start of a guest waits for that.
+
+Not here: limits on one process (linux/sandbox/rlimits.py), and how much a VMM needs
 (vmm/vmm_limits.py).
+
+Source:
+    Linux Documentation/admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -15,42 +19,49 @@ import re
 import secrets
 from pathlib import Path
 
-# Nothing of ours is imported: this file alone is tried out in a guest (tests/vm/test_cgroup.py).
+# This file imports nothing of onecopy: a test runs it alone in a guest (tests/vm/test_cgroup.py).
 
-_OURS = "onecopy"
+_GROUP = "onecopy"
 _NEEDED = ("memory", "pids")
-#: How often a group is made again that a sweep took for one whose VMM is gone.
+#: How often to create a group again after a concurrent sweep removed it while it was empty.
 _TRIES = 3
 
 
 def why_not(root: Path = Path("/")) -> str:
-    """What keeps us from having groups; "" if nothing does."""
+    """Return the reason why this process cannot create groups; "" if it can."""
     mount = _mount(root)
     if mount is None:
-        return "there is no cgroup2 file system"
+        return "no cgroup2 file system is mounted"
     if not _has_controllers(mount):
-        return "cgroup version 2 has no memory and pids controllers here (they are version 1's)"
+        return (
+            "cgroup version 2 has no memory and pids controllers on this host (version 1 has them)"
+        )
     if ours(root) is None:
-        return "no cgroup was delegated to this user (systemd-run --user --scope gives one)"
+        return "no cgroup is delegated to this user (systemd-run --user --scope delegates one)"
     return ""
 
 
 def ours(root: Path = Path("/")) -> Path | None:
-    """The group that ours are in, made if need be; None if there cannot be one."""
-    for group in _above(root):
-        if _can_have(group):
+    """Return the parent of onecopy's groups, created if missing; None if impossible."""
+    for group in _own_groups(root):
+        if _enable_controllers(group):
             with contextlib.suppress(OSError):
-                mine = group / _OURS
+                mine = group / _GROUP
                 mine.mkdir(mode=0o755, exist_ok=True)
-                if _can_have(mine):
+                if _enable_controllers(mine):
                     return mine
     return None
 
 
 def create(pid: int, memory: int, threads: int, root: Path = Path("/")) -> Path | None:
-    """Limit process ``pid`` to bytes of memory, its page cache included, and to threads.
+    """Limit a process with a new group.
 
-    Returns its group; None where there can be none, or the process is gone.
+    Args:
+        memory: bytes, page cache included.
+        threads: the number of threads.
+
+    Returns:
+        The group; None if groups are not available or the process has ended.
     """
     above = ours(root)
     if above is None:
@@ -71,8 +82,8 @@ def create(pid: int, memory: int, threads: int, root: Path = Path("/")) -> Path 
     return None
 
 
-def let_have(pid: int, memory: int, root: Path = Path("/")) -> None:
-    """Let a process that has a group of ours have so many bytes of memory more."""
+def raise_memory_limit(pid: int, memory: int, root: Path = Path("/")) -> None:
+    """Raise the memory limit of a process in an onecopy group by ``memory`` bytes."""
     group = of(pid, root)
     if group:
         with contextlib.suppress(OSError, ValueError):
@@ -81,16 +92,16 @@ def let_have(pid: int, memory: int, root: Path = Path("/")) -> None:
 
 
 def of(pid: int, root: Path = Path("/")) -> Path | None:
-    """The group of ours that a process is in; None if it is in none."""
+    """Return the onecopy group that a process is in; None if it is in none."""
     mount = _mount(root)
-    path = _path(root / f"proc/{pid}/cgroup")
-    if mount and path and path.parent.name == _OURS:
+    path = _parse_own_path(root / f"proc/{pid}/cgroup")
+    if mount and path and path.parent.name == _GROUP:
         return mount / path.relative_to("/")
     return None
 
 
 def processes(root: Path = Path("/")) -> dict[int, Path]:
-    """The processes that are in groups of ours, and in which one."""
+    """Map each process in an onecopy group to its group."""
     found: dict[int, Path] = {}
     for group in _groups(root):
         with contextlib.suppress(OSError):
@@ -99,9 +110,10 @@ def processes(root: Path = Path("/")) -> dict[int, Path]:
 
 
 def was_short_of_memory(pid: int, root: Path = Path("/")) -> bool:
-    """Whether the kernel killed, for memory, a process that had a group of ours; until `sweep`.
+    """Whether the kernel killed a process with an onecopy group because memory ran out.
 
-    The kernel counts all kills in a group, also those for the memory of the whole host.
+    The kernel counts all kills in a group, also those for lack of memory on the whole host. The
+    answer is available until the next `sweep`.
     """
     for group in _groups(root):
         with contextlib.suppress(OSError):
@@ -113,28 +125,28 @@ def was_short_of_memory(pid: int, root: Path = Path("/")) -> bool:
 
 
 def remove(group: Path) -> None:
-    """Remove a group whose process is gone; the kernel keeps any other."""
+    """Remove a group whose process has ended; the kernel keeps a group that is in use."""
     with contextlib.suppress(OSError):
         group.rmdir()
 
 
 def sweep(root: Path = Path("/")) -> None:
-    """Remove groups whose processes are gone; the kernel keeps the others."""
+    """Remove all groups whose processes have ended; the kernel keeps groups that are in use."""
     for group in _groups(root):
         remove(group)
 
 
 def _groups(root: Path) -> list[Path]:
     found = []
-    for group in _above(root):
+    for group in _own_groups(root):
         with contextlib.suppress(OSError):
-            found += [each for each in (group / _OURS).iterdir() if each.is_dir()]
+            found += [each for each in (group / _GROUP).iterdir() if each.is_dir()]
     return found
 
 
-def _above(root: Path) -> list[Path]:
-    """The groups that we are in, from the topmost on."""
-    mount, path = _mount(root), _path(root / "proc/self/cgroup")
+def _own_groups(root: Path) -> list[Path]:
+    """List the groups that contain this process, the topmost first."""
+    mount, path = _mount(root), _parse_own_path(root / "proc/self/cgroup")
     if mount is None or path is None:
         return []
     found = [mount, *(mount / each.relative_to("/") for each in reversed(path.parents))]
@@ -142,10 +154,10 @@ def _above(root: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _path(file: Path) -> Path | None:
+def _parse_own_path(file: Path) -> Path | None:
     with contextlib.suppress(OSError):
-        match = re.search(r"^0::(/.*)$", _text(file), re.MULTILINE)
-        # Outside of what a container sees.
+        match = re.search(r"^0::(/.*)$", _read_text(file), re.MULTILINE)
+        # A path with ".." is outside of the container's cgroup namespace.
         if match and ".." not in match[1]:
             return Path(match[1])
     return None
@@ -153,7 +165,7 @@ def _path(file: Path) -> Path | None:
 
 def _mount(root: Path) -> Path | None:
     with contextlib.suppress(OSError):
-        for line in _text(root / "proc/self/mountinfo").split("\n"):
+        for line in _read_text(root / "proc/self/mountinfo").split("\n"):
             place, _, kind = line.partition(" - ")
             if kind.startswith("cgroup2 "):
                 path = re.sub(
@@ -163,8 +175,8 @@ def _mount(root: Path) -> Path | None:
     return None
 
 
-def _text(file: Path) -> str:
-    """Names in it may be of any bytes."""
+def _read_text(file: Path) -> str:
+    """Read a file in which names may contain any bytes."""
     return os.fsdecode(file.read_bytes())
 
 
@@ -175,15 +187,15 @@ def _has_controllers(group: Path) -> bool:
     return False
 
 
-def _can_have(group: Path) -> bool:
-    """Whether groups below this one have the controllers, which is made so if it can be."""
+def _enable_controllers(group: Path) -> bool:
+    """Whether the group passes the controllers on to its children; enable that if possible."""
     control = group / "cgroup.subtree_control"
     if not os.access(group, os.W_OK) or not _has_controllers(group):
         return False
     with contextlib.suppress(OSError):
         there = control.read_text().split()
         missing = [each for each in _NEEDED if each not in there]
-        # Refused where processes are: only the topmost group may have both.
+        # The kernel refuses this for a group with processes, except for the topmost group.
         if missing:
             control.write_text(" ".join(f"+{each}" for each in missing))
         return True

@@ -1,6 +1,6 @@
-"""Children that live on without us: somebody has to wait for them when they end (waitpid(2)).
+"""Reap child processes that may outlive this one (waitpid(2)).
 
-While a process has such children a thread of its own does; when the process ends, init does.
+While this process has such children, a thread waits for them. When this process ends, init does.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _reaper: _Reaper | None = None
 
 
 def adopt(pid: int) -> None:
-    """Wait for a child of this process, whenever it ends; nobody else may."""
+    """Reap a child of this process whenever it ends; no other code may wait for it."""
     global _reaper
     with _lock:
-        # After a fork(2) it is there, but does not run.
+        # In a child of fork(2) the object exists, but the thread does not run.
         if _reaper is None or not _reaper.is_alive():
             _reaper = _Reaper()
             _reaper.add(pid)
@@ -28,7 +28,7 @@ def adopt(pid: int) -> None:
 
 
 class _Reaper(threading.Thread):
-    """Ends, and keeps no descriptor, when the last child has ended."""
+    """A thread that ends, with all descriptors closed, when the last child has ended."""
 
     def __init__(self) -> None:
         super().__init__(name="onecopy-reaper", daemon=True)
@@ -46,11 +46,11 @@ class _Reaper(threading.Thread):
             ended = [fd for fd, _ in self._poll.poll()]
             with _lock:
                 for fd in ended:
-                    # Whoever waits for any child (wait(2)) may have been faster.
+                    # Other code that waits for any child (wait(2)) may have reaped it already.
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(self._children.pop(fd), 0)
-                    # Closing alone would leave it in the set while a process forked meanwhile has
-                    # it, too (epoll(7)).
+                    # Closing is not enough: if a process forked meanwhile, its copy keeps the
+                    # descriptor in the set (epoll(7)).
                     self._poll.unregister(fd)
                     os.close(fd)
                 if not self._children:

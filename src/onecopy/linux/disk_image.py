@@ -1,10 +1,10 @@
-"""Disk images as files: what they are, and the lock that says that somebody uses one.
+"""Disk image files: their format, their size, and the lock that marks them as in use.
 
-The lock is that of QEMU's own images (block/file-posix.c: bytes from 100 on), so `qemu-img` and
-other people's QEMUs heed it, too. It belongs to the open file (fcntl(2), open file description
-locks): it lives as long as any copy of the descriptor, and so dies with the VMM that has one.
+The lock is QEMU's own image lock (block/file-posix.c: bytes from 100 on), so `qemu-img` and other
+QEMUs respect it. It belongs to the open file (fcntl(2), open file description locks). It lives as
+long as any copy of the descriptor, so it ends with the VMM that holds one.
 
-Not here: how QEMU gets it (vmm/disk_hotplug.py).
+Not here: how QEMU receives the image (vmm/disk_hotplug.py).
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from onecopy.errors import InvalidInput
 
 _FLOCK = "hhqqi4x"
 _FIRST, _COUNT = 100, 200
-#: Where in there the bytes for "does not share" begin, and the permissions' numbers.
+#: Offsets within the lock range: the bytes for "does not share", and the permissions' numbers.
 _UNSHARED, _WRITES, _RESIZES = 100, 1, 3
 
-#: QEMU docs/interop/qcow2.txt: magic, version, backing file's offset, ..., encryption, ...,
-#: incompatible features.
+#: The header of qcow2 (QEMU docs/interop/qcow2.txt): magic, version, offset of the backing file's
+#: name, ..., encryption, ..., incompatible features.
 _QCOW2 = b"QFI\xfb"
 _HEAD = struct.Struct(">4s I Q I I Q I I Q Q I I Q Q")
 _DATA_FILE = 1 << 2
-#: Bytes of the smallest image's tables, by far.
+#: Bytes for the tables of even the smallest image, with a large margin.
 _TABLES = 16 << 20
 
 
 def lock(fd: int) -> bool:
-    """Lock an image that is open for writing; False if somebody uses it."""
+    """Lock an image that is open for writing; return False if another process uses it."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _range())
     except BlockingIOError:
@@ -39,10 +39,14 @@ def lock(fd: int) -> bool:
 
 
 def lock_for_reading(fd: int) -> bool:
-    """Have nobody write to an image that is open for reading, while it is; False if somebody does.
+    """Keep others from writing to an image that is open for reading.
 
-    QEMU's permissions (include/block/block-common.h) are a byte each, and so is what one does not
-    share with others: writing and resizing.
+    The lock lasts while the descriptor is open. QEMU has one lock byte for each permission
+    (include/block/block-common.h), and one for each that it does not share with others. This locks
+    the latter for writing and resizing.
+
+    Returns:
+        False if another process writes to the image.
     """
     for byte in (_FIRST + _UNSHARED + _WRITES, _FIRST + _UNSHARED + _RESIZES):
         try:
@@ -55,7 +59,7 @@ def lock_for_reading(fd: int) -> bool:
 
 
 def is_used(fd: int) -> bool:
-    """Whether somebody uses an image that is open here, but not locked through this descriptor."""
+    """Whether an image is in use, other than by a lock through this descriptor."""
     return _is_locked(fd, _range())
 
 
@@ -68,31 +72,34 @@ def _range(kind: int = fcntl.F_WRLCK, first: int = _FIRST, count: int = _COUNT) 
     return struct.pack(_FLOCK, kind, os.SEEK_SET, first, count, 0)
 
 
-def form_of(fd: int, name: str) -> str:
-    """``qcow2`` or ``raw``, as the name of an image says; raise InvalidInput if its head differs.
+def format_of(fd: int, name: str) -> str:
+    """Return ``qcow2`` or ``raw``, as the image's name says.
 
-    A guest may write any head into a raw image, but cannot change the image's name.
+    The name decides because a guest can write any header into a raw image, but cannot rename it.
+
+    Raises:
+        InvalidInput: the header contradicts the name.
     """
     head = os.pread(fd, _HEAD.size, 0)
     named = name.endswith(".qcow2")
     if head.startswith(_QCOW2) != named:
-        what = "is no qcow2 image" if named else "has the head of a qcow2 image"
+        header = "has no qcow2 header" if named else "has a qcow2 header"
         raise InvalidInput(
-            f"{name} {what}, and its name says otherwise",
-            hint="qcow2 images are named *.qcow2, all others are taken as raw; if a guest wrote to "
-            "it look what it is before you rename it",
+            f"{name} {header}, which contradicts its name",
+            hint="name qcow2 images *.qcow2; any other name means raw. If a guest has written to "
+            "the image, examine it before you rename it",
         )
     if named:
-        _require_alone(head, name)
+        _require_standalone(head, name)
         return "qcow2"
     return "raw"
 
 
-def most(fd: int, form: str) -> int:
-    """Bytes that the file of an image may come to have, at the most that its user has asked for.
+def largest_size(fd: int, form: str) -> int:
+    """Return the largest size in bytes that the image's file can reach.
 
-    A qcow2 image grows up to its disk's size, and beside that has its tables (QEMU
-    docs/interop/qcow2.txt), and what its snapshots keep.
+    A qcow2 file grows to the size of its disk. Its tables (QEMU docs/interop/qcow2.txt) and the
+    data of its snapshots come on top.
     """
     size = os.fstat(fd).st_size
     if form == "raw":
@@ -101,26 +108,37 @@ def most(fd: int, form: str) -> int:
     return size + disk + disk // 512 + _TABLES
 
 
-def _require_alone(head: bytes, name: str) -> None:
-    """Raise InvalidInput for a qcow2 image that needs other files or a key."""
+def _require_standalone(head: bytes, name: str) -> None:
+    """Refuse a qcow2 image that needs another file or a key.
+
+    Raises:
+        InvalidInput: it has a backing file or data file, or is encrypted or truncated.
+    """
     if len(head) < _HEAD.size:
-        raise InvalidInput(f"{name} ends within its head", hint="it is damaged")
+        raise InvalidInput(
+            f"{name} is damaged: it is shorter than a qcow2 header",
+            hint="copy the image again from its source",
+        )
     _, version, backing, _, _, _, encrypted, *_, features = _HEAD.unpack(head)
-    # The head of version 2 ends before the features.
+    # In version 2 the header ends before the features.
     if backing or encrypted or (version >= 3 and features & _DATA_FILE):
         raise InvalidInput(
-            f"{name} is encrypted, or needs another file beside it",
-            hint="make one that stands alone: qemu-img convert -O qcow2 OLD NEW",
+            f"{name} is encrypted or needs another file",
+            hint="convert it to a standalone image: qemu-img convert -O qcow2 OLD NEW",
         )
 
 
 def file_system_size(fd: int) -> int | None:
-    """Bytes of the ext4 in a raw image (Linux Documentation/filesystems/ext4/super); else None."""
+    """Return the size in bytes of the ext4 file system in a raw image; None if there is none.
+
+    Source:
+        Linux Documentation/filesystems/ext4/super.rst.
+    """
     head = os.pread(fd, 1024, 1024)
     if head[56:58] != b"\x53\xef":
         return None
     blocks, shift, wide, high = (
         int.from_bytes(head[at : at + 4], "little") for at in (4, 24, 0x60, 0x150)
     )
-    # The high half counts only where the file system is of 64 bits.
+    # The high half is valid only with the feature 64bit.
     return (blocks | (high << 32 if wide & 0x80 else 0)) << (10 + shift)

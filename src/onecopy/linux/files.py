@@ -1,6 +1,6 @@
-"""How the files of /proc and /sys are read, and small records written: one way for all.
+"""Read files of /proc and /sys, and write small records.
 
-Not here: what stands in them.
+Not here: how the contents are parsed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,22 @@ from onecopy.linux.bounded_wait import going_on
 
 ROOT = Path("/")
 
-#: No counter of the kernel has more digits; Python refuses to read thousands of them.
+#: No counter of the kernel has more digits, and Python refuses to convert thousands of them.
 _NUMBER = re.compile(rb"\s*(-?[0-9]{1,20})\s*")
-#: A process's memory map is the largest: 700 bytes for each of the 65,530 mappings that
+#: The largest file is a process's memory map: 700 bytes for each of the 65,530 mappings that
 #: vm.max_map_count allows.
-_MOST = 128 << 20
+_LARGEST = 128 << 20
 _PIECE = 64 << 10
-#: (device, inode): which file it is, whatever its name.
+#: (device, inode): identifies a file independently of its name.
 Identity = tuple[int, int]
 
 
 def read(path: Path) -> bytes | None:
-    """Everything in ``path``; None when this kernel has no such file.
+    """Read a whole file; return None if this kernel does not have it.
 
-    Raises NotPermitted, and ProcessLookupError when the process ended meanwhile.
+    Raises:
+        NotPermitted: this user may not read it.
+        ProcessLookupError: the process ended meanwhile.
     """
     try:
         return path.read_bytes()
@@ -43,7 +45,7 @@ def read(path: Path) -> bytes | None:
 
 
 def number(text: bytes | str | None) -> int | None:
-    """The one number in ``text``; None if there is none, or something else."""
+    """Parse a text that is one integer; return None for anything else."""
     if text is None:
         return None
     found = _NUMBER.fullmatch(text.encode() if isinstance(text, str) else text)
@@ -51,20 +53,27 @@ def number(text: bytes | str | None) -> int | None:
 
 
 def read_number(path: Path) -> int | None:
-    """The one number in ``path``; None when this kernel has none there. Raises NotPermitted."""
+    """Read a file that holds one integer; return None if it is missing or holds anything else.
+
+    Raises:
+        NotPermitted: this user may not read it.
+    """
     return number(read(path))
 
 
-def process_folder(pid: int, root: Path = ROOT) -> Path:
-    """The process's folder below ``root``; it may be gone."""
+def process_directory(pid: int, root: Path = ROOT) -> Path:
+    """Return the process's directory below ``root``, whether or not the process exists."""
     return root / "proc" / str(pid)
 
 
 @contextmanager
-def asking(pid: int, path: Path) -> Iterator[None]:
-    """Turn what the kernel answers of a process into errors of ours, for all readers.
+def translating_errors(pid: int, path: Path) -> Iterator[None]:
+    """Translate errors of reading a process's files, for all readers.
 
-    Raises NotFound when the process is gone, NotPermitted, and Unreadable for all else.
+    Raises:
+        NotFound: the process has ended.
+        NotPermitted: this user may not read the file.
+        Unreadable: any other error.
     """
     try:
         yield
@@ -77,21 +86,27 @@ def asking(pid: int, path: Path) -> Iterator[None]:
 
 
 def read_of_process(
-    pid: int, name: str, root: Path = ROOT, *, most: int = _MOST, cut: bool = False
+    pid: int, name: str, root: Path = ROOT, *, most: int = _LARGEST, cut: bool = False
 ) -> bytes | None:
-    """Everything in /proc/PID/``name``; None when this kernel has no such file.
+    """Read /proc/PID/``name``; return None if this kernel does not have that file.
 
-    Raises NotFound when there is no such process, NotPermitted, and Unreadable when there are more
-    than ``most`` bytes; with ``cut`` only the first of these are returned then.
+    Args:
+        most: the limit in bytes.
+        cut: return the first ``most`` bytes of a larger file instead of raising Unreadable.
+
+    Raises:
+        NotFound: the process does not exist.
+        NotPermitted: this user may not read the file.
+        Unreadable: the file is larger than the limit, or the kernel refused to read it.
     """
-    folder = process_folder(pid, root)
-    path = folder / name
-    with asking(pid, path):
+    directory = process_directory(pid, root)
+    path = directory / name
+    with translating_errors(pid, path):
         try:
             with path.open("rb", buffering=0) as file:
                 return _read_up_to(file.fileno(), path, most, cut)
         except FileNotFoundError:
-            if not folder.is_dir():
+            if not directory.is_dir():
                 raise
             return None
 
@@ -103,17 +118,20 @@ def _read_up_to(fd: int, path: Path, most: int, cut: bool) -> bytes:
         parts.append(part[: most if cut else None])
         most -= len(part)
     if most < 0 and not cut:
-        raise Unreadable(f"{path} has more than {sum(map(len, parts)) >> 20} MiB")
+        raise Unreadable(f"{path} is larger than {sum(map(len, parts)) >> 20} MiB")
     return b"".join(parts)
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
-    """``size`` bytes from ``offset`` on, fewer at the end of the file.
+    """Read ``size`` bytes from ``offset``; the result is shorter at the end of the file.
 
-    Raises FileNotFoundError, ProcessLookupError, and NotPermitted.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ProcessLookupError: the process has ended.
+        NotPermitted: this user may not read it.
     """
     try:
-        # Unbuffered: the kernel wants whole 8-byte entries, and no more than were asked for.
+        # Unbuffered, because these files require reads of whole 8-byte entries within the range.
         with path.open("rb", buffering=0) as file:
             return _read_all(file.fileno(), offset, size)
     except PermissionError as error:
@@ -123,7 +141,7 @@ def read_range(path: Path, offset: int, size: int) -> bytes:
 def _read_all(fd: int, offset: int, size: int) -> bytes:
     parts = []
     while size:
-        part = os.pread(fd, min(size, _MOST), offset)
+        part = os.pread(fd, min(size, _LARGEST), offset)
         if not part:
             break
         going_on()
@@ -134,35 +152,44 @@ def _read_all(fd: int, offset: int, size: int) -> bytes:
 
 
 def open_regular(path: Path, same_as: Identity | None = None) -> int:
-    """Open a regular file for reading, and nothing else: a FIFO would keep us waiting.
+    """Open a regular file for reading, and refuse all else: opening a FIFO would block.
 
-    With ``same_as`` it is that file, whatever stands under its name now. Raises NotFound,
-    NotPermitted, InvalidInput.
+    Args:
+        same_as: the file that the path must still refer to.
+
+    Raises:
+        NotFound: the file does not exist or was replaced.
+        NotPermitted: this user may not read it.
+        InvalidInput: it is not a regular file or cannot be opened.
     """
     try:
-        # Nothing is done to what is only looked at; what is then opened is the same.
+        # O_PATH has no side effects. The file is then opened through this descriptor, so that it is
+        # the one that was checked.
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             found = os.fstat(place)
             if same_as not in (None, (found.st_dev, found.st_ino)):
-                raise NotFound(f"{path} is another file by now")
+                raise NotFound(f"{path} has been replaced by another file")
             if not stat.S_ISREG(found.st_mode):
-                raise InvalidInput(f"{path} is no regular file", hint="name a regular file")
+                raise InvalidInput(f"{path} is not a regular file", hint="name a regular file")
             return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         finally:
             os.close(place)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFound(f"no file {path}") from error
+        raise NotFound(f"the file {path} does not exist") from error
     except PermissionError as error:
         raise not_permitted(path) from error
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"{str(path)[:80]!r} cannot be opened: {error}") from error
+        raise InvalidInput(f"cannot open {str(path)[:80]!r}: {error}") from error
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a whole file: who reads it sees the old content or the new. Raises OSError.
+    """Replace a file atomically: readers see the old content or the new.
 
-    For what may be lost with the host: nothing is forced to the disk.
+    Nothing is forced to disk, so this is for files that a crash of the host may lose.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     temporary = path.with_name(f"{path.name}.{threading.get_native_id()}")
     temporary.write_bytes(data)
@@ -170,22 +197,34 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def write_at(fd: int, data: bytes, offset: int) -> int:
-    """Write all of ``data`` from ``offset`` on; how many bytes that are. Raises OSError."""
+    """Write all of ``data`` at ``offset``.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        OSError: the write failed.
+    """
     done = 0
     while done < len(data):
         written = os.pwrite(fd, data[done:], offset + done)
         if not written:
-            # The memory of a process that has ended takes nothing, and says no more.
-            raise OSError(errno.EIO, "nothing was written")
+            # Writing to the memory of a process that has ended writes 0 bytes, without an error.
+            raise OSError(errno.EIO, "the write returned 0 bytes")
         done += written
     return done
 
 
 def no_process(pid: int) -> NotFound:
-    """The error for a process that is gone."""
-    return NotFound(f"no process {pid}", hint="it has ended; `onecopy ps` lists the guests")
+    """Build the error for a process that has ended."""
+    return NotFound(
+        f"process {pid} does not exist", hint="it has ended; `onecopy ps` lists the guests"
+    )
 
 
 def not_permitted(path: Path) -> NotPermitted:
-    """The error for a file that this user may not read or write."""
-    return NotPermitted(f"may not open {path}", hint="run as root, or as the guest's own user")
+    """Build the error for a file that this user may not open."""
+    return NotPermitted(
+        f"cannot open {path}: permission denied",
+        hint="run the command as root or as the guest's user",
+    )

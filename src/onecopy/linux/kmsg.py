@@ -1,8 +1,12 @@
-"""What the kernel's log says of processes that are gone: killed for memory, or crashed.
+"""Find out from the kernel log why processes died: killed for lack of memory, or crashed.
 
-Linux: Documentation/ABI/testing/dev-kmsg; __oom_kill_process() in mm/oom_kill.c,
-show_signal_msg() in arch/x86/mm/fault.c. Root may read it, and who has CAP_SYSLOG. The standard
-library alone. Not here: what that means for a guest (guest/end_reason.py).
+Reading the log takes root or CAP_SYSLOG.
+
+Not here: what a death means for a guest (guest/end_reason.py).
+
+Source:
+    Linux Documentation/ABI/testing/dev-kmsg; __oom_kill_process() in mm/oom_kill.c,
+    show_signal_msg() in arch/x86/mm/fault.c.
 """
 
 from __future__ import annotations
@@ -17,10 +21,10 @@ from pathlib import Path
 import msgspec
 
 PATH = Path("/dev/kmsg")
-#: The kernel writes a message at once, and our clocks tell the time of a start by ticks.
+#: Seconds of tolerance: the clock of start times is coarser than that of the log.
 _SLACK = 1.0
 _RECORD = 8192
-#: Process numbers in the log are those of the first namespace (PROC_PID_INIT_INO).
+#: The log has process ids of the initial namespace (PROC_PID_INIT_INO).
 _FIRST_NAMESPACE = "pid:[4026531836]"
 _OOM = re.compile(
     r"(Memory cgroup out of memory|Out of memory(?: \([^)]*\))?): Killed process (\d{1,10}) "
@@ -32,19 +36,19 @@ _CRASH = re.compile(
 
 
 class Death(msgspec.Struct, frozen=True):
-    """The end of one process."""
+    """The death of one process."""
 
     pid: int
     uid: int | None
-    """Of an older kernel's message: None."""
+    """None if the message does not say: older kernels omit it."""
     at: float
-    """Seconds from the host's boot."""
+    """Seconds since the host's boot."""
     why: str
-    """``out of memory``, ``out of memory in its control group``, or what it crashed by."""
+    """``out of memory``, ``out of memory in its control group``, or the kind of crash."""
 
 
 def deaths(path: Path = PATH) -> list[Death]:
-    """All that the log still has, the oldest first; none if this user may not read it."""
+    """List all deaths in the log, oldest first; empty if this user may not read the log."""
     with contextlib.suppress(OSError):
         if str(Path("/proc/self/ns/pid").readlink()) == _FIRST_NAMESPACE:
             return [death for line in _records(path) if (death := parse(line))]
@@ -52,22 +56,28 @@ def deaths(path: Path = PATH) -> list[Death]:
 
 
 def of(found: list[Death], pid: int, uid: int, began: float) -> Death | None:
-    """The end of a process of user ``uid`` that began ``began`` seconds after the host's boot."""
-    # The log's clock stands still while the host sleeps.
+    """Find the death of a process.
+
+    Args:
+        found: deaths, oldest first.
+        uid: the user that the process ran as.
+        began: its start, in seconds since the host's boot.
+    """
+    # The log's clock does not advance while the host is suspended.
     asleep = time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
-    fitting = (
+    candidates = (
         each
         for each in reversed(found)
         if each.pid == pid and each.uid in (None, uid) and each.at + asleep + _SLACK >= began
     )
-    return next(fitting, None)
+    return next(candidates, None)
 
 
 def parse(record: str) -> Death | None:
-    """One record of /dev/kmsg: ``PRIORITY,SEQUENCE,MICROSECONDS,FLAGS;TEXT``."""
+    """Parse a record of /dev/kmsg: ``PRIORITY,SEQUENCE,MICROSECONDS,FLAGS;TEXT``."""
     head, _, text = record.partition(";")
     fields = head.split(",")
-    # The kernel's own messages have facility 0; anybody with the right may write others.
+    # Only the kernel's messages have facility 0; privileged processes write others.
     if len(fields) < 3 or not fields[0].isdecimal() or int(fields[0]) > 7:
         return None
     if not fields[2].isdecimal():
@@ -89,7 +99,7 @@ def _records(path: Path) -> Iterator[str]:
             try:
                 record = os.read(fd, _RECORD)
             except BrokenPipeError:
-                continue  # it was overwritten meanwhile
+                continue  # the record was overwritten meanwhile
             except BlockingIOError:
                 return
             if not record:

@@ -1,6 +1,6 @@
-"""Locks that go with their holder: flock(2), dropped by the kernel however a process ends.
+"""Locks that end with their holder: the kernel drops flock(2) locks however a process ends.
 
-Not here: what a lock stands for (store/lease.py, guest/run_directory.py, vmm/monitor.py).
+Not here: what each lock protects (store/lease.py, guest/run_directory.py, vmm/monitor.py).
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from pathlib import Path
 
 from onecopy.errors import OnecopyError
 
-#: A link there would have somebody else's file opened, and made.
+#: O_NOFOLLOW: through a symbolic link another user's file would be opened or created.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the exclusive lock on ``path``; gone counts as not held."""
+    """Whether a process holds the exclusive lock on ``path``; False if the file does not exist."""
     return _free_links(path) is None
 
 
 def is_left(path: Path) -> bool:
-    """Whether ``path`` is there though its holder is gone, that is, was killed.
+    """Whether ``path`` exists though its holder was killed.
 
-    Any other holder removes it before letting go. So what is removed while we look is not left,
-    which "it exists, and `is_held` says no" would make of it.
+    Every holder that ends normally removes the file before it drops the lock. A check for the file
+    followed by `is_held` would be wrong if the file is removed in between.
     """
     return bool(_free_links(path))
 
 
 def _free_links(path: Path) -> int | None:
-    """How many names a file has that nobody holds, 0 once it is removed; None while it is held.
+    """Return the number of names of an unlocked file, 0 if it was removed; None if it is locked.
 
-    The test takes a shared lock. Shared locks do not exclude one another, so one tester never looks
-    like a holder to the next.
+    The test takes a shared lock. Shared locks do not exclude each other, so concurrent tests do not
+    mistake each other for a holder.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -52,16 +52,16 @@ def _free_links(path: Path) -> int | None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[int]:
-    """The same as `locked` for what is no task, and need not be: it waits for the lock."""
-    fd = _opened_alone(path)
+def locked_blocking(path: Path) -> Iterator[int]:
+    """Hold the exclusive lock on ``path`` like `locked`, but block this thread while waiting."""
+    fd = _open_locked(path)
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def _opened_alone(path: Path) -> int:
+def _open_locked(path: Path) -> int:
     while True:
         fd = os.open(path, _FLAGS, 0o600)
         try:
@@ -71,33 +71,38 @@ def _opened_alone(path: Path) -> int:
         except BaseException:
             os.close(fd)
             raise
-        # It was removed while we waited: others lock a new one.
+        # The file was removed while this waited, and others lock a new file of that name.
         os.close(fd)
 
 
 @contextmanager
-def if_left(path: Path) -> Iterator[int | None]:
-    """The lock on what is left of a holder that is gone (`is_left`), at once; else None."""
+def take_over(path: Path) -> Iterator[int | None]:
+    """Yield the lock on a file that a killed holder left behind (`is_left`), else None."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         yield None
         return
     try:
-        yield fd if _try(fd) and os.fstat(fd).st_nlink else None
+        yield fd if _try_flock(fd) and os.fstat(fd).st_nlink else None
     finally:
         os.close(fd)
 
 
 @asynccontextmanager
 async def locked(path: Path, pause: float = 0.05) -> AsyncIterator[int]:
-    """Hold the exclusive lock on ``path``, made if missing; yields its descriptor.
+    """Hold the exclusive lock on ``path``, created if missing; yield its descriptor.
 
-    Waits without holding up other tasks, and looks again after at most ``pause`` seconds. Raises
-    OSError.
+    The wait does not block other tasks.
+
+    Args:
+        pause: the longest time between two attempts, in seconds.
+
+    Raises:
+        OSError: the file cannot be opened.
     """
     delay = 0.001
-    while (fd := _taken(path)) is None:
+    while (fd := _take(path)) is None:
         await asyncio.sleep(delay)
         delay = min(delay * 2, pause)
     try:
@@ -108,7 +113,7 @@ async def locked(path: Path, pause: float = 0.05) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def locked_within(path: Path, seconds: float, late: OnecopyError) -> AsyncIterator[int]:
-    """The same for who waits ``seconds`` at most, and raises ``late`` then."""
+    """Hold the lock like `locked`, but raise ``late`` after waiting for ``seconds``."""
     async with AsyncExitStack() as stack:
         try:
             async with asyncio.timeout(seconds):
@@ -118,16 +123,16 @@ async def locked_within(path: Path, seconds: float, late: OnecopyError) -> Async
         yield fd
 
 
-def _taken(path: Path) -> int | None:
-    """The lock, if it is free now; not that of a file which has just been removed."""
+def _take(path: Path) -> int | None:
+    """Take the lock if it is free now, unless the file was just removed."""
     fd = os.open(path, _FLAGS, 0o600)
-    if _try(fd) and os.fstat(fd).st_nlink:
+    if _try_flock(fd) and os.fstat(fd).st_nlink:
         return fd
     os.close(fd)
     return None
 
 
-def _try(fd: int) -> bool:
+def _try_flock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,6 @@
-"""Memory files (memfd_create(2)): memory with a descriptor and no name, gone with its last user.
+"""Memory files (memfd_create(2)): anonymous files in memory that vanish with their last user.
 
-Not here: what they are for (guest/backing.py).
+Not here: the uses (guest/backing.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onecopy.errors import InsufficientResources, NotPermitted
 from onecopy.linux.counters import meminfo
-from onecopy.linux.files import ROOT, process_folder
+from onecopy.linux.files import ROOT, process_directory
 from onecopy.linux.sparse import data_ranges
 from onecopy.linux.syscall import punch_hole
 
@@ -21,11 +21,14 @@ _CHUNK = 16 << 20
 
 
 def create(name: str, size: int, content: Path | None = None, *, sealed: bool = False) -> int:
-    """A new memory file of ``size`` bytes that starts with ``content``; holes take no memory.
+    """Create a memory file of ``size`` bytes that begins with ``content``; holes take no memory.
 
-    Nobody can change its size, or with ``sealed`` its content. Raises InsufficientResources.
+    Its size is sealed. With ``sealed`` its content is too.
+
+    Raises:
+        InsufficientResources: the content exceeds the host's available memory.
     """
-    _require(content)
+    _require_memory(content)
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)
@@ -39,7 +42,7 @@ def create(name: str, size: int, content: Path | None = None, *, sealed: bool = 
 
 
 def create_sealed(name: str, content: bytes) -> int:
-    """A new memory file with ``content``, which nobody can change."""
+    """Create a memory file with ``content`` that nobody can change."""
     fd = scratch(name)
     try:
         with open(fd, "wb", closefd=False) as file:
@@ -53,20 +56,20 @@ def create_sealed(name: str, content: bytes) -> int:
 
 
 def scratch(name: str) -> int:
-    """A new memory file for somebody to write to, until its content is taken."""
+    """Create a memory file that another process can write to until `take` reads it."""
     return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 def take(fd: int, room: int) -> bytes:
-    """What was written to a scratch file, which nobody can write to any more; at most ``room``."""
+    """Read up to ``room`` bytes of a scratch file, and seal the file against further growth."""
     content = os.pread(fd, room, 0)
-    # Whoever has it open still keeps nothing of it.
+    # Free the memory, which a process that still has the file open would keep in use.
     os.ftruncate(fd, 0)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _RESIZE | fcntl.F_SEAL_SEAL)
     return content
 
 
-def _require(content: Path | None) -> None:
+def _require_memory(content: Path | None) -> None:
     needed = content.stat().st_blocks * 512 if content else 0
     available = meminfo.read().available
     if available is not None and needed > available:
@@ -76,7 +79,7 @@ def _require(content: Path | None) -> None:
 
 
 def fill(fd: int, content: Path | None) -> None:
-    """Let a memory file hold ``content`` and zeroes after it; what it held before goes."""
+    """Replace the content of a memory file by ``content``, followed by zeroes."""
     size = os.fstat(fd).st_size
     punch_hole(fd, 0, size)
     if content is None:
@@ -90,15 +93,21 @@ def fill(fd: int, content: Path | None) -> None:
 
 
 def find(pid: int, name: str, size: int, root: Path = ROOT) -> int | None:
-    """Open the memory file that a process has under ``name``, for reading and writing.
+    """Open a process's memory file called ``name`` for reading and writing.
 
-    None if it has none of that size that cannot be resized: what a guest made of its VMM must not
-    take others with it. Raises NotPermitted without ptrace rights over the process.
+    Only a file of ``size`` bytes with a sealed size is accepted. A compromised VMM could otherwise
+    shrink a file under the guests that map it.
+
+    Returns:
+        A descriptor; None if the process has no such file.
+
+    Raises:
+        NotPermitted: this user may not trace the process.
     """
     wanted = f"/memfd:{name} (deleted)"
-    folder = process_folder(pid, root) / "fd"
+    directory = process_directory(pid, root) / "fd"
     try:
-        for entry in folder.iterdir():
+        for entry in directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 if str(entry.readlink()) == wanted and (fd := _open(entry, size)) is not None:
                     return fd
@@ -106,15 +115,15 @@ def find(pid: int, name: str, size: int, root: Path = ROOT) -> int | None:
         return None
     except PermissionError as error:
         raise NotPermitted(
-            f"may not look at the memory that process {pid} shares: {error.strerror}",
-            hint="become root, or the user who started the guests",
+            f"cannot open the shared memory of process {pid}: {error.strerror}",
+            hint="run the command as root or as the user who started the guests",
         ) from error
     return None
 
 
 def _open(entry: Path, size: int) -> int | None:
     fd = os.open(entry, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    # Of what only has such a name the kernel tells no seals.
+    # F_GET_SEALS fails for a file that merely has such a name.
     with contextlib.suppress(OSError):
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         if seals & _RESIZE == _RESIZE and os.fstat(fd).st_size == size:

@@ -1,8 +1,9 @@
-"""Mounts that nobody else sees: of a file system of our own making, or of a folder over itself.
+"""Private mounts: of a file system image that onecopy made, or over a directory.
 
-The former is mounted nowhere: a descriptor is all there is of it, and it ends with that (fsopen(2),
-fsmount(2), Linux 5.2; loop(4), Linux 5.8). Not for images that others have made: those are no
-business of the host's kernel.
+An image is mounted without a path. Only the descriptor of its root refers to the mount, which ends
+with that descriptor (fsopen(2), fsmount(2), Linux 5.2; loop(4), Linux 5.8).
+
+Not here: images made by others, which the host's kernel must never mount.
 """
 
 from __future__ import annotations
@@ -22,40 +23,46 @@ _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432
 _MOVE_MOUNT, _EMPTY_PATHS = 429, 0x44
 _SET_STRING, _CREATE, _CLOEXEC = 1, 6, 1
 _NOSUID, _NODEV, _NOEXEC = 2, 4, 8
-# linux/loop.h: struct loop_config is the file, a block size, and struct loop_info64, of which we
-# set the flags, at offset 52.
+# linux/loop.h: struct loop_config has the file, a block size, and struct loop_info64, of which this
+# sets the flags at offset 52.
 _GET_FREE, _CONFIGURE, _AUTOCLEAR = 0x4C82, 0x4C0A, 4
 _CONFIG = struct.Struct("<II52xI176x64x")
 _TRIES = 64
 
 
 def mount_over(mounts: Mapping[int, Path]) -> None:
-    """Let this thread have open mounts in place of the folders that they are of.
+    """Attach open mounts over the directories that they were opened from, for this thread only.
 
-    Nobody else sees them there. Raises OSError.
+    Raises:
+        OSError: a mount failed or a directory was replaced.
     """
     unshare_mounts()
     for mount, path in mounts.items():
-        folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if not os.path.sameopenfile(mount, folder):
-                raise OSError(errno.ESTALE, "another folder has its name now")
-            syscall(_MOVE_MOUNT, mount, _text(""), folder, _text(""), _EMPTY_PATHS)
+            if not os.path.sameopenfile(mount, directory):
+                raise OSError(errno.ESTALE, "the directory was replaced")
+            syscall(_MOVE_MOUNT, mount, _c_string(""), directory, _c_string(""), _EMPTY_PATHS)
         finally:
-            os.close(folder)
+            os.close(directory)
 
 
 @contextmanager
 def mounted(file: int, kinds: tuple[str, ...]) -> Iterator[int]:
-    """The root folder of the image that is open as ``file``, of the first of ``kinds`` there is.
+    """Mount a file system image and yield a descriptor of its root directory.
 
-    Raises OSError.
+    Args:
+        file: a descriptor of the image.
+        kinds: types of file system, of which the first that the kernel supports is used.
+
+    Raises:
+        OSError: the image cannot be mounted.
     """
     device = _attach(file)
     try:
         root = _mount(f"/dev/loop{device[1]}", kinds)
     finally:
-        # The mount holds it; else it is free again.
+        # The mount keeps the device; without a mount it becomes free.
         os.close(device[0])
     try:
         yield root
@@ -64,7 +71,9 @@ def mounted(file: int, kinds: tuple[str, ...]) -> Iterator[int]:
 
 
 def _attach(file: int) -> tuple[int, int]:
-    """A loop device of the file, open, and its number; it goes when nobody has it open."""
+    """Attach the file to a loop device; return its descriptor and number.
+
+    The device detaches when its last user closes it."""
     control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
     try:
         for _ in range(_TRIES):
@@ -74,7 +83,7 @@ def _attach(file: int) -> tuple[int, int]:
                 fcntl.ioctl(fd, _CONFIGURE, _CONFIG.pack(file, 0, _AUTOCLEAR))
             except OSError as error:
                 os.close(fd)
-                # Somebody else was faster.
+                # Another process took the device first.
                 if error.errno != errno.EBUSY:
                     raise
                 continue
@@ -87,19 +96,19 @@ def _attach(file: int) -> tuple[int, int]:
 def _mount(device: str, kinds: tuple[str, ...]) -> int:
     for kind in kinds:
         try:
-            context = syscall(_FSOPEN, _text(kind), _CLOEXEC)
+            context = syscall(_FSOPEN, _c_string(kind), _CLOEXEC)
         except OSError as error:
             if error.errno == errno.ENODEV and kind != kinds[-1]:
                 continue
             raise
         try:
-            syscall(_FSCONFIG, context, _SET_STRING, _text("source"), _text(device), 0)
+            syscall(_FSCONFIG, context, _SET_STRING, _c_string("source"), _c_string(device), 0)
             syscall(_FSCONFIG, context, _CREATE, None, None, 0)
             return syscall(_FSMOUNT, context, _CLOEXEC, _NOSUID | _NODEV | _NOEXEC)
         finally:
             os.close(context)
-    raise OSError(errno.ENODEV, "no file system is named")
+    raise OSError(errno.ENODEV, "no file system type was given")
 
 
-def _text(text: str) -> ctypes.Array[ctypes.c_char]:
+def _c_string(text: str) -> ctypes.Array[ctypes.c_char]:
     return buffer(os.fsencode(text) + b"\0")

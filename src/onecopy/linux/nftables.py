@@ -1,7 +1,9 @@
-"""The kernel's packet filter: whether our rules are in force, and how they get there (nft(8)).
+"""The kernel's packet filter: load rules with nft(8) and check that they are in force.
 
-Whether they are is asked of the kernel itself, since each start of a guest asks: that takes a tenth
-of a millisecond, `nft` five and more. Not here: which rules (vmm/closed_network.py).
+The check queries the kernel directly because each start of a guest needs it. That takes 0.1 ms;
+running `nft` takes 5 ms or more.
+
+Not here: the rules (vmm/closed_network.py).
 """
 
 from __future__ import annotations
@@ -14,47 +16,56 @@ from collections.abc import Iterator
 from onecopy.subprocesses import run
 
 _NETFILTER = 12
-#: struct nlmsghdr, and struct nfgenmsg behind it (linux/netlink.h, linux/netfilter/nfnetlink.h).
+#: struct nlmsghdr, followed by struct nfgenmsg (linux/netlink.h, linux/netfilter/nfnetlink.h).
 _HEADER, _GENERAL = struct.Struct("=IHHII"), struct.Struct(">BBH")
 _REQUEST, _DUMP, _INTERRUPTED = 0x1, 0x300, 0x10
 _ERROR, _DONE = 2, 3
 _NEW_RULE, _GET_RULE = 10 << 8 | 6, 10 << 8 | 7
 _INET, _RULE_TABLE = 1, 1
-_ROOM = 1 << 16
+_BUFFER_SIZE = 1 << 16
 
 
 def count_marked(table: str, mark: str) -> int:
-    """How many rules of an inet table have ``mark`` in their comment; raise OSError.
+    """Count the rules of an inet table whose comment contains ``mark``; needs CAP_NET_ADMIN.
 
-    None if there is no such table. That takes CAP_NET_ADMIN.
+    Returns:
+        The number of rules.
+
+    Raises:
+        OSError: the kernel refused the query.
     """
     while True:
         with socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER
         ) as s:
-            s.sendall(_question(table))
-            answers = list(_answers(s))
-        # Else the rules were changed while they were listed.
-        if not any(flags & _INTERRUPTED for _, flags, _ in answers):
-            return sum(kind == _NEW_RULE and mark.encode() in body for kind, _, body in answers)
+            s.sendall(_dump_request(table))
+            messages = list(_receive_dump(s))
+        # If the flag is set, the rules changed during the listing.
+        if not any(flags & _INTERRUPTED for _, flags, _ in messages):
+            return sum(kind == _NEW_RULE and mark.encode() in body for kind, _, body in messages)
 
 
 def load(rules: str) -> None:
-    """Have the kernel take ``rules``, all at once or none; raise MissingProgram, CommandFailed."""
+    """Load ``rules`` atomically.
+
+    Raises:
+        MissingProgram: nft is not installed.
+        CommandFailed: nft refused the rules.
+    """
     run(["nft", "-f", "-"], stdin=rules.encode())
 
 
-def _question(table: str) -> bytes:
+def _dump_request(table: str) -> bytes:
     name = table.encode() + b"\0"
     body = _GENERAL.pack(_INET, 0, 0) + struct.pack("=HH", 4 + len(name), _RULE_TABLE) + name
     body += bytes(-len(body) % 4)
     return _HEADER.pack(_HEADER.size + len(body), _GET_RULE, _REQUEST | _DUMP, 0, 0) + body
 
 
-def _answers(asked: socket.socket) -> Iterator[tuple[int, int, bytes]]:
-    """(type, flags, content) of each message of a dump."""
+def _receive_dump(connection: socket.socket) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (type, flags, content) of each message of a dump."""
     while True:
-        data = asked.recv(_ROOM)
+        data = connection.recv(_BUFFER_SIZE)
         while data:
             length, kind, flags, _, _ = _HEADER.unpack_from(data)
             body = data[_HEADER.size : length]

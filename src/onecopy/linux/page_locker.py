@@ -1,9 +1,11 @@
-"""`python -m onecopy.linux.page_locker`: a process that keeps parts of files in memory (mlock(2)).
+"""A process that keeps parts of files in memory: ``python -m onecopy.linux.page_locker``.
 
-It reads one JSON object from standard input, ``{"files": [[path, size, [[first byte, bytes], ...]],
-...], "record": path}``, writes which process it is to the record, locks, writes one JSON object to
-standard output, and waits for a signal. Descriptors that it inherits it keeps open. It imports
-little, since it stays. Not here: who starts and ends it (guest/pagecache/pin.py).
+It reads one JSON object from standard input: ``{"files": [[path, size, [[first byte, bytes], ...]],
+...], "record": path}``. It writes its identity to the record, locks the parts (mlock(2)), writes
+one JSON object to standard output, and waits for a signal. It keeps all inherited descriptors open.
+It imports few modules, because it stays in memory.
+
+Not here: starting and ending it (guest/pagecache/pin.py).
 """
 
 from __future__ import annotations
@@ -32,19 +34,20 @@ _libc.mmap.restype = ctypes.c_void_p
 
 
 def main() -> None:
-    """Do as the module says."""
-    wanted = json.load(sys.stdin)
+    """Lock the files named on standard input and wait for a signal."""
+    request = json.load(sys.stdin)
     try:
         me = {"pid": os.getpid(), "start_ticks": stat(os.getpid()).start_ticks}
-        Path(wanted["record"]).write_text(json.dumps(me))
+        Path(request["record"]).write_text(json.dumps(me))
         _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
-        told = lock([(Path(path), size, extents) for path, size, extents in wanted["files"]])
+        result = lock([(Path(path), size, extents) for path, size, extents in request["files"]])
     except OSError as error:
-        told = {"errno": error.errno, "error": str(error)}
-    # Nobody reads it any more if the command that started us was killed: then this ends us.
-    print(json.dumps(told), flush=True)
-    if "errno" in told:
+        result = {"errno": error.errno, "error": str(error)}
+    # If the command that started this process was killed, the pipe is broken and the error ends
+    # this process too.
+    print(json.dumps(result), flush=True)
+    if "errno" in result:
         sys.exit(1)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -54,16 +57,23 @@ def main() -> None:
 
 
 def lock(files: Sequence[tuple[Path, int, Sequence[Sequence[int]]]]) -> dict[str, object]:
-    """Map and lock parts of files, in huge pages where the kernel can.
+    """Map and lock parts of files, in huge pages if the kernel can.
 
-    Returns ``locked`` and ``huge`` (bytes of this process that are mapped as huge pages), and
-    ``collapse``: why the kernel made none, or "". Raises OSError.
+    Args:
+        files: (path, size, extents) of each file; an extent is (first byte, bytes).
+
+    Returns:
+        ``locked`` in bytes, ``huge`` for the bytes mapped as huge pages, and ``collapse``, the
+        reason why the kernel made no huge pages, or "".
+
+    Raises:
+        OSError: a file cannot be mapped or locked.
     """
     locked, refused = 0, ""
     for path, size, extents in files:
         address = _map(path, size)
         for start, length in extents:
-            _checked(
+            _raise_on_error(
                 _libc.mlock(ctypes.c_void_p(address + start), ctypes.c_size_t(length)), "mlock"
             )
             locked += length
@@ -72,14 +82,14 @@ def lock(files: Sequence[tuple[Path, int, Sequence[Sequence[int]]]]) -> dict[str
 
 
 def _map(path: Path, size: int) -> int:
-    """Map a file where huge pages fit; its address. The mapping stays."""
-    # First room for it at any address, then the file at one that is aligned.
+    """Map a file aligned for huge pages; return its address. The mapping is permanent."""
+    # Reserve address space anywhere, then map the file at an aligned address in it.
     room = _mmap(None, size + _HUGE, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     address = -(-room // _HUGE) * _HUGE
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = _mmap(address, size, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, fd)
-        # What is not in memory yet is read into huge pages, where the file system has them.
+        # Uncached parts are then read into huge pages if the file system supports that.
         _libc.madvise(ctypes.c_void_p(found), ctypes.c_size_t(size), _MADV_HUGEPAGE)
         return found
     finally:
@@ -90,12 +100,12 @@ def _mmap(address: int | None, size: int, protection: int, flags: int, fd: int) 
     where, length = ctypes.c_void_p(address), ctypes.c_size_t(size)
     found = _libc.mmap(where, length, protection, flags, fd, ctypes.c_long(0))
     if found is None or found == _MAP_FAILED:
-        _checked(-1, "mmap")
+        _raise_on_error(-1, "mmap")
     return int(found)
 
 
 def _collapse(address: int, start: int, length: int) -> str:
-    """Have the kernel make huge pages of a part; why it refused, or ""."""
+    """Have the kernel collapse a part into huge pages; return its reason for refusing, or ""."""
     first, end = -(-start // _HUGE) * _HUGE, (start + length) // _HUGE * _HUGE
     if first >= end:
         return ""
@@ -110,7 +120,7 @@ def _huge_bytes() -> int:
     return sum(int(kib) << 10 for kib in re.findall(rb"^FilePmdMapped: +(\d+) kB$", text, re.M))
 
 
-def _checked(result: int, call: str) -> None:
+def _raise_on_error(result: int, call: str) -> None:
     if result:
         number = ctypes.get_errno()
         raise OSError(number, f"{call}: {os.strerror(number)}")

@@ -1,6 +1,6 @@
-"""Bringing parts of a file into the host's page cache, and dropping it from there.
+"""Load parts of a file into the host's page cache, or drop a file from it.
 
-Not here: what is in it (linux/counters/residency.py), which parts are worth it
+Not here: what is cached (linux/counters/residency.py), and which parts are worth loading
 (guest/pagecache/preload.py).
 """
 
@@ -12,24 +12,28 @@ from pathlib import Path
 
 from onecopy.linux import files
 
-#: (first byte, bytes) in a file.
+#: (first byte, number of bytes) in a file.
 Extent = tuple[int, int]
-#: Of one request the kernel reads no more than the device's own limit, or its read-ahead
-#: (mm/readahead.c, force_page_cache_ra), and says nothing of the rest: both are this or more
-#: unless someone set them lower.
+#: One request reads at most the device's limit or its read-ahead (mm/readahead.c,
+#: force_page_cache_ra), and the rest is silently skipped. Both limits are at least this large by
+#: default.
 _PIECE = 128 << 10
 _BUFFER = 1 << 20
 
 
 def read_ahead(path: Path, root: Path = files.ROOT) -> int | None:
-    """Bytes that the kernel reads around what is read or mapped in files of that file system.
+    """Return the read-ahead in bytes of the file system that holds ``path``.
 
-    None if it does not tell (Documentation/ABI/testing/sysfs-class-bdi, stable/sysfs-block).
+    Returns:
+        None if the kernel does not say.
+
+    Source:
+        Linux Documentation/ABI/testing/sysfs-class-bdi, stable/sysfs-block.
     """
     number = path.stat().st_dev
     name = f"{os.major(number)}:{os.minor(number)}"
     disk = (root / "sys/dev/block" / name).resolve()
-    # What is no disk has the first alone; a partition has the last, its disk's.
+    # Only the first exists if there is no disk; a partition's value is its disk's, the last.
     for folder in (root / "sys/class/bdi" / name, disk / "queue", disk.parent / "queue"):
         found = files.read_number(folder / "read_ahead_kb")
         if found is not None:
@@ -38,9 +42,12 @@ def read_ahead(path: Path, root: Path = files.ROOT) -> int | None:
 
 
 def begin(path: Path, extents: Iterable[Extent]) -> None:
-    """Have the kernel read parts of a file, without waiting for what it reads; raise OSError.
+    """Have the kernel read parts of a file, without waiting for the data.
 
-    What is in the page cache already costs a look at each page.
+    Parts in the page cache cost one lookup for each page.
+
+    Raises:
+        OSError: the file cannot be opened or read.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -52,9 +59,12 @@ def begin(path: Path, extents: Iterable[Extent]) -> None:
 
 
 def load(path: Path, extents: Iterable[Extent]) -> None:
-    """Read parts of a file and wait until they are there; raise OSError.
+    """Read parts of a file into the page cache and wait until they are there.
 
-    They stay as long as the kernel has no better use for the memory.
+    They stay until the kernel needs the memory for something else.
+
+    Raises:
+        OSError: the file cannot be opened or read.
     """
     extents = list(extents)
     begin(path, extents)
@@ -70,9 +80,10 @@ def load(path: Path, extents: Iterable[Extent]) -> None:
 
 
 def drop(path: Path) -> None:
-    """Drop what is clean and mapped by nobody from the page cache, as far as the kernel will.
+    """Drop a file's clean, unmapped pages from the page cache, as far as the kernel agrees.
 
-    Raises OSError.
+    Raises:
+        OSError: the file cannot be opened.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -1,4 +1,4 @@
-"""One process: its life, its command line, its CPU time, its page tables (proc(5)).
+"""One process: its state, command line, CPU time and page tables (proc(5)).
 
 Not here: its memory map (``smaps``), and what makes a process a guest.
 """
@@ -15,41 +15,44 @@ import msgspec
 from onecopy.errors import NotFound
 from onecopy.linux.files import ROOT, no_process, number, read_of_process
 
-#: More than any QEMU's.
-_LONGEST = 1 << 20
+#: Larger than any command line of QEMU.
+_CMDLINE_LIMIT = 1 << 20
 _UIDS = re.compile(rb"^Uid:\t[0-9]+\t([0-9]{1,10})\t", re.MULTILINE)
 _SIZES = re.compile(rb"^(\w+):\s+([0-9]{1,15}) kB$", re.MULTILINE)
 
 
-#: Numbers of fields behind the name: flags, utime, stime, starttime, vsize.
+#: Indexes of the fields after the name: flags, utime, stime, starttime, vsize.
 _FIELDS = (6, 11, 12, 19, 20)
 _PF_KTHREAD = 0x00200000
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """What onecopy uses of /proc/PID/stat (proc_pid_stat(5))."""
+    """The fields of /proc/PID/stat that onecopy uses (proc_pid_stat(5))."""
 
-    #: One letter; ``Z`` is a zombie: ended, but not yet waited for.
+    #: One letter; ``Z`` is a zombie: ended, but not reaped.
     state: str
     user_ticks: int
     system_ticks: int
-    #: Clock ticks from the host's boot to this process's start: with the pid, its identity.
+    #: The start in clock ticks since the host's boot: with the pid, the process's identity.
     start_ticks: int
     #: The kernel's PF_ flags (include/linux/sched.h).
     flags: int = 0
-    #: Bytes of its address space; 0 when it has none: a kernel thread, or one that is ending.
+    #: Bytes of address space; 0 for a kernel thread and for a process that is ending.
     virtual: int = 0
 
     @property
     def is_kernel_thread(self) -> bool:
-        """Whether it is a thread of the kernel: no process can call itself one."""
+        """Whether it is a kernel thread; no process can set this flag for itself."""
         return bool(self.flags & _PF_KTHREAD)
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """Sizes in /proc/PID/status (proc_pid_status(5)), which any user may read; bytes.
+    """Memory sizes in bytes from /proc/PID/status, which any user may read.
 
-    None is what this kernel does not tell, or a zombie does not have.
+    A value is None if this kernel does not report it, or the process is a zombie.
+
+    Source:
+        proc_pid_status(5).
     """
 
     anonymous: int | None
@@ -60,10 +63,10 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 def parse_stat(text: bytes) -> Stat | None:
-    """The figures in the text of a stat file; None if it is cut off, as of a process that ends."""
-    # The command's name stands in parentheses and may hold any byte, `) ` included.
+    """Parse a stat file; return None if it is truncated, as for a process that is ending."""
+    # The command's name is in parentheses and may contain any bytes, `) ` included.
     fields = text[text.rfind(b")") + 2 :].split()
-    figures = [number(fields[place]) for place in _FIELDS if place + 1 < len(fields)]
+    figures = [number(fields[index]) for index in _FIELDS if index + 1 < len(fields)]
     if len(figures) < len(_FIELDS) or None in figures or len(fields[0]) != 1:
         return None
     flags, user, system, start, virtual = (each or 0 for each in figures)
@@ -71,7 +74,12 @@ def parse_stat(text: bytes) -> Stat | None:
 
 
 def stat(pid: int, root: Path = ROOT) -> Stat:
-    """The process's state and times. Raises NotFound, Unreadable."""
+    """Return the process's state and times.
+
+    Raises:
+        NotFound: the process does not exist.
+        Unreadable: the kernel refused to read the file.
+    """
     text = read_of_process(pid, "stat", root)
     found = None if text is None else parse_stat(text)
     if found is None:
@@ -80,13 +88,17 @@ def stat(pid: int, root: Path = ROOT) -> Stat:
 
 
 def require(pid: int, start_ticks: int | None = None, root: Path = ROOT) -> None:
-    """Raise NotFound unless the process runs and has memory: what was read of it is then whole.
+    """Require that the process runs and has memory, so that data read before is complete.
 
-    With ``start_ticks`` it is the one that started then, and no later one of the same number.
+    Args:
+        start_ticks: the start time that identifies the process, in case its pid was reused.
+
+    Raises:
+        NotFound: the process has ended or is another one.
     """
     text = read_of_process(pid, "stat", root)
     if text is None:
-        # Recorded without it.
+        # Recorded trees of /proc may lack this file.
         return
     found = parse_stat(text)
     if found is None or found.state in "ZX" or not found.virtual:
@@ -96,7 +108,7 @@ def require(pid: int, start_ticks: int | None = None, root: Path = ROOT) -> None
 
 
 def exists(pid: int, root: Path = ROOT) -> bool:
-    """Whether the process runs; a zombie does not."""
+    """Whether the process runs; False for a zombie."""
     try:
         return stat(pid, root).state not in "ZX"
     except NotFound:
@@ -104,7 +116,7 @@ def exists(pid: int, root: Path = ROOT) -> bool:
 
 
 def is_same(pid: int, start_ticks: int, root: Path = ROOT) -> bool:
-    """Whether ``pid`` is the process that started then, and not a later one."""
+    """Whether ``pid`` still is the process with that start time."""
     try:
         return stat(pid, root).start_ticks == start_ticks
     except NotFound:
@@ -112,27 +124,39 @@ def is_same(pid: int, start_ticks: int, root: Path = ROOT) -> bool:
 
 
 def cpu_seconds(pid: int, root: Path = ROOT) -> float:
-    """CPU time that the process used, user and system, all threads. Raises NotFound."""
+    """Return the CPU time of all threads in seconds, user and system.
+
+    Raises:
+        NotFound: the process does not exist.
+    """
     return cpu_seconds_of(stat(pid, root))
 
 
 def cpu_seconds_of(figures: Stat) -> float:
-    """The same, from figures that were read."""
+    """Return the CPU time in seconds from figures that were read before."""
     return (figures.user_ticks + figures.system_ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def start_time(pid: int, root: Path = ROOT) -> float:
-    """Seconds from the host's boot to the process's start. Raises NotFound."""
+    """Return the start of the process in seconds since the host's boot.
+
+    Raises:
+        NotFound: the process does not exist.
+    """
     return stat(pid, root).start_ticks / os.sysconf("SC_CLK_TCK")
 
 
 def cmdline(pid: int, root: Path = ROOT) -> list[str]:
-    """The arguments the process was started with; none for a zombie. Raises NotFound, NotPermitted.
+    """Return the process's command line; empty for a zombie.
 
-    It may have changed them: they are its own memory, as much as it says (prctl(2), PR_SET_MM). So
-    no more than the first MiB is read.
+    The process may have changed it and its length, since it is the process's own memory (prctl(2),
+    PR_SET_MM). So only the first MiB is read.
+
+    Raises:
+        NotFound: the process does not exist.
+        NotPermitted: this user may not read it.
     """
-    text = read_of_process(pid, "cmdline", root, most=_LONGEST, cut=True)
+    text = read_of_process(pid, "cmdline", root, most=_CMDLINE_LIMIT, cut=True)
     if text is None:
         raise no_process(pid)
     if not text:
@@ -141,28 +165,40 @@ def cmdline(pid: int, root: Path = ROOT) -> list[str]:
 
 
 def owner(pid: int, root: Path = ROOT) -> int | None:
-    """The user that the process acts as (its effective uid); None when not told.
+    """Return the effective user id of the process; None if the kernel does not say.
 
-    Not the owner of its folder in /proc: what is not dumpable seems to be root's. Raises NotFound.
+    The owner of its directory in /proc would not do: that is root for a process that is not
+    dumpable.
+
+    Raises:
+        NotFound: the process does not exist.
     """
     found = _UIDS.search(read_of_process(pid, "status", root) or b"")
     return None if found is None else int(found[1])
 
 
 def memory(pid: int, root: Path = ROOT) -> Memory:
-    """The process's memory by kind; cheap beside smaps, and less exact. Raises NotFound."""
+    """Return the process's memory by kind: cheaper than smaps, and less exact.
+
+    Raises:
+        NotFound: the process does not exist.
+    """
     kib = dict(_SIZES.findall(read_of_process(pid, "status", root) or b""))
     names = (b"RssAnon", b"RssFile", b"RssShmem", b"VmSwap", b"VmPTE")
     return Memory(*(int(kib[name]) << 10 if name in kib else None for name in names))
 
 
 def page_table_bytes(pid: int, root: Path = ROOT) -> int | None:
-    """Bytes of the process's page tables (VmPTE); None when not told. Raises NotFound."""
+    """Return the bytes of the process's page tables (VmPTE); None if the kernel does not say.
+
+    Raises:
+        NotFound: the process does not exist.
+    """
     return memory(pid, root).page_tables
 
 
 async def wait_for_end(pidfd: int, timeout: float | None) -> bool:
-    """Wait up to ``timeout`` seconds until the process behind a pidfd has ended; whether it has."""
+    """Wait up to ``timeout`` seconds for the end of a process; return whether it has ended."""
     loop, gone = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(pidfd, gone.set)
     try:

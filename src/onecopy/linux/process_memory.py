@@ -1,8 +1,9 @@
-"""Reading pages of another process, many at once (process_vm_readv(2)).
+"""Read many pages of another process at once (process_vm_readv(2)).
 
-The process does not notice: nothing is written, and only pages that are in memory should be asked
-for, since others would be brought in. Takes the rights to trace it (PTRACE_MODE_ATTACH). Not here:
-which pages are worth reading (``pagemap``).
+The process is not disturbed. Callers should name only pages that are in memory, because the kernel
+would bring in others. Reading takes the right to trace the process (PTRACE_MODE_ATTACH).
+
+Not here: which pages to read (``pagemap``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from onecopy.linux.bounded_wait import going_on
 from onecopy.linux.files import no_process
 from onecopy.model import PAGE_SIZE
 
-#: What one call may name (uio.h, UIO_MAXIOV).
+#: The number of ranges in one call (uio.h, UIO_MAXIOV).
 _RANGES = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -29,12 +30,21 @@ _libc.process_vm_readv.restype = ctypes.c_ssize_t
 def read(
     pid: int, addresses: npt.NDArray[np.uint64], into: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.bool_]:
-    """Copy the pages at ``addresses`` (bytes, ascending) to ``into``: shape (pages, PAGE_SIZE).
+    """Copy pages of a process.
 
-    Returns which pages were there; the others are undefined in ``into``. Raises NotFound when the
-    process is gone, NotPermitted, Unreadable.
+    Args:
+        addresses: byte addresses of the pages, ascending, shape (pages,).
+        into: receives the content, shape (pages, PAGE_SIZE).
+
+    Returns:
+        A mask of the pages that were present; rows of other pages are undefined.
+
+    Raises:
+        NotFound: the process has ended.
+        NotPermitted: this user may not trace the process.
+        Unreadable: the kernel refused for another reason.
     """
-    there = np.ones(len(addresses), np.bool_)
+    present = np.ones(len(addresses), np.bool_)
     at = 0
     while at < len(addresses):
         ranges, count = _ranges(addresses[at:])
@@ -42,13 +52,13 @@ def read(
         going_on()
         at += done
         if done < count:
-            there[at] = False
+            present[at] = False
             at += 1
-    return there
+    return present
 
 
 def _ranges(addresses: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], int]:
-    """The first pages as (address, bytes) of adjacent ones, and how many pages that are."""
+    """Merge adjacent leading pages; return (address, bytes) of each range and the page count."""
     gaps = np.flatnonzero(addresses[1:] - addresses[:-1] != PAGE_SIZE)[:_RANGES] + 1
     edges = np.concatenate(([0], gaps, [len(addresses)]))[: _RANGES + 1]
     ranges = np.empty((len(edges) - 1, 2), np.uint64)
@@ -58,8 +68,8 @@ def _ranges(addresses: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], 
 
 
 def _read(pid: int, ranges: npt.NDArray[np.uint64], into: npt.NDArray[np.uint8]) -> int:
-    """How many pages were copied before one was not there."""
-    # Rows of two 64-bit numbers are what struct iovec is.
+    """Return how many pages were copied before a missing one."""
+    # A row of two 64-bit numbers has the layout of struct iovec.
     ours = np.array([[into.ctypes.data, into.nbytes]], np.uint64)
     size = _libc.process_vm_readv(
         ctypes.c_int(pid),
@@ -78,6 +88,7 @@ def _read(pid: int, ranges: npt.NDArray[np.uint64], into: npt.NDArray[np.uint8])
         raise no_process(pid)
     if number == errno.EPERM:
         raise NotPermitted(
-            f"may not read the memory of process {pid}", hint="run as root, or as its user"
+            f"cannot read the memory of process {pid}: permission denied",
+            hint="run the command as root or as the process's user",
         )
     raise Unreadable(f"cannot read the memory of process {pid}: {os.strerror(number)}")

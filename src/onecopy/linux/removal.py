@@ -1,8 +1,9 @@
-"""Removing a folder that others have filled: however deep, wide or odd it is.
+"""Remove a directory with untrusted content, of any depth, width and names.
 
-It goes down by descriptors, two of which are open at a time, and comes back by ".." (openat(2),
-unlinkat(2)): no name is longer than one entry's, no link is followed, and nothing recurses. Not
-here: which folders go (store/workspace.py, guest/transfer/destination.py).
+The walk goes down by descriptors, two of which are open at a time, and returns by ".." (openat(2),
+unlinkat(2)). So paths have no length limit, no link is followed, and nothing recurses.
+
+Not here: which directories to remove (store/workspace.py, guest/transfer/destination.py).
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from pathlib import Path
 
 import msgspec
 
-#: Subfolders whose names are kept at a time, for each level.
+#: The number of subdirectories remembered at each level.
 _NAMES = 1024
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove_tree(path: Path) -> str:
-    """Remove ``path`` and all in it, or as much as can be; return why something stays, else "".
+    """Remove ``path`` and everything in it, as far as possible.
 
-    A folder with something mounted in it is left alone: the mount's content is not ours.
+    A directory with a mount point in it is left alone, because the mounted content is not
+    onecopy's.
+
+    Returns:
+        The reason reason something is left, else "".
     """
     if _has_mount(path):
-        return f"something is mounted in {path}"
+        return f"a file system is mounted in {path}"
     try:
         parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -40,68 +45,68 @@ def remove_tree(path: Path) -> str:
 
 
 class _Level(msgspec.Struct):
-    """A folder on the way down."""
+    """A directory on the way down."""
 
     name: bytes
     inode: int
-    folders: list[bytes] = []
-    """Subfolders still to be emptied."""
-    kept: set[bytes] = set()
+    directories: list[bytes] = []
+    """Subdirectories that are not empty yet."""
+    skipped: set[bytes] = set()
     """Entries that cannot be removed."""
 
 
 class _Removal:
-    """One removal; ``_fd`` is the folder in which it is."""
+    """One removal; ``_fd`` is the current directory."""
 
     def __init__(self, parent: int, name: bytes) -> None:
         self._top = _Level(name, os.fstat(parent).st_ino)
         self._fd = os.dup(parent)
         self._levels: list[_Level] = []
         self._device = 0
-        self._why = ""
+        self._reason = ""
 
     def run(self) -> str:
         try:
             if not self._unlink(self._top.name):
                 self._device = os.lstat(self._top.name, dir_fd=self._fd).st_dev
-                self._enter(self._top.name)
+                self._descend(self._top.name)
                 while self._levels:
                     self._step()
         except OSError as error:
-            self._keep(self._top.name, error)
+            self._skip(self._top.name, error)
         finally:
             os.close(self._fd)
-        return self._why
+        return self._reason
 
     def _step(self) -> None:
         level = self._levels[-1]
-        if not level.folders:
+        if not level.directories:
             self._clear(level)
-        if level.folders:
-            self._enter(level.folders.pop())
+        if level.directories:
+            self._descend(level.directories.pop())
         else:
-            self._leave()
+            self._ascend()
 
     def _clear(self, level: _Level) -> None:
-        """Remove what can be at once; find some subfolders."""
-        # A pass may miss what moves as the folder shrinks.
-        again = True
-        while again and not level.folders:
-            again = False
+        """Remove all entries that are not full directories; collect some subdirectories."""
+        # A pass may miss entries that move while the directory shrinks.
+        removed_some = True
+        while removed_some and not level.directories:
+            removed_some = False
             with os.scandir(self._fd) as entries:
                 for entry in entries:
                     name = os.fsencode(entry.name)
-                    if name in level.kept:
+                    if name in level.skipped:
                         continue
                     if self._unlink(name):
-                        again = True
-                    elif name not in level.kept:
-                        level.folders.append(name)
-                        if len(level.folders) == _NAMES:
+                        removed_some = True
+                    elif name not in level.skipped:
+                        level.directories.append(name)
+                        if len(level.directories) == _NAMES:
                             break
 
     def _unlink(self, name: bytes) -> bool:
-        """Whether it is gone now; False for a folder that holds something, and what stays."""
+        """Remove an entry; return False for a full directory or an entry that cannot be removed."""
         try:
             try:
                 os.unlink(name, dir_fd=self._fd)
@@ -111,35 +116,35 @@ class _Removal:
             return True
         except OSError as error:
             if error.errno != errno.ENOTEMPTY:
-                self._keep(name, error)
+                self._skip(name, error)
             return False
         return True
 
-    def _enter(self, name: bytes) -> None:
+    def _descend(self, name: bytes) -> None:
         try:
-            fd = _open_folder(name, self._fd)
+            fd = _open_directory(name, self._fd)
         except FileNotFoundError:
             return
         except OSError as error:
-            self._keep(name, error)
+            self._skip(name, error)
             return
         status = os.fstat(fd)
         if status.st_dev != self._device:
             os.close(fd)
-            self._keep(name, None)
+            self._skip(name, None)
             return
         self._levels.append(_Level(name, status.st_ino))
         os.close(self._fd)
         self._fd = fd
 
-    def _leave(self) -> None:
+    def _ascend(self) -> None:
         level = self._levels.pop()
         above = self._levels[-1] if self._levels else self._top
-        fd = os.open("..", _FOLDER, dir_fd=self._fd)
+        fd = os.open("..", _OPEN_FLAGS, dir_fd=self._fd)
         if os.fstat(fd).st_ino != above.inode:
             os.close(fd)
             self._levels.clear()
-            self._keep(level.name, None)
+            self._skip(level.name, None)
             return
         os.close(self._fd)
         self._fd = fd
@@ -148,28 +153,30 @@ class _Removal:
         except FileNotFoundError:
             pass
         except OSError as error:
-            self._keep(level.name, error)
+            self._skip(level.name, error)
 
-    def _keep(self, name: bytes, error: OSError | None) -> None:
-        """Go on without it; the first one is told."""
+    def _skip(self, name: bytes, error: OSError | None) -> None:
+        """Skip an entry; only the first reason is reported."""
         if self._levels:
-            self._levels[-1].kept.add(name)
-        why = error.strerror if error else "moved, or on another file system"
-        self._why = self._why or f"{os.fsdecode(name)}: {why}"
+            self._levels[-1].skipped.add(name)
+        reason = error.strerror if error else "it was moved or is on another file system"
+        self._reason = self._reason or f"{os.fsdecode(name)}: {reason}"
 
 
-def _open_folder(name: bytes, folder: int) -> int:
-    """A folder to be emptied; one of ours that we may not read or write is made ours first.
+def _open_directory(name: bytes, directory: int) -> int:
+    """Open a directory to empty it, and give its owner full permissions first.
 
-    Trees of Debian packages have folders that only root may empty as they are.
+    Trees of Debian packages contain directories without them, which only root could empty.
     """
-    found = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    found = os.open(
+        name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory
+    )
     try:
         status = os.fstat(found)
         if os.geteuid() != 0 and status.st_mode & stat.S_IRWXU != stat.S_IRWXU:
             with contextlib.suppress(OSError):
                 Path(f"/proc/self/fd/{found}").chmod(0o700)
-        return os.open(".", _FOLDER, dir_fd=found)
+        return os.open(".", _OPEN_FLAGS, dir_fd=found)
     finally:
         os.close(found)
 

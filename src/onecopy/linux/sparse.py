@@ -1,4 +1,4 @@
-"""Files with holes: where their data lies, and copies without what was never written.
+"""Sparse files: find their data and copy them without filling holes.
 
 Not here: digests of them (store/digest.py).
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Start and end of each range below ``size`` that is no hole (lseek(2), SEEK_DATA)."""
+    """Yield (start, end) of each data range below ``size`` (lseek(2), SEEK_DATA)."""
     end = 0
     while end < size:
         try:
@@ -27,17 +27,21 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def copy_file(source: int, size: int, out: Path) -> None:
-    """Make ``out`` a copy of the first ``size`` bytes of the file ``source``; raise OSError."""
+    """Copy the first ``size`` bytes of an open file to the new file ``out``.
+
+    Raises:
+        OSError: the file cannot be copied.
+    """
     fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.ftruncate(fd, size)
         for start, end in data_ranges(source, size):
             at = start
             while at < end:
-                # The kernel shares the blocks on disk where the file system can.
+                # The kernel shares disk blocks between the files if the file system can.
                 copied = os.copy_file_range(source, fd, end - at, at, at)
                 if not copied:
-                    raise OSError(errno.EIO, "it became shorter while it was copied")
+                    raise OSError(errno.EIO, "the file became shorter while it was copied")
                 at += copied
     finally:
         os.close(fd)

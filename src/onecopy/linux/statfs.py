@@ -1,6 +1,6 @@
-"""Whether a file system is of this machine: statfs(2).
+"""Find out whether a file system is local: statfs(2).
 
-Not here: how much room it has (os.statvfs), and who must not lie on which (store/opening.py).
+Not here: its free space (os.statvfs), and what must be on a local one (store/opening.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import ctypes
 import os
 from pathlib import Path
 
-#: f_type -> name, of what may change, lock or vanish elsewhere (linux/magic.h, statfs(2)).
+#: f_type -> name of file systems that others can change, lock or take away (linux/magic.h,
+#: statfs(2)).
 _REMOTE = {
     0x6969: "NFS",
     0x517B: "SMB",
@@ -23,30 +24,31 @@ _REMOTE = {
     0x0BD00BD0: "Lustre",
     0x47504653: "GPFS",
     0x65735546: "FUSE",
-    0x786F4256: "VirtualBox's shared folders",
+    0x786F4256: "VirtualBox shared folders",
 }
-# Its first member, f_type, is a long; all of it has 120 bytes (asm-generic/statfs.h).
-_ROOM = 256
+# Its first member, f_type, is a long; its size is 120 bytes (asm-generic/statfs.h).
+_STRUCT_SIZE = 256
 
 
 def remote_kind(path: Path) -> str | None:
-    """Name of the file system of ``path`` if it may be another machine's or program's; else None.
+    """Return the name of a file system that another machine or program may control, else None.
 
-    Raises OSError.
+    Raises:
+        OSError: the path cannot be accessed.
     """
     return remote_name(_type(path))
 
 
 def remote_name(f_type: int) -> str | None:
-    """Name of a file system that may be another machine's or program's; else None."""
-    # Some come sign-extended.
+    """Return the name of a type that another machine or program may control, else None."""
+    # Some types are sign-extended.
     return _REMOTE.get(f_type & 0xFFFFFFFF)
 
 
 def _type(path: Path) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
-    told = ctypes.create_string_buffer(_ROOM)
-    if libc.statfs(os.fsencode(path), told):
+    result = ctypes.create_string_buffer(_STRUCT_SIZE)
+    if libc.statfs(os.fsencode(path), result):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(path))
-    return ctypes.c_long.from_buffer(told).value
+    return ctypes.c_long.from_buffer(result).value

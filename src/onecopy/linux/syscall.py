@@ -1,8 +1,9 @@
-"""Linux system calls that Python has no function for, by number, through ctypes.
+"""Linux system calls for which Python has no function, by number through ctypes.
 
-x86_64 only, as onecopy's hosts are. They concern the calling thread, but for `ignored`; the C
-library's functions for credentials would change those of all threads (nptl(7)). Not here: what they
-are for (linux/sandbox/landlock.py, linux/sandbox/seccomp.py, vmm/confine.py).
+The numbers are those of x86_64, like onecopy's hosts. All but `ignored` affect only the calling
+thread, whereas the C library's functions change the credentials of all threads (nptl(7)).
+
+Not here: the uses (linux/sandbox/landlock.py, linux/sandbox/seccomp.py, vmm/confine.py).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _AT_FDCWD, _AT_EMPTY_PATH, _OPEN_TREE_CLONE = -100, 0x1000, 1
 _NOSUID, _NODEV, _NOEXEC = 2, 4, 8
 _PERSONALITY, _ADDR_NO_RANDOMIZE, _PERSONALITY_NOW = 135, 0x0040000, 0xFFFFFFFF
 _CAPABILITY_VERSION_3 = 0x20080522
-#: Bytes of struct sigaction (glibc, bits/sigaction.h), whose first 8 are the handler.
+#: Bytes of struct sigaction (glibc, bits/sigaction.h); the first 8 are the handler.
 _SIGACTION, _IGNORE = 152, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,21 +45,33 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def syscall(number: int, *arguments: int | ctypes.Array[ctypes.c_char] | None) -> int:
-    """What the call returns; raise OSError. Buffers are passed by address."""
-    passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    return _checked(int(_libc.syscall(ctypes.c_long(number), *passed)))
+    """Make a system call; buffers are converted by address.
+
+    Returns:
+        The result of the call.
+
+    Raises:
+        OSError: the call failed.
+    """
+    converted = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    return _checked(int(_libc.syscall(ctypes.c_long(number), *converted)))
 
 
 def prctl(option: int, *arguments: int) -> int:
-    """prctl(2); raise OSError."""
-    passed = [*arguments, 0, 0, 0, 0][:4]
-    return _checked(int(_libc.prctl(option, *map(ctypes.c_ulong, passed))))
+    """Call prctl(2).
+
+    Raises:
+        OSError: the call failed.
+    """
+    converted = [*arguments, 0, 0, 0, 0][:4]
+    return _checked(int(_libc.prctl(option, *map(ctypes.c_ulong, converted))))
 
 
 def become(uid: int, gid: int, groups: Sequence[int]) -> None:
-    """Take another user's numbers, for real, effective and saved; capabilities stay permitted.
+    """Set the real, effective and saved user and group; permitted capabilities stay.
 
-    Raises OSError.
+    Raises:
+        OSError: the kernel refused.
     """
     prctl(PR_SET_KEEPCAPS, 1)
     syscall(_SETGROUPS, len(groups), buffer(struct.pack(f"{len(groups)}I", *groups)))
@@ -66,32 +79,42 @@ def become(uid: int, gid: int, groups: Sequence[int]) -> None:
     syscall(_SETRESUID, uid, uid, uid)
 
 
-def unshare_folder() -> None:
-    """Have a working directory, root and umask apart from the process's other threads."""
+def unshare_directory() -> None:
+    """Give this thread its own working directory, root and umask."""
     syscall(_UNSHARE, _CLONE_FS)
 
 
 def unshare_mounts() -> None:
-    """Have mounts (and a folder, as above) apart from all others, who do not see what is changed.
+    """Give this thread its own mount namespace, and its own working directory.
 
-    What others mount and unmount is seen here, too (mount_namespaces(7)).
+    Mounts of other processes still appear here (mount_namespaces(7)), but not the reverse.
+
+    Raises:
+        OSError: the kernel refused.
     """
     syscall(_UNSHARE, _CLONE_NEWNS)
     _checked(int(_libc.mount(None, b"/", None, ctypes.c_ulong(_MS_REC | _MS_SLAVE), None)))
 
 
 def bind_mount(source: Path, target: Path) -> None:
-    """Have a folder, with what is mounted in it, in place of another one; raise OSError."""
+    """Mount a directory, and the mounts in it, over another directory.
+
+    Raises:
+        OSError: the kernel refused.
+    """
     flags = ctypes.c_ulong(_MS_BIND | _MS_REC)
     _checked(int(_libc.mount(os.fsencode(source), os.fsencode(target), None, flags, None)))
 
 
-def open_without_devices(folder: Path) -> int:
-    """Open a folder as a mount of its own, which nobody else sees and in which no device opens.
+def open_without_devices(directory: Path) -> int:
+    """Open a directory as a private mount in which no device file can be opened.
 
-    open_tree(2), mount_setattr(2), Linux 5.12; raises OSError. Ends when it is closed.
+    The mount ends when the descriptor is closed. Needs Linux 5.12 (open_tree(2), mount_setattr(2)).
+
+    Raises:
+        OSError: the kernel refused.
     """
-    name = buffer(os.fsencode(folder) + b"\0")
+    name = buffer(os.fsencode(directory) + b"\0")
     fd = syscall(_OPEN_TREE, _AT_FDCWD, name, _OPEN_TREE_CLONE | os.O_CLOEXEC)
     try:
         attributes = struct.pack("4Q", _NOSUID | _NODEV | _NOEXEC, 0, 0, 0)
@@ -103,29 +126,37 @@ def open_without_devices(folder: Path) -> int:
     return fd
 
 
-def randomize_no_addresses() -> None:
-    """Programs that this thread executes lie at the same addresses each time (personality(2))."""
+def disable_address_randomisation() -> None:
+    """Disable address randomisation for programs that this thread executes (personality(2))."""
     now = syscall(_PERSONALITY, _PERSONALITY_NOW)
     syscall(_PERSONALITY, now | _ADDR_NO_RANDOMIZE)
 
 
 def pidfd_getfd(pidfd: int, number: int) -> int:
-    """A copy of another process's descriptor (pidfd_getfd(2), Linux 5.6); raise OSError.
+    """Duplicate a descriptor of another process (pidfd_getfd(2), Linux 5.6).
 
-    It takes ptrace rights over that process.
+    Raises:
+        OSError: the kernel refused; the right to trace the process is needed.
     """
     return syscall(_PIDFD_GETFD, pidfd, number, 0)
 
 
 def punch_hole(fd: int, offset: int, size: int) -> None:
-    """Make a range of a file read as zeroes and take no room (fallocate(2)); raise OSError."""
+    """Free a range of a file, which then reads as zeroes (fallocate(2)).
+
+    Raises:
+        OSError: the kernel refused.
+    """
     syscall(_FALLOCATE, fd, _KEEP_SIZE | _PUNCH_HOLE, offset, size)
 
 
 def set_capabilities(mask: int) -> None:
-    """Have exactly the capabilities in ``mask`` (capabilities(7)) from now on; raise OSError.
+    """Reduce the capabilities to those in ``mask`` (capabilities(7)).
 
-    Programs that are executed inherit them, unless they are none.
+    Programs that this thread executes inherit them.
+
+    Raises:
+        OSError: the kernel refused.
     """
     low, high = mask & 0xFFFFFFFF, mask >> 32
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
@@ -139,9 +170,9 @@ def set_capabilities(mask: int) -> None:
 
 @contextlib.contextmanager
 def ignored(signal: int) -> Iterator[None]:
-    """Have this process, and the children that it starts meanwhile, ignore a signal.
+    """Have this process ignore a signal, and the children that it starts meanwhile.
 
-    As signal.signal() does, but from any thread.
+    Unlike signal.signal() this works in any thread.
     """
     before = ctypes.create_string_buffer(_SIGACTION)
     _checked(int(_libc.sigaction(signal, None, before)))
@@ -157,12 +188,12 @@ def ignored(signal: int) -> Iterator[None]:
 
 
 def buffer(data: bytes) -> ctypes.Array[ctypes.c_char]:
-    """``data`` as something with an address."""
+    """Return ``data`` as a buffer with an address."""
     return ctypes.create_string_buffer(data, len(data))
 
 
 def address(data: ctypes.Array[ctypes.c_char]) -> int:
-    """Where a buffer lies; it must be kept as long as this is used."""
+    """Return the address of a buffer; the caller must keep the buffer alive."""
     return ctypes.addressof(data)
 
 

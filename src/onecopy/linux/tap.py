@@ -1,8 +1,11 @@
-"""Tap devices: a guest's card as an interface of the host, in a bridge.
+"""Tap devices: a guest's network card as an interface of the host, attached to a bridge.
 
-Linux Documentation/networking/tuntap.rst, netdevice(7). The interface goes with the last copy of
-its descriptor, so it ends with the VMM that has it, however that ends. Not here: bridges
-themselves, which are the administrator's.
+The interface ends with the last copy of its descriptor, so it ends with its VMM.
+
+Not here: bridges, which the administrator manages.
+
+Source:
+    Linux Documentation/networking/tuntap.rst, netdevice(7).
 """
 
 from __future__ import annotations
@@ -23,9 +26,18 @@ _UP = 1
 
 
 def open_tap(bridge: str, *, connected: bool = True) -> int:
-    """A descriptor of a new tap device that is up, and a port of ``bridge`` if it is ``connected``.
+    """Create a tap device that is up.
 
-    Raises NotFound (no such bridge, or no tap devices), NotPermitted.
+    Args:
+        bridge: the bridge that the device is for.
+        connected: attach the device to the bridge at once.
+
+    Returns:
+        A descriptor of the device.
+
+    Raises:
+        NotFound: there is no such bridge, or the host has no tap devices.
+        NotPermitted: only root may create the device.
     """
     _require_bridge(bridge)
     try:
@@ -40,42 +52,52 @@ def open_tap(bridge: str, *, connected: bool = True) -> int:
     except PermissionError as error:
         raise NotPermitted(
             "only root can connect a guest to a bridge",
-            hint="leave --bridge out: the guest then has a user-mode network (-p forwards ports)",
+            hint="omit --bridge: the guest then has a user-mode network (-p forwards ports)",
         ) from error
     except FileNotFoundError as error:
-        raise NotFound(f"this host has no {_TUN}", hint=as_root("modprobe tun")) from error
+        raise NotFound(
+            f"{_TUN} does not exist on this host", hint=as_root("modprobe tun")
+        ) from error
     return fd
 
 
 def _require_bridge(bridge: str) -> None:
     if "/" in bridge or not Path(f"/sys/class/net/{bridge}/bridge").is_dir():
         raise NotFound(
-            f"there is no bridge {bridge!r} on this host",
-            hint="`ip link show type bridge` lists them; `ip link add br0 type bridge` makes one",
+            f"this host has no bridge {bridge!r}",
+            hint="`ip link show type bridge` lists bridges; `ip link add br0 type bridge` "
+            "creates one",
         )
 
 
 def connect_tap(fd: int, bridge: str) -> None:
-    """Make the tap device of a descriptor a port of ``bridge``; raise NotFound, GuestFailed."""
+    """Attach the tap device of a descriptor to a bridge.
+
+    Raises:
+        NotFound: there is no such bridge.
+        GuestFailed: the kernel refused.
+    """
     _require_bridge(bridge)
     try:
         _join(fcntl.ioctl(fd, _TUNGETIFF, bytes(40))[:16], bridge)
     except OSError as error:
-        raise GuestFailed(f"the guest cannot be connected to {bridge}: {error.strerror}") from error
+        raise GuestFailed(
+            f"cannot attach the guest to the bridge {bridge}: {error.strerror}"
+        ) from error
 
 
 def _join(name: bytes, bridge: str) -> None:
-    """Put an interface into the bridge."""
+    """Attach an interface to the bridge."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         number = socket.if_nametoindex(name.rstrip(b"\0").decode())
         fcntl.ioctl(control, _SIOCBRADDIF, struct.pack("16si20x", bridge.encode(), number))
 
 
 def _make(fd: int) -> bytes:
-    """Make ``fd`` a tap device that is up; return its name."""
-    # The kernel puts a number in place of %d.
-    asked = struct.pack("16sH22x", b"onecopy%d", _TAP | _NO_PACKET_INFO)
-    name = fcntl.ioctl(fd, _TUNSETIFF, asked)[:16]
+    """Turn ``fd`` into a tap device that is up; return its name."""
+    # The kernel replaces %d by a number.
+    request = struct.pack("16sH22x", b"onecopy%d", _TAP | _NO_PACKET_INFO)
+    name = fcntl.ioctl(fd, _TUNSETIFF, request)[:16]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         flags = fcntl.ioctl(control, _SIOCGIFFLAGS, struct.pack("16sH22x", name, 0))
         up = struct.unpack("16sH22x", flags)[1] | _UP

@@ -1,4 +1,4 @@
-"""How fast this processor's time-stamp counter runs (x86 instruction RDTSC)."""
+"""Measure the frequency of this processor's time-stamp counter (x86 instruction RDTSC)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 #: rdtsc; shl $32, %rdx; or %rdx, %rax; ret
 _READ = bytes.fromhex("0f31 48c1e220 4809d0 c3")
-#: Seconds between two looks, and how often each is taken: the quickest one counts.
-_BETWEEN, _TRIES = 0.03, 20
+#: Seconds between two samples, and the attempts for each; the quickest attempt counts.
+_INTERVAL, _TRIES = 0.03, 20
 _NS = 1_000_000_000
 
 
 @functools.cache
 def megahertz() -> int | None:
-    """Return its frequency in MHz; None where it cannot be read (no x86, no executable memory)."""
+    """Return the frequency in MHz; None without x86 or executable memory."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
     try:
@@ -27,14 +27,14 @@ def megahertz() -> int | None:
         return None
     code.write(_READ)
     read = ctypes.CFUNCTYPE(ctypes.c_uint64)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
-    began, from_ = _look(read)
-    time.sleep(_BETWEEN)
-    ended, to = _look(read)
+    began, from_ = _sample(read)
+    time.sleep(_INTERVAL)
+    ended, to = _sample(read)
     return round((to - from_) * _NS / (ended - began) / 1_000_000) or None
 
 
-def _look(read: Callable[[], int]) -> tuple[int, int]:
-    """The time in nanoseconds, and the counter at that time."""
+def _sample(read: Callable[[], int]) -> tuple[int, int]:
+    """Sample the clock in nanoseconds and the counter at that time."""
 
     def once() -> tuple[int, int, int]:
         before = time.monotonic_ns()

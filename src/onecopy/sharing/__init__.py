@@ -1,5 +1,6 @@
-"""Who shares what: the kernel's counters, told per guest and for all of them.
+"""What guests share: the kernel's counters, attributed to each guest and to all of them.
 
-``account`` turns one VMM's mappings into an account, ``report`` puts many side by side. Not here:
-how the counters are read (``onecopy.linux``), and how a report is printed (``onecopy.cli``).
+``account`` turns one VMM's mappings into an account, and ``report`` puts the accounts side by side.
+
+Not here: reading the counters (``onecopy.linux``), and printing a report (``onecopy.cli``).
 """

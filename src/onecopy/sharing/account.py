@@ -1,6 +1,6 @@
-"""One guest's account: which of its memory is its own, and which it shares.
+"""One guest's account: the memory that it has for itself, and the memory that it shares.
 
-Not here: many guests together (``report``), reading smaps (``onecopy.linux.counters.smaps``).
+Not here: many guests together (``report``), and reading smaps (``onecopy.linux.counters.smaps``).
 """
 
 from __future__ import annotations
@@ -19,63 +19,64 @@ from onecopy.linux.counters.smaps import Mapping
 from onecopy.linux.files import Identity
 from onecopy.model import PAGE_SIZE
 
-#: Bytes of a memory map that are read: 60 times what a QEMU has, and of our own all that the kernel
-#: lets it have.
-_MOST_OF_OTHERS, _MOST = 16 << 20, 128 << 20
+#: Limits on the size of a memory map in bytes. For external processes it is 60 times what a QEMU
+#: has; for onecopy's own it is the most that the kernel allows.
+_LARGEST_EXTERNAL, _LARGEST = 16 << 20, 128 << 20
 _DELETED = " (deleted)"
-#: What QEMU calls a file that it makes in a folder (system/physmem.c, file_ram_open).
-_MADE = "/qemu_back_mem."
+#: The prefix of files that QEMU creates in a given directory (system/physmem.c, file_ram_open).
+_QEMU_FILE = "/qemu_back_mem."
 
 
 class GuestMaps(msgspec.Struct, frozen=True):
-    """What must be known of a guest to read its account; paths are real paths."""
+    """What is needed to account for a guest; paths are real paths."""
 
     name: str
-    #: The VMM's process.
+    #: The VMM's process id.
     pid: int
-    #: The file that backs the guest's RAM (a saved system's), or a folder where QEMU makes one
-    #: (hugetlbfs); None when no file was given to QEMU.
+    #: The file that backs the guest's RAM, such as a saved system's, or the directory in which QEMU
+    #: creates one (hugetlbfs); None if QEMU was not given a file.
     ram_path: str | None
     ram_bytes: int
     #: Path of a segment's blob -> the segment's name.
     segments: MappingOf[str, str] = msgspec.field(default_factory=dict)
-    #: Path that the VMM maps -> that of the same file in the store, where they differ.
+    #: Path that the VMM maps -> path of the same file in the store, where they differ.
     files: MappingOf[str, str] = msgspec.field(default_factory=dict)
-    #: How much of ``ram_bytes`` came while the guest ran: anonymous, whatever backs the rest.
+    #: The part of ``ram_bytes`` that was hot-plugged; it is anonymous, whatever backs the rest.
     ram_added: int = 0
-    #: Its RAM is open to KSM; that of a trust domain is not, since KSM knows none.
+    #: Whether KSM may merge its RAM. It may not in a trust domain, because KSM ignores domains.
     mergeable: bool = True
-    #: When the VMM was started: with ``pid``, its identity. None: whatever has this pid.
+    #: The VMM's start time: with ``pid``, its identity. None accepts any process with this pid.
     start_ticks: int | None = None
-    #: Why its RAM cannot be told; empty if it can.
+    #: Why the RAM cannot be identified; empty if it can.
     note: str = ""
-    #: Of another's QEMU: which of these paths may be opened, and which files they are. None: all.
+    #: For an external QEMU: the paths that may be opened, and the files that they must be. None
+    #: allows all.
     regular: MappingOf[str, Identity] | None = None
 
     def file(self, path: str) -> str:
-        """The name by which all guests' mappings of a segment's file are known."""
+        """Return the path under which a segment's file is known for all guests."""
         return self.files.get(path, path)
 
 
 class SegmentUse(msgspec.Struct, frozen=True):
-    """One segment in one guest; figures in bytes, None is unknown."""
+    """One guest's use of one segment; figures in bytes, None is unknown."""
 
     name: str
     path: str
-    #: Address space; 0 when the guest does not map it (now).
+    #: Size of the mappings; 0 if the guest does not map it now.
     mapped: int
     #: In memory and in this process's page tables (Rss).
     resident: int
     #: The guest's own copies of its pages, in memory or swap.
     private: int
-    #: What is resident, each page divided by the number of processes that map it (Pss).
+    #: The resident pages, each divided by the number of processes that map it (Pss).
     proportional: int | None
-    #: What of it is in huge pages.
+    #: The part in huge pages.
     huge: int
 
 
 class GuestAccount(msgspec.Struct, frozen=True):
-    """One guest's memory in bytes; None is unknown. ``report.COLUMNS`` says what each counts."""
+    """One guest's memory in bytes, described by ``report.COLUMNS``; None is unknown."""
 
     name: str
     pid: int
@@ -94,7 +95,7 @@ class GuestAccount(msgspec.Struct, frozen=True):
     swapped: int | None
     huge: int | None
     ksm: int | None
-    #: Why figures are missing; empty when none is.
+    #: Why figures are missing; empty if none are.
     note: str = ""
 
 
@@ -105,14 +106,16 @@ def account(
     page_tables: int | None = None,
     ksm_bytes: int | None = None,
 ) -> GuestAccount:
-    """The account of one VMM from its mappings (in address order).
+    """Make the account of one VMM; if its RAM is not found, the figures that need it are None.
 
-    ``page_tables`` and ``ksm_bytes`` (bytes) are the process's own figures; the latter serves
-    where the mappings do not tell. If the RAM is not found, what needs it is None.
+    Args:
+        mappings: the VMM's mappings in address order.
+        page_tables: the process's page tables in bytes.
+        ksm_bytes: the process's merged bytes, used if the mappings do not say.
     """
     ram = find_ram(maps, mappings)
-    told_apart = {id(m) for m in ram}
-    rest = [m for m in mappings if id(m) not in told_apart and _file(m) not in maps.segments]
+    ram_ids = {id(m) for m in ram}
+    rest = [m for m in mappings if id(m) not in ram_ids and _file(m) not in maps.segments]
     merged = [m.ksm for m in mappings if m.ksm is not None]
     segments = tuple(
         _segment(name, maps.file(path), [m for m in mappings if _file(m) == path])
@@ -136,22 +139,27 @@ def account(
         swapped=sum(m.swap for m in mappings),
         huge=sum(m.huge for m in mappings),
         ksm=sum(merged) if merged else ksm_bytes,
-        note="" if ram else maps.note or "the guest's RAM was not found in its memory map",
+        note="" if ram else maps.note or "the guest's RAM was not found in the memory map of QEMU",
     )
 
 
 def measure(maps: GuestMaps, root: Path = files.ROOT) -> GuestAccount:
     """Read the kernel's figures for a guest and make its account.
 
-    What this user may not read, or nobody in bounds, stays None, and ``note`` says so. Raises
-    NotFound when the process is gone, Incompatible on a kernel without smaps.
+    Figures that this user may not read, or that exceed a limit, are None; ``note`` says why.
+
+    Raises:
+        NotFound: the process has ended.
+        Incompatible: this kernel has no smaps.
     """
     page_tables = None
     try:
         page_tables = process.page_table_bytes(maps.pid, root)
-        mappings = smaps.read(maps.pid, root, _MOST if maps.regular is None else _MOST_OF_OTHERS)
+        mappings = smaps.read(
+            maps.pid, root, _LARGEST if maps.regular is None else _LARGEST_EXTERNAL
+        )
         merging = ksm.read_process(maps.pid, root).merging_pages
-        # One that was ending has told only some of it.
+        # A process that was ending has reported only some of its mappings.
         process.require(maps.pid, maps.start_ticks, root)
     except (NotPermitted, Unreadable) as error:
         hint = f": {error.hint}" if error.hint else ""
@@ -165,7 +173,7 @@ def measure(maps: GuestMaps, root: Path = files.ROOT) -> GuestAccount:
 
 
 def unreadable(maps: GuestMaps, note: str, page_tables: int | None = None) -> GuestAccount:
-    """The account of a VMM of which nothing more is known."""
+    """Make the account of a VMM of which nothing more is known."""
     return GuestAccount(
         name=maps.name,
         pid=maps.pid,
@@ -189,16 +197,16 @@ def unreadable(maps: GuestMaps, note: str, page_tables: int | None = None) -> Gu
 
 
 def find_ram(maps: GuestMaps, mappings: Sequence[Mapping]) -> list[Mapping]:
-    """The mappings that are the guest's RAM; none when they cannot be told.
+    """Find the mappings that are the guest's RAM; none if they cannot be identified.
 
-    With ``ram_path`` all mappings of that file, else anonymous ones of its size (_find_anonymous).
+    With ``ram_path`` these are all mappings of that file, else anonymous ones of matching size.
     """
     if maps.note:
         return []
     if maps.ram_path is None:
         return _find_anonymous(maps, mappings, maps.ram_bytes)
     path = maps.ram_path.removesuffix(_DELETED)
-    ram = [m for m in mappings if _file(m) == path or _file(m).startswith(path + _MADE)]
+    ram = [m for m in mappings if _file(m) == path or _file(m).startswith(path + _QEMU_FILE)]
     if not maps.ram_added:
         return ram
     added = _find_anonymous(maps, mappings, maps.ram_added)
@@ -206,9 +214,9 @@ def find_ram(maps: GuestMaps, mappings: Sequence[Mapping]) -> list[Mapping]:
 
 
 def _find_anonymous(maps: GuestMaps, mappings: Sequence[Mapping], size: int) -> list[Mapping]:
-    """Adjacent anonymous (or memfd) mappings that make up exactly ``size`` bytes.
+    """Find adjacent anonymous (or memfd) mappings of exactly ``size`` bytes in total.
 
-    Failing that the smallest such run that is larger.
+    Without an exact match this returns the smallest larger run.
     """
     runs = _adjacent(m for m in mappings if _can_be_ram(m) and _file(m) not in maps.segments)
     for run in runs:
@@ -219,16 +227,16 @@ def _find_anonymous(maps: GuestMaps, mappings: Sequence[Mapping], size: int) -> 
 
 
 def _can_be_ram(mapping: Mapping) -> bool:
-    """Readable, writable, not executable (TCG's code buffer is), and no file of a file system."""
+    """Whether it is readable, writable, not executable (as TCG's code buffer), and not a file's."""
     return mapping.perms.startswith("rw-") and (
         mapping.inode == 0 or mapping.path.startswith(("/memfd:", "/dev/zero"))
     )
 
 
 def _adjacent(mappings: Iterable[Mapping]) -> list[list[Mapping]]:
-    """Split into runs that leave no gap: madvise(2) and mprotect(2) split one mapping in several.
+    """Group mappings into runs without gaps, since madvise(2) and mprotect(2) split mappings.
 
-    One run has one path: a memfd does not go on in what happens to lie behind it.
+    All mappings of a run have one path, so a memfd does not continue in an unrelated neighbour.
     """
     runs: list[list[Mapping]] = []
     for path, same in groupby(mappings, key=lambda m: m.path):
@@ -242,7 +250,7 @@ def _adjacent(mappings: Iterable[Mapping]) -> list[list[Mapping]]:
 
 
 def _window(run: Sequence[Mapping], size: int) -> list[Mapping]:
-    """The first mappings of a run that together are exactly ``size`` bytes; else none."""
+    """Return the first mappings of a run with exactly ``size`` bytes in total, else none."""
     ends = {mapping.end: index for index, mapping in enumerate(run)}
     for first, mapping in enumerate(run):
         last = ends.get(mapping.start + size)
@@ -264,7 +272,7 @@ def _ram_shared(mapping: Mapping) -> int:
 
 
 def _proportional(mappings: Iterable[Mapping]) -> int | None:
-    """Pss; None when the kernel does not tell how many processes share a hugetlb page."""
+    """Return the Pss; None if the kernel does not say how many processes share a hugetlb page."""
     known = list(mappings)
     if any(m.hugetlb_shared for m in known):
         return None
@@ -277,14 +285,14 @@ def _segment(name: str, path: str, mine: Sequence[Mapping]) -> SegmentUse:
         path,
         mapped=sum(m.size for m in mine),
         resident=sum(m.resident for m in mine),
-        private=sum(_own(m) for m in mine),
+        private=sum(_own_copies(m) for m in mine),
         proportional=_proportional(mine),
         huge=sum(m.huge for m in mine),
     )
 
 
-def _own(mapping: Mapping) -> int:
-    """Copies that a guest has of a segment's pages; one that it alone maps is still the file's."""
+def _own_copies(mapping: Mapping) -> int:
+    """Bytes of a segment that were copied for the guest. A page that only it maps is not a copy."""
     if not mapping.perms.endswith("s"):
         return mapping.anonymous + mapping.swap
     return mapping.private + mapping.swap if mapping.path.startswith("/memfd:") else 0

@@ -1,9 +1,10 @@
-"""What guests have in common, what each way of sharing would save of it, and which to take.
+"""What guests have in common, what each way of sharing would save, and which ways to choose.
 
-Each page that some way would save is a copy that goes: of equal pages one always stays, with KSM
-merged, with a segment in the host's page cache, with a saved system in its file. So what is said to
-be saved is what the host gets back, and a page that two ways would save is counted by both, and in
-their overlap. Pure: scans (``scan``) and files (``contents``) go in, figures come out.
+A saved page is a copy that disappears. One of several equal pages always remains: merged by KSM, in
+the page cache of a segment, or in the file of a saved system. So each figure is memory that the
+host would get back. A page that two ways would save counts for both, and in their overlap.
+
+The functions are pure: they turn scans (``ram_scan``) and files (``file_pages``) into figures.
 """
 
 from __future__ import annotations
@@ -18,54 +19,54 @@ from onecopy.model import MIB, PAGE_SIZE
 from onecopy.sharing.file_pages import Contents
 from onecopy.sharing.ram_scan import ZERO, Hashes, Marks, Numbers, Scan
 
-#: A way is not worth its trouble below these: bytes, and a share of what guests have alone.
-_LEAST, _LEAST_SHARE = 16 * MIB, 0.02
-#: Nor is a second one that adds less than this share of what can be saved.
-_ADDS = 0.1
-#: Guests from which the saved system may be made, tried in turn: the largest ones.
+#: A way is not worthwhile if it saves less than this: bytes, and a share of the guests' own memory.
+_MINIMUM, _MINIMUM_SHARE = 16 * MIB, 0.02
+#: A further way is not worthwhile if it adds less than this share of the possible savings.
+_MINIMUM_GAIN = 0.1
+#: The number of guests, largest first, that are tried as the origin of the saved system.
 _CANDIDATES = 8
-#: Files that are named.
+#: The number of files listed in the advice.
 _FILES = 20
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
-#: The ways, and what each is; they are bits of ``_Table.ways`` in this order.
+#: The ways and their descriptions, in the order of their bits in ``_Table.ways``.
 WAYS = {
     "root": "a root segment: the guests' own images, executed in place",
-    "extra": "an extra segment with the files that were named",
-    "saved": "a saved system: all guests started from one of them",
-    "ksm": "KSM: equal pages merged while the guests run",
+    "extra": "an extra segment with the named files",
+    "saved": "a saved system: all guests start from one of them",
+    "ksm": "KSM: equal pages are merged while the guests run",
 }
-#: What pages are, each page one of these, the first that holds.
+#: The kinds of pages; each page is of the first kind that applies.
 KINDS = {
-    "zero": "nothing but zeroes",
-    "file": "pages of files: of the guests' images, or those that were named",
-    "place": "equal at the same place of several guests: their kernel, or what they had when saved",
-    "equal": "equal to another page, of this guest or of others",
-    "unique": "like no other",
+    "zero": "zeroes only",
+    "file": "pages of files: of the guests' images or of the named files",
+    "place": "equal at the same place in several guests: their kernel, or their state when saved",
+    "equal": "equal to another page of this guest or of others",
+    "unique": "different from all others",
 }
 
 
 class Way(msgspec.Struct, frozen=True):
-    """What one way of sharing saves, in bytes."""
+    """The savings of one way of sharing, in bytes."""
 
     name: str
     saves: int
     alone: int
-    """What no other way saves."""
+    """The part that no other way saves."""
 
 
 class FileFound(msgspec.Struct, frozen=True):
-    """A file whose pages guests have copies of."""
+    """A file of whose pages guests have copies."""
 
     name: str
     copies: int
-    """Bytes of its pages in all guests together."""
+    """Bytes of the copies in all guests."""
     guests: int
-    """How many guests have some."""
+    """The number of guests with copies."""
 
 
 class Looked(msgspec.Struct, frozen=True):
-    """A guest that was looked at, in bytes; the fields of `Scan`."""
+    """A guest that was scanned; sizes in bytes, the fields of `Scan`."""
 
     name: str
     pid: int
@@ -79,29 +80,29 @@ class Looked(msgspec.Struct, frozen=True):
 
 
 class Advice(msgspec.Struct, frozen=True):
-    """All figures are bytes."""
+    """The result of a comparison; all figures are bytes."""
 
     guests: tuple[Looked, ...]
     own: int
-    """What guests have for themselves: the pages that were compared."""
+    """The guests' own pages: those that were compared."""
     kinds: dict[str, int]
-    """``own`` by what it is: ``KINDS``."""
+    """``own`` by kind, as in ``KINDS``."""
     ways: tuple[Way, ...]
     overlaps: dict[str, int]
-    """What exactly these ways would save, joined by ``+``: each page stands in one of them."""
+    """Ways joined by ``+`` -> bytes that exactly these would save; each page is in one entry."""
     possible: int
-    """What all ways together would save."""
+    """The savings of all ways together."""
     files: tuple[FileFound, ...]
-    """Those with most copies."""
+    """The files with the most copies."""
     best_guest: str | None
-    """From which the saved system would save most."""
+    """The guest from which a saved system would save most."""
     take: tuple[str, ...]
-    """The ways to take; none if nothing is worth it."""
+    """The ways to choose; none if nothing is worthwhile."""
     reason: str
 
 
 class _Table(msgspec.Struct, frozen=True):
-    """One row for each page of all guests, sorted by content, then by guest."""
+    """One row for each page of all guests, ordered by content, then by guest."""
 
     guests: Numbers
     kinds: Numbers
@@ -114,8 +115,12 @@ def advise(
 ) -> Advice:
     """Compare guests with each other and with files.
 
-    ``root`` is what their images have, ``extra`` other files that a segment could have; None is not
-    looked for, and what that way saves is then unknown and not among the ways.
+    Args:
+        root: the pages of the guests' images; None if unknown.
+        extra: the pages of other files that a segment could contain; None if unknown.
+
+    Returns:
+        The advice, without the ways whose files are unknown.
     """
     best = _best_guest(scans)
     ordered = [*scans[best : best + 1], *scans[:best], *scans[best + 1 :]]
@@ -133,7 +138,7 @@ def advise(
         own=own,
         kinds=dict(zip(KINDS, map(int, kinds), strict=True)),
         ways=ways,
-        overlaps={_joined(code): int(size) for code, size in enumerate(sizes) if code and size},
+        overlaps={_join_names(code): int(size) for code, size in enumerate(sizes) if code and size},
         possible=possible,
         files=_files(table, root, extra),
         best_guest=scans[best].name if len(scans) > 1 else None,
@@ -156,12 +161,12 @@ def _bit(name: str) -> int:
     return 1 << list(WAYS).index(name)
 
 
-def _joined(code: int) -> str:
+def _join_names(code: int) -> str:
     return "+".join(name for name in WAYS if code & _bit(name))
 
 
 def _best_guest(scans: Sequence[Scan]) -> int:
-    """The number of the guest whose pages the others have most of."""
+    """Return the index of the guest whose pages the others have most of."""
     tried = sorted(range(len(scans)), key=lambda n: -scans[n].own)[:_CANDIDATES]
     contents = {n: np.unique(scans[n].hashes) for n in tried}
 
@@ -174,7 +179,7 @@ def _best_guest(scans: Sequence[Scan]) -> int:
 
 
 def _among(hashes: Hashes, known: Hashes) -> Marks:
-    """Which of ``hashes`` are among ``known``, which is sorted."""
+    """Return which of ``hashes`` are in ``known``, which is sorted."""
     if not len(known):
         return np.zeros(len(hashes), np.bool_)
     found: Marks = known[np.minimum(np.searchsorted(known, hashes), len(known) - 1)] == hashes
@@ -182,7 +187,7 @@ def _among(hashes: Hashes, known: Hashes) -> Marks:
 
 
 def _table(scans: Sequence[Scan], root: Contents | None, extra: Contents | None) -> _Table:
-    """The first of ``scans`` is the guest that the saved system is made from."""
+    """Build the table; the first of ``scans`` is the origin of the saved system."""
     hashes = np.concatenate([np.empty(0, np.uint64), *(scan.hashes for scan in scans)])
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
@@ -213,7 +218,7 @@ def _table(scans: Sequence[Scan], root: Contents | None, extra: Contents | None)
 
 
 def _before(marks: Marks, begins: Marks) -> Numbers:
-    """For each row, how many rows before it in its group are marked."""
+    """Count the marked rows before each row in its group."""
     before: Numbers = np.cumsum(marks) - marks
     starts = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
     counted: Numbers = before - before[starts]
@@ -221,7 +226,7 @@ def _before(marks: Marks, begins: Marks) -> Numbers:
 
 
 def _in_saved(guests: Numbers, begins: Marks, group: Numbers) -> Marks:
-    """Which pages of other guests the first guest has, too, as often."""
+    """Mark pages of other guests that the first guest has as often."""
     first = guests == 0
     has = np.bincount(group, weights=first).astype(np.int64)[group] if len(group) else group
     each = begins | np.append(True, guests[1:] != guests[:-1])[: len(guests)]
@@ -230,7 +235,7 @@ def _in_saved(guests: Numbers, begins: Marks, group: Numbers) -> Marks:
 
 
 def _at_one_place(hashes: Hashes, pages: Numbers) -> Marks:
-    """Which pages another guest has at the same place. A guest has one page at each place."""
+    """Mark pages that another guest has at the same place; each guest has one page per place."""
     _, where, counts = np.unique(
         hashes ^ (pages.astype(np.uint64) * _SPREAD), return_inverse=True, return_counts=True
     )
@@ -251,10 +256,10 @@ def _files(table: _Table, root: Contents | None, extra: Contents | None) -> tupl
 def _choose(
     sizes: npt.NDArray[np.int64], names: Sequence[str], own: int
 ) -> tuple[tuple[str, ...], str]:
-    """Which ways to take, and why.
+    """Choose ways, and give the reasons.
 
-    Segments and saved systems come first: they cost no processor time and make starts faster. KSM
-    is taken for what they leave.
+    Segments and saved systems come first: they cost no CPU time and make starts faster. KSM is
+    considered for the rest.
     """
     codes = np.arange(len(sizes))
 
@@ -263,10 +268,8 @@ def _choose(
         return int(sizes[(codes & mask) != 0].sum())
 
     possible = saved(names)
-    if possible < max(_LEAST, _LEAST_SHARE * own):
-        return (), (
-            f"all ways together would save {_mib(possible)} of {_mib(own)}: not worth the trouble"
-        )
+    if possible < max(_MINIMUM, _MINIMUM_SHARE * own):
+        return (), (f"all ways together would save {_mib(possible)} of {_mib(own)}: not worthwhile")
     chosen: list[str] = []
     reasons = []
     candidates = [name for name in names if name != "ksm"]
@@ -274,17 +277,17 @@ def _choose(
         name = max(candidates, key=lambda n: saved([*chosen, n]))
         candidates.remove(name)
         adds = saved([*chosen, name]) - saved(chosen)
-        if adds < _ADDS * possible:
-            reasons.append(f"{name} would add {_mib(adds)}: not worth it")
+        if adds < _MINIMUM_GAIN * possible:
+            reasons.append(f"{name} would add {_mib(adds)}: not worthwhile")
             continue
         chosen.append(name)
-        reasons.append(f"{name} saves {_mib(adds)}, and costs no processor time")
+        reasons.append(f"{name} saves {_mib(adds)} and costs no CPU time")
     adds = saved([*chosen, "ksm"]) - saved(chosen)
-    if adds >= _ADDS * possible:
+    if adds >= _MINIMUM_GAIN * possible:
         chosen.append("ksm")
-        reasons.append(f"ksm saves {_mib(adds)} that nothing else does, for processor time")
+        reasons.append(f"ksm saves {_mib(adds)} that nothing else saves, but costs CPU time")
     else:
-        reasons.append(f"ksm would add {_mib(adds)}: not worth its processor time")
+        reasons.append(f"ksm would add {_mib(adds)}: not worth its CPU time")
     return tuple(chosen), f"{_mib(possible)} of {_mib(own)} can be saved; " + "; ".join(reasons)
 
 

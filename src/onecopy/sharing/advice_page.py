@@ -1,6 +1,6 @@
-"""Advice as one HTML page with pictures: no script, no other file, readable in print.
+"""The advice as one HTML page with diagrams: no scripts, no other files, printable.
 
-Not here: what the figures are (``advice``).
+Not here: the figures (``advice``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from onecopy.printable import printable
 from onecopy.sharing.advice import KINDS, WAYS, Looked
 from onecopy.sharing.survey import Survey
 
-#: One colour for each kind; they can be told apart without seeing red or green (Okabe and Ito).
+#: One colour per kind, which people with colour vision deficiency can distinguish (Okabe and Ito).
 _COLOURS = ("#999999", "#0072b2", "#56b4e9", "#e69f00", "#d55e00")
 _SHARED, _MERGED, _FREE = "#009e73", "#cc79a7", "#f0f0f0"
 _WIDTH, _BAR, _LABEL, _FIGURE = 900, 26, 170, 110
@@ -35,13 +35,13 @@ svg { width: 100%; height: auto } svg text { font: 14px sans-serif; fill: #222 }
 <p>$reason.</p>
 $steps
 <h2>What each way would save</h2>
-<p>Memory that the host would get back, at most. Dark: what no other way saves.</p>
+<p>The most memory that the host would get back. Dark: the part that no other way saves.</p>
 $ways
-<table><tr><th>Way</th><th>Saves</th><th>Alone</th><th>Is</th></tr>$way_rows</table>
-<h2>Where they overlap</h2>
+<table><tr><th>Way</th><th>Saves</th><th>Alone</th><th>Description</th></tr>$way_rows</table>
+<h2>Overlaps</h2>
 <table><tr><th>Saved by</th><th></th></tr>$overlaps</table>
-<h2>What the memory of the guests is</h2>
-<p>$own that guests have for themselves, compared page by page.</p>
+<h2>Kinds of guest memory</h2>
+<p>The guests' own memory, $own, compared page by page.</p>
 $kinds
 <h2>The guests</h2>
 $guests
@@ -53,12 +53,16 @@ $files
 
 
 def escape(text: str) -> str:
-    """Text of others for HTML, in which control characters are no text either."""
+    """Escape untrusted text for HTML, control characters included."""
     return html.escape(printable(text))
 
 
 def page(survey: Survey, steps: Sequence[tuple[str, str]]) -> str:
-    """The page; ``steps`` are commands and what each is for."""
+    """Render the page.
+
+    Args:
+        steps: commands, each with its purpose.
+    """
     advice = survey.advice
     return _PAGE.substitute(
         take=escape(" and ".join(advice.take) or "nothing"),
@@ -82,15 +86,13 @@ def page(survey: Survey, steps: Sequence[tuple[str, str]]) -> str:
         + "".join(f"<li><b>{name}</b>: {escape(KINDS[name])}</li>" for name in advice.kinds)
         + "</ul>",
         guests=_bars(map(_guest, advice.guests)),
-        key=_key(
-            {"own": "#d55e00", "shared": _SHARED, "merged by KSM": _MERGED, "not used": _FREE}
-        ),
+        key=_key({"own": "#d55e00", "shared": _SHARED, "merged by KSM": _MERGED, "unused": _FREE}),
         left_out="".join(
             f"<p>{escape(each.name)} was left out: {escape(each.reason)}.</p>"
             for each in survey.left_out
         )
         + "".join(f"<p>{escape(n)}.</p>" for n in sorted({g.note for g in advice.guests}) if n),
-        files="<h2>Files with most copies</h2><table><tr><th>File</th><th>Copies</th>"
+        files="<h2>Files with the most copies</h2><table><tr><th>File</th><th>Copies</th>"
         "<th>Guests</th></tr>"
         + _rows((each.name, each.copies, str(each.guests)) for each in advice.files)
         + "</table>"
@@ -106,7 +108,7 @@ def _guest(guest: Looked) -> tuple[str, list[tuple[int, str]], int]:
 
 
 def _bars(bars: Iterable[tuple[str, Sequence[tuple[int, str]], int]]) -> str:
-    """Bars to one scale, each a name, parts of (bytes, colour) and the figure beside it."""
+    """Draw bars to a common scale, each with a name, parts of (bytes, colour), and a figure."""
     known = list(bars)
     largest = max([sum(size for size, _ in parts) for _, parts, _ in known], default=0) or 1
     room = _WIDTH - _LABEL - _FIGURE
@@ -127,7 +129,7 @@ def _bars(bars: Iterable[tuple[str, Sequence[tuple[int, str]], int]]) -> str:
 
 
 def _rows(rows: Iterable[Sequence[str | int]]) -> str:
-    """Table rows; numbers are bytes."""
+    """Render table rows; numbers are bytes."""
 
     def cell(value: str | int) -> str:
         if isinstance(value, int):

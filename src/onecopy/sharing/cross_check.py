@@ -1,8 +1,8 @@
-"""Do the parts add up: what guests are said to cost, against the host's own change in used memory.
+"""Check the report: compare what guests cost with the change of the host's used memory.
 
-The host's memory is noted when the first guest starts. What it uses more now must be what the
-guests have, each page once, and their files in the page cache. Both sides are the kernel's figures,
-but from different counters: those of each process and file, and /proc/meminfo.
+The host's memory is recorded when the first guest starts. Its increase since then must equal the
+guests' memory, each page counted once, plus their files in the page cache. Both sides come from the
+kernel, but from different counters: those of processes and files, and /proc/meminfo.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from onecopy.sharing.account import GuestAccount
 from onecopy.sharing.report import Report
 
 _T = TypeVar("_T")
-#: How long one process may keep us waiting, in seconds.
+#: Seconds to wait for one process.
 _PATIENCE = 5.0
-#: Told from Linux 6.1 on, and under KVM only more than 0: before, the difference has it.
+#: Reported since Linux 6.1, and nonzero only under KVM; before, it is part of the difference.
 _NEW = "secondary_page_tables"
-#: What the kernel keeps for itself and tells in /proc/meminfo.
-_KERNELS = ("kernel_stacks", "unreclaimable", "per_cpu", _NEW)
-#: What it gives back when memory is needed; ``cached`` has shared memory in it, which it does not.
+#: The kernel's own memory, as /proc/meminfo reports it.
+_KERNEL_FIELDS = ("kernel_stacks", "unreclaimable", "per_cpu", _NEW)
+#: Memory that the kernel can reclaim; ``cached`` includes shared memory, which it cannot.
 _CACHES = ("cached", "buffers", "swap_cached", "reclaimable")
 
 
 class Before(msgspec.Struct, frozen=True):
-    """The host when no guest ran."""
+    """The host before the first guest started."""
 
     when: float
-    """Seconds from the host's boot."""
+    """Seconds since the host's boot."""
     memory: MemInfo
 
 
 class Check(msgspec.Struct, frozen=True):
-    """Both sides, in bytes, and what is between them; ``LINES`` says what each figure counts."""
+    """Both sides and their difference in bytes, described by ``LINES``."""
 
     seconds: float
-    """How long ago the host's memory was noted."""
+    """The time since the host's memory was recorded."""
     processes: int
     page_tables: int
     kernel: int
@@ -56,65 +56,75 @@ class Check(msgspec.Struct, frozen=True):
     host: int
     difference: int
     share: float | None
-    """The difference by the host's change; None when there is none."""
+    """The difference relative to the host's change; None without a change."""
     left_out: int = 0
-    """How many QEMU processes of others are not in it: ended, or not to be looked at."""
+    """The number of external QEMU processes that are not included: ended or not readable."""
 
 
 LINES = (
     (
         "processes",
         "memory of QEMU",
-        "Anonymous and shared memory of all QEMU processes started since, each page once "
+        "Anonymous and shared memory of all QEMU processes started since, each page counted once "
         "(Pss_Anon, Pss_Shmem).",
     ),
-    ("page_tables", "page tables", "Those of the same processes."),
+    ("page_tables", "page tables", "The page tables of the same processes."),
     (
         "kernel",
         "kernel",
-        "What its objects, stacks and per-CPU areas grew by, whatever for (/proc/meminfo).",
+        "The increase of kernel objects, stacks and per-CPU areas, whatever their use "
+        "(/proc/meminfo).",
     ),
     (
         "blobs",
         "shared files",
-        "Segments and saved RAM, as far as they are in the page cache, each page once.",
+        "Segments and saved RAM in the page cache, each page counted once.",
     ),
-    ("parts", "in all", "The sum of these."),
+    ("parts", "total", "The sum of these."),
     (
         "host",
-        "the host",
-        "What is less free than when the first guest started (MemFree, and the CPUs' lists of free "
-        "pages), without page cache and what the kernel can give back, but with those files.",
+        "host",
+        "The decrease of free memory since the first guest started (MemFree, and the CPUs' lists "
+        "of free pages), without page cache and reclaimable memory, but with those files.",
     ),
     (
         "difference",
         "difference",
-        "The parts less the host's change. What other programs took or gave back is in it.",
+        "The total minus the host's change. It includes memory that other programs took or freed.",
     ),
 )
 
 
 def note(path: Path, root: Path = files.ROOT) -> None:
-    """Keep the host's memory as it is now in ``path``; no start fails for want of it."""
+    """Record the host's memory in ``path``; errors are ignored, so that no start fails."""
     with suppress(OSError):
         files.replace(path, msgspec.json.encode(Before(_now(), meminfo.read(root))))
 
 
 def read(path: Path) -> Before:
-    """What was noted. Raises NotFound."""
+    """Read the recorded memory.
+
+    Raises:
+        NotFound: there is no record.
+    """
     with suppress(OSError, msgspec.DecodeError):
         return msgspec.json.decode(path.read_bytes(), type=Before)
     raise NotFound(
-        "the host's memory was not noted when the first guest started",
-        hint="it is noted when a guest starts and no other runs: stop all guests once",
+        "the host's memory was not recorded when the first guest started",
+        hint="it is recorded when a guest starts and no other runs: stop all guests once",
     )
 
 
 def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
     """Compare a report with the host's change since ``before``.
 
-    Raises Incompatible when the kernel does not tell one of the figures, NotFound when a guest ends
-    meanwhile, NotPermitted and Unreadable when one cannot be looked at; others are left out then.
+    External processes that cannot be read are left out.
+
+    Raises:
+        Incompatible: this kernel does not report one of the figures.
+        NotFound: a guest has ended meanwhile.
+        NotPermitted: this user may not read a guest's figures.
+        Unreadable: a guest's figures are too large or late.
     """
     now = meminfo.read(root)
     ours = _all(report.guests, None, root)
@@ -124,10 +134,10 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
     known = [each for each in (*ours, *others) if isinstance(each, _Part)]
     processes = sum(each.own for each in known)
     page_tables = sum(each.page_tables for each in known)
-    kernel = _grown(before.memory, now, _KERNELS)
-    blobs = _told(report.resident, "resident pages of a file")
-    cache = _grown(before.memory, now, _CACHES) - _grown(before.memory, now, ("shmem",))
-    host = -_grown(before.memory, now, ("unused",)) - cache + blobs
+    kernel = _increase(before.memory, now, _KERNEL_FIELDS)
+    blobs = _require_figure(report.resident, "resident pages of a file")
+    cache = _increase(before.memory, now, _CACHES) - _increase(before.memory, now, ("shmem",))
+    host = -_increase(before.memory, now, ("unused",)) - cache + blobs
     parts = processes + page_tables + kernel + blobs
     return Check(
         seconds=_now() - before.when,
@@ -144,7 +154,7 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
 
 
 class _Part(msgspec.Struct, frozen=True):
-    """What one process adds, in bytes."""
+    """The contribution of one process, in bytes."""
 
     own: int
     page_tables: int
@@ -158,33 +168,37 @@ def _all(
 
 
 def _part(each: GuestAccount, since: float | None, root: Path) -> _Part | OnecopyError | None:
-    """One process's part, or why it cannot be told; None if it was started before ``since``."""
+    """Return a process's contribution or an error; None if it started before ``since``."""
     try:
         if since is not None and process.start_time(each.pid, root) <= since:
             return None
-        rollup = _told(smaps.read_rollup(each.pid, root), "a process's share of its pages")
-        page_tables = _told(each.page_tables, f"the page tables of process {each.pid}")
+        rollup = _require_figure(
+            smaps.read_rollup(each.pid, root), "a process's proportional share of its pages"
+        )
+        page_tables = _require_figure(each.page_tables, f"the page tables of process {each.pid}")
     except OnecopyError as error:
         return error
     return _Part(rollup.anonymous + rollup.shared_memory, page_tables)
 
 
 def _late(each: GuestAccount) -> OnecopyError:
-    return Unreadable(f"process {each.pid} ({each.name}) keeps us waiting")
+    return Unreadable(f"process {each.pid} ({each.name}) did not answer within {_PATIENCE:g} s")
 
 
-def _grown(before: MemInfo, now: MemInfo, fields: Sequence[str]) -> int:
-    """What the sum of some fields of /proc/meminfo grew by."""
+def _increase(before: MemInfo, now: MemInfo, fields: Sequence[str]) -> int:
+    """Return the increase of the sum of some fields of /proc/meminfo."""
     return sum(
-        _told(getattr(now, field), field) - _told(getattr(before, field), field)
+        _require_figure(getattr(now, field), field) - _require_figure(getattr(before, field), field)
         for field in fields
         if field != _NEW or getattr(now, field) is not None
     )
 
 
-def _told(figure: _T | None, what: str) -> _T:
+def _require_figure(figure: _T | None, name: str) -> _T:
     if figure is None:
-        raise Incompatible(f"this kernel does not tell {what}", hint="Linux 5.4 or later does")
+        raise Incompatible(
+            f"this kernel does not report {name}", hint="Linux 5.4 or later reports it"
+        )
     return figure
 
 

@@ -1,9 +1,10 @@
-"""What stands in files, page by page, so that pages of guests can be told to be theirs.
+"""The pages of files, which identify pages of guests as copies of these.
 
-A guest's page cache has a file's pages as they are, the last one filled up with zeroes; which are
-the same 4096 bytes that a segment with this file has. Images (segments, disks) are looked at whole,
-without knowing their file systems: all that lies in them at a page's boundary is found. Not here:
-guests' pages (``scan``), and who has them in common (``advice``).
+A guest's page cache has the pages of a file, the last one padded with zeroes. A segment with the
+file has the same 4096 bytes. Images (segments, disks) are read as a whole, without interpreting
+their file systems: this finds everything that is aligned to pages.
+
+Not here: guests' pages (``ram_scan``), and what they have in common (``advice``).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from onecopy.linux.sparse import data_ranges
 from onecopy.model import PAGE_SIZE
 from onecopy.sharing.ram_scan import ZERO, Hashes, Numbers, hash_pages
 
-#: Read at once, in pages.
+#: Pages read at once.
 _CHUNK = 1024
-#: How long one read may keep us waiting, in seconds.
+#: Seconds to wait for one read.
 _PATIENCE = 30.0
 
 
@@ -33,15 +34,15 @@ class Contents(msgspec.Struct, frozen=True):
     """The pages of some files."""
 
     hashes: Hashes
-    """Ascending, each once; a page of zeroes is nobody's and not among them."""
+    """Ascending and unique; pages of zeroes are left out."""
     owners: Numbers
-    """For each of them the number in ``names`` of the first file that has it."""
+    """For each hash, the index in ``names`` of the first file that has it."""
     names: tuple[str, ...]
     sizes: tuple[int, ...]
-    """Bytes of each file's pages."""
+    """The bytes of each file's pages."""
 
     def find(self, hashes: Hashes) -> Numbers:
-        """For each of ``hashes`` the number of the file that has it, or -1."""
+        """Return for each of ``hashes`` the index of the file that has it, or -1."""
         if not len(self.hashes):
             return np.full(len(hashes), -1)
         at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
@@ -49,19 +50,22 @@ class Contents(msgspec.Struct, frozen=True):
 
 
 class Image(msgspec.Struct, frozen=True):
-    """A file to be looked at whole."""
+    """A file that is read as a whole."""
 
     name: str
     path: Path
     same_as: Identity | None = None
-    """Which file it was when it was chosen: another that has its name by now is left out."""
+    """The identity when it was chosen; a file that has replaced it is left out."""
 
 
 def of(images: Sequence[Image], folders: Sequence[Path] = ()) -> Contents:
-    """Images, and all regular files below ``folders``, by their paths there.
+    """Read images, and all regular files below ``folders``, named by their paths.
 
-    Links are not followed there; what cannot be read is left out. Raises NotFound, InvalidInput for
-    a folder.
+    Links below the directories are not followed. Files that cannot be read are left out.
+
+    Raises:
+        NotFound: a directory does not exist.
+        InvalidInput: it is not a directory.
     """
     below = (image for folder in folders for image in _files(folder))
     return _collect([*images, *below])
@@ -69,29 +73,34 @@ def of(images: Sequence[Image], folders: Sequence[Path] = ()) -> Contents:
 
 def _files(folder: Path) -> Iterator[Image]:
     if not folder.exists():
-        raise NotFound(f"there is no {folder}", hint="name a folder with the files to look for")
+        raise NotFound(
+            f"the directory {folder} does not exist",
+            hint="name the directory with the files to compare",
+        )
     if not folder.is_dir():
-        raise InvalidInput(f"{folder} is not a folder", hint="name the folder that has the files")
-    # Not by recursion, of which Python allows less than a file system does.
-    left = [str(folder)]
-    while left:
-        with suppress(OSError), os.scandir(left.pop()) as entries:
+        raise InvalidInput(
+            f"{folder} is not a directory", hint="name the directory with the files to compare"
+        )
+    # No recursion, because file systems allow deeper trees than Python's stack.
+    pending = [str(folder)]
+    while pending:
+        with suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in sorted(entries, key=lambda each: each.name):
                 if entry.is_dir(follow_symlinks=False):
-                    left.append(entry.path)
+                    pending.append(entry.path)
                 elif entry.is_file(follow_symlinks=False):
                     found = entry.stat(follow_symlinks=False)
                     yield Image(entry.path, Path(entry.path), (found.st_dev, found.st_ino))
 
 
 def _collect(images: Sequence[Image]) -> Contents:
-    # A file system may be a program, and keep us waiting.
-    found = bounded_wait.each(_hashed, images, lambda _: None, seconds=_PATIENCE)
+    # A file system may be a program (FUSE) that never answers.
+    found = bounded_wait.each(_try_hash, images, lambda _: None, seconds=_PATIENCE)
     known = [number for number, part in enumerate(found) if part is not None]
     parts = [part for part in found if part is not None]
     every = np.concatenate([np.empty(0, np.uint64), *parts])
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    # The first of equal ones comes first: the sort behind it is stable.
+    # np.unique() returns the first of equal hashes, because its sort is stable.
     unique, first = np.unique(every, return_index=True)
     new = unique != ZERO
     return Contents(
@@ -102,14 +111,21 @@ def _collect(images: Sequence[Image]) -> Contents:
     )
 
 
-def _hashed(image: Image) -> Hashes | None:
+def _try_hash(image: Image) -> Hashes | None:
     with suppress(OSError, NotFound, NotPermitted, InvalidInput):
         return hash_file(image.path, image.same_as)
     return None
 
 
 def hash_file(path: Path, same_as: Identity | None = None) -> Hashes:
-    """The contents of a file's pages, holes left out. Raises OSError, and as `open_regular`."""
+    """Hash the pages of a file, except for holes.
+
+    Raises:
+        OSError: the file cannot be read.
+        NotFound: it does not exist or was replaced.
+        NotPermitted: this user may not read it.
+        InvalidInput: it is not a regular file.
+    """
     parts = [np.empty(0, np.uint64)]
     fd = open_regular(path, same_as)
     try:

@@ -1,12 +1,15 @@
-"""From what a few clones took to what many will: memory, and the time until all are handed out.
+"""Project the memory and start time of many clones from the measurements of a few.
 
-Memory: what clones share is there once, and each has something of its own. Time: a start costs
-processor time, and clones that run already use some of the processors; so with u of a processor for
-each of these, c processor seconds for a start and P processors, N starts take
+Memory: what clones share exists once, and each clone has memory of its own.
+
+Time: a start takes CPU time, and running clones already use some. Let u be the CPUs that each
+running clone uses, c the CPU seconds of a start, and P the number of CPUs. Then N starts take
 
     integral of c / (P - n u) over n from 0 to N  =  c / u * ln(P / (P - N u)).
 
-Pure. Not here: measuring (guest/observe/plan.py).
+The functions are pure.
+
+Not here: measuring (guest/observe/plan.py).
 """
 
 from __future__ import annotations
@@ -17,16 +20,16 @@ import msgspec
 
 
 class Work(msgspec.Struct, frozen=True):
-    """What is done with each clone before it is looked at."""
+    """What happens in each clone before it is measured."""
 
     command: str = ""
-    """A shell command of the host, with the clone's name as $GUEST; empty: none."""
+    """A shell command of the host, with the clone's name in $GUEST; "" for none."""
     port: int = 0
-    """Port of the guest that it reaches at 127.0.0.1:$PORT; 0: none."""
+    """A port of the guest that the command reaches at 127.0.0.1:$PORT; 0 for none."""
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """What clones of one saved system took on one host; bytes and seconds."""
+    """What clones of a saved system took on one host, in bytes and seconds."""
 
     system: str
     digest: str
@@ -34,35 +37,35 @@ class Profile(msgspec.Struct, frozen=True):
     qemu: str
     processors: int
     shared: int
-    """Once for all: segments and saved RAM in the page cache."""
+    """Memory for all clones together: segments and saved RAM in the page cache."""
     each: int
-    """Of each clone's own: its VMM's memory, page tables, and what the kernel keeps for it."""
+    """Memory of each clone: its VMM, page tables, and kernel memory."""
     start_cpu: float
-    """Processor seconds of a start, onecopy's own included."""
+    """CPU seconds of a start, onecopy's own included."""
     idle: float
-    """Share of one processor that a clone uses when it is left alone."""
+    """CPUs that an idle clone uses."""
     clones: int
-    """How many were measured."""
+    """The number of clones measured."""
     work: Work = Work()
 
 
 class Forecast(msgspec.Struct, frozen=True):
-    """What so many clones would take."""
+    """What a number of clones would take."""
 
     guests: int
     hosts: int
     per_host: int
-    """Guests of the fullest host."""
+    """Guests on the fullest host."""
     shared: int
-    """On each host."""
+    """Shared memory on each host."""
     memory: int
-    """Of the fullest host, with what is shared."""
+    """Memory on the fullest host, shared memory included."""
     seconds: float | None
-    """Until all of a host's are handed out; None if its processors would not keep up."""
+    """Time until all clones of a host are ready; None if its CPUs would not suffice."""
     busy: float
-    """Share of a host's processors that its clones use when they are left alone."""
+    """The share of a host's CPUs that idle clones use."""
     fits: bool | None
-    """Whether a host has that much memory; None if it was not said how much it has."""
+    """Whether a host has enough memory; None if its memory is unknown."""
 
 
 def forecast(
@@ -73,10 +76,12 @@ def forecast(
     memory: int | None = None,
     processors: int | None = None,
 ) -> Forecast:
-    """``guests`` clones on ``hosts`` hosts with ``memory`` bytes for them each, as alike as can be.
+    """Forecast the memory and time for clones that are spread evenly over hosts.
 
-    Without ``hosts`` as many as are needed for the memory, or one. ``processors`` of a host are by
-    default as many as where it was measured, and as fast.
+    Args:
+        hosts: by default as many as the memory requires, or one.
+        memory: bytes for guests on each host.
+        processors: CPUs of each host; by default as many as on the measured one, at the same speed.
     """
     if hosts is None:
         hosts = 1 if memory is None else _hosts(profile, guests, memory)

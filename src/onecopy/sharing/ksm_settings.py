@@ -1,9 +1,10 @@
-"""KSM for this host: turned on, tuned, and put back as it was found.
+"""KSM on this host: turn it on, tune it, and restore the original settings.
 
-Its settings are the machine's, and nobody else remembers what they were. So each is noted in
-/run/onecopy/ksm.json before it is changed first: whatever becomes of the command, `turn_off` and
-`status` know it. The note ends with a reboot, as the settings do. Not here: the kernel's files
-(linux/counters/ksm.py), and what merging would gain.
+The settings belong to the whole host, and the kernel does not remember old values. So each is
+recorded in /run/onecopy/ksm.json before its first change. `turn_off` and `status` find the record
+even if the command was killed. The record ends with a reboot, like the settings.
+
+Not here: the kernel's files (linux/counters/ksm.py), and what merging would gain.
 """
 
 from __future__ import annotations
@@ -26,13 +27,12 @@ from onecopy.linux import files, process
 from onecopy.linux.counters import ksm, meminfo
 from onecopy.linux.counters.ksm import Ksm, ProcessKsm
 from onecopy.linux.files import ROOT, not_permitted
-from onecopy.linux.lock import alone
+from onecopy.linux.lock import locked_blocking
 from onecopy.model import PAGE_SIZE
 
-_FOLDER = "run/onecopy"
+_DIRECTORY = "run/onecopy"
 _RECORD = "ksm.json"
-#: Settings in the order in which they are put back: first nothing is merged any more, then nobody
-#: but us chooses pages_to_scan.
+#: Settings to restore first: stop merging, then stop the advisor, which changes pages_to_scan.
 _ORDER = ("run", "advisor_mode")
 
 
@@ -41,59 +41,63 @@ class Changed(msgspec.Struct, frozen=True):
 
     found: str
     set: str | None
-    """None: the kernel's advisor chooses it."""
+    """None if the kernel's advisor chooses it."""
 
 
 class GuestMerging(msgspec.Struct, frozen=True):
-    """KSM's work on one guest's QEMU; bytes, None is unknown."""
+    """The work of KSM on one guest's QEMU; bytes, None is unknown."""
 
     name: str
     pid: int
     merged: int | None
-    """Pages of it that are merged, or the zero page in place of an empty one."""
+    """Pages that are merged, or replaced by the zero page."""
     profit: int | None
-    """What that saves, less KSM's own records for the process; may be negative."""
+    """The memory saved, minus KSM's records for the process; may be negative."""
     merge_any: bool | None
-    """All of QEMU's memory is open to KSM (`run --ksm all`), and not guest RAM alone."""
+    """Whether KSM may merge all of QEMU's memory (`run --ksm all`) instead of guest RAM alone."""
 
 
 class Status(msgspec.Struct, frozen=True):
     """KSM on this host now; bytes, None is unknown.
 
-    While it is stopped the kernel's counts stay as they were: processes that have ended since, and
-    pages that were written to, are still in them.
+    While KSM is stopped the kernel does not update its counts. They still include processes that
+    have ended and pages that were written to.
     """
 
     run: int | None
-    """0 stopped, merged pages stay; 1 running; 2 stopped, and all pages torn apart."""
+    """0: stopped, merged pages stay; 1: running; 2: stopped, and all merged pages are split."""
     pages_to_scan: int | None
     sleep_millisecs: int | None
     smart_scan: int | None
     advisor_mode: str | None
     shared: int | None
-    """Merged pages that are kept, each once."""
+    """Merged pages in memory, each counted once."""
     saved: int | None
-    """Further places that use them, and empty pages replaced by the zero page."""
+    """Further mappings of these, and pages replaced by the zero page."""
     profit: int | None
-    """What is saved less KSM's own records; may be negative."""
+    """The memory saved, minus KSM's own records; may be negative."""
     unshared: int | None
-    """Pages looked at that were like no other."""
+    """Scanned pages that were unique."""
     volatile: int | None
     """Pages that change too fast to be merged."""
     full_scans: int | None
     cpu_seconds: float | None
     """CPU time of ksmd since the host's boot."""
     unmerge: int | None
-    """Memory that tearing all merged pages apart would take at most: what is saved."""
+    """The most memory that splitting all merged pages would take: what is saved."""
     changed: dict[str, Changed]
-    """What onecopy has changed and not put back."""
+    """The settings that onecopy has changed and not restored."""
     guests: tuple[GuestMerging, ...]
 
 
 def status(guests: Iterable[tuple[str, int]], root: Path = ROOT) -> Status:
-    """KSM now, and what it does for ``guests``, (name, pid) pairs; ended ones are left out.
+    """Return the state of KSM and its work for some guests.
 
-    Raises Incompatible on a kernel without KSM.
+    Args:
+        guests: (name, pid) of each; guests that have ended are left out.
+
+    Raises:
+        Incompatible: this kernel has no KSM.
     """
     now = _required(root)
     saved = _saved(now)
@@ -118,20 +122,25 @@ def status(guests: Iterable[tuple[str, int]], root: Path = ROOT) -> Status:
 
 
 def turn_on(values: Mapping[str, str], root: Path = ROOT) -> None:
-    """Let KSM run, with these settings, by name, and all others as they are.
+    """Start KSM with some settings; others stay as they are.
 
-    Raises Incompatible on a kernel without KSM or without one of the settings, NotPermitted, and
-    InvalidInput if the kernel refuses a value; nothing is left half done then.
+    Args:
+        values: setting -> value.
+
+    Raises:
+        Incompatible: this kernel has no KSM or lacks a setting.
+        NotPermitted: only root may change settings.
+        InvalidInput: the kernel refused a value; all old values are restored.
     """
     tune({**values, "run": "1"}, root)
 
 
 def tune(values: Mapping[str, str], root: Path = ROOT) -> None:
-    """Change settings; raises as `turn_on`."""
+    """Change settings; raise like `turn_on`."""
     _required(root)
     with _locked(root):
         before = _read(root)
-        wanted = _noted(before, values, root)
+        wanted = _updated_record(before, values, root)
         _write(wanted, root)
         try:
             ksm.change(values, root)
@@ -141,22 +150,30 @@ def tune(values: Mapping[str, str], root: Path = ROOT) -> None:
 
 
 def turn_off(root: Path = ROOT, *, unmerge: bool = False) -> list[str]:
-    """Put all settings back as they were found; return those that somebody else has set meanwhile.
+    """Restore the original settings, except those that another program has changed.
 
-    These are left. With ``unmerge`` merged pages are torn apart, too; else they stay merged until
-    they are written to. Raises Incompatible, NotPermitted, InsufficientResources when there is no
-    memory for that, InvalidInput if KSM ran before.
+    Args:
+        unmerge: also split all merged pages; otherwise they stay merged until they are written to.
+
+    Returns:
+        The settings that another program has changed.
+
+    Raises:
+        Incompatible: this kernel has no KSM.
+        NotPermitted: only root may change settings.
+        InsufficientResources: there is not enough memory to split the pages.
+        InvalidInput: KSM ran before, so that it would merge the pages again.
     """
     now = _required(root)
     with _locked(root):
         changed = _read(root)
         if unmerge:
-            _tear_apart(now, changed, root)
+            _split_pages(now, changed, root)
         others = []
         for name in sorted(changed, key=_rank):
             each, current = changed[name], ksm.setting(name, root)
-            torn = unmerge and name == "run"
-            if current not in (each.set, each.found) and each.set is not None and not torn:
+            split = unmerge and name == "run"
+            if current not in (each.set, each.found) and each.set is not None and not split:
                 others.append(name)
             elif current != each.found:
                 ksm.write(name, each.found, root)
@@ -168,11 +185,11 @@ def _rank(name: str) -> int:
     return _ORDER.index(name) if name in _ORDER else len(_ORDER)
 
 
-def _tear_apart(now: Ksm, changed: Mapping[str, Changed], root: Path) -> None:
+def _split_pages(now: Ksm, changed: Mapping[str, Changed], root: Path) -> None:
     if "run" in changed and changed["run"].found == "1":
         raise InvalidInput(
-            "KSM ran before onecopy changed it, and would merge all pages again",
-            hint="leave --unmerge out",
+            "KSM was running before onecopy changed it, and would merge all pages again",
+            hint="omit --unmerge",
         )
     needed = _saved(now) or 0
     available = meminfo.read(root).available
@@ -183,37 +200,43 @@ def _tear_apart(now: Ksm, changed: Mapping[str, Changed], root: Path) -> None:
     ksm.write("run", "2", root)
 
 
-def _noted(
+def _updated_record(
     before: Mapping[str, Changed], values: Mapping[str, str], root: Path
 ) -> dict[str, Changed]:
-    """The note once ``values`` are set. Raises Incompatible."""
-    noted = dict(before)
+    """Return the record for the time when ``values`` are set.
+
+    Raises:
+        Incompatible: this kernel lacks a setting.
+    """
+    record = dict(before)
     wanted: dict[str, str | None] = dict(values)
     if "advisor_mode" in values:
         wanted.setdefault("pages_to_scan", None)
     for name, value in wanted.items():
         current = ksm.required(name, root)
-        found = noted[name].found if name in noted else current
-        noted[name] = Changed(found, value)
-    return noted
+        found = record[name].found if name in record else current
+        record[name] = Changed(found, value)
+    return record
 
 
 def _required(root: Path) -> Ksm:
     now = ksm.read(root)
     if now is None:
-        raise Incompatible("this kernel has no KSM", hint="it was built without CONFIG_KSM")
+        raise Incompatible(
+            "this kernel has no KSM", hint="use a kernel that was built with CONFIG_KSM"
+        )
     return now
 
 
 def _guest(name: str, pid: int, root: Path) -> GuestMerging | None:
     try:
-        told = ksm.read_process(pid, root)
+        counters = ksm.read_process(pid, root)
     except NotFound:
         return None
     except (NotPermitted, Unreadable):
-        told = ProcessKsm(None, None, None, None)
-    merged = _bytes(told.merging_pages, told.zero_pages)
-    return GuestMerging(name, pid, merged, told.profit, told.merge_any)
+        counters = ProcessKsm(None, None, None, None)
+    merged = _bytes(counters.merging_pages, counters.zero_pages)
+    return GuestMerging(name, pid, merged, counters.profit, counters.merge_any)
 
 
 def _cpu_seconds(thread: int | None, root: Path) -> float | None:
@@ -227,32 +250,36 @@ def _saved(now: Ksm) -> int | None:
 
 
 def _bytes(pages: int | None, zero_pages: int | None = None) -> int | None:
-    """Bytes of pages and, where the kernel tells them, of those that became the zero page."""
+    """Return the bytes of pages, and of zero pages if the kernel reports them."""
     return None if pages is None else (pages + (zero_pages or 0)) * PAGE_SIZE
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """One command at a time changes the settings and their note. Raises NotPermitted."""
-    folder = root / _FOLDER
+    """Allow one command at a time to change the settings and the record.
+
+    Raises:
+        NotPermitted: this user may not write there.
+    """
+    directory = root / _DIRECTORY
     try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with alone(folder / "ksm.lock"):
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with locked_blocking(directory / "ksm.lock"):
             yield
     except PermissionError as error:
-        raise not_permitted(folder) from error
+        raise not_permitted(directory) from error
 
 
 def _read(root: Path) -> dict[str, Changed]:
     try:
-        data = (root / _FOLDER / _RECORD).read_bytes()
+        data = (root / _DIRECTORY / _RECORD).read_bytes()
     except FileNotFoundError:
         return {}
     return msgspec.json.decode(data, type=dict[str, Changed])
 
 
 def _write(changed: Mapping[str, Changed], root: Path) -> None:
-    path = root / _FOLDER / _RECORD
+    path = root / _DIRECTORY / _RECORD
     if not changed:
         with suppress(FileNotFoundError):
             path.unlink()

@@ -1,8 +1,8 @@
-"""Guests as they are now, by counters that cost next to nothing to read.
+"""The current state of guests, from counters that cost almost nothing to read.
 
-/proc/PID/stat and status, which any user may read, and KSM's per-process file; not smaps, for which
-the kernel walks all page tables. So private and shared are by kind of memory here, not by who maps
-it: the exact figures are those of ``account``.
+These are /proc/PID/stat and status, which any user may read, and KSM's file of each process. smaps
+is not read, because the kernel would walk all page tables for it. So the figures distinguish kinds
+of memory, not who maps it: `account` has the exact figures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from onecopy.linux import bounded_wait, files, process
 from onecopy.linux.counters import ksm
 from onecopy.model import PAGE_SIZE, in_order
 
-#: How long one process may keep us waiting, in seconds.
+#: Seconds to wait for one process.
 _PATIENCE = 1.0
 
 
@@ -30,28 +30,33 @@ class Sample(msgspec.Struct, frozen=True):
     pid: int
     cpu_seconds: float
     own: int | None
-    """Anonymous memory that is in memory; what KSM merged is in it, once for each place."""
+    """Resident anonymous memory; a page merged by KSM counts at each place."""
     shared: int | None
-    """Pages of files and of shared memory that it maps."""
+    """Resident pages of files and shared memory."""
     swapped: int | None
     page_tables: int | None
     merged: int | None
     start_ticks: int = 0
-    """With ``pid``, its identity."""
+    """With ``pid``, the identity of the process."""
 
 
 class Row(msgspec.Struct, frozen=True):
-    """The same, and how busy it is."""
+    """A sample, and the guest's CPU use."""
 
     sample: Sample
     cpu: float | None
-    """Share of one processor since the sample before; None at first."""
+    """CPUs used since the previous sample; None for the first."""
 
 
 def sample(
     guests: Iterable[tuple[str, int]], *, merging: bool, root: Path = files.ROOT
 ) -> list[Sample]:
-    """All ``guests``, (name, pid) each, that still run; without ``merging`` nothing is merged."""
+    """Sample all guests that still run.
+
+    Args:
+        guests: (name, pid) of each.
+        merging: read KSM's counters; otherwise nothing counts as merged.
+    """
     one = partial(_sample, merging=merging, root=root)
     found = bounded_wait.each(one, list(guests), lambda _: None, seconds=_PATIENCE)
     return [each for each in found if each]
@@ -60,16 +65,16 @@ def sample(
 def _sample(guest: tuple[str, int], merging: bool, root: Path) -> Sample | None:
     name, pid = guest
     with suppress(NotFound, NotPermitted, Unreadable):
-        told, stat = process.memory(pid, root), process.stat(pid, root)
-        mapped = (told.files, told.shared_memory)
+        memory, stat = process.memory(pid, root), process.stat(pid, root)
+        mapped = (memory.files, memory.shared_memory)
         return Sample(
             name=name,
             pid=pid,
             cpu_seconds=process.cpu_seconds_of(stat),
-            own=told.anonymous,
+            own=memory.anonymous,
             shared=None if None in mapped else sum(filter(None, mapped)),
-            swapped=told.swapped,
-            page_tables=told.page_tables,
+            swapped=memory.swapped,
+            page_tables=memory.page_tables,
             merged=_merged(pid, root) if merging else 0,
             start_ticks=stat.start_ticks,
         )
@@ -84,22 +89,26 @@ def _merged(pid: int, root: Path) -> int | None:
 
 
 def rows(now: Sequence[Sample], before: Sequence[Sample], seconds: float) -> list[Row]:
-    """``now`` with what each guest has done in the ``seconds`` since ``before``."""
+    """Combine ``now`` with the CPU time of each guest in the ``seconds`` since ``before``."""
     earlier = {(each.pid, each.start_ticks): each.cpu_seconds for each in before}
 
     def cpu(each: Sample) -> float | None:
-        was = earlier.get((each.pid, each.start_ticks))
-        return None if was is None or seconds <= 0 else (each.cpu_seconds - was) / seconds
+        earlier_seconds = earlier.get((each.pid, each.start_ticks))
+        return (
+            None
+            if earlier_seconds is None or seconds <= 0
+            else (each.cpu_seconds - earlier_seconds) / seconds
+        )
 
     return [Row(each, cpu(each)) for each in now]
 
 
-#: What rows can be sorted by; the largest first, but for names.
+#: Sort keys; all are descending, except names.
 SORTS = ("cpu", "own", "shared", "merged", "name")
 
 
 def ordered(found: Iterable[Row], by: str) -> list[Row]:
-    """Rows sorted by one of ``SORTS``; what is unknown comes last."""
+    """Sort rows by one of ``SORTS``; unknown figures come last."""
     if by == "name":
         return sorted(found, key=lambda row: in_order(row.sample.name))
 

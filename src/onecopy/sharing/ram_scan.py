@@ -1,9 +1,10 @@
-"""Look at the RAM of one running guest: what stands in each of its pages.
+"""Scan the RAM of a running guest: hash each of its own pages.
 
-Only pages that cost memory are read: those that are the guest's alone. Pages of a saved system's
-file, and what KSM has merged already, are counted. Nothing is written, and the guest goes on; a
-page that changes meanwhile is what it was when it was read. Not here: what the pages of several
-guests have in common (``advice``).
+Only pages that cost memory are read: those that the guest alone has. Pages of a saved system's file
+and pages that KSM has merged are counted. Nothing is written, and the guest continues. A page that
+changes meanwhile counts with the content that was read.
+
+Not here: what several guests have in common (``advice``).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]
 
-#: What a page of zeroes hashes to.
+#: The hash of a page of zeroes.
 ZERO = np.uint64(xxhash.xxh3_64_intdigest(bytes(PAGE_SIZE)))
-#: Pages that are read at once: they are hashed while they are in the processor's cache.
+#: Pages read at once, few enough to be hashed from the CPU's cache.
 _CHUNK = 512
-#: Bytes of RAM whose pages are looked for at once, and how often the host's memory RAM may be.
+#: Bytes of RAM examined at once; the limit on the size of RAM, as a multiple of the host's memory.
 _AT_ONCE, _TIMES = 1 << 30, 8
-#: Bits of a pagemap entry; the last: the page is mapped here and nowhere else (pagemap.rst).
+#: Bits of a pagemap entry; the last means that no other process maps the page (pagemap.rst).
 _PRESENT, _FILE, _SWAPPED, _EXCLUSIVE = (np.uint64(1 << bit) for bit in (63, 61, 62, 56))
 _FRAME = np.uint64((1 << 55) - 1)
 
@@ -45,21 +46,21 @@ class Scan(msgspec.Struct, frozen=True):
     pid: int
     ram_size: int
     pages: Numbers
-    """Numbers in RAM of the pages that are this guest's alone, ascending."""
+    """Indexes in RAM of the guest's own pages, ascending."""
     hashes: Hashes
-    """Their contents."""
+    """Their hashes."""
     mergeable: Marks
-    """Which of them KSM could merge: private memory, not shared memory or hugetlb."""
+    """Which of them KSM could merge: private memory, but not shared memory or hugetlb."""
     shared: int
-    """Still pages of a file that others can map, too: a saved system's."""
+    """Pages that are still those of a file that others can map: a saved system's."""
     merged: int | None
-    """Merged by KSM already; None when this user may not know."""
+    """Pages merged by KSM; None if this user may not know."""
     swapped: int
-    """In swap, and not looked at."""
+    """Pages in swap, which were not read."""
     missed: int
-    """Gone before they were read."""
+    """Pages that disappeared before they were read."""
     note: str = ""
-    """What this scan lacks; empty when it is whole."""
+    """What the scan lacks; empty if it is complete."""
 
     @property
     def own(self) -> int:
@@ -68,9 +69,12 @@ class Scan(msgspec.Struct, frozen=True):
 
 
 def hash_pages(data: npt.NDArray[np.uint8]) -> Hashes:
-    """The contents of pages, of shape (pages, PAGE_SIZE), as 64-bit numbers (xxh3).
+    """Hash pages to 64-bit numbers (xxh3).
 
-    Among 10 million different pages two have one number with a probability of 3 in a million.
+    Two of 10 million different pages collide with a probability of 3 in a million.
+
+    Args:
+        data: the pages, shape (pages, PAGE_SIZE).
     """
     return np.fromiter(map(xxhash.xxh3_64_intdigest, data), np.uint64, len(data))
 
@@ -78,13 +82,15 @@ def hash_pages(data: npt.NDArray[np.uint8]) -> Hashes:
 def scan(maps: GuestMaps, root: Path = files.ROOT) -> Scan:
     """Read a guest's RAM.
 
-    Raises NotFound when it is gone, ends meanwhile, or its RAM is not found; NotPermitted;
-    Unreadable when that is more than this host could have.
+    Raises:
+        NotFound: the guest has ended, or its RAM was not found.
+        NotPermitted: this user may not trace the process.
+        Unreadable: its RAM is larger than this host could have.
     """
     ram = find_ram(maps, smaps.read(maps.pid, root))
     if not ram:
         raise NotFound(
-            maps.note or f"the RAM of {maps.name} was not found in the memory of its QEMU"
+            maps.note or f"the RAM of {maps.name} was not found in the memory map of QEMU"
         )
     _require_sensible(sum(mapping.size for mapping in ram))
     first, parts = 0, []
@@ -110,11 +116,11 @@ def scan(maps: GuestMaps, root: Path = files.ROOT) -> Scan:
     )
 
 
-_HIDDEN = "the kernel shows only root which pages are merged: how much that is, is unknown"
+_HIDDEN = "the kernel shows only root which pages are merged, so their number is unknown"
 
 
 class _Part(msgspec.Struct, frozen=True):
-    """The same for one mapping."""
+    """The scan of one mapping."""
 
     pages: Numbers
     hashes: Hashes
@@ -126,7 +132,7 @@ class _Part(msgspec.Struct, frozen=True):
 
 
 def _require_sensible(size: int) -> None:
-    """A process can map what takes hours to look through, and costs it nothing."""
+    """Refuse mappings that cost the process nothing but would take hours to scan."""
     memory = meminfo.read()
     most = _TIMES * ((memory.total or 0) + (memory.swap_total or 0))
     if size > most:
@@ -134,21 +140,21 @@ def _require_sensible(size: int) -> None:
 
 
 def _scan(pid: int, mapping: Mapping, start: int, size: int, first: int, root: Path) -> _Part:
-    """``size`` bytes from ``start`` on, whose first page is the one numbered ``first`` in RAM."""
+    """Scan ``size`` bytes from ``start``; the first page has the index ``first`` in RAM."""
     entries = np.frombuffer(pagemap.read(pid, start, size // PAGE_SIZE, root), np.uint64)
     present = (entries & _PRESENT) != 0
     private = mapping.perms.endswith("p")
     own, elsewhere = present, np.zeros_like(present)
     if private:
         ours = present & ((entries & _FILE) == 0)
-        # A QEMU does not fork: what is mapped elsewhere, too, is merged or the zero page.
+        # QEMU does not fork, so a page that is also mapped elsewhere is merged or the zero page.
         own = ours & ((entries & _EXCLUSIVE) != 0)
         elsewhere = ours & ~own
     merged = _merged(entries[elsewhere] & _FRAME, root)
     pages = np.flatnonzero(own)
-    hashes, there = _read(pid, start, pages)
-    missed = len(pages) - np.count_nonzero(there)
-    pages = pages[there]
+    hashes, present_pages = _read(pid, start, pages)
+    missed = len(pages) - np.count_nonzero(present_pages)
+    pages = pages[present_pages]
     huge = mapping.hugetlb_private + mapping.hugetlb_shared
     return _Part(
         pages=pages + first,
@@ -162,10 +168,13 @@ def _scan(pid: int, mapping: Mapping, start: int, size: int, first: int, root: P
 
 
 def _merged(numbers: npt.NDArray[np.uint64], root: Path) -> int | None:
-    """Bytes of those page frames, but for the zero page, which may have only been read.
+    """Return the bytes of some page frames, except for the zero page, which was perhaps only read.
 
-    None when the kernel hides them: it shows frame 0. The flag of merged pages is no sign: Linux
-    6.10 to 6.12, and some later ones, set it for all anonymous memory (fs/proc/page.c).
+    The flag for merged pages is not reliable: Linux 6.10 to 6.12 and some later versions set it for
+    all anonymous memory (fs/proc/page.c).
+
+    Returns:
+        None if the kernel hides the frames by showing frame 0.
     """
     if not numbers.all():
         return None
@@ -176,17 +185,17 @@ def _merged(numbers: npt.NDArray[np.uint64], root: Path) -> int | None:
 
 
 def _read(pid: int, start: int, pages: Numbers) -> tuple[Hashes, Marks]:
-    """The contents of those pages that are there, and which these are."""
+    """Return the hashes of the pages that are present, and a mask of these."""
     buffer = np.empty((_CHUNK, PAGE_SIZE), np.uint8)
-    hashes, there = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
+    hashes, present_pages = [np.empty(0, np.uint64)], [np.empty(0, np.bool_)]
     for at in range(0, len(pages), _CHUNK):
         part = pages[at : at + _CHUNK].astype(np.uint64)
         found = process_memory.read(pid, np.uint64(start) + part * np.uint64(PAGE_SIZE), buffer)
         data = buffer[: len(part)]
-        # Indexing by marks copies.
+        # Indexing by a mask copies the data.
         hashes.append(hash_pages(data if found.all() else data[found]))
-        there.append(found)
-    return np.concatenate(hashes), np.concatenate(there)
+        present_pages.append(found)
+    return np.concatenate(hashes), np.concatenate(present_pages)
 
 
 def _bytes(marks: Marks) -> int:

@@ -1,6 +1,6 @@
-"""Look at many guests, one after the other, and say what they could share.
+"""Scan many guests one after another and find what they could share.
 
-Not here: one guest (``scan``), files (``contents``), the figures (``advice``).
+Not here: one guest (``ram_scan``), files (``file_pages``), and the figures (``advice``).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from onecopy.sharing.advice import Advice, advise
 from onecopy.sharing.file_pages import Contents, Image
 from onecopy.sharing.ram_scan import Scan, scan
 
-#: How long one process may keep us waiting for a part of its memory, in seconds.
+#: Seconds to wait for a part of one process's memory.
 _PATIENCE = 5.0
-_LATE = "it keeps us waiting for its memory"
+_LATE = "reading its memory took too long"
 
 
 class LeftOut(msgspec.Struct, frozen=True):
-    """A guest that was not looked at."""
+    """A guest that was not scanned."""
 
     name: str
     pid: int
@@ -35,7 +35,7 @@ class LeftOut(msgspec.Struct, frozen=True):
 
 
 class Sources(msgspec.Struct, frozen=True):
-    """Files in which to look for what guests have."""
+    """Files to compare with the guests' memory."""
 
     root_images: Sequence[Image] = ()
     root_trees: Sequence[Path] = ()
@@ -44,12 +44,12 @@ class Sources(msgspec.Struct, frozen=True):
 
 
 class Survey(msgspec.Struct, frozen=True):
-    """What was found, and what it took to look."""
+    """The result, and what it cost."""
 
     advice: Advice
     left_out: tuple[LeftOut, ...]
     cpu_seconds: float
-    """Of this process for reading and hashing ``advice.own``: KSM does as much in each pass."""
+    """CPU time for reading and hashing ``advice.own``; KSM needs as much in each pass."""
     compared: int
     """Bytes of files that guests were compared with."""
 
@@ -57,14 +57,22 @@ class Survey(msgspec.Struct, frozen=True):
 def survey(
     guests: Sequence[GuestMaps], sources: Sources, tell: Callable[[str], None] = lambda _: None
 ) -> Survey:
-    """Look at ``guests``; ``tell`` hears what is done. Raises NotFound, InvalidInput for a tree."""
+    """Scan guests and compare them.
+
+    Args:
+        tell: receives progress messages.
+
+    Raises:
+        NotFound: a directory does not exist.
+        InvalidInput: it is not a directory.
+    """
     scans: list[Scan] = []
     left_out = []
     root = _contents(sources.root_images, sources.root_trees, tell)
     extra = _contents(sources.images, sources.trees, tell)
     began = time.process_time()
-    room = [2 * (meminfo.read().total or 0)]
-    one = partial(_scan, room=room, tell=tell)
+    budget = [2 * (meminfo.read().total or 0)]
+    one = partial(_scan, budget=budget, tell=tell)
     looked = bounded_wait.each(one, guests, lambda _: _LATE, seconds=_PATIENCE)
     for maps, found in zip(guests, looked, strict=True):
         if isinstance(found, Scan):
@@ -77,20 +85,20 @@ def survey(
     return Survey(advise(scans, root, extra), tuple(left_out), spent, sum(known))
 
 
-def _scan(maps: GuestMaps, room: list[int], tell: Callable[[str], None]) -> Scan | str:
-    """One guest, or why it is left out.
+def _scan(maps: GuestMaps, budget: list[int], tell: Callable[[str], None]) -> Scan | str:
+    """Scan one guest, or return why it is left out.
 
-    Many processes can show the same memory as if each had it: in all no more is read than twice
-    what the host has.
+    Many processes can show the same memory as if each had it. So the total is limited to twice the
+    host's memory.
     """
     tell(f"reading the memory of {maps.name}")
-    if room[0] <= 0:
-        return "those before it had twice as much memory as the host"
+    if budget[0] <= 0:
+        return "the guests before it had twice as much memory as the host"
     try:
         found = scan(maps)
     except (NotFound, NotPermitted, Incompatible, Unreadable) as error:
         return error.message
-    room[0] -= found.own
+    budget[0] -= found.own
     return found
 
 

@@ -1,7 +1,8 @@
-"""The store: names that lead to immutable blobs, and the leases that keep them.
+"""The store: names, the immutable blobs that they refer to, and the leases that protect these.
 
-Start at `onecopy.store.store.Store`. Not here: what the blobs mean (build/, guest/), who maps
-their pages (sharing/).
+The entry point is `onecopy.store.store.Store`.
+
+Not here: what blobs contain (images/, guest/), and which processes map their pages (sharing/).
 """
 
 from onecopy.store.access import Access

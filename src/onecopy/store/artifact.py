@@ -1,6 +1,6 @@
-"""The values that the store takes and gives: artifacts and their layers.
+"""The values that the store accepts and returns: artifacts and their layers.
 
-Not here: their form on disk (oci.py).
+Not here: their format on disk (oci.py).
 """
 
 from __future__ import annotations
@@ -19,19 +19,31 @@ _T = TypeVar("_T")
 
 
 def decode_config(artifact: Artifact, into: type[_T], remedy: str) -> _T:
-    """The config record of an artifact; raise StoreDamaged, whose hint ends with ``remedy``."""
+    """Decode the config record of an artifact.
+
+    Args:
+        into: the type of the record.
+        remedy: what to do after removing a damaged artifact; completes the hint.
+
+    Raises:
+        StoreDamaged: the record is not valid.
+    """
     try:
         return msgspec.json.decode(artifact.config, type=into)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise StoreDamaged(
-            f"the record of {artifact.ref} cannot be read: {error}",
+            f"the record of {artifact.ref} is not valid: {error}",
             hint=f"`onecopy rm {artifact.ref}`, {remedy}",
         ) from error
 
 
 class NewLayer(msgspec.Struct, frozen=True):
-    """A layer to be stored: either the file ``path``, which is moved into the store, or the
-    ``digest`` of a blob that is in the store already. ``size`` (bytes), if given, must hold.
+    """A layer to store: a file that is moved into the store, or a blob of the store.
+
+    Attributes:
+        path: the file, or None.
+        digest: the digest of the blob, or None.
+        size: the expected size in bytes, or None.
     """
 
     path: Path | None
@@ -42,15 +54,17 @@ class NewLayer(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, layer: Layer, annotations: Mapping[str, str] | None = None) -> NewLayer:
-        """A blob that the store has already, with its own annotations or others."""
-        kept = layer.annotations if annotations is None else annotations
-        return cls(None, layer.media_type, kept, layer.digest, layer.size)
+        """Make a layer of a stored blob, with its annotations or others."""
+        chosen = layer.annotations if annotations is None else annotations
+        return cls(None, layer.media_type, chosen, layer.digest, layer.size)
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """A stored blob; ``path`` is absolute, and nobody may write to it.
+    """A stored blob.
 
-    ``size`` are the bytes of its content. In a trust domain the file is a page longer (domain.py).
+    Attributes:
+        path: its absolute path; nobody may write to the file.
+        size: the bytes of its content. In a trust domain the file is a page longer (domain.py).
     """
 
     media_type: str
@@ -62,15 +76,17 @@ class Layer(msgspec.Struct, frozen=True):
 
     @property
     def blob_size(self) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return self.size + (PAGE_SIZE if self.domain else 0)
 
 
 class Artifact(msgspec.Struct, frozen=True):
     """A named segment, kernel or saved system.
 
-    ``digest`` is its manifest's; ``created`` (RFC 3339, UTC) is when it got its name; ``config``
-    is the JSON that build/ or guest/ wrote.
+    Attributes:
+        digest: the digest of its manifest.
+        created: when it got its name (RFC 3339, UTC).
+        config: JSON that images/ or guest/ wrote.
     """
 
     kind: str
@@ -88,11 +104,15 @@ class Artifact(msgspec.Struct, frozen=True):
 
     @property
     def size(self) -> int:
-        """Bytes of all layers, holes and what other artifacts also list included."""
+        """The bytes of all layers, including holes and layers that other artifacts share."""
         return sum(layer.size for layer in self.layers)
 
     def layer(self, role: str) -> Layer:
-        """The first layer annotated ``org.onecopy.role=ROLE``; raise StoreDamaged if none."""
+        """Return the first layer annotated ``org.onecopy.role=ROLE``.
+
+        Raises:
+            StoreDamaged: there is no such layer.
+        """
         for layer in self.layers:
             if layer.annotations.get(ROLE) == role:
                 return layer

@@ -1,7 +1,8 @@
-"""How the store is changed: under its lock, with a mark, and swept at the end.
+"""Changes to the store: made under its lock, with a marker file, and followed by a sweep.
 
-A change that failed is undone the way a killed one is. Not here: the changes themselves (store.py,
-putting.py).
+A failed change is undone in the same way as one that was killed.
+
+Not here: the changes themselves (store.py, putting.py).
 """
 
 from __future__ import annotations
@@ -16,18 +17,25 @@ from onecopy.store.layout import Layout
 
 @contextmanager
 def change(layout: Layout) -> Iterator[None]:
-    """Hold the store's lock; raise InsufficientResources, NotPermitted, StoreDamaged."""
+    """Hold the store's lock during a change.
+
+    Raises:
+        InsufficientResources: the disk is full.
+        NotPermitted: this user may not change the store.
+        StoreDamaged: the disk failed.
+    """
     with file_errors(layout.root), layout.locked():
-        # A kill leaves this mark, and so the next one who opens the store sweeps.
-        _mark(layout)
+        # If this process is killed the marker stays, so the next command that opens the store
+        # sweeps.
+        _create_marker(layout)
         try:
             yield
         finally:
             collect.sweep(layout)
-            reserve.keep(layout)
+            reserve.refill(layout)
 
 
-def _mark(layout: Layout) -> None:
+def _create_marker(layout: Layout) -> None:
     mark = layout.tmp / "change"
     try:
         mark.touch()
@@ -37,15 +45,15 @@ def _mark(layout: Layout) -> None:
 
 
 def write_blob(layout: Layout, digest: str, data: bytes) -> None:
-    """Store a small blob; the lock is held."""
+    """Store a small blob; the caller holds the lock."""
     blob = layout.blob(digest)
-    # No guest maps these small blobs, so a damaged one may be replaced.
+    # No guest maps these small blobs, so a damaged one can be replaced.
     if not blob.exists() or blob.read_bytes() != data:
         layout.write(blob, data, 0o444)
 
 
 def write_index(layout: Layout, index: oci.Index) -> None:
-    """Make ``index`` what counts, all of it at once; the lock is held."""
+    """Replace the index atomically; the caller holds the lock."""
     data = oci.encode(access.prune(index))
     try:
         layout.write(layout.index, data)

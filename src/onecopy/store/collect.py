@@ -1,10 +1,13 @@
-"""Garbage collection: what is neither named nor leased goes.
+"""Garbage collection: remove blobs that are neither named nor leased.
 
-Reachable is every manifest in the index, its config and its layers; held is what a live lease
-lists. A blob that is only held is pending purge: gone at the first sweep after its last holder.
-All of it runs under the store's lock, and what is seen free then stays free: a lease is locked
-before it has its name, a workspace is made and locked under the store's lock. Not here: when it is
-due (store.py).
+Every manifest in the index is reachable, with its config and layers. A live lease holds the blobs
+that it lists. A blob that is held but not reachable is pending purge: the first sweep after its
+last holder removes it.
+
+Everything runs under the store's lock, and what appears unlocked then stays unlocked. A lease is
+locked before it gets its name, and a workspace is created and locked under the store's lock.
+
+Not here: when collection is due (store.py).
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ from __future__ import annotations
 from onecopy.errors import StoreDamaged
 from onecopy.store import lease, loading, oci, workspace
 from onecopy.store.layout import Layout
-from onecopy.store.leftovers import going_on
+from onecopy.store.leftovers import tolerate_failure
 from onecopy.store.live import sweep as sweep_live
 
 
 def reach(layout: Layout, entry: oci.Descriptor) -> set[str]:
-    """Digests of ``entry``'s manifest and all that it lists; raise StoreDamaged."""
+    """Return the digests of a manifest and of everything that it lists.
+
+    Raises:
+        StoreDamaged: a record is missing or not valid.
+    """
     owner = entry.ref or entry.digest
     data = loading.small_blob(layout, entry.digest, owner)
     links = oci.decode(data, oci.Links, layout.blob(entry.digest), loading.repair(owner))
@@ -29,32 +36,38 @@ def reach(layout: Layout, entry: oci.Descriptor) -> set[str]:
 
 
 def collect(layout: Layout) -> list[str]:
-    """Remove what is unwanted, stale leases last; return the digests of the blobs.
+    """Remove unneeded blobs, then stale leases.
 
-    Raises StoreDamaged, with nothing removed, if it cannot be known what is wanted. Killed half-way
-    it leaves the stale leases, so the next sweep does the rest.
+    If this is killed, the stale leases remain, so the next sweep finishes the work.
+
+    Returns:
+        The digests of the removed blobs.
+
+    Raises:
+        StoreDamaged: a record cannot be read, so nothing is removed.
     """
     live, stale = lease.scan(layout)
-    wanted = {digest for record in live for digest in record.blobs}
+    needed = {digest for record in live for digest in record.blobs}
     for entry in loading.index(layout).manifests:
-        wanted |= reach(layout, entry)
-    there = {f"sha256:{path.name}": path for path in layout.blobs.iterdir()}
-    unwanted = sorted(there.keys() - wanted)
-    for digest in unwanted:
-        with going_on(there[digest]):
-            there[digest].unlink(missing_ok=True)
-    sweep_live(layout, wanted)
-    lease.remove_folders(layout)
+        needed |= reach(layout, entry)
+    present = {f"sha256:{path.name}": path for path in layout.blobs.iterdir()}
+    unneeded = sorted(present.keys() - needed)
+    for digest in unneeded:
+        with tolerate_failure(present[digest]):
+            present[digest].unlink(missing_ok=True)
+    sweep_live(layout, needed)
+    lease.remove_directories(layout)
     for path in stale:
-        with going_on(path):
+        with tolerate_failure(path):
             path.unlink(missing_ok=True)
-    return unwanted
+    return unneeded
 
 
 def sweep(layout: Layout) -> None:
-    """Collect, then clear tmp/; leave everything as it is in a damaged store.
+    """Collect, then clear tmp/; do nothing in a damaged store.
 
-    The damage is told to whoever reads the damaged artifact, and `rm` of it must still work.
+    A command that reads the damaged artifact reports the damage. Removing that artifact must remain
+    possible.
     """
     try:
         collect(layout)
@@ -64,5 +77,5 @@ def sweep(layout: Layout) -> None:
 
 
 def sweep_is_due(layout: Layout) -> bool:
-    """Whether anything seems to be left by a killed command or an ended guest; cheap."""
+    """Whether killed commands or ended guests seem to have left anything; cheap."""
     return workspace.has_leftovers(layout) or lease.any_stale(layout)

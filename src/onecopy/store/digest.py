@@ -1,7 +1,8 @@
-"""The digest of a file, without reading its holes.
+"""Digests of files, computed without reading their holes.
 
-A hole reads as zeroes, but reading it fills the host's page cache with them. Not here: digests of
-what is in memory already (oci.py).
+A hole reads as zeroes, but reading it would fill the host's page cache with them.
+
+Not here: digests of data in memory (oci.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ _ZEROES = bytes(_CHUNK)
 
 
 def file_digest(path: Path) -> str:
-    """``sha256:HEX`` of the content of ``path``; raise OSError."""
+    """Return ``sha256:HEX`` of a file's content.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         fd = file.fileno()

@@ -1,6 +1,6 @@
-"""What guests hold: making leases, and telling what is held but has no name any more.
+"""What guests hold: create leases, and list artifacts that are held but no longer named.
 
-Not here: what a lease is (lease.py).
+Not here: how a lease works (lease.py).
 """
 
 from __future__ import annotations
@@ -17,33 +17,38 @@ from onecopy.store.lease import Lease, LeaseRecord
 
 
 def hold(layout: Layout, digests: Sequence[str], holder: str, info: Mapping[str, str]) -> Lease:
-    """A holder's first lease; the store's lock is held."""
-    _free(layout, holder)
+    """Create a holder's first lease; the caller holds the store's lock."""
+    _clear_remains(layout, holder)
     record = _record(layout, digests, holder, info)
     return lease.create(layout, record, lease.path_of(layout, holder))
 
 
 def rename(layout: Layout, holder: str, name: str) -> None:
-    """Let a holder have another name; the store's lock is held."""
-    _free(layout, name)
+    """Rename a holder; the caller holds the store's lock."""
+    _clear_remains(layout, name)
     lease.rename(layout, holder, name)
 
 
-def _free(layout: Layout, holder: str) -> None:
-    """Make room for a new holder; raise AlreadyExists."""
+def _clear_remains(layout: Layout, holder: str) -> None:
+    """Clear the remains of an earlier holder of that name.
+
+    Raises:
+        AlreadyExists: the holder is alive.
+    """
     if lease.is_live(layout, holder):
         raise AlreadyExists(
-            f"{holder} runs already", hint="choose another name, or `onecopy stop` it"
+            f"{holder} is already running",
+            hint="choose another name, or stop the guest with `onecopy stop`",
         )
     if lease.remains(layout, holder):
-        # Writing over it would hide that its blobs may go.
+        # Overwriting the old lease would hide that its blobs can be removed.
         collect.sweep(layout)
 
 
 def extend(layout: Layout, digests: Sequence[str], holder: str) -> Lease:
-    """A further lease of a holder; the store's lock is held."""
+    """Create a further lease of a holder; the caller holds the store's lock."""
     if not lease.is_live(layout, holder):
-        raise NotFound(f"{holder} does not run any more", hint="`onecopy ps` lists the guests")
+        raise NotFound(f"{holder} is no longer running", hint="`onecopy ps` lists the guests")
     record = _record(layout, digests, holder, {})
     return lease.create(layout, record, lease.further_path(layout, holder))
 
@@ -55,7 +60,7 @@ def _record(
     return LeaseRecord(
         holder=holder,
         digests=tuple(digests),
-        blobs=tuple(sorted(_needs(layout, entries))),
+        blobs=tuple(sorted(_required_blobs(layout, entries))),
         names={entry.digest: entry.ref for entry in entries},
         info=dict(info),
     )
@@ -66,12 +71,13 @@ def _entries(layout: Layout, digests: Sequence[str]) -> list[oci.Descriptor]:
     for digest in digests:
         if digest not in entries:
             raise NotFound(
-                f"{digest} has no name any more", hint="it was removed or replaced: try again"
+                f"{digest} no longer has a name",
+                hint="it was removed or replaced; repeat the command",
             )
     return [entries[digest] for digest in digests]
 
 
-def _needs(layout: Layout, entries: Iterable[oci.Descriptor]) -> set[str]:
+def _required_blobs(layout: Layout, entries: Iterable[oci.Descriptor]) -> set[str]:
     needed = set()
     for entry in entries:
         needed |= collect.reach(layout, entry)
@@ -80,7 +86,7 @@ def _needs(layout: Layout, entries: Iterable[oci.Descriptor]) -> set[str]:
 
 
 def _require_whole(artifact: Artifact) -> None:
-    """Raise StoreDamaged unless every blob has its size, so that no guest runs beyond its end."""
+    """Require that every blob has its full size, so that no guest runs past its end."""
     for layer in artifact.layers:
         try:
             found = layer.path.stat()
@@ -90,20 +96,25 @@ def _require_whole(artifact: Artifact) -> None:
             ) from error
         if found.st_size != layer.blob_size:
             raise StoreDamaged(
-                f"{layer.path} of {artifact.ref} has {found.st_size} bytes in place of "
-                f"{layer.blob_size}: it was changed behind onecopy's back",
+                f"{layer.path} of {artifact.ref} has {found.st_size} bytes instead of "
+                f"{layer.blob_size}: something other than onecopy has modified it",
                 hint=loading.repair(artifact.ref),
             )
         if found.st_mode & 0o222 or not stat.S_ISREG(found.st_mode):
             raise StoreDamaged(
-                f"{layer.path} of {artifact.ref} has the mode {stat.filemode(found.st_mode)}, and "
-                "others may have changed it",
-                hint=f"`onecopy verify {artifact.ref}`; if it is whole, chmod 444 {layer.path}",
+                f"{layer.path} of {artifact.ref} has the mode {stat.filemode(found.st_mode)}, so "
+                "that others may have modified it",
+                hint=f"run `onecopy verify {artifact.ref}`; if it reports no damage, run chmod "
+                f"444 {layer.path}",
             )
 
 
 def held(layout: Layout, index: oci.Index, holder: str) -> list[oci.Descriptor]:
-    """What a holder has leased now, under the names of that time; raise StoreDamaged."""
+    """List what a holder leases now, under the names from the time of the lease.
+
+    Raises:
+        StoreDamaged: a record cannot be read.
+    """
     named = {entry.digest: entry for entry in names.ours(index)}
     found = []
     for record in lease.scan(layout)[0]:
@@ -114,7 +125,11 @@ def held(layout: Layout, index: oci.Index, holder: str) -> list[oci.Descriptor]:
 
 
 def pending(layout: Layout, index: oci.Index) -> list[oci.Descriptor]:
-    """What is held and has no name any more, as the index named it; raise StoreDamaged."""
+    """List what is held but no longer named, under the last names.
+
+    Raises:
+        StoreDamaged: a record cannot be read.
+    """
     named = {entry.digest for entry in index.manifests}
     found = {}
     for record in lease.scan(layout)[0]:
@@ -128,7 +143,7 @@ def _entry(layout: Layout, digest: str, ref: str) -> oci.Descriptor | None:
     try:
         data = loading.small_blob(layout, digest, ref)
     except StoreDamaged:
-        # Its last user ended since we looked.
+        # Its last user ended meanwhile.
         return None
     manifest = oci.decode(data, oci.Manifest, layout.blob(digest), loading.repair(ref))
     return oci.Descriptor(

@@ -1,4 +1,4 @@
-"""Turning files into blobs: measured before the store's lock is taken, moved in under it.
+"""Turn files into blobs: hash them without the store's lock, move them in under it.
 
 Not here: naming them (store.py).
 """
@@ -25,9 +25,15 @@ from onecopy.store.oci import Descriptor, is_digest
 def in_domain(
     layout: Layout, layer: NewLayer, domain: str, workspace: Callable[[], Path]
 ) -> NewLayer:
-    """The layer as one of a trust domain: the blob of another one is copied into a workspace.
+    """Return a layer for a trust domain; a blob of another domain is copied.
 
-    Raises NotFound (no such blob), InvalidInput, InsufficientResources.
+    Args:
+        workspace: creates the directory for copies.
+
+    Raises:
+        NotFound: there is no such blob.
+        InvalidInput: the digest is not valid.
+        InsufficientResources: the disk is full.
     """
     if layer.path is not None or layer.digest is None:
         return layer
@@ -42,14 +48,16 @@ def in_domain(
         return layer
     work = workspace()
     require_disk(work, blob.stat().st_blocks * 512)
-    # Of its own: the same blob may come twice.
+    # The name is unique, because the same blob may occur twice.
     out = work / f"{os.urandom(6).hex()}-{blob.name}"
     copy_content(blob, out)
     return NewLayer(out, layer.media_type, layer.annotations, size=layer.size)
 
 
-def follow(config: bytes, layers: Sequence[NewLayer], blobs: Sequence[Descriptor]) -> bytes:
-    """``config`` with the digests of blobs that were copied made those of their copies."""
+def replace_digests(
+    config: bytes, layers: Sequence[NewLayer], blobs: Sequence[Descriptor]
+) -> bytes:
+    """Replace the digests of copied blobs in ``config`` by those of the copies."""
     for layer, blob in zip(layers, blobs, strict=True):
         if layer.digest and layer.digest != blob.digest:
             config = config.replace(layer.digest.encode(), blob.digest.encode())
@@ -57,13 +65,18 @@ def follow(config: bytes, layers: Sequence[NewLayer], blobs: Sequence[Descriptor
 
 
 def describe(layout: Layout, layer: NewLayer, domain: str, clean: ExitStack) -> Descriptor:
-    """Hash and sync the layer's file (read-only from now on), or look its digest up; no lock.
+    """Hash and sync a layer's file, which becomes read-only, or look up its blob; takes no lock.
 
-    What ``clean`` does at its end makes the file again what it was, unless it is a blob by then.
-    Raises InvalidInput, NotFound (no such file or blob), StoreDamaged (not of the given size).
+    Args:
+        clean: restores the file when it closes, unless the file has become a blob.
+
+    Raises:
+        InvalidInput: the layer has neither or both of a path and a digest.
+        NotFound: there is no such file or blob.
+        StoreDamaged: the size is not the expected one.
     """
     if (layer.path is None) == (layer.digest is None):
-        raise InvalidInput("a new layer has either a path or a digest")
+        raise InvalidInput("a new layer needs either a path or a digest")
     tail = len(trailer(domain))
     if layer.path:
         _require_file(layer.path)
@@ -72,8 +85,8 @@ def describe(layout: Layout, layer: NewLayer, domain: str, clean: ExitStack) -> 
     digest, size = _measure_file(layer) if layer.path else _measure_blob(layout, layer)
     if layer.size is not None and layer.size != size - tail:
         raise StoreDamaged(
-            f"{layer.path or layout.blob(digest)} has {size - tail} bytes, not {layer.size}",
-            hint="`onecopy verify` finds out which artifact is damaged",
+            f"{layer.path or layout.blob(digest)} has {size - tail} bytes instead of {layer.size}",
+            hint="`onecopy verify` shows which artifact is damaged",
         )
     return Descriptor(
         media_type=layer.media_type,
@@ -87,7 +100,7 @@ def describe(layout: Layout, layer: NewLayer, domain: str, clean: ExitStack) -> 
 
 
 def _unseal(path: Path, domain: str) -> None:
-    # Gone if it was moved in, or if there was such a blob already.
+    # The path is gone if the file became a blob, or if the blob existed already.
     if domain and path.exists():
         unseal(path, domain)
 
@@ -96,14 +109,14 @@ def _require_file(path: Path) -> None:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError as error:
-        raise NotFound(f"there is no file {path}") from error
+        raise NotFound(f"the file {path} does not exist") from error
     if not stat.S_ISREG(mode):
         raise InvalidInput(f"{path} is not a regular file")
 
 
 def _measure_file(layer: NewLayer) -> tuple[str, int]:
     path = layer.path
-    assert path is not None  # noqa: S101 - for the type checker; describe() saw to it
+    assert path is not None  # noqa: S101 - for the type checker; describe() has checked this
     with path.open("rb") as file:
         os.fchmod(file.fileno(), 0o444)
         os.fsync(file.fileno())
@@ -121,18 +134,20 @@ def _measure_blob(layout: Layout, layer: NewLayer) -> tuple[str, int]:
 
 def _require_digest(digest: str) -> None:
     if not is_digest(digest):
-        raise InvalidInput(f"{digest!r} is not a digest")
+        raise InvalidInput(f"{digest!r} is not a valid digest")
 
 
 def move_in(layout: Layout, layer: NewLayer, digest: str) -> None:
-    """Make the layer's file the blob ``digest``; the store's lock is held.
+    """Make a layer's file the blob ``digest``; the caller holds the store's lock.
 
-    Raises NotFound if the layer has no file and the blob is gone, InvalidInput if the file is on
-    another file system.
+    Raises:
+        NotFound: the layer has no file, and the blob is gone.
+        InvalidInput: the file is on another file system.
     """
     blob = layout.blob(digest)
     if blob.exists():
-        # Guests map it: the same bytes in another file would be a second copy in memory.
+        # Guests may map the existing blob. The same content in a new file would be a second copy in
+        # memory.
         if layer.path:
             layer.path.unlink(missing_ok=True)
     elif layer.path is None:
@@ -145,9 +160,9 @@ def move_in(layout: Layout, layer: NewLayer, digest: str) -> None:
                 raise
             raise InvalidInput(
                 f"{layer.path} is not on the file system of the store {layout.root}",
-                hint="make it in a workspace of the store",
+                hint="create the file in a workspace of the store",
             ) from error
-        # Where there is such a thing. A blob is one without it, too.
+        # fs-verity is optional: blobs work without it.
         with suppress(OSError):
             verity.enable(blob)
 
@@ -155,5 +170,5 @@ def move_in(layout: Layout, layer: NewLayer, digest: str) -> None:
 def _missing(digest: str) -> NotFound:
     return NotFound(
         f"the store has no blob {digest}",
-        hint="what had it was removed meanwhile: a lease would have kept it",
+        hint="the artifact that had it was removed meanwhile; repeat the command",
     )

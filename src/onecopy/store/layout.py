@@ -1,18 +1,18 @@
-"""Where the store's files lie, its lock, and how one file is changed whole or not at all.
+"""The paths of the store's files, the store's lock, and atomic writes.
 
-::
+    ROOT/oci-layout, index.json, blobs/sha256/HEX
+                             an OCI image layout (image-layout.md)
+    ROOT/lock                flock(2)ed during every change
+    ROOT/tmp/DIRECTORY       a workspace, flocked by its owner (workspace.py)
+    ROOT/tmp/FILE            exists while its writer has ``lock``; otherwise left by a crash
+    ROOT/leases/NAME.json    flocked by the guest that holds it (lease.py)
+    ROOT/live/               files that the host writes and guests read (live.py)
+    ROOT/reserve/            files that a change uses on a full disk (reserve.py)
+    ROOT/cache/              can be recreated; may be emptied at any time
+    ROOT/disks/              disks of guests (guest/lifecycle/disks.py), unknown to the store
 
-    ROOT/oci-layout, index.json, blobs/sha256/HEX     an OCI image layout (image-layout.md)
-    ROOT/lock              flock(2)ed by whoever changes anything ROOT/tmp/FOLDER        a
-    workspace, flocked by its owner (workspace.py) ROOT/tmp/FILE          lives only while its
-    writer has ``lock``: else it is a crash's remains ROOT/leases/NAME.json  flocked by the guest
-    that holds it (lease.py) ROOT/live/             what the host writes to and guests read
-    (live.py) ROOT/reserve/          what a change takes where nothing is left (reserve.py)
-    ROOT/cache/            what can be made again; may be emptied at any time ROOT/disks/
-    of guests (guest/lifecycle/disks.py); nothing else in the store knows of them
-
-Not here: how a store is first made (opening.py), what the files say (oci.py), which of them are
-wanted (collect.py).
+Not here: how a store is created (opening.py), what the files contain (oci.py), and which are needed
+(collect.py).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.store.disk import sync_folder
+from onecopy.store.disk import sync_directory
 
-#: A link there would have somebody else's file opened.
+#: O_NOFOLLOW: through a symbolic link another user's file would be opened.
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def default_root() -> Path:
-    """``$ONECOPY_HOME``, else /var/lib/onecopy for root, else onecopy in the XDG data folder."""
+    """Return ``$ONECOPY_HOME``, else /var/lib/onecopy for root, else onecopy in $XDG_DATA_HOME."""
     if home := os.environ.get("ONECOPY_HOME"):
         return Path(home)
     if os.geteuid() == 0:
@@ -42,7 +42,7 @@ def default_root() -> Path:
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """The paths of the store ``root`` (absolute), its lock, and safe writes."""
+    """The paths of the store at ``root`` (absolute), its lock, and atomic writes."""
 
     root: Path
 
@@ -79,12 +79,16 @@ class Layout(msgspec.Struct, frozen=True):
         return self.root / "oci-layout"
 
     def blob(self, digest: str) -> Path:
-        """Where the blob ``digest`` lies, if it is there."""
+        """Return the path of a blob, whether or not it exists."""
         return self.blobs / digest.removeprefix("sha256:")
 
     @contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the store's lock; not reentrant. With ``wait=False`` yields False if it is taken."""
+        """Hold the store's lock, which is not reentrant.
+
+        Args:
+            wait: wait for the lock; if False and the lock is taken, yield False.
+        """
         fd = os.open(self.root / "lock", _LOCK, 0o600)
         try:
             try:
@@ -95,19 +99,20 @@ class Layout(msgspec.Struct, frozen=True):
             try:
                 yield True
             finally:
-                # Not left to close(): a child forked meanwhile has a copy of the descriptor.
+                # close() alone might not unlock: a child forked meanwhile has a copy of the
+                # descriptor.
                 fcntl.flock(fd, fcntl.LOCK_UN)
         finally:
             os.close(fd)
 
     def write(self, path: Path, data: bytes, mode: int = 0o644) -> None:
-        """Make ``path`` hold ``data``, whole or not at all, durable at return; lock held."""
+        """Replace a file atomically and durably; the caller holds the lock."""
         temp = self.scratch(path.name, data, mode, sync=True)
         temp.replace(path)
-        sync_folder(path.parent)
+        sync_directory(path.parent)
 
     def scratch(self, name: str, data: bytes, mode: int, *, sync: bool) -> Path:
-        """A new file in tmp/ that holds ``data``; lock held, so a plain name will do."""
+        """Write a new file in tmp/; the caller holds the lock, so the name need not be unique."""
         temp = self.tmp / f"{name}.new"
         temp.unlink(missing_ok=True)
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)

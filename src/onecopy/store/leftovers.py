@@ -1,4 +1,4 @@
-"""What a sweep cannot remove: told once, and no reason for a command to fail.
+"""Leftovers that a sweep cannot remove: warn once, and let the command go on.
 
 Not here: what is swept (collect.py, workspace.py, lease.py).
 """
@@ -12,28 +12,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _log = logging.getLogger("onecopy")
-#: These say that something is wrong with the disk or with the right to the store, not with one
-#: leftover.
-_NOT_ITS_OWN = {errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-_told: set[Path] = set()
+#: Errors of the disk or of access to the store as a whole, not of one leftover.
+_STORE_ERRORS = {errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_warned: set[Path] = set()
 
 
 @contextmanager
-def going_on(path: Path) -> Iterator[None]:
-    """Do something with the leftover ``path``; if that fails it is told, and nothing is raised.
+def tolerate_failure(path: Path) -> Iterator[None]:
+    """Log an error about one leftover instead of raising it.
 
-    Raises OSError if it is not for the leftover's own sake: the disk fails, for example.
+    Raises:
+        OSError: the error concerns the whole store: a failing disk, for example.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in _NOT_ITS_OWN:
+        if error.errno in _STORE_ERRORS:
             raise
-        tell(path, error.strerror or "unknown error")
+        warn(path, error.strerror or "unknown error")
 
 
-def tell(path: Path, why: str) -> None:
-    """Say on standard error, once, that ``path`` is left and ``why``; "" is no reason to."""
-    if why and path not in _told:
-        _told.add(path)
-        _log.warning("onecopy: %s cannot be removed: %s", ascii(str(path)), why)
+def warn(path: Path, reason: str) -> None:
+    """Log a warning, once per path, that ``path`` is left; do nothing if ``reason`` is ""."""
+    if reason and path not in _warned:
+        _warned.add(path)
+        _log.warning("onecopy: cannot remove %s: %s", ascii(str(path)), reason)

@@ -1,8 +1,9 @@
-"""What the host writes to and guests read: the live content of SC ranges.
+"""Files that the host writes and guests read: the live content of SC ranges.
 
-``ROOT/live/HEX.N`` belongs to range N of the segment whose manifest is HEX. It starts as the stored
-content and goes when nothing names or holds the segment any more. Not here: writing to it
-(guest/segments/live_write.py).
+``ROOT/live/HEX.N`` belongs to range N of the segment with the manifest HEX. It starts with the
+stored content. It is removed when the segment is neither named nor held.
+
+Not here: writing to it (guest/segments/live_write.py).
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from pathlib import Path
 from onecopy.linux.sparse import copy_file
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
-from onecopy.store.leftovers import going_on
+from onecopy.store.leftovers import tolerate_failure
 
 
 def path_of(layout: Layout, segment: str, number: int) -> Path:
-    """Where the live content of a range lies, if it was ever used."""
+    """Return the path of a range's live content, whether or not it exists."""
     return layout.live / f"{segment.removeprefix('sha256:')}.{number}"
 
 
 def ensure(layout: Layout, segment: str, number: int, content: Path, size: int) -> Path:
-    """The live content of a range, made from ``content`` if need be; no lock is held.
+    """Return a range's live content, created from ``content`` if missing.
 
-    Raises InsufficientResources, NotPermitted.
+    The caller does not hold the store's lock.
+
+    Raises:
+        InsufficientResources: the disk is full.
+        NotPermitted: this user may not change the store.
     """
     path = path_of(layout, segment, number)
     with file_errors(layout.root), layout.locked():
@@ -37,9 +42,9 @@ def ensure(layout: Layout, segment: str, number: int, content: Path, size: int) 
     return path
 
 
-def sweep(layout: Layout, wanted: set[str]) -> None:
-    """Remove what belongs to segments that are not ``wanted`` (digests); the lock is held."""
+def sweep(layout: Layout, needed: set[str]) -> None:
+    """Remove files of segments whose digest is not in ``needed``; the caller holds the lock."""
     for path in layout.live.iterdir():
-        if f"sha256:{path.name.partition('.')[0]}" not in wanted:
-            with going_on(path):
+        if f"sha256:{path.name.partition('.')[0]}" not in needed:
+            with tolerate_failure(path):
                 path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Reading artifacts: every small blob is checked against its digest, large ones on demand.
+"""Read artifacts: every small blob is checked against its digest, large ones only by `verify`.
 
-Not here: names (names.py), changes (store.py).
+Not here: names (names.py), and changes (store.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from onecopy.store.layout import Layout
 
 
 def index(layout: Layout) -> oci.Index:
-    """``index.json``; raise StoreDamaged."""
+    """Read ``index.json``.
+
+    Raises:
+        StoreDamaged: it is missing or not valid.
+    """
     try:
         data = layout.index.read_bytes()
     except FileNotFoundError:
@@ -25,24 +29,32 @@ def index(layout: Layout) -> oci.Index:
 
 
 def small_blob(layout: Layout, digest: str, owner: str) -> bytes:
-    """The small blob ``digest`` of the artifact ``owner``; raise StoreDamaged."""
+    """Read a small blob of the artifact ``owner``.
+
+    Raises:
+        StoreDamaged: the blob is missing or does not match its digest.
+    """
     path = layout.blob(digest)
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise StoreDamaged(f"{path} is missing", hint=repair(owner)) from error
     if oci.digest_of(data) != digest:
-        raise StoreDamaged(f"{path} is not what its name says", hint=repair(owner))
+        raise StoreDamaged(f"{path} does not match its digest", hint=repair(owner))
     return data
 
 
 def repair(owner: str) -> str:
-    """What to do about a damaged blob of the artifact ``owner``."""
+    """Return the hint for a damaged blob of the artifact ``owner``."""
     return f"`onecopy rm {owner}`, then build or save it again"
 
 
 def artifact(layout: Layout, entry: oci.Descriptor) -> Artifact:
-    """What the index's ``entry`` names; raise StoreDamaged."""
+    """Load the artifact of an index entry.
+
+    Raises:
+        StoreDamaged: a record is missing or not valid.
+    """
     manifest = _manifest(layout, entry.digest, entry.ref)
     config = small_blob(layout, manifest.config.digest, entry.ref)
     return bare_artifact(layout, entry, config, manifest.layers)
@@ -54,7 +66,7 @@ def bare_artifact(
     config: bytes = b"",
     layers: Sequence[oci.Descriptor] = (),
 ) -> Artifact:
-    """What the index alone says of ``entry``, with the given content."""
+    """Make an artifact from an index entry alone, with the given content."""
     name, _, version = entry.ref.partition(":")
     return Artifact(
         kind=entry.kind,
@@ -68,7 +80,11 @@ def bare_artifact(
 
 
 def verify(layout: Layout, digest: str, owner: str) -> None:
-    """Read and hash every blob of the manifest ``digest``; raise StoreDamaged."""
+    """Read and hash every blob of a manifest.
+
+    Raises:
+        StoreDamaged: a blob is missing or does not match its digest or trust domain.
+    """
     manifest = _manifest(layout, digest, owner)
     small_blob(layout, manifest.config.digest, owner)
     for blob in manifest.layers:
@@ -78,10 +94,10 @@ def verify(layout: Layout, digest: str, owner: str) -> None:
         except FileNotFoundError as error:
             raise StoreDamaged(f"{path} is missing", hint=repair(owner)) from error
         if found != blob.digest or path.stat().st_size != blob.size:
-            raise StoreDamaged(f"{path} is not what its name says", hint=repair(owner))
-        if not domain.is_marked_right(blob, path):
+            raise StoreDamaged(f"{path} does not match its digest", hint=repair(owner))
+        if not domain.has_matching_trailer(blob, path):
             raise StoreDamaged(
-                f"{path} is not of the trust domain that {owner} says", hint=repair(owner)
+                f"{path} does not belong to the trust domain of {owner}", hint=repair(owner)
             )
 
 
@@ -95,6 +111,7 @@ def _layer(layout: Layout, blob: oci.Descriptor) -> Layer:
     size, trust = domain.content_size(blob), domain.domain_of(blob)
     if size < 0:
         raise StoreDamaged(
-            f"{path} has no room for the mark of its trust domain", hint="`onecopy verify`"
+            f"{path} is too small for the trailer of its trust domain",
+            hint="`onecopy verify` shows which artifact is damaged",
         )
     return Layer(blob.media_type, blob.digest, size, blob.annotations, path, trust)

@@ -1,7 +1,8 @@
-"""The names in the index: pure functions from one index to the next.
+"""The names in the index: pure functions that turn one index into the next.
 
-Entries that other tools wrote are kept as they are and never shown. Not here: reading and writing
-``index.json`` (collect.py, store.py).
+Entries of other tools are kept as they are and never shown.
+
+Not here: reading and writing ``index.json`` (loading.py, change.py).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from onecopy.store.oci import INDEX_TYPE, Descriptor, Index
 
 
 def reference(entry: Descriptor) -> Reference | None:
-    """The name and version of ``entry``; None if it is not an artifact of ours."""
+    """Return the name and version of an entry; None if it is not an artifact of onecopy."""
     try:
         ref = Reference.parse(entry.ref)
     except InvalidInput:
@@ -25,22 +26,24 @@ def reference(entry: Descriptor) -> Reference | None:
 
 
 def ours(index: Index, kind: str | None = None) -> list[Descriptor]:
-    """Our entries (of ``kind``), by name and version."""
+    """List onecopy's entries (of ``kind``), ordered by name and version."""
     named = [(ref, entry) for entry in index.manifests if (ref := reference(entry))]
     named.sort(key=lambda pair: (in_order(pair[0].name), in_order(pair[0].version)))
     return [entry for _, entry in named if kind in (None, entry.kind)]
 
 
 def find(index: Index, ref: Reference, kind: str | None = None) -> list[Descriptor]:
-    """What ``ref`` means: one entry, or every version of the name with that digest.
+    """Find the entries for a reference: one entry, or all versions of the name with that digest.
 
-    Raises NotFound, also if it is not a ``kind``; InvalidInput if the digest is too short.
+    Raises:
+        NotFound: nothing matches, or it is not a ``kind``.
+        InvalidInput: the short digest is ambiguous.
     """
     entries = ours(index)
-    found = [entry for entry in entries if _means(ref, entry)]
+    found = [entry for entry in entries if _matches(ref, entry)]
     require_one(ref, (entry.digest for entry in found))
     if not found:
-        raise NotFound(f"there is no {kind or 'artifact'} {ref}", hint=_near(entries, ref, kind))
+        raise NotFound(f"there is no {kind or 'artifact'} {ref}", hint=_suggest(entries, ref, kind))
     right = [entry for entry in found if kind in (None, entry.kind)]
     if not right:
         require_kind(str(ref), found[0].kind, kind)
@@ -48,56 +51,70 @@ def find(index: Index, ref: Reference, kind: str | None = None) -> list[Descript
 
 
 def matching(index: Index, ref: Reference) -> list[Descriptor]:
-    """All that ``ref`` may mean: of a short digest several."""
-    return [entry for entry in ours(index) if _means(ref, entry)]
+    """List all entries that a reference may refer to; a short digest may match several."""
+    return [entry for entry in ours(index) if _matches(ref, entry)]
 
 
 def require_one(ref: Reference, digests: Iterable[str]) -> None:
-    """Raise InvalidInput if a short digest is that of several."""
+    """Require that a short digest is unique.
+
+    Raises:
+        InvalidInput: it matches several.
+    """
     found = sorted(set(digests))
     if ref.digest and len(found) > 1:
         raise InvalidInput(
-            f"{ref} may be {', '.join(found[:-1])} or {found[-1]}",
-            hint="give more digits of the one that is meant",
+            f"{ref} is ambiguous: it may be {', '.join(found[:-1])} or {found[-1]}",
+            hint="give more digits of the digest",
         )
 
 
 def is_digest_of(ref: Reference, name: str, digest: str) -> bool:
-    """Whether ``ref`` names this by its digest, or the beginning of it."""
+    """Whether ``ref`` refers to the digest ``digest`` of ``name``, by all or some of its digits."""
     return ref.name == name and bool(ref.digest) and digest.startswith(ref.digest or "")
 
 
 def require_kind(ref: str, found: str, kind: str | None) -> None:
-    """Raise NotFound unless what is ``found`` is a ``kind``; None wants no certain one."""
+    """Require that an artifact is a ``kind``; None accepts any kind.
+
+    Raises:
+        NotFound: it is of another kind.
+    """
     if kind not in (None, found):
-        hint = _USES.get((found, kind or ""), "`onecopy ls` shows what there is")
+        hint = _USES.get((found, kind or ""), "`onecopy ls` lists all artifacts")
         raise NotFound(f"{ref} is a {found}, not a {kind}", hint=hint.format(ref))
 
 
-#: (what it is, what was wanted) -> what can be done with it.
+#: (kind found, kind expected) -> how to use what was found.
 _USES = {
-    ("segment", "system"): "`onecopy run --cold {0}` boots it; `onecopy save NAME --root {0}` "
-    "boots and saves it, for guests that start at once",
-    ("system", "segment"): "`onecopy run {0}`, without --cold, starts guests from a saved system; "
-    "`onecopy ls --kind segment` shows segments",
-    ("kernel", "system"): "`onecopy run --cold {0}` boots a kernel by itself",
+    (
+        "segment",
+        "system",
+    ): "`onecopy run --cold {0}` boots it; `onecopy save NAME --root {0}` boots and saves "
+    "it, for guests that start at once",
+    (
+        "system",
+        "segment",
+    ): "`onecopy run {0}`, without --cold, starts guests from a saved system; `onecopy ls "
+    "--kind segment` lists segments",
+    ("kernel", "system"): "`onecopy run --cold {0}` boots a bare kernel",
 }
 
 
-def _means(ref: Reference, entry: Descriptor) -> bool:
+def _matches(ref: Reference, entry: Descriptor) -> bool:
     if ref.digest:
         return is_digest_of(ref, entry.ref.partition(":")[0], entry.digest)
     return entry.ref == str(ref)
 
 
-def _near(entries: Sequence[Descriptor], ref: Reference, kind: str | None) -> str:
+def _suggest(entries: Sequence[Descriptor], ref: Reference, kind: str | None) -> str:
     import difflib
 
     known = [entry.ref for entry in entries if kind in (None, entry.kind)]
     near = [text for text in known if text.partition(":")[0] == ref.name]
     near = near or difflib.get_close_matches(f"{ref.name}:{ref.version}", known)
     question = f"did you mean {' or '.join(near[:3])}? " if near else ""
-    return f"{question}`onecopy ls` shows what there is"
+    return f"{question}`onecopy ls` lists all artifacts"
 
 
 def has_name(index: Index, name: str) -> bool:
@@ -106,28 +123,36 @@ def has_name(index: Index, name: str) -> bool:
 
 
 def require_name(index: Index, name: str) -> None:
-    """Raise NotFound unless ``name`` has a version."""
+    """Require that a name has a version.
+
+    Raises:
+        NotFound: it has none.
+    """
     if not has_name(index, name):
-        hint = _near(ours(index), Reference(name), None)
-        raise NotFound(f"there is nothing of the name {name}", hint=hint)
+        hint = _suggest(ours(index), Reference(name), None)
+        raise NotFound(f"nothing has the name {name}", hint=hint)
 
 
 def require_digest(index: Index, ref: Reference, expected: str) -> None:
-    """Raise NameConflict unless ``ref`` means the digest ``expected``."""
+    """Require that a reference means the digest ``expected``.
+
+    Raises:
+        NameConflict: it means another one or nothing.
+    """
     found = next((entry.digest for entry in ours(index) if entry.ref == str(ref)), None)
     if found != expected:
-        now = f"means {found} by now" if found else "is gone"
+        now = f"now refers to {found}" if found else "no longer exists"
         raise NameConflict(
-            f"{ref} {now}, not {expected}: somebody else has changed it meanwhile",
-            hint="nothing was lost: give the new version another name or version, with --as",
+            f"{ref} {now}; expected {expected}: another command changed it meanwhile",
+            hint="nothing was lost: store the result under another name or version, with --as",
         )
 
 
 def claim(index: Index, entry: Descriptor, *, replace: bool) -> Descriptor:
-    """``entry``, or the one that gives its name to the same digest already.
+    """Return ``entry``, or the existing entry that gives its name to the same digest.
 
-    Raises AlreadyExists if the name means something of another kind, or, without ``replace``,
-    another digest.
+    Raises:
+        AlreadyExists: the name refers to another kind or, without ``replace``, to another digest.
     """
     require_same_kind(index, entry.ref, entry.kind)
     for old in index.manifests:
@@ -137,29 +162,33 @@ def claim(index: Index, entry: Descriptor, *, replace: bool) -> Descriptor:
             return old
         if not replace:
             raise AlreadyExists(
-                f"there is another {entry.kind} {entry.ref}",
-                hint="choose another version, or allow to replace it",
+                f"a different {entry.kind} {entry.ref} exists",
+                hint="choose another version, or allow replacing it",
             )
     return entry
 
 
 def require_same_kind(index: Index, ref: str, kind: str) -> None:
-    """Raise AlreadyExists if ``ref`` (NAME:VERSION) means something that is not a ``kind``."""
+    """Require that a name (NAME:VERSION) is free or refers to a ``kind``.
+
+    Raises:
+        AlreadyExists: it refers to another kind.
+    """
     for old in index.manifests:
         if old.ref == ref and old.kind != kind:
             raise AlreadyExists(
                 f"{ref} is a {old.kind or 'manifest of another tool'}",
-                hint="choose another name, or `onecopy rm` it first",
+                hint="choose another name, or remove it first with `onecopy rm`",
             )
 
 
 def bind(index: Index, entry: Descriptor) -> Index:
-    """``index`` with the name of ``entry`` meaning ``entry`` and nothing else."""
+    """Return ``index`` with the name of ``entry`` referring to ``entry`` alone."""
     others = tuple(old for old in index.manifests if old.ref != entry.ref)
     return msgspec.structs.replace(index, media_type=INDEX_TYPE, manifests=(*others, entry))
 
 
 def drop(index: Index, entries: Sequence[Descriptor]) -> Index:
-    """``index`` without ``entries``."""
+    """Return ``index`` without ``entries``."""
     rest = tuple(old for old in index.manifests if old not in entries)
     return msgspec.structs.replace(index, manifests=rest)

@@ -1,8 +1,11 @@
-"""What lies on disk as JSON: OCI descriptors, manifests and the index.
+"""The JSON on disk: OCI descriptors, manifests and the index.
 
-The specification is the OCI image-spec (descriptor.md, manifest.md, image-index.md,
-image-layout.md). Fields that we do not know are ignored. Not here: where the files lie (layout.py)
-or when they may change (store.py).
+Unknown fields are ignored.
+
+Not here: where the files are (layout.py), and when they may change (store.py).
+
+Source:
+    OCI image-spec (descriptor.md, manifest.md, image-index.md, image-layout.md).
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 LAYOUT_VERSION = "1.0.0"
 REF_NAME = "org.opencontainers.image.ref.name"
 CREATED = "org.opencontainers.image.created"
-#: The annotation by which an artifact tells its layers apart.
+#: The annotation that distinguishes the layers of an artifact.
 ROLE = "org.onecopy.role"
 KINDS = ("segment", "kernel", "system")
 
 _KIND_TYPE = re.compile(r"application/vnd\.onecopy\.([a-z]+)\.v1\+json")
-# A digest becomes a path: nothing but this may be read from disk.
+# Digests become paths, so no other form is accepted from disk.
 _DIGEST = r"\Asha256:[0-9a-f]{64}\Z"
 Digest = Annotated[str, msgspec.Meta(pattern=_DIGEST)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -36,36 +39,36 @@ _T = TypeVar("_T")
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """Immutable; camelCase on disk; what equals its default is left out."""
+    """Immutable; camelCase on disk; fields with default values are omitted."""
 
 
 class Descriptor(_Record, frozen=True, kw_only=True):
-    """Points to one blob of ``size`` bytes (image-spec descriptor.md)."""
+    """A reference to a blob of ``size`` bytes (image-spec descriptor.md)."""
 
     media_type: str
     digest: Digest
     size: Size
     artifact_type: str | None = None
     annotations: dict[str, str] = {}
-    # Not ours; kept for the entries that other tools put into the same index.
+    # onecopy does not use these; it keeps them for entries of other tools in the same index.
     urls: list[str] = []
     data: str | None = None
     platform: dict[str, Any] | None = None
 
     @property
     def ref(self) -> str:
-        """The name that the index gives it, or ""."""
+        """The name in the index, or ""."""
         return self.annotations.get(REF_NAME, "")
 
     @property
     def kind(self) -> str:
-        """One of KINDS, or "" for what is not an artifact of ours."""
+        """One of KINDS, or "" if it is not an artifact of onecopy."""
         match = _KIND_TYPE.fullmatch(self.artifact_type or "")
         return match[1] if match and match[1] in KINDS else ""
 
 
 class Manifest(_Record, frozen=True, kw_only=True):
-    """One artifact: a config and layers (image-spec manifest.md)."""
+    """An artifact: a config and layers (image-spec manifest.md)."""
 
     schema_version: Literal[2]
     media_type: str
@@ -85,7 +88,7 @@ class Index(_Record, frozen=True, kw_only=True):
 
 
 class Links(_Record, frozen=True, kw_only=True):
-    """What any manifest or index points to: all that garbage collection needs."""
+    """The references of any manifest or index: all that garbage collection needs."""
 
     config: Descriptor | None = None
     layers: tuple[Descriptor, ...] = ()
@@ -93,7 +96,7 @@ class Links(_Record, frozen=True, kw_only=True):
 
 
 class LayoutMark(_Record, frozen=True, kw_only=True):
-    """``oci-layout``: says that a folder is an OCI image layout."""
+    """``oci-layout``: marks a directory as an OCI image layout."""
 
     image_layout_version: str
 
@@ -102,32 +105,42 @@ EMPTY_INDEX = Index(schema_version=2, media_type=INDEX_TYPE, manifests=())
 
 
 def encode(record: msgspec.Struct) -> bytes:
-    """JSON of ``record``; equal records give equal bytes."""
+    """Encode a record as JSON; equal records give equal bytes."""
     return msgspec.json.encode(record, order="deterministic")
 
 
 def decode(data: bytes, into: type[_T], path: Path, hint: str) -> _T:
-    """Read ``data``, which is the content of ``path``; raise StoreDamaged with ``hint``."""
+    """Decode the content of the file ``path``.
+
+    Raises:
+        StoreDamaged: it is not valid; the error has ``hint``.
+    """
     try:
         return msgspec.json.decode(data, type=into)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise StoreDamaged(f"{path} cannot be read: {error}", hint=hint) from error
+        raise StoreDamaged(f"{path} is not valid: {error}", hint=hint) from error
 
 
 def is_digest(text: str) -> bool:
-    """Whether ``text`` is ``sha256:HEX``."""
+    """Whether ``text`` is a full digest, ``sha256:HEX``."""
     return re.match(_DIGEST, text) is not None
 
 
 def digest_of(data: bytes) -> str:
-    """``sha256:HEX`` of ``data``."""
+    """Return ``sha256:HEX`` of ``data``."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def artifact_type(kind: str) -> str:
-    """The artifactType of ``kind``; raise InvalidInput."""
+    """Return the artifactType of a kind.
+
+    Raises:
+        InvalidInput: there is no such kind.
+    """
     if kind not in KINDS:
-        raise InvalidInput(f"{kind!r} is not a kind of artifact", hint=f"use {', '.join(KINDS)}")
+        raise InvalidInput(
+            f"{kind!r} is not a kind of artifact", hint=f"use one of {', '.join(KINDS)}"
+        )
     return f"application/vnd.onecopy.{kind}.v1+json"
 
 
@@ -137,7 +150,7 @@ def manifest(
     layers: Sequence[Descriptor],
     annotations: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """The manifest of one artifact. It bears no name and no date: same source, same digest."""
+    """Make a manifest; it has no name or date, so that equal content has an equal digest."""
     return Manifest(
         schema_version=2,
         media_type=MANIFEST_TYPE,
@@ -153,7 +166,7 @@ def manifest(
 
 
 def index_entry(kind: str, ref: Reference, data: bytes, created: str) -> Descriptor:
-    """How the index names the manifest with the bytes ``data``; ``created`` is RFC 3339 UTC."""
+    """Make the index entry of an encoded manifest; ``created`` is RFC 3339 UTC."""
     names: Mapping[str, str] = {REF_NAME: f"{ref.name}:{ref.version}", CREATED: created}
     return Descriptor(
         media_type=MANIFEST_TYPE,

@@ -1,8 +1,10 @@
-"""What lets a full store still be changed: two files that were made while there was room.
+"""The reserve: two files, created while there is space, that allow changes to a full store.
 
-A removal writes, too: the mark of a change, and the new index. Where no block or no inode is left
-for them, the files of the reserve are renamed into their place and written over. That asks the file
-system for nothing, and nobody who fills it can come in between. Not here: the change (change.py).
+Even a removal writes the marker of the change and a new index. If no block or inode is left for
+them, files of the reserve are renamed into place and overwritten. This allocates nothing, so
+another process that fills the disk cannot interfere.
+
+Not here: the change (change.py).
 """
 
 from __future__ import annotations
@@ -12,21 +14,24 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from onecopy.store.disk import sync_folder
+from onecopy.store.disk import sync_directory
 from onecopy.store.layout import Layout
 
 MARK, INDEX = "mark", "index"
-#: Bytes that the index may grow by, as names are given on a full disk: a name takes some 400.
-_ROOM = 32 << 10
+#: Bytes by which the index may grow as names are given on a full disk; one takes about 400.
+_GROWTH = 32 << 10
 
 
 def is_full(error: OSError) -> bool:
-    """Whether ``error`` says that no block or no inode is left, for all or for this user."""
+    """Whether an error means that no block or inode is left, for all users or for this one."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def take(layout: Layout, name: str, path: Path) -> bool:
-    """Move a file of the reserve to ``path``; False if it is gone. The lock is held."""
+    """Move a file of the reserve to ``path``; the caller holds the lock.
+
+    Returns:
+        False if the file is gone."""
     with suppress(FileNotFoundError):
         (layout.reserve / name).rename(path)
         return True
@@ -34,35 +39,39 @@ def take(layout: Layout, name: str, path: Path) -> bool:
 
 
 def write(layout: Layout, path: Path, data: bytes, mode: int = 0o644) -> bool:
-    """As `Layout.write`, in the reserve's blocks; False if these are too few. The lock is held."""
+    """Write like `Layout.write`, but into the blocks of the reserve; the caller holds the lock.
+
+    Returns:
+        False if the reserve is too small.
+    """
     temp = layout.tmp / f"{path.name}.new"
     if not _has(layout.reserve / INDEX, len(data)) or not take(layout, INDEX, temp):
         return False
-    # Not emptied before: that would give its blocks away.
+    # Truncating it first would give up its blocks.
     with temp.open("r+b", buffering=0) as file:
         os.fchmod(file.fileno(), mode)
         file.write(data)
         file.truncate(len(data))
         os.fsync(file.fileno())
     temp.replace(path)
-    sync_folder(path.parent)
+    sync_directory(path.parent)
     return True
 
 
-def keep(layout: Layout) -> None:
-    """Make what is missing of the reserve, if there is room; the lock is held."""
-    # What stays of it after a power cut is seen by its size; after a kill it is in tmp/.
+def refill(layout: Layout) -> None:
+    """Create missing files of the reserve if there is space; the caller holds the lock."""
+    # Remains after a power failure are recognised by their size; after a kill they are in tmp/.
     with suppress(OSError):
         layout.reserve.mkdir(mode=0o700, exist_ok=True)
         _make(layout, MARK, 0, 0)
         size = layout.index.stat().st_size
-        _make(layout, INDEX, size + _ROOM // 2, size + _ROOM)
+        _make(layout, INDEX, size + _GROWTH // 2, size + _GROWTH)
 
 
-def _make(layout: Layout, name: str, least: int, size: int) -> None:
+def _make(layout: Layout, name: str, minimum: int, size: int) -> None:
     path = layout.reserve / name
-    if not _has(path, least):
-        # Bytes that no file system makes a hole of, or compresses.
+    if not _has(path, minimum):
+        # Random bytes, which no file system turns into holes or compresses.
         layout.scratch(f"reserve-{name}", os.urandom(size), 0o600, sync=False).replace(path)
 
 

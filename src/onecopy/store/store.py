@@ -1,8 +1,9 @@
 """The store: artifacts by name, blobs by digest, leases by holder.
 
-Every change runs under one lock, leaves a mark in tmp/ while it lasts, and ends in the same sweep
-that follows a crash: so a change that failed is undone the way a killed one is. Readers take no
-lock. Not here: the form on disk (oci.py, layout.py), what is wanted (collect.py).
+Every change runs under one lock, has a marker in tmp/ while it lasts, and ends with the sweep that
+also follows a crash. So a failed change is undone like one that was killed. Readers take no lock.
+
+Not here: formats on disk (oci.py, layout.py), and which blobs are needed (collect.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from msgspec import structs
 from onecopy.errors import InUse, NotFound, StoreDamaged
 from onecopy.linux.lock import is_held
 from onecopy.model import Reference, check_name, check_new_name, in_order
-from onecopy.store import access as who
+from onecopy.store import access as access_rules
 from onecopy.store import collect, holding, lease, live, loading, names, oci, putting, workspace
 from onecopy.store.access import Access
 from onecopy.store.artifact import Artifact, Layer, NewLayer
@@ -26,16 +27,23 @@ from onecopy.store.disk import file_errors
 from onecopy.store.layout import default_root
 from onecopy.store.lease import Lease, LeaseRecord
 from onecopy.store.opening import open_layout
-from onecopy.store.putting import Wanted
+from onecopy.store.putting import PutRequest
 
 _T = TypeVar("_T")
 
 
 class Store:
-    """The store in ``root`` (default: `default_root()`), made if missing, swept if need be.
+    """The store at ``root`` (default: `default_root()`).
 
-    Any number of processes and threads may use one store at once. Opening raises InvalidInput,
-    NotPermitted, InsufficientResources, Incompatible, StoreDamaged.
+    Opening creates it if missing, and sweeps it if needed. Any number of processes and threads may
+    use it at the same time.
+
+    Raises:
+        InvalidInput: the path is not supported or is used for something else.
+        NotPermitted: this user may not change the store.
+        InsufficientResources: the disk is full.
+        Incompatible: the file system or the store's version is not supported.
+        StoreDamaged: a record is missing or not valid.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -44,16 +52,16 @@ class Store:
 
     @property
     def root(self) -> Path:
-        """The store's folder, absolute."""
+        """The store's directory, absolute."""
         return self._layout.root
 
     @property
     def cache(self) -> Path:
-        """A folder for what can be fetched or made again."""
+        """A directory for files that can be fetched or made again."""
         return self._layout.cache
 
     def workspace(self) -> AbstractContextManager[Path]:
-        """A private folder on the blobs' file system, removed at the end of the ``with``."""
+        """Create a private directory in the store, removed at the end of the context."""
         return workspace.workspace(self._layout)
 
     def put(
@@ -66,34 +74,48 @@ class Store:
         replace: bool | str = True,
         access: Access | None = None,
     ) -> Artifact:
-        """Store and name an artifact, whole or not at all; files in ``layers`` are moved in.
+        """Store and name an artifact atomically; files in ``layers`` are moved in.
 
-        ``config`` is JSON. The same kind, config, layers and trust domain always give the same
-        digest. What the name meant before goes, or is pending purge while leased. A new name gets
-        ``access``; an existing name keeps its own. ``replace`` says what the name may mean before:
-        anything (True), nothing else (False), or one digest.
+        The same kind, config, layers and trust domain always give the same digest. The artifact
+        that had the name before is removed, or pending purge while it is leased.
 
-        Raises AlreadyExists (with ``replace=False`` if the name means another digest; always if it
-        means another kind), NameConflict (the name does not mean the digest ``replace``),
-        OtherDomain (the name is of another trust domain than ``access``), InvalidInput (also a name
-        that begins with ``onecopy-``), NotFound, InsufficientResources, NotPermitted, StoreDamaged.
+        Args:
+            config: JSON.
+            replace: what the name may refer to before: anything (True), nothing else (False), or
+                one digest.
+            access: the access to a new name; an existing name keeps its own.
+
+        Raises:
+            AlreadyExists: the name refers to another kind or, with ``replace=False``, another
+                digest.
+            NameConflict: the name does not refer to the digest ``replace``.
+            OtherDomain: the name belongs to another trust domain than ``access``.
+            InvalidInput: the name is not valid or is reserved (``onecopy-``).
+            NotFound: a layer's file or blob does not exist.
+            InsufficientResources: the disk is full.
+            NotPermitted: this user may not change the store.
+            StoreDamaged: a record or the disk is damaged.
         """
         check_new_name(ref.name)
-        wanted = Wanted(kind, ref, replace, access)
-        return putting.put(self._layout, wanted, config, layers)
+        request = PutRequest(kind, ref, replace, access)
+        return putting.put(self._layout, request, config, layers)
 
     def put_own(
         self, kind: str, ref: Reference, config: bytes, layers: Sequence[NewLayer]
     ) -> Artifact:
-        """Store an artifact of onecopy's own as `put` does: its name begins with ``onecopy-``."""
-        return putting.put(self._layout, Wanted(kind, ref), config, layers)
+        """Store like `put`, under a name with the reserved prefix ``onecopy-``."""
+        return putting.put(self._layout, PutRequest(kind, ref), config, layers)
 
     def require_free(self, kind: str, ref: Reference, access: Access | None = None) -> None:
-        """Raise what `put` would for the name alone, before there is anything to put.
+        """Check the name like `put`, before there is content.
 
-        AlreadyExists (it means another kind), OtherDomain, InvalidInput, StoreDamaged.
+        Raises:
+            AlreadyExists: the name refers to another kind.
+            OtherDomain: the name belongs to another trust domain than ``access``.
+            InvalidInput: the name is not valid.
+            StoreDamaged: a record is damaged.
         """
-        putting.require_free(self._layout, Wanted(kind, ref, access=access))
+        putting.require_free(self._layout, PutRequest(kind, ref, access=access))
 
     def tag(
         self,
@@ -103,55 +125,68 @@ class Store:
         domain: str | None = None,
         own: bool = False,
     ) -> Artifact:
-        """Give what ``source`` means a further name; into another trust domain it is copied.
+        """Give an artifact a further name; in another trust domain it is copied.
 
-        A new name gets the access of the old one, and in another domain none of its grants; ``own``
-        names begin with ``onecopy-``. Raises as `resolve` and `put` do.
+        A new name inherits the access of the old one; in another domain without its grants. Raises
+        like `resolve` and `put`.
+
+        Args:
+            own: use a name with the reserved prefix ``onecopy-``.
         """
         if not own:
             check_new_name(target.name)
         found = self.resolve(source)
         access = self.access(found.name)
         if domain is not None and domain != access.domain:
-            access = Access(domain=who.check_domain(domain), restricted=access.restricted)
+            access = Access(domain=access_rules.check_domain(domain), restricted=access.restricted)
         layers = [NewLayer.of(layer) for layer in found.layers]
         keeps = None if domain is None and self._knows(target.name) else access
-        wanted = Wanted(found.kind, target, access=keeps)
-        return putting.put(self._layout, wanted, found.config, layers)
+        request = PutRequest(found.kind, target, access=keeps)
+        return putting.put(self._layout, request, found.config, layers)
 
     def _knows(self, name: str) -> bool:
         return names.has_name(loading.index(self._layout), name)
 
     def access(self, name: str) -> Access:
-        """Who may load ``name``; raise StoreDamaged."""
-        return self._read(lambda index: who.of(index, name))
+        """Return who may load ``name``; raise StoreDamaged."""
+        return self._read(lambda index: access_rules.of(index, name))
 
     def restrict(self, name: str, alter: Callable[[Access], Access]) -> Access:
-        """Change who may load a name, but not its trust domain; return it.
+        """Change who may load a name; its trust domain stays.
 
-        Raises NotFound, NotPermitted, InsufficientResources, StoreDamaged.
+        Raises:
+            NotFound: the name has no versions.
+            NotPermitted: this user may not change the store.
+            InsufficientResources: the disk is full.
+            StoreDamaged: a record is damaged.
         """
         with change(self._layout):
             index = loading.index(self._layout)
             names.require_name(index, name)
-            now = who.of(index, name)
-            # Its blobs are of this trust domain.
+            now = access_rules.of(index, name)
+            # The blobs belong to this trust domain.
             access = structs.replace(alter(now), domain=now.domain)
-            write_index(self._layout, who.bind(index, name, access))
+            write_index(self._layout, access_rules.bind(index, name, access))
             return access
 
     def require_access(self, names_: Iterable[str], guest: str, domain: str) -> None:
-        """Raise Restricted or OtherDomain unless a guest of ``domain`` may load all of these."""
+        """Require that a guest of ``domain`` may load all names.
+
+        Raises:
+            Restricted: one is restricted, and no grant matches the guest.
+            OtherDomain: one belongs to another trust domain.
+        """
         index = self._read(lambda index: index)
         for name in names_:
-            who.require(name, who.of(index, name), guest, domain)
+            access_rules.require(name, access_rules.of(index, name), guest, domain)
 
     def resolve(self, ref: Reference, kind: str | None = None) -> Artifact:
-        """The artifact that ``ref`` means.
+        """Return the artifact that a reference means; by a digest, also one that is pending purge.
 
-        By its digest, which can be short where it is unique, also what is pending purge. Raises
-        NotFound (the hint says what is near; also if it is not a ``kind``), InvalidInput (a short
-        digest of several), StoreDamaged.
+        Raises:
+            NotFound: nothing matches, or it is not a ``kind``; the hint suggests similar names.
+            InvalidInput: the short digest is ambiguous.
+            StoreDamaged: a record is damaged.
         """
         held = self.pending() if ref.digest else []
         held = [each for each in held if names.is_digest_of(ref, each.name, each.digest)]
@@ -168,34 +203,50 @@ class Store:
         return held[0]
 
     def pending(self) -> list[Artifact]:
-        """What was removed or replaced and is still leased (pending purge); raise StoreDamaged."""
+        """List artifacts that are pending purge: removed or replaced, but still leased."""
         return self._read(
             lambda index: [self._load(entry) for entry in holding.pending(self._layout, index)]
         )
 
     def held(self, holder: str) -> list[Artifact]:
-        """What a guest has leased now, also if it has no name any more; raise StoreDamaged."""
+        """List what a guest leases, including artifacts that no longer have a name.
+
+        Raises:
+            StoreDamaged: a record is damaged.
+        """
         return self._read(
             lambda index: [self._load(e) for e in holding.held(self._layout, index, holder)]
         )
 
     def find(self, ref: Reference, kind: str) -> Artifact | None:
-        """The artifact that ``ref`` means, or None; raise StoreDamaged."""
+        """Return the artifact that a reference means, or None; raise StoreDamaged."""
         try:
             return self.resolve(ref, kind)
         except NotFound:
             return None
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
-        """All artifacts (of ``kind``) by name and version; raise StoreDamaged."""
+        """List all artifacts (of ``kind``), ordered by name and version.
+
+        Raises:
+            StoreDamaged: a record is damaged.
+        """
         return self._read(lambda index: [self._load(e) for e in names.ours(index, kind)])
 
     def remove(self, ref: Reference, *, in_use: bool = False) -> Artifact:
-        """Take the name away and return what it meant; blobs go if nothing else wants them.
+        """Remove a name; blobs that nothing else needs are removed too.
 
-        With ``in_use`` also if it is leased: it is pending purge then. A damaged artifact can be
-        removed: it is returned with no config and no layers. Raises NotFound, InUse if it is leased
-        and this is its last name, NotPermitted, InsufficientResources.
+        Args:
+            in_use: remove it even if it is leased; it is then pending purge.
+
+        Returns:
+            The artifact; without config and layers if it was damaged.
+
+        Raises:
+            NotFound: nothing has the name.
+            InUse: it is leased, and this is its last name.
+            NotPermitted: this user may not change the store.
+            InsufficientResources: the disk is full.
         """
         with change(self._layout):
             index = loading.index(self._layout)
@@ -222,29 +273,43 @@ class Store:
         holder: str,
         info: Mapping[str, str] | None = None,
     ) -> Lease:
-        """Lease artifacts, by the digests of their manifests, to ``holder`` (a guest's name).
+        """Lease artifacts, named by the digests of their manifests, to a holder.
 
-        Until the last copy of the lease's descriptor is closed, nothing of them is removed.
-        Raises AlreadyExists (``holder`` has a live lease), NotFound (removed since it was
-        resolved), InvalidInput, StoreDamaged, InsufficientResources, NotPermitted.
+        None of their blobs is removed until the last copy of the lease's descriptor is closed.
+
+        Args:
+            holder: the guest's name.
+            info: data to store with the lease.
+
+        Raises:
+            AlreadyExists: the holder has a live lease.
+            NotFound: an artifact was removed after it was resolved.
+            InvalidInput: the holder's name is not valid.
+            StoreDamaged: a record or blob is damaged.
+            InsufficientResources: the disk is full.
+            NotPermitted: this user may not change the store.
         """
         check_name(holder)
         with file_errors(self.root), self._layout.locked():
             return holding.hold(self._layout, artifact_digests, holder, info or {})
 
     def rename_holder(self, holder: str, name: str) -> None:
-        """Let a holder that has extended nothing have another name; raise AlreadyExists."""
+        """Rename a holder without further leases.
+
+        Raises:
+            AlreadyExists: the new name has a live lease.
+        """
         check_name(name)
         with file_errors(self.root), self._layout.locked():
             holding.rename(self._layout, holder, name)
 
     def extend(self, holder: str, artifact_digests: Sequence[str]) -> Lease:
-        """A further lease for a holder; raises as `hold`, and NotFound if it has no first one."""
+        """Create a further lease; raise like `hold`, and NotFound without a first lease."""
         with file_errors(self.root), self._layout.locked():
             return holding.extend(self._layout, artifact_digests, holder)
 
     def leases(self) -> list[LeaseRecord]:
-        """The leases that are held now, by holder; raise StoreDamaged."""
+        """List the held leases, by holder; raise StoreDamaged."""
         return lease.scan(self._layout)[0]
 
     def is_held(self, holder: str) -> bool:
@@ -252,18 +317,26 @@ class Store:
         return lease.is_live(self._layout, holder)
 
     def is_locked(self, holder: str) -> bool:
-        """Whether ``holder`` has not let go of its lease, as only a VMM that misbehaves does."""
+        """Whether ``holder`` locks its lease; after its end only a compromised VMM still does."""
         return is_held(lease.path_of(self._layout, holder))
 
     def users(self, digest: str) -> list[str]:
-        """Who holds ``digest`` (of a manifest or any blob) now, sorted; raise StoreDamaged."""
+        """List the holders of a manifest or blob, sorted.
+
+        Raises:
+            StoreDamaged: a record is damaged.
+        """
         found = {each.holder for each in self.leases() if digest in each.blobs}
         return sorted(found, key=in_order)
 
     def collect(self) -> list[str]:
-        """Remove blobs that are neither named nor leased; return their digests.
+        """Remove blobs that are neither named nor leased.
 
-        Raises StoreDamaged, with nothing removed, if a record cannot be read.
+        Returns:
+            Their digests.
+
+        Raises:
+            StoreDamaged: a record cannot be read, so nothing is removed.
         """
         with file_errors(self.root), self._layout.locked():
             return collect.collect(self._layout)
@@ -271,24 +344,33 @@ class Store:
     def sweep(self) -> None:
         """Remove what killed commands and ended guests left behind; cheap if there is nothing."""
         if collect.sweep_is_due(self._layout):
-            # Whoever has the lock now sweeps, or the next one who opens the store does.
+            # If the lock is taken, its holder sweeps, or the next command that opens the store.
             with file_errors(self.root), self._layout.locked(wait=False) as mine:
                 if mine:
                     collect.sweep(self._layout)
 
     def live(self, layer: Layer, segment: str, number: int, size: int) -> Path:
-        """Return an SC range's live content, made if need be; raise InsufficientResources."""
+        """Return the live content of an SC range, created if missing.
+
+        Raises:
+            InsufficientResources: the disk is full.
+        """
         return live.ensure(self._layout, segment, number, layer.path, size)
 
     def verify(self, artifact: Artifact) -> None:
-        """Read and hash every blob of ``artifact``; StoreDamaged says which one is wrong."""
+        """Read and hash every blob of an artifact.
+
+        Raises:
+            StoreDamaged: a blob is damaged; the message names it.
+        """
         loading.verify(self._layout, artifact.digest, artifact.ref)
 
     def _read(self, read: Callable[[oci.Index], _T]) -> _T:
         try:
             return read(loading.index(self._layout))
         except StoreDamaged:
-            # A writer may have come between index and blob; under the lock none can.
+            # A change may have happened between reading the index and a blob; under the lock none
+            # can.
             with file_errors(self.root), self._layout.locked():
                 return read(loading.index(self._layout))
 
@@ -298,5 +380,8 @@ class Store:
 
 def _release_hint(users: Sequence[str]) -> str:
     if all(user.startswith(lease.PIN) for user in users):
-        return "`onecopy warm --unpin` it first"
-    return "`onecopy stop` these guests first, or let it go with the last of them: rm --pending"
+        return "unpin it first with `onecopy warm --unpin`"
+    return (
+        "stop these guests first with `onecopy stop`, or use rm --pending to remove it "
+        "with the last of them"
+    )

@@ -1,7 +1,9 @@
-"""Workspaces: private folders in the store's own file system, for what is still being made.
+"""Workspaces: private directories on the store's file system, for unfinished work.
 
-The owner holds an flock(2) on the folder, so the folder of a killed command can be told from one in
-use. Not here: how the result gets into the store (store.py).
+The owner holds an flock(2) on the directory, which distinguishes it from the directory of a killed
+command.
+
+Not here: how results get into the store (store.py).
 """
 
 from __future__ import annotations
@@ -16,12 +18,17 @@ from onecopy.linux.lock import is_held
 from onecopy.linux.removal import remove_tree
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
-from onecopy.store.leftovers import going_on, tell
+from onecopy.store.leftovers import tolerate_failure, warn
 
 
 @contextmanager
 def workspace(layout: Layout) -> Iterator[Path]:
-    """A new empty folder, 0700, removed at the end; raises InsufficientResources, NotPermitted."""
+    """Create an empty directory with mode 0700, removed at the end of the context.
+
+    Raises:
+        InsufficientResources: the disk is full.
+        NotPermitted: this user may not change the store.
+    """
     path = layout.tmp / f"work-{os.urandom(6).hex()}"
     with file_errors(layout.root), layout.locked():
         path.mkdir(mode=0o700)
@@ -30,27 +37,27 @@ def workspace(layout: Layout) -> Iterator[Path]:
     try:
         yield path
     finally:
-        tell(path, remove_tree(path))
+        warn(path, remove_tree(path))
         os.close(fd)
 
 
 def has_leftovers(layout: Layout) -> bool:
-    """Whether tmp/ seems to hold remains; sure only under the store's lock."""
+    """Whether tmp/ seems to contain leftovers; certain only under the store's lock."""
     for path in layout.tmp.iterdir():
-        with going_on(path):
+        with tolerate_failure(path):
             if path.is_symlink() or not path.is_dir() or not is_held(path):
                 return True
     return False
 
 
 def sweep(layout: Layout) -> None:
-    """Remove what killed commands left in tmp/; the store's lock is held.
+    """Remove what killed commands left in tmp/; the caller holds the store's lock.
 
-    What cannot be removed stays, and is told (leftovers.py).
+    Anything that cannot be removed stays, with a warning (leftovers.py).
     """
     for path in layout.tmp.iterdir():
-        with going_on(path):
+        with tolerate_failure(path):
             if path.is_symlink() or not path.is_dir():
                 path.unlink(missing_ok=True)
             elif not is_held(path):
-                tell(path, remove_tree(path))
+                warn(path, remove_tree(path))

@@ -1,7 +1,7 @@
-"""KVM or TCG: decided by really running a probe guest, and told why.
+"""Choose KVM or TCG by actually running a probe guest, and record the reason.
 
-A /dev/kvm that opens proves little: under some hypervisors QEMU asserts on it, or the first guest
-kernel never gets far. So the probe boots the kernel that guests will have.
+That /dev/kvm opens proves little. Under some hypervisors QEMU then fails an assertion, or the first
+guest kernel does not get far. So the probe boots the kernel that guests use.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from onecopy.vmm.passed_files import READ
 from onecopy.vmm.spawn import start
 from onecopy.vmm.vmm_user import new_user
 
-#: Seconds after which a probe guest that said nothing new is given up, and after which any is: on a
-#: busy host it may be slow.
+#: Seconds after which a probe guest without new output is ended, and the limit for any: a busy host
+#: is slow.
 PROBE_TIMEOUT, PROBE_PATIENCE = 30.0, 150.0
-#: What the kernel prints when it reached user space: there is none in the probe.
-_SIGN = b"VFS: Unable to mount root fs"
-#: What QEMU says, and then stays, when KVM gives a guest up (accel/kvm/kvm-all.c).
+#: The kernel's message when it has reached the end of its boot, since the probe has no root.
+_SUCCESS = b"VFS: Unable to mount root fs"
+#: QEMU's message when KVM gives a guest up; QEMU does not end then (accel/kvm/kvm-all.c).
 _GIVEN_UP = b"KVM internal error"
-#: Seconds between two looks at what was said.
-_LOOKS = 0.1
+#: Seconds between two looks at the output.
+_POLL_INTERVAL = 0.1
 
 
 class Choice(StrEnum):
-    """What the user asked for."""
+    """The user's choice."""
 
     AUTO = "auto"
     KVM = "kvm"
@@ -42,7 +42,7 @@ class Choice(StrEnum):
 
 
 class Accelerator(msgspec.Struct, frozen=True):
-    """What guests run under, and why."""
+    """The accelerator for guests, and the reason for it."""
 
     name: str
     """``kvm`` or ``tcg``."""
@@ -50,43 +50,49 @@ class Accelerator(msgspec.Struct, frozen=True):
 
 
 def choose(choice: Choice, binary: str, kernel: Path, cache: Path) -> Accelerator:
-    """The accelerator to use; raise Incompatible if ``kvm`` is forced and does not run guests.
+    """Choose the accelerator.
 
-    ``cache`` keeps the probe's answer until the host boots again, or its QEMU or the guests' kernel
-    changes.
+    Args:
+        choice: the user's choice.
+        binary: QEMU.
+        kernel: the kernel for the probe guest.
+        cache: keeps the probe's result until the host reboots, or QEMU or the kernel changes.
+
+    Raises:
+        Incompatible: ``kvm`` is required but does not run guests.
     """
     if choice is Choice.TCG:
-        return Accelerator("tcg", "asked for")
-    why_not = _kept_probe(binary, kernel, cache)
+        return Accelerator("tcg", "requested")
+    why_not = _cached_probe(binary, kernel, cache)
     if not why_not:
-        reason = "asked for" if choice is Choice.KVM else "a probe guest ran under KVM"
+        reason = "requested" if choice is Choice.KVM else "a probe guest ran under KVM"
         return Accelerator("kvm", reason)
     if choice is Choice.KVM:
-        raise Incompatible(f"KVM cannot be used: {why_not}", hint="use --accel tcg, or auto")
+        raise Incompatible(f"KVM cannot be used: {why_not}", hint="use --accel tcg or --accel auto")
     return Accelerator("tcg", f"KVM cannot be used: {why_not}")
 
 
-def _kept_probe(binary: str, kernel: Path, cache: Path) -> str:
+def _cached_probe(binary: str, kernel: Path, cache: Path) -> str:
     why_not = _device()
     if why_not:
         return why_not
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     qemu = Path(binary).resolve().stat().st_mtime_ns
-    kept = cache / f"kvm-{boot}-{qemu:x}-{kernel.name[:12]}"
+    cached = cache / f"kvm-{boot}-{qemu:x}-{kernel.name[:12]}"
     try:
-        return kept.read_text()
+        return cached.read_text()
     except OSError:
         why_not = _probe(binary, kernel)
-    files.replace(kept, why_not.encode())
+    files.replace(cached, why_not.encode())
     return why_not
 
 
 def _device() -> str:
     device = Path("/dev/kvm")
     if not device.exists():
-        return "there is no /dev/kvm (no virtualization, or the kvm module is not loaded)"
+        return "/dev/kvm does not exist (no virtualization, or the kvm module is not loaded)"
     if not os.access(device, os.R_OK | os.W_OK):
-        return "/dev/kvm may not be opened by this user (add them to the group kvm)"
+        return "this user may not open /dev/kvm (root can add the user to the group kvm)"
     return ""
 
 
@@ -107,28 +113,28 @@ def _probe(binary: str, kernel: Path) -> str:
             process.wait()
         output.seek(0)
         text = output.read()
-    if _SIGN in text:
+    if _SUCCESS in text:
         return ""
-    return f"a probe guest did not run under it ({_why(text)[:200]})"
+    return f"a probe guest did not run under it ({_failure_line(text)[:200]})"
 
 
-def _why(text: bytes) -> str:
-    """The line of a probe guest's output that tells best why it came no further."""
+def _failure_line(text: bytes) -> str:
+    """Return the line of a probe guest's output that best explains the failure."""
     lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
     if not lines:
         return f"it printed nothing in {PROBE_TIMEOUT:g} s"
-    # Registers follow, and the code at which it stood.
+    # QEMU prints registers and code after this line.
     return next((line for line in lines if _GIVEN_UP.decode() in line), lines[-1])
 
 
 def _wait(process: subprocess.Popen[bytes], output: int) -> None:
-    """Wait for the probe guest's end, as long as it gets any further."""
-    begin = news = time.monotonic()
-    said = b""
-    while process.poll() is None and _GIVEN_UP not in said:
-        now, before = time.monotonic(), len(said)
-        said = os.pread(output, os.fstat(output).st_size, 0)
-        news = now if len(said) > before else news
-        if now - news > PROBE_TIMEOUT or now - begin > PROBE_PATIENCE:
+    """Wait for the end of the probe guest, as long as it makes progress."""
+    begin = last_output = time.monotonic()
+    seen = b""
+    while process.poll() is None and _GIVEN_UP not in seen:
+        now, before = time.monotonic(), len(seen)
+        seen = os.pread(output, os.fstat(output).st_size, 0)
+        last_output = now if len(seen) > before else last_output
+        if now - last_output > PROBE_TIMEOUT or now - begin > PROBE_PATIENCE:
             return
-        time.sleep(_LOOKS)
+        time.sleep(_POLL_INTERVAL)

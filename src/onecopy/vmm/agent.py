@@ -1,8 +1,12 @@
-"""QEMU's guest agent, over the pipes of a run folder (QEMU docs/interop/qemu-ga-ref).
+"""QEMU's guest agent, over the pipes of a run directory.
 
-Any number of commands may talk to one agent: each call is one exchange under a lock of the run
-folder. What it answers is believed as little as all that a guest says (guest_reply.py). Not here:
-running programs with their streams (guest/exec.py).
+Any number of commands may use one agent: each call is one exchange under a lock in the run
+directory. Its answers are validated like all data from a guest (guest_reply.py).
+
+Not here: running programs with their streams (guest/exec.py).
+
+Source:
+    QEMU docs/interop/qemu-ga-ref.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from onecopy.linux.lock import locked, locked_within
 from onecopy.vmm.guest_reply import Nothing, read, shown
 from onecopy.vmm.port_pipe import Pipe
 
-#: Seconds an agent may take to answer one call, on a host that has much else to do.
+#: Seconds that the agent may take for one call, on a busy host.
 TIMEOUT = 60.0
-#: Bytes that an answer may have.
+#: The limit on the size of an answer in bytes.
 LIMIT = 1 << 20
 _NUDGE = 5.0
 
@@ -37,7 +41,7 @@ class _Refusal(msgspec.Struct, frozen=True):
 
 
 class _Reply(msgspec.Struct, frozen=True):
-    """One of the two."""
+    """Exactly one of the fields is set."""
 
     result: msgspec.Raw | msgspec.UnsetType = msgspec.field(name="return", default=msgspec.UNSET)
     error: _Refusal | msgspec.UnsetType = msgspec.UNSET
@@ -48,7 +52,7 @@ class _Sync(msgspec.Struct, frozen=True):
 
 
 class Agent:
-    """One guest's agent; a call opens nothing that outlives it."""
+    """The agent of one guest; a call leaves nothing open."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -56,24 +60,31 @@ class Agent:
     async def call(
         self, command: str, form: type[T], *, timeout: float = TIMEOUT, **arguments: object
     ) -> T:
-        """Send one command and return its result, which must be of the type ``form``.
+        """Execute a command and return its result.
 
-        Raises AgentFailed when the agent refuses it, answers anything else, or does not answer
-        within ``timeout`` seconds; GuestFailed when the guest ends.
+        Args:
+            form: the type that the result must have.
+            timeout: seconds.
+            arguments: the arguments of the command.
+
+        Raises:
+            AgentFailed: the agent refused, sent an invalid answer or did not answer in time.
+            GuestFailed: the guest has ended.
         """
         request: dict[str, object] = {"execute": command, "arguments": arguments}
         what = f"the guest agent's answer to {command}"
         try:
             async with asyncio.timeout(timeout), _exchange(self._folder, timeout) as pipe:
                 await pipe.write(json.dumps(request).encode() + b"\n")
-                reply = read(await _line(pipe), _Reply, what)
+                reply = read(await _read_line(pipe), _Reply, what)
         except TimeoutError:
             raise AgentFailed(
                 f"the guest agent did not answer {command} within {timeout:g} s",
-                hint="the guest's console tells more: see above, or `onecopy logs GUEST`",
+                hint="the guest's console may show the reason: see above, or run `onecopy logs "
+                "GUEST`",
             ) from None
         except OSError as error:
-            raise AgentFailed(f"the guest agent cannot be reached: {error.strerror}") from error
+            raise AgentFailed(f"cannot reach the guest agent: {error.strerror}") from error
         if isinstance(reply.error, _Refusal):
             raise AgentFailed(f"the guest agent refused {command}: {shown(reply.error.desc)}")
         if isinstance(reply.result, msgspec.UnsetType):
@@ -81,19 +92,24 @@ class Agent:
         return read(bytes(reply.result), form, what)
 
     async def ping(self, timeout: float) -> None:
-        """Wait until it answers; raise AgentFailed if it does not within ``timeout`` seconds."""
+        """Wait until the agent answers.
+
+        Raises:
+            AgentFailed: it did not answer within ``timeout`` seconds.
+        """
         await self.call("guest-ping", Nothing, timeout=timeout)
 
 
 @contextlib.asynccontextmanager
-async def silent(folder: Path, timeout: float = TIMEOUT) -> AsyncIterator[None]:
-    """Have no command in the middle of an exchange with the agent of this run folder.
+async def exclusive(folder: Path, timeout: float = TIMEOUT) -> AsyncIterator[None]:
+    """Keep other commands from using the agent of a run directory.
 
-    Raises AgentFailed if one is for ``timeout`` seconds.
+    Raises:
+        AgentFailed: another command has been using it for ``timeout`` seconds.
     """
     late = AgentFailed(
-        f"other commands have talked to the agent of {folder.name} for {timeout:g} s",
-        hint="try again when they have ended",
+        f"the guest agent of {folder.name} has been busy with other commands for {timeout:g} s",
+        hint="repeat the command when they have ended",
     )
     async with locked_within(folder / "agent.lock", timeout, late):
         yield
@@ -101,28 +117,27 @@ async def silent(folder: Path, timeout: float = TIMEOUT) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def _exchange(folder: Path, timeout: float) -> AsyncIterator[Pipe]:
-    """The pipes, locked. A note in the lock file says that an exchange is under way.
+    """Lock the pipes, and mark in the lock file that an exchange is in progress.
 
-    Whoever finds the note of another, whose exchange never ended, first lets the agent discard what
-    is left of it.
+    If the mark of an interrupted exchange is found, the agent first discards the rest of that
+    exchange.
     """
-    # Who has little time looks more often whether it is free.
+    # With a short timeout the lock is tried more often.
     async with locked(folder / "agent.lock", min(0.05, timeout / 1000)) as lock:
         with Pipe(folder, "agent") as pipe:
             if os.fstat(lock).st_size:
                 await _synchronize(pipe)
             os.write(lock, b"!")
-            # Nothing is asked, so nothing that is there is an answer.
+            # No request is pending, so any data in the pipe is not an answer.
             pipe.drain()
             yield pipe
             os.ftruncate(lock, 0)
 
 
-async def _line(pipe: Pipe) -> bytes:
-    """The next line. While none comes an empty one is sent now and then, which agents pass over.
+async def _read_line(pipe: Pipe) -> bytes:
+    """Read the next line, and send an empty one from time to time, which agents ignore.
 
-    Under nested KVM a guest that was at rest has been seen not to notice what it was sent, for as
-    long as nothing else woke it.
+    Under nested KVM an idle guest sometimes does not notice incoming data until something wakes it.
     """
     while True:
         try:
@@ -133,7 +148,7 @@ async def _line(pipe: Pipe) -> bytes:
 
 
 async def _synchronize(pipe: Pipe) -> None:
-    """guest-sync-delimited: the agent drops a half request, we drop all before its 0xff."""
+    """Run guest-sync-delimited: the agent drops a partial request, we drop all before 0xff."""
     number = random.getrandbits(31)
     sync = {"execute": "guest-sync-delimited", "arguments": {"id": number}}
     await pipe.write(b"\xff" + json.dumps(sync).encode() + b"\n")

@@ -1,8 +1,11 @@
-"""The QEMU command line, as a pure function of what the guest is made of.
+"""Build the QEMU command line as a pure function of the guest's components.
 
-Nothing here touches the host: tested as text (tests/unit/vmm/test_argv.py) and by really starting
-what it builds (tests/vm). Devices have fixed slots and ids, so that a saved system finds the same
-machine again (QEMU docs/devel/migration/main.rst: source and destination must be configured alike).
+Nothing here accesses the host. Tests check the result as text (tests/unit/vmm/test_argv.py) and
+start it (tests/vm). Devices have fixed slots and ids, because a saved system must find the same
+machine again.
+
+Source:
+    QEMU docs/devel/migration/main.rst (source and destination must be configured alike).
 """
 
 from __future__ import annotations
@@ -16,32 +19,32 @@ import msgspec
 
 from onecopy.model import HUGE_PAGE_SIZE, MIB, Mergeable, align_up
 
-#: PCI slots on the q35 root bus; segments follow from the first segment slot on.
+#: PCI slots on the q35 root bus; segments use the slots from FIRST_SEGMENT_SLOT on.
 SERIAL_SLOT = 0x02
 NETWORK_SLOT = 0x03
 BRIDGE_SLOT = 0x04
 FIRST_SEGMENT_SLOT = 0x10
 MAX_SEGMENTS = 0x1F - FIRST_SEGMENT_SLOT
-#: Id of the virtio-serial device.
+#: The id of the virtio-serial device.
 SERIAL = "serial"
-#: The root bus takes no device while the guest runs; the bus behind this bridge does.
+#: The root bus does not support hot-plug; the bus behind this bridge does.
 HOT_BUS = "hot"
-#: Slots there. Slot 0 is the bridge's own hot-plug controller's.
+#: Slots on that bus; slot 0 belongs to the bridge's hot-plug controller.
 HOT_SLOTS = range(1, 32)
-#: Bytes of guest address space for segments that come while the guest runs. It costs nothing as
-#: long as it is empty; more would not fit the 39 bits of address that some processors have.
+#: Bytes of guest address space for hot-plugged segments. Unused space costs nothing; more would
+#: exceed the 39 address bits of some CPUs.
 HOT_ROOM = 64 << 30
-#: Processors, at least, that a machine has room for: clones can have more than were saved.
+#: The minimum number of vCPU slots of a machine: clones can have more vCPUs than were saved.
 _CPU_ROOM = 8
-#: (pipe in the run folder, port name in the guest); port 0 is kept for a console.
+#: (pipe in the run directory, port name in the guest); port 0 is reserved for a console.
 PORTS = (
     ("agent", "org.onecopy.agent.0"),
     ("identity", "org.onecopy.identity.0"),
     ("segment", "org.onecopy.segment.0"),
 )
 
-#: Each guest's user-mode network: addresses that no real network has (RFC 2544). All are the same
-#: for all guests, but for their own address, from the first one on.
+#: The user-mode network of each guest, in a range that no real network uses (RFC 2544). It is the
+#: same for all guests, except for the guest's address from FIRST_ADDRESS on.
 NETWORK = ipaddress.IPv4Network("198.18.0.0/15")
 GATEWAY = NETWORK[2]
 NAME_SERVER = NETWORK[3]
@@ -49,19 +52,19 @@ FIRST_ADDRESS = NETWORK[256]
 
 KERNEL_LINE = (
     "console=ttyS0 quiet loglevel=4 panic=-1 "
-    # maxmem would make Linux set aside 64 MiB for bounce buffers that no device here needs.
+    # Without this, maxmem makes Linux reserve 64 MiB for bounce buffers that no device needs.
     "swiotlb=noforce "
-    # QEMU's TSC does not drift between vCPUs of one VMM: no watchdog timer that wakes idle guests.
+    # QEMU's TSC does not drift between a VMM's vCPUs; watchdog timers would wake idle guests.
     "tsc=reliable nowatchdog mce=ignore_ce "
-    # Nor do tidy-up timers: memory in no need of compacting, counters that nobody reads.
+    # So would housekeeping timers: compaction of memory, and statistics that nobody reads.
     "sysctl.vm.compaction_proactiveness=0 sysctl.vm.stat_interval=60 "
     "random.trust_cpu=on net.ifnames=0"
 )
-#: Bytes of QEMU's memory for the guest's code as TCG has translated it: as much as work needs
-#: (benchmarks/translated.py), and the least that a guest is started with. Once they are full all is
-#: dropped, and translated anew when it runs (tcg/region.c). QEMU's own choice is up to 1 GiB.
+#: Bytes for code translated by TCG: what workloads need (benchmarks/translated.py), and the minimum
+#: for starting a guest. A full buffer is dropped and filled again (tcg/region.c). QEMU's default is
+#: up to 1 GiB.
 TRANSLATED, LEAST_TRANSLATED = 128 * MIB, 32 * MIB
-#: What a kernel by itself is told, which may not be Linux.
+#: The command line of a bare kernel, which may not be Linux.
 BARE_KERNEL_LINE = "console=ttyS0,115200"
 
 
@@ -69,27 +72,27 @@ class MapMode(StrEnum):
     """How the memory of a device is mapped."""
 
     READ_ONLY = "read-only"
-    """All see the file, nobody writes to it."""
+    """All guests see the file, and none can write to it."""
     SHARED = "shared"
-    """What the guest writes is in the file."""
+    """The guest's writes go to the file."""
     COPY_ON_WRITE = "copy-on-write"
-    """What the guest writes is its own."""
+    """The guest's writes stay private to it."""
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """One range of a segment as the machine sees it: a virtio-pmem device over a file."""
+    """A range of a segment in the machine: a virtio-pmem device over a file."""
 
     path: Path
     size: int
-    """Bytes; a multiple of 2 MiB. The file may be longer."""
+    """Bytes, a multiple of 2 MiB; the file may be longer."""
     mode: MapMode = MapMode.READ_ONLY
 
 
 class Hardware(msgspec.Struct, frozen=True):
-    """What must be the same when a saved system is started as when it was saved."""
+    """The properties that must be the same when a saved system is saved and started."""
 
     machine: str
-    """Versioned machine type, for example ``pc-q35-7.2``."""
+    """The versioned machine type, for example ``pc-q35-7.2``."""
     cpu: str
     cpus: int
     memory: int
@@ -102,9 +105,9 @@ class Ram(StrEnum):
     """What backs guest RAM."""
 
     ANONYMOUS = "anonymous"
-    """The VMM's own memory: a cold guest."""
+    """The VMM's own memory, for a booted guest."""
     COPY_ON_WRITE = "copy-on-write"
-    """A saved system's file mapped private: unwritten pages are shared by all its guests."""
+    """A saved system's file, mapped private: clones share the pages that none has written to."""
 
 
 class Kernel(msgspec.Struct, frozen=True):
@@ -112,67 +115,68 @@ class Kernel(msgspec.Struct, frozen=True):
 
     image: Path
     initrd: Path | None
-    """None: it is booted by itself."""
+    """None for a bare kernel."""
     append: str = ""
 
 
 class Nic(msgspec.Struct, frozen=True):
-    """A guest's network card, and where it leads."""
+    """A guest's network card and its connection."""
 
     mac: str
-    """A clone has it once the guest has set it: QEMU takes the one of the saved state."""
+    """A clone gets it when the guest sets it, because QEMU loads the address of the saved state."""
     address: str
-    """In the guest's own network; "" in a bridge, whose network gives one."""
+    """The address in the guest's user-mode network; "" in a bridge, whose network assigns one."""
     tap: int | str | None = None
-    """Descriptor of a tap device that the VMM inherits; None for QEMU's user-mode network."""
+    """A tap device that the VMM inherits; None for QEMU's user-mode network."""
     life: int | None = None
-    """Another that it holds as long as it lives: that of its router (router.py)."""
+    """A descriptor that the VMM keeps open for its lifetime, for its router (router.py)."""
     allow_host: bool = False
-    """Whether a user-mode network reaches the host's 127.0.0.1, as its gateway, and addresses."""
+    """Whether a user-mode network reaches the host's addresses, and 127.0.0.1 as its gateway."""
 
     @property
     def closed(self) -> bool:
-        """Whether what QEMU sends is to be kept from this host (closed_network.py)."""
+        """Whether this host must be unreachable for QEMU's traffic (closed_network.py)."""
         return self.tap is None and not self.allow_host
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """What belongs to one QEMU process and may differ between starts."""
+    """The properties of one QEMU process, which may differ between starts."""
 
     binary: str
     accel: str
     name: str
     folder: Path
-    """The run folder: sockets, pipes and logs."""
+    """The run directory, with sockets, pipes and logs."""
     monitor_fd: int | str
-    """Listening UNIX socket that the VMM inherits, for QMP."""
+    """The listening UNIX socket for QMP that the VMM inherits."""
     console_fd: int | str
     """The same for the serial console."""
     ram: Ram
     ram_path: Path | None = None
     rom: bool = False
-    """This QEMU can map a read-only file copy-on-write (``rom=off``, QEMU >= 8.2)."""
+    """Whether this QEMU can map a read-only file copy-on-write (``rom=off``, QEMU >= 8.2)."""
     traces: tuple[str, ...] = ()
-    """Events by which this QEMU notes in its log how it ends (end_traces.py)."""
+    """Trace events by which this QEMU logs how it ends (end_traces.py)."""
     kernel: Kernel | None = None
-    """None: the machine waits for a saved state (``-incoming defer``)."""
+    """None makes the machine wait for a saved state (``-incoming defer``)."""
     card: Nic | None = None
-    """None if the machine has no network."""
+    """None for a machine without a network."""
     publish: tuple[tuple[int, int], ...] = ()
-    """(port on 127.0.0.1 or 0 for any, port of the guest) pairs."""
+    """Pairs of (port on 127.0.0.1 or 0 for any, port of the guest)."""
     ports_later: bool = False
-    """Ports may be published while it runs."""
+    """Whether ports may be published while the guest runs."""
     translated: int = TRANSLATED
     """Bytes for translated code under TCG."""
     ksm: Mergeable = Mergeable.RAM
-    """QEMU offers the guest's memory to KSM, spawn.py the VMM's own. KSM knows no trust domains."""
+    """What KSM may merge: guest RAM (QEMU) or all of QEMU (spawn.py), across trust domains.
+    """
     later: Path | None = None
-    """Folder of files that the VMM may be given while it runs (store/lease.py); not on it, too."""
+    """Directory of files that may be hot-plugged (store/lease.py); not part of the command line."""
     extra: tuple[str, ...] = msgspec.field(default=())
 
 
 def command(hardware: Hardware, launch: Launch) -> list[str]:
-    """The whole QEMU command line."""
+    """Build the whole QEMU command line."""
     return [
         launch.binary,
         *_process(launch),
@@ -202,7 +206,7 @@ def _process(launch: Launch) -> list[str]:
 
 
 def _machine(hardware: Hardware, launch: Launch) -> list[str]:
-    # What no guest here uses is left out: each device costs start time, memory and timer ticks.
+    # All unused devices are omitted: each costs start time, memory and timer ticks.
     options = "hpet=off,vmport=off,smm=off,smbus=off,sata=off,usb=off,i8042=off,pit=on,graphics=off"
     if launch.kernel is None:
         options += ",suppress-vmdesc=on"
@@ -225,20 +229,20 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
 
 
 def accelerator(name: str, translated: int = TRANSLATED) -> str:
-    """Return the value of ``-accel``, with that many bytes for translated code under TCG."""
-    # It is no part of a machine's state: what was saved with another size starts.
+    """Return the value of ``-accel``, with ``translated`` bytes for translated code under TCG."""
+    # The size is not part of a machine's state, so a saved system starts with any size.
     return f"tcg,tb-size={translated // MIB}" if name == "tcg" else name
 
 
 def _processors(cpus: int) -> str:
-    # Further ones have sockets of their own: Linux from 6.9 on may not believe in room beside
-    # processors that are there (topo_register_apic() in arch/x86/kernel/cpu/topology.c).
+    # Each group of further vCPUs is a socket of its own: Linux from 6.9 on may ignore free places
+    # beside existing vCPUs (topo_register_apic() in arch/x86/kernel/cpu/topology.c).
     room = cpu_room(cpus)
     return f"cpus={cpus},maxcpus={room},sockets={room // cpus},cores={cpus},threads=1"
 
 
 def cpu_room(cpus: int) -> int:
-    """How many processors a machine that starts with ``cpus`` can have."""
+    """Return the maximum number of vCPUs of a machine that starts with ``cpus``."""
     return align_up(_CPU_ROOM, cpus)
 
 
@@ -251,7 +255,7 @@ def _ram(hardware: Hardware, launch: Launch) -> list[str]:
             backend = f"memory-backend-file,id=ram,size={size},mem-path={launch.ram_path},share=off"
             if launch.rom:
                 backend += ",readonly=on,rom=off"
-    # virtio-pmem devices live in the hot-plug region above RAM.
+    # virtio-pmem devices are in the hot-plug region above RAM.
     room = sum(slot.size + HUGE_PAGE_SIZE for slot in hardware.segments)
     ceiling = size + -(-room // (1024 * MIB)) * 1024 * MIB + HOT_ROOM
     return ["-object", backend, "-m", f"size={size}B,slots=1,maxmem={ceiling}B"]
@@ -266,7 +270,7 @@ def _channels(launch: Launch) -> list[str]:
         "chardev=monitor,mode=control",
         "-chardev",
         f"socket,id=console,fd={launch.console_fd},server=on,wait=off,logfile={folder}/console.log"
-        # Its size is limited (logs.py).
+        # logs.py limits its size.
         ",logappend=on",
         "-serial",
         "chardev:console",
@@ -277,8 +281,8 @@ def _channels(launch: Launch) -> list[str]:
 
 
 def _ports(folder: Path) -> list[str]:
-    # A pipe is always open: the agent in the guest never sees its peer go, which would make it
-    # poll ten times a second (qga/main.c).
+    # A pipe is always open, so the agent never sees its peer disconnect. It would then poll ten
+    # times a second (qga/main.c).
     argv = []
     for number, (pipe, name) in enumerate(PORTS, start=1):
         argv += ["-chardev", f"pipe,id={pipe},path={folder}/{pipe}"]
@@ -292,23 +296,23 @@ def _network(hardware: Hardware, launch: Launch) -> list[str]:
     if not hardware.network or not card:
         return []
     device = f"virtio-net-pci,netdev=net,mac={card.mac},addr={NETWORK_SLOT:#x},romfile="
-    # No gratuitous ARP after a start: it would be with the address of the saved guest.
+    # No gratuitous ARP after a start, because it would have the address of the saved guest.
     return [*_netdevs(card, launch), "-device", f"{device},guest_announce=off"]
 
 
 def _netdevs(card: Nic, launch: Launch) -> list[str]:
     if card.tap is not None:
-        # Without offloads, which user-mode networks have not, and with one of these that leads
-        # nowhere: so a system whose saved state has one starts here, too.
+        # vhost is off, because user-mode networks lack its offloads. The saved state of a system
+        # that has a user-mode network also loads here, thanks to the unused one.
         unused = [] if launch.kernel else ["-netdev", "user,id=unused,restrict=on"]
         return ["-netdev", f"tap,id=net,fd={card.tap},vhost=off", *unused]
     forwards = "".join(f",hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in launch.publish)
-    where = f"net={NETWORK},host={GATEWAY},dns={NAME_SERVER},dhcpstart={card.address}"
-    return ["-netdev", f"user,id=net,ipv6=off,{where}{forwards}"]
+    addresses = f"net={NETWORK},host={GATEWAY},dns={NAME_SERVER},dhcpstart={card.address}"
+    return ["-netdev", f"user,id=net,ipv6=off,{addresses}{forwards}"]
 
 
 def backend(name: str, slot: Slot, *, rom: bool) -> dict[str, str | int | bool]:
-    """The memory of a range, as properties of QEMU's object (qemu-qmp-ref, object-add)."""
+    """Describe the memory of a range as properties of a QEMU object (qemu-qmp-ref, object-add)."""
     properties: dict[str, str | int | bool] = {
         "qom-type": "memory-backend-file",
         "id": name,
@@ -329,20 +333,20 @@ def _segments(segments: Sequence[Slot], *, rom: bool) -> list[str]:
         memory, *properties = backend(f"segment{number}", slot, rom=rom).items()
         argv += [
             "-object",
-            ",".join([str(memory[1]), *(f"{key}={_text(value)}" for key, value in properties)]),
+            ",".join([str(memory[1]), *(f"{key}={_format(value)}" for key, value in properties)]),
             "-device",
             f"virtio-pmem-pci,memdev=segment{number},addr={FIRST_SEGMENT_SLOT + number:#x}",
         ]
     return argv
 
 
-def _text(value: str | int | bool) -> str:
+def _format(value: str | int | bool) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _start(launch: Launch) -> list[str]:
     if launch.kernel is None:
-        # The state says nothing about the machine (monitor.py): the system's record does.
+        # The state does not describe the machine (monitor.py): the system's record does.
         return ["-incoming", "defer", "-global", "migration.send-configuration=off"]
     image, initrd = launch.kernel.image, launch.kernel.initrd
     if initrd is None:

@@ -1,14 +1,14 @@
-"""Closed guests: what a VMM sends reaches the outside, and nothing of this host or its guests.
+"""Closed guests: a VMM can reach the outside, but neither this host nor its other guests.
 
-QEMU's user-mode network opens sockets on the host, so its gateway is the host's 127.0.0.1. Rules of
-the packet filter hold such sockets back by the number of their user (vmm_user.py), which says
-whether a guest is closed: there is nothing to add or remove with a guest, and what a guest makes of
-its QEMU changes nothing. The table stays until the host is booted: it concerns nobody but those
-users.
+QEMU's user-mode network opens sockets on the host, and its gateway is the host's 127.0.0.1. Packet
+filter rules restrict these sockets by their user id (vmm_user.py), which encodes whether a guest is
+closed. So nothing is added or removed per guest, and a compromised QEMU cannot change anything. The
+table stays until the host reboots: it affects only those user ids.
 
-The rules look at no state of connections: the kernel need not track any for them. A connection of
-the VMM's own begins with a SYN, and what it says to a published port's client with SYN and ACK. Not
-here: what guests in a bridge reach, whose frames pass no socket.
+The rules do not use connection tracking, so the kernel need not do it for them. A connection that
+the VMM opens begins with SYN; its answers to clients of a published port begin with SYN and ACK.
+
+Not here: guests in a bridge, whose frames pass no socket of the host.
 """
 
 from __future__ import annotations
@@ -27,26 +27,31 @@ from onecopy.vmm.vmm_user import CLOSED, User
 
 TABLE = "onecopy"
 LINK_LOCAL = "169.254.0.0/16"
-#: What clouds tell their machines about themselves, secrets included, beside the link-local ones:
-#: Azure, Alibaba, Oracle.
+#: Metadata services of clouds, which may reveal secrets, in addition to link-local ones: Azure,
+#: Alibaba, Oracle.
 METADATA = ("168.63.129.16", "100.100.100.200", "192.0.0.192")
-#: How many name servers resolv.conf(5) may have.
+#: The number of name servers that resolv.conf(5) may have.
 _RESOLVERS = 3
 _HINT = (
     "install nftables (apt-get install nftables); or start the guest with --no-network, or with "
-    "--allow-host, which lets it reach all that listens on this host"
+    "--allow-host, which lets it reach everything that listens on this host"
 )
 
 
 def require(user: User | None, why_not: str) -> None:
-    """Raise Incompatible unless what ``user`` sends is held back; ``why_not`` if it is none.
+    """Require that the traffic of a user is restricted; load the rules if they are missing.
 
-    Rules that somebody has flushed are put back.
+    Args:
+        user: the user of the VMM.
+        why_not: the reason if there is no such user.
+
+    Raises:
+        Incompatible: the traffic cannot be restricted.
     """
     if not is_closed(user):
-        why_not = why_not or "this container has too few user numbers to tell guests by"
-        raise cannot(why_not, "start it with --allow-host, or with --no-network")
-    rules, mark = _marked(resolvers())
+        why_not = why_not or "this container has too few user ids to distinguish guests"
+        raise cannot(why_not, "start the guest with --allow-host or --no-network")
+    rules, mark = _rules_with_mark(resolvers())
     if _is_in_force(rules, mark):
         return
     try:
@@ -56,16 +61,16 @@ def require(user: User | None, why_not: str) -> None:
     except CommandFailed as error:
         raise cannot(f"nft refused the rules: {_reason(error)}", _HINT) from error
     if not _is_in_force(rules, mark):
-        raise cannot("nft took the rules, and the kernel has them not", _HINT)
+        raise cannot("nft accepted the rules, but the kernel does not have them", _HINT)
 
 
 def is_closed(user: User | None) -> bool:
-    """Whether the rules, where they are in force, hold back what this user sends."""
+    """Whether the rules apply to a user's traffic."""
     return user is not None and user.id in CLOSED
 
 
 def why_not(user: User | None, reason: str) -> str:
-    """Why guests cannot be closed here; "" if they can, and then the rules are in force."""
+    """Return the reason why guests cannot be closed here; "" if they can, with the rules loaded."""
     try:
         require(user, reason)
     except OnecopyError as error:
@@ -74,7 +79,7 @@ def why_not(user: User | None, reason: str) -> str:
 
 
 def resolvers(root: Path = ROOT) -> tuple[str, ...]:
-    """The name servers of this host that QEMU may ask for a guest, which are IPv4 ones."""
+    """List the host's IPv4 name servers, which QEMU may query for a guest."""
     found = []
     with contextlib.suppress(OSError):
         lines = (root / "etc/resolv.conf").read_text(errors="replace").splitlines()
@@ -86,9 +91,9 @@ def resolvers(root: Path = ROOT) -> tuple[str, ...]:
     return tuple(found[:_RESOLVERS])
 
 
-def cannot(why: str, hint: str) -> Incompatible:
-    """What a start ends with that cannot close its guest."""
-    return Incompatible(f"this host cannot keep a guest from reaching it: {why}", hint=hint)
+def cannot(reason: str, hint: str) -> Incompatible:
+    """Build the error for a start that cannot close its guest."""
+    return Incompatible(f"cannot prevent the guest from reaching this host: {reason}", hint=hint)
 
 
 def _reason(error: CommandFailed) -> str:
@@ -97,24 +102,24 @@ def _reason(error: CommandFailed) -> str:
 
 
 def _is_in_force(rules: list[tuple[str, str]], mark: str) -> bool:
-    # nft says better than the kernel what is wrong.
+    # The kernel's error is dropped, because nft explains it better.
     with contextlib.suppress(OSError):
         return nftables.count_marked(TABLE, mark) == len(rules)
     return False
 
 
 @cache
-def _marked(servers: tuple[str, ...]) -> tuple[list[tuple[str, str]], str]:
-    """The rules, and what tells them from others, such as those for other name servers."""
+def _rules_with_mark(servers: tuple[str, ...]) -> tuple[list[tuple[str, str]], str]:
+    """Return the rules and a mark that identifies them, for these name servers."""
     rules = list(_rules(servers))
     return rules, hashlib.sha256(repr(rules).encode()).hexdigest()[:32]
 
 
 def _rules(servers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(chain, rule), in order; no sets, so that each rule is as a whole where its mark is."""
-    # Before the host's own rules redirect anything (-100): to a container, for example.
+    """Yield (chain, rule) in order; without sets, so that each rule carries the mark itself."""
+    # Before the host's own redirections (-100), such as those to containers.
     yield "output", f"meta skuid {CLOSED.start}-{CLOSED.stop - 1} jump closed"
-    # It listens on 127.0.0.1 alone, which is where ports are published.
+    # Published ports listen on 127.0.0.1 only.
     answer = "tcp flags & (syn | ack) == (syn | ack)"
     yield "closed", f"ip saddr 127.0.0.1 {answer} accept"
     yield "closed", f"{answer} drop"
@@ -122,7 +127,7 @@ def _rules(servers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     for server in servers:
         yield "closed", f"ip daddr {server} udp dport 53 accept"
         yield "closed", f"ip daddr {server} tcp dport 53 accept"
-    # User-mode networks have none.
+    # User-mode networks have no IPv6.
     yield "closed", "meta nfproto ipv6 goto refused"
     yield "closed", "meta oiftype loopback goto refused"
     for kind in ("local", "broadcast", "multicast", "anycast"):
@@ -134,7 +139,7 @@ def _rules(servers: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def _text(rules: list[tuple[str, str]], mark: str) -> str:
-    """For `nft -f`, which replaces the whole table in one step."""
+    """Format the rules for `nft -f`, which replaces the whole table atomically."""
     lines = [f"table inet {TABLE}", f"delete table inet {TABLE}", f"table inet {TABLE} {{"]
     heads = {"output": "type filter hook output priority -150; policy accept;"}
     for chain in ("refused", "closed", "output"):

@@ -1,8 +1,10 @@
-"""What a QEMU's command line says about RAM and files, whoever wrote it.
+"""Parse the RAM and files from the command line of any QEMU.
 
-qemu-system(1): -name, -m, -object, -machine, -numa, -mem-path, -drive, -blockdev. Any text gives an
-answer: what makes no sense is left out, as is what no QEMU would have that many of. Pure. Not here:
-whether any of it is true (external_qemu.py), and our own command line (argv.py).
+The options are -name, -m, -object, -machine, -numa, -mem-path, -drive and -blockdev
+(qemu-system(1)). Any text gives a result. Invalid parts are ignored, and so is everything beyond
+the limits. The functions are pure.
+
+Not here: whether the result is true (external_qemu.py), and our own command line (argv.py).
 """
 
 from __future__ import annotations
@@ -18,36 +20,36 @@ import msgspec
 
 from onecopy.model import MIB
 
-#: What QEMU gives a machine that does not say (qemu-system(1), -m).
+#: QEMU's default if the command line has no size (qemu-system(1), -m).
 _DEFAULT_RAM = 128 * MIB
-#: A comma, doubled, is part of a value (QEMU util/keyval.c).
+#: A doubled comma is part of a value (QEMU util/keyval.c).
 _PART = re.compile(r"(?:[^,]|,,)+")
 _SIZE = re.compile(r"([0-9]{1,19})([bkmgtpe]?)", re.IGNORECASE)
 _SHIFTS = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
-#: No address space is larger.
-_MOST_RAM = 1 << 57
+#: The size of the largest address space.
+_RAM_LIMIT = 1 << 57
 #: Characters of one option, options of one name, and files: more than any QEMU has.
-_LONGEST, _MOST, _MOST_FILES = 64 << 10, 1024, 64
-_LONGEST_NAME = 128
-#: Blocks that stand on each other.
-_DEEPEST = 16
+_VALUE_LIMIT, _OPTIONS_LIMIT, _FILES_LIMIT = 64 << 10, 1024, 64
+_NAME_LIMIT = 128
+#: Nested block devices.
+_DEPTH_LIMIT = 16
 
 
-class Told(msgspec.Struct, frozen=True):
-    """What a command line says; paths are as they stand there."""
+class QemuOptions(msgspec.Struct, frozen=True):
+    """The content of a command line; paths are unchanged."""
 
-    #: As `-name` has it; empty if it has none.
+    #: The value of `-name`; empty without one.
     name: str
     ram_bytes: int
-    #: The file that backs RAM, or a folder; None when anonymous.
+    #: The file that backs RAM, or a directory; None if anonymous.
     ram_path: str | None
     #: Other files that are mapped as memory: path -> the backend's id.
     files: Mapping[str, str]
     disks: tuple[str, ...] = ()
 
 
-def parse(argv: Sequence[str]) -> Told | None:
-    """What a command line says; None if there is no machine: a probe, or a process that ends."""
+def parse(argv: Sequence[str]) -> QemuOptions | None:
+    """Parse a command line; return None without a machine, as for a probe or an ending process."""
     options = _options(argv)
     machines = _last(options, ("machine", "M"), "type")
     if not argv or machines.get("type") == "none":
@@ -67,12 +69,12 @@ def parse(argv: Sequence[str]) -> Told | None:
         if name not in ram and (path := _text(each, "mem-path")) is not None
     }
     default = next(iter(options.get("mem-path", [])[-1:]), None)
-    return Told(
-        name=(_text(_last(options, ("name",), "guest"), "guest") or "")[:_LONGEST_NAME],
+    return QemuOptions(
+        name=(_text(_last(options, ("name",), "guest"), "guest") or "")[:_NAME_LIMIT],
         ram_bytes=_ram_bytes(_text(_last(options, ("m",), "size"), "size") or ""),
         ram_path=(paths.pop() if len(paths) == 1 else None) if paths else default,
-        files=dict(islice(files.items(), _MOST_FILES)),
-        disks=tuple(islice(dict.fromkeys(_disks(options)), _MOST_FILES)),
+        files=dict(islice(files.items(), _FILES_LIMIT)),
+        disks=tuple(islice(dict.fromkeys(_disks(options)), _FILES_LIMIT)),
     )
 
 
@@ -80,25 +82,25 @@ def _disks(options: Mapping[str, list[str]]) -> Iterator[str]:
     for name in ("hda", "hdb", "hdc", "hdd", "cdrom"):
         yield from options.get(name, [])
     for each in (*_all(options, "drive", "file"), *_all(options, "blockdev", "driver")):
-        yield from _filenames(each, _DEEPEST)
+        yield from _filenames(each, _DEPTH_LIMIT)
 
 
-def _filenames(block: Mapping[str, Any], deepest: int) -> Iterator[str]:
-    """A block device may stand on another one, given inside it or by the name of a node."""
+def _filenames(block: Mapping[str, Any], depth: int) -> Iterator[str]:
+    """Yield files of a block device, which may contain other block devices."""
     for key, value in block.items():
-        if isinstance(value, dict) and deepest:
-            yield from _filenames(value, deepest - 1)
+        if isinstance(value, dict) and depth:
+            yield from _filenames(value, depth - 1)
         elif key in ("file", "filename", "file.filename") and "/" in (_text(block, key) or ""):
             yield value
 
 
 def _options(argv: Sequence[str]) -> dict[str, list[str]]:
-    """Option without its dashes -> its values, in order."""
+    """Map each option, without dashes, to its values in order."""
     found: dict[str, list[str]] = {}
     for option, value in zip(argv, [*argv[1:], ""], strict=False):
-        if option.startswith("-") and not value.startswith("-") and len(value) <= _LONGEST:
+        if option.startswith("-") and not value.startswith("-") and len(value) <= _VALUE_LIMIT:
             values = found.setdefault(option.lstrip("-"), [])
-            if len(values) < _MOST:
+            if len(values) < _OPTIONS_LIMIT:
                 values.append(value)
     return found
 
@@ -108,7 +110,7 @@ def _all(options: Mapping[str, list[str]], name: str, first: str) -> list[dict[s
 
 
 def _last(options: Mapping[str, list[str]], names: Sequence[str], first: str) -> dict[str, Any]:
-    """The properties of an option that may be given several times, later ones in preference."""
+    """Merge the properties of an option that may occur repeatedly; later ones take precedence."""
     merged: dict[str, Any] = {}
     for name in names:
         for each in _all(options, name, first):
@@ -117,9 +119,9 @@ def _last(options: Mapping[str, list[str]], names: Sequence[str], first: str) ->
 
 
 def _properties(text: str, first: str) -> dict[str, Any]:
-    """``first`` is the name of a leading value that has none."""
+    """Parse properties; ``first`` is the name of a leading value without one."""
     if text.startswith("{"):
-        # Thousands of digits are a ValueError, and thousands of brackets a RecursionError.
+        # Thousands of digits raise ValueError, and thousands of brackets RecursionError.
         with suppress(ValueError, RecursionError):
             found = json.loads(text)
             return found if isinstance(found, dict) else {}
@@ -134,13 +136,13 @@ def _properties(text: str, first: str) -> dict[str, Any]:
 
 
 def _text(properties: Mapping[str, Any], name: str) -> str | None:
-    """A property that is text; None if it is something else, or not there."""
+    """Return a property that is text, else None."""
     value = properties.get(name)
     return value if isinstance(value, str) else None
 
 
 def _ram_bytes(text: str) -> int:
-    """Without a unit it is MiB."""
+    """Parse a size; without a unit it is in MiB."""
     found = _SIZE.fullmatch(text)
     size = int(found[1]) << _SHIFTS[found[2].lower()] if found else 0
-    return size if 0 < size <= _MOST_RAM else _DEFAULT_RAM
+    return size if 0 < size <= _RAM_LIMIT else _DEFAULT_RAM

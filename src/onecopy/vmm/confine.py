@@ -1,8 +1,9 @@
-"""What a VMM may: nothing but what its guest needs, whatever the guest makes of it.
+"""Confine a VMM to what its guest needs, even if the guest takes QEMU over.
 
-A new VMM is a user of its own (if root starts it: vmm_user.py), has no capability, and is under
-Landlock and a seccomp filter. QEMU's own `-sandbox` comes on top. Not here: which files a guest is
-made of (passed_files.py), how a confined process is started (spawn.py).
+A VMM that root starts runs as a user of its own (vmm_user.py). Each has no capabilities, and is
+restricted by Landlock and a seccomp filter, in addition to QEMU's own `-sandbox`.
+
+Not here: the guest's files (passed_files.py), and starting a confined process (spawn.py).
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from onecopy.linux.sandbox.landlock import (
 from onecopy.linux.sandbox.rlimits import Limits
 from onecopy.linux.syscall import (
     PR_SET_NO_NEW_PRIVS,
+    disable_address_randomisation,
     prctl,
-    randomize_no_addresses,
     set_capabilities,
-    unshare_folder,
+    unshare_directory,
 )
 from onecopy.vmm import name_servers
 from onecopy.vmm.vmm_user import KVM, User
 
-#: QEMU, its libraries, its firmware, the time zone.
+#: QEMU, its libraries, its firmware and the time zone.
 _PROGRAMS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache")
 _SHARED = ("share", "lib", "lib64")
-#: What QEMU and its libraries ask about the host.
-_HOST = (
+#: Files about the host that QEMU and its libraries read.
+_HOST_FILES = (
     *("/dev/urandom", "/proc/filesystems"),
     *("/sys/devices/system/cpu", "/sys/devices/system/node"),
 )
@@ -52,56 +53,61 @@ class Confinement(msgspec.Struct, frozen=True):
 
     user: User | None
     capabilities: int
-    """What it keeps of ours (capabilities(7))."""
+    """The capabilities that it keeps (capabilities(7))."""
     rights: Mapping[int, int]
-    """Descriptor of ours -> what for the VMM may open its file (linux/sandbox/landlock.py)."""
+    """Descriptor of this process -> how the VMM may open that file (linux/sandbox/landlock.py)."""
     kvm: bool
     asks: bool
-    """Whether opening a file for reading and writing is answered by us (open_notify.py)."""
+    """Whether this process answers its requests to open a file read-write (open_notify.py)."""
     merge: bool = False
-    """Whether KSM may merge its own memory, for which it gives up address randomisation."""
+    """Whether KSM may merge its own memory, which requires disabling address randomisation."""
     inet: bool = False
-    """Whether it has TCP and UDP (QEMU's user-mode network)."""
+    """Whether it may use TCP and UDP, for QEMU's user-mode network."""
     etc: Path | None = None
-    """What it has in place of /etc (name_servers.py), and may read; None: the host's."""
+    """The directory that replaces /etc for it (name_servers.py); None for the host's."""
     binds: tuple[int, ...] | None = None
-    """The only TCP ports that it may listen at (0: any that is free); None: all."""
+    """The only TCP ports on which it may listen (0: any free port); None for all."""
     limits: Limits = msgspec.field(default_factory=dict)
-    """How much it may use (linux/sandbox/rlimits.py)."""
+    """Its resource limits (linux/sandbox/rlimits.py)."""
 
 
 def enter(confinement: Confinement, rules: Ruleset | None, folder: Path) -> int | None:
-    """Confine this thread for ever, in ``folder``; raise Incompatible.
+    """Confine this thread permanently, with the working directory ``folder``.
 
-    Returns where its questions come in, if it asks.
+    Returns:
+        The listener for the VMM's requests to open files, if it makes them.
+
+    Raises:
+        Incompatible: this host does not support the confinement.
     """
     try:
-        # A working directory of its own, entered while it may.
+        # The thread gets a working directory of its own, and enters it while it still may.
         if confinement.etc:
             name_servers.hide(confinement.etc)
         else:
-            unshare_folder()
+            unshare_directory()
         os.chdir(folder)
         if confinement.user:
             confinement.user.become(confinement.capabilities)
         else:
             set_capabilities(confinement.capabilities)
         if confinement.merge:
-            # Half of what is QEMU's own are addresses (relocated data): equal ones can be merged.
-            randomize_no_addresses()
+            # Half of QEMU's memory contains addresses (relocated data). Equal addresses can be
+            # merged.
+            disable_address_randomisation()
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         if rules:
             rules.restrict_self()
         return seccomp.install(filter_program(confinement), listen=confinement.asks)
     except OSError as error:
         raise Incompatible(
-            f"QEMU cannot be confined on this host: {error.strerror}",
-            hint="`onecopy doctor` says what this host can do",
+            f"cannot confine QEMU on this host: {error.strerror}",
+            hint="run `onecopy doctor` to see what this host supports",
         ) from error
 
 
 def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
-    """Landlock's rules for ``binary``, to be closed; None on a kernel without it."""
+    """Build the Landlock rules for ``binary``, to be closed; None on a kernel without Landlock."""
     version = landlock.abi()
     if not version:
         return None
@@ -110,9 +116,9 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
         own = Path(binary).resolve().parent
         below: list[Path | str] = [*_PROGRAMS, own, *(own.parent / name for name in _SHARED)]
         rules.allow_paths(below, READ_FILE | READ_DIR | EXECUTE)
-        rules.allow_paths(_HOST, READ_FILE | READ_DIR)
+        rules.allow_paths(_HOST_FILES, READ_FILE | READ_DIR)
         if confinement.inet:
-            rules.allow_paths([confinement.etc or name_servers.folder()], READ_FILE)
+            rules.allow_paths([confinement.etc or name_servers.directory()], READ_FILE)
         if confinement.kvm:
             rules.allow_paths([KVM], READ_FILE | WRITE_FILE | IOCTL_DEV)
         for fd, right in confinement.rights.items():
@@ -124,20 +130,23 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
 
 
 def filter_program(confinement: Confinement) -> bytes:
-    """The seccomp filter: what no VMM has a use for.
+    """Build the seccomp filter, which denies everything that no VMM needs.
 
-    It denies by name what there was in Linux 5.3, and allows by name what came later. QEMU's own
-    filter comes on top, and ends QEMU if it makes a process: vfork and execve alone cannot be
-    denied here, since they start it.
+    It denies by name the calls of Linux 5.3, and allows by name the later ones. QEMU's own filter
+    also applies, and ends QEMU if it creates a process. vfork and execve cannot be denied here,
+    since they start QEMU.
 
-    It has the sockets that it was given, and at most TCP and UDP; with UNIX sockets of its own it
-    could speak to any service of the host, or to the monitor of another guest. Files keep their
-    rights: an ordinary user's VMM owns the blobs, and only from ABI 3 on Landlock knows what cuts a
-    file off. io_uring would be a way round the filter. Limits stay as they are.
+    Sockets: the VMM keeps those that it was given, and may create at most TCP and UDP ones. With
+    UNIX sockets it could reach any service of the host, or the monitor of another guest.
 
-    QEMU asks for huge pages for all guest memory, files included. The kernel would then read 2 MiB
-    and more of a segment for each page that a guest touches (do_sync_mmap_readahead() in
-    mm/filemap.c), whatever PR_SET_THP_DISABLE says. QEMU does not mind a refusal.
+    Files: permissions cannot be changed. The VMM of an ordinary user owns the blobs, and Landlock
+    covers truncation only from ABI 3 on. io_uring would circumvent the filter. Resource limits
+    cannot be changed.
+
+    Huge pages: QEMU requests them for all guest memory, files included. For files the kernel would
+    then read 2 MiB or more of a segment for each page that a guest touches
+    (do_sync_mmap_readahead() in mm/filemap.c), whatever PR_SET_THP_DISABLE says. QEMU tolerates the
+    refusal.
     """
     inet = (socket.AF_INET, socket.AF_INET6)
     blocks = [
@@ -152,19 +161,20 @@ def filter_program(confinement: Confinement) -> bytes:
         seccomp.deny([seccomp.SOCKETPAIR], errno.EACCES),
         seccomp.deny_new(seccomp.FIRST_NEW, seccomp.NEW, errno.ENOSYS),
         seccomp.deny_if(seccomp.MADVISE, 2, mmap.MADV_HUGEPAGE, errno.EINVAL),
-        # QEMU 10 would raise its limit of open files, and aborts if it is told that it may not.
+        # QEMU 10 tries to raise its limit of open files and aborts if that fails, so the call
+        # pretends to succeed.
         seccomp.deny_unless_null(seccomp.PRLIMIT, 2, 0),
     ]
     if confinement.inet:
-        # Others have the kernel open sockets that are nobody's, so that no rule knows their user
-        # (closed_network.py): MPTCP, SMC.
+        # With other protocols (MPTCP, SMC) the kernel opens sockets that have no user, which the
+        # rules (closed_network.py) would miss.
         protocols = (0, socket.IPPROTO_ICMP, socket.IPPROTO_TCP, socket.IPPROTO_UDP)
         blocks.append(seccomp.deny_unless(seccomp.SOCKET, 2, protocols, errno.EACCES))
         blocks.append(seccomp.allow_only(seccomp.SOCKET, 0, inet, errno.EACCES))
     else:
         blocks.append(seccomp.deny([seccomp.SOCKET], errno.EACCES))
     if confinement.asks:
-        # Exactly these flags: what else QEMU opens it opens with O_CLOEXEC, or only to read.
+        # Only exactly these flags: QEMU opens all other files with O_CLOEXEC, or read-only.
         blocks.append(seccomp.ask_if(seccomp.OPENAT, 2, os.O_RDWR))
         blocks.append(seccomp.ask_if(seccomp.OPEN, 1, os.O_RDWR))
     return seccomp.program(*blocks)

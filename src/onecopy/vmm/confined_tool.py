@@ -1,8 +1,10 @@
-"""Programs of the host that read foreign data: each confined, limited, and ended in time.
+"""Run host programs that parse untrusted data: confined, with limits and a deadline.
 
-Such a program (a decompressor, mkfs, fsck) may hold a hole that the data was made for. So it runs
-as a user of its own where root starts it, without network, and reaches nothing but the open files
-that it is given, by their names /proc/self/fd/N. Not here: which programs, and on what.
+Such a program (a decompressor, mkfs, fsck) may have a vulnerability that the data exploits. So it
+runs without network, and as a user of its own if root starts it. It reaches only open files that it
+is given, as /proc/self/fd/N.
+
+Not here: which programs run, and on which data.
 """
 
 from __future__ import annotations
@@ -28,76 +30,76 @@ from onecopy.errors import CommandFailed, Incompatible
 from onecopy.linux.mount import mount_over
 from onecopy.linux.sandbox import landlock, seccomp
 from onecopy.linux.sandbox.landlock import EXECUTE, READ_DIR, READ_FILE, WRITE_FILE, Ruleset
-from onecopy.linux.syscall import PR_SET_NO_NEW_PRIVS, prctl, set_capabilities, unshare_folder
+from onecopy.linux.syscall import PR_SET_NO_NEW_PRIVS, prctl, set_capabilities, unshare_directory
 from onecopy.model import format_size
 from onecopy.subprocesses import find_program, keep
 from onecopy.vmm.passed_files import READ, WRITE
 from onecopy.vmm.spawn import alone, inherited_attributes, inherited_only
 from onecopy.vmm.vmm_user import User, new_user
 
-#: Right to read a folder and all below it.
+#: The right to read a directory and everything below it.
 READ_TREE = READ_FILE | READ_DIR
-#: CAP_DAC_READ_SEARCH: read files of any owner, as far as ``rights`` go.
+#: CAP_DAC_READ_SEARCH: read files of any owner, as far as ``rights`` allow.
 READ_ANY = 1 << 2
 
 _PROGRAMS = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache")
-#: Bytes kept of standard error: the first half of it, and the last.
-_SAID = 64 << 10
+#: Bytes of standard error that are kept: its beginning and its end.
+_STDERR_LIMIT = 64 << 10
 _OUT_OF_MEMORY = ("annot allocate memory", "emory exhausted", "ut of memory", "emory allocation")
-#: Network, other processes, and other views of files: socket, socketpair, io_uring_setup; ptrace,
+#: Network, other processes and other access to files: socket, socketpair, io_uring_setup; ptrace,
 #: process_vm_readv and _writev, shmget, userfaultfd, bpf; perf_event_open, keyctl, unshare, setns,
 #: mount, umount2, pivot_root, move_mount, fsopen, open_tree, mount_setattr, open_by_handle_at.
 _DENIED = (
     *(seccomp.SOCKET, seccomp.SOCKETPAIR, seccomp.IO_URING_SETUP, 101, 310, 311, 29, 323, 321),
     *(298, 250, 272, 308, 165, 166, 155, 429, 430, 428, 442, 304),
-    # And what CAP_SYS_ADMIN would open: swapon, swapoff, sethostname, setdomainname, quotactl,
+    # Calls that CAP_SYS_ADMIN would permit: swapon, swapoff, sethostname, setdomainname, quotactl,
     # quotactl_fd, fanotify_init, syslog, acct, add_key, request_key.
     *(167, 168, 170, 171, 179, 443, 300, 103, 163, 248, 249),
 )
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What a tool may take of the host; sizes in bytes."""
+    """The limits on a tool; sizes in bytes."""
 
     seconds: float = 600
-    """From its start to its end; as much of a processor, too."""
+    """Elapsed time, and CPU time too."""
     memory: int = 1 << 30
-    """Of addresses (RLIMIT_AS)."""
+    """Address space (RLIMIT_AS)."""
     file_size: int = 0
-    """Of a file that it writes (RLIMIT_FSIZE)."""
+    """Each file that it writes (RLIMIT_FSIZE)."""
     processes: int = 1
-    """Where it has a user of its own (RLIMIT_NPROC)."""
+    """Processes, if it runs as a user of its own (RLIMIT_NPROC)."""
     files: int = 64
-    """Open at once (RLIMIT_NOFILE)."""
+    """Open files (RLIMIT_NOFILE)."""
     output: int = 1 << 20
-    """On standard output, where that is kept."""
+    """Standard output, if it is returned."""
 
 
 class Task(msgspec.Struct, frozen=True):
-    """A program to run, and all that it is given."""
+    """A program to run, and everything that it may access."""
 
     argv: Sequence[str]
     rights: Mapping[int, int] = {}
-    """Open file or folder -> what for it may be opened anew, as /proc/self/fd/N (landlock.py).
+    """Descriptor of a file or directory -> rights to reopen it as /proc/self/fd/N (landlock.py).
 
-    One that may be written to is the tool's own meanwhile.
+    A writable file belongs to the tool's user while the tool runs.
     """
     stdin: int | None = None
-    """None: /dev/null."""
+    """None for /dev/null."""
     stdout: int | None = None
-    """None: what it prints is returned."""
+    """None to return the output."""
     over: Mapping[int, Path] = {}
-    """Open mount -> the folder in whose place the tool has it, and nobody else."""
+    """Open mount -> the directory that it replaces, for the tool only."""
     capabilities: int = 0
-    """What it keeps of ours (capabilities(7))."""
+    """The capabilities that it keeps (capabilities(7))."""
     environment: Mapping[str, str] = {}
     kvm: bool = False
-    """Whether it uses /dev/kvm, for which ``rights`` must have it, too."""
+    """Whether it uses /dev/kvm, which must then also be in ``rights``."""
     limits: Limits = Limits()
 
 
-class Ran(msgspec.Struct, frozen=True):
-    """How a tool ended, and what it printed on its standard streams."""
+class ToolResult(msgspec.Struct, frozen=True):
+    """The exit code of a tool and its output."""
 
     code: int
     out: str
@@ -105,15 +107,20 @@ class Ran(msgspec.Struct, frozen=True):
 
 
 def named(fd: int) -> str:
-    """The name by which a tool finds an open file."""
+    """Return the path by which a tool can open a descriptor."""
     return f"/proc/self/fd/{fd}"
 
 
-def run_tool(task: Task, *, fine: Sequence[int] = (0,)) -> Ran:
-    """Run a program to its end, confined.
+def run_tool(task: Task, *, fine: Sequence[int] = (0,)) -> ToolResult:
+    """Run a confined program until it ends.
 
-    Raises CommandFailed for an exit code that is not ``fine`` and, with its ``limit`` set, for a
-    program that took more than it may; MissingProgram; Incompatible if this host cannot confine it.
+    Args:
+        fine: the exit codes that mean success.
+
+    Raises:
+        CommandFailed: it failed, or exceeded a limit, which is then in ``limit``.
+        MissingProgram: it is not installed.
+        Incompatible: this host cannot confine it.
     """
     with running(task) as tool:
         return tool.finish(fine)
@@ -121,12 +128,13 @@ def run_tool(task: Task, *, fine: Sequence[int] = (0,)) -> Ran:
 
 def run_on_file(
     argv: Sequence[str], file: int, *, fine: Sequence[int] = (0,), rights: int = WRITE
-) -> Ran:
-    """Run a program on an open file, whose name becomes its last argument; it changes no other.
+) -> ToolResult:
+    """Run a confined program on one open file, whose path becomes the last argument.
 
-    With ``rights`` `READ` it does not change that either. Raises what `run_tool` raises.
+    It can change no other file, and with ``rights`` `READ` not even that one. Raises like
+    `run_tool`.
     """
-    # Programs for file systems look there whether it is mounted.
+    # File system tools check there whether the file is mounted.
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         limits = Limits(seconds=3600, memory=4 << 30, file_size=os.fstat(file).st_size)
@@ -138,9 +146,9 @@ def run_on_file(
 
 @contextmanager
 def running(task: Task) -> Iterator[Tool]:
-    """A program that runs while the block does, at whose end it is ended.
+    """Run a confined program during the context, which ends it.
 
-    Raises what `run_tool` raises, but for its failing: that is told by `Tool.finish`.
+    `Tool.finish` reports its failure. Otherwise this raises like `run_tool`.
     """
     line = [find_program(task.argv[0]), *task.argv[1:]]
     user = new_user("kvm" if task.kvm else "tcg")
@@ -156,17 +164,17 @@ def running(task: Task) -> Iterator[Tool]:
 
 
 class Tool:
-    """A confined program while it runs."""
+    """A running confined program."""
 
     def __init__(self, line: Sequence[str], task: Task, user: User | None) -> None:
-        """Start it: see `running`."""
+        """Start the program; see `running`."""
         self._line, self._task, self._user = line, task, user
         self._deadline = time.monotonic() + task.limits.seconds
         self._out, self._err = bytearray(), bytearray()
-        self._over = ""
+        self._exceeded = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: BaseException | None = None
-        self._begun = threading.Event()
+        self._start_attempted = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         with alone, ExitStack() as ends:
             self._rules = _ruleset(task)
@@ -175,35 +183,39 @@ class Tool:
             ends.enter_context(inherited_only([*task.rights]))
             ends.enter_context(inherited_attributes())
             self._thread.start()
-            self._begun.wait()
+            self._start_attempted.wait()
         if self._failure:
             self._thread.join()
             raise self._failure
 
-    def finish(self, fine: Sequence[int] = (0,)) -> Ran:
-        """Wait for its end; raise CommandFailed."""
+    def finish(self, fine: Sequence[int] = (0,)) -> ToolResult:
+        """Wait for its end.
+
+        Raises:
+            CommandFailed: it failed or exceeded a limit.
+        """
         self._thread.join()
         assert self._process  # noqa: S101 - for the type checker
         code = self._process.returncode
         err = self._err.decode(errors="replace")
-        over = self._over or _limit_reached(code, err)
+        over = self._exceeded or _limit_reached(code, err)
         if over or code not in fine:
             output = f"{err}\n{self._out.decode(errors='replace')}".strip()
-            limit = (over, _allowed(self._task.limits, over)) if over else None
+            limit = (over, _describe_limit(self._task.limits, over)) if over else None
             raise CommandFailed(shlex.join(self._line), code, output, limit=limit)
-        return Ran(code, self._out.decode(errors="replace"), err)
+        return ToolResult(code, self._out.decode(errors="replace"), err)
 
     def end(self) -> None:
-        """End it if it still runs, and all that it started."""
+        """Kill it, and all processes that it has started, if it still runs."""
         if self._thread.is_alive():
             self._kill("")
             self._thread.join()
 
     def _work(self) -> None:
-        """Start it and see it to its end, in a thread that is confined as it is.
+        """Start the tool and attend it until its end, in a thread that is confined like the tool.
 
-        Credentials, filters and rulesets belong to a thread, and a child has those of the thread
-        that made it; the end of that thread, and so of this process, ends the tool.
+        Credentials, filters and rulesets belong to a thread, and a child inherits those of the
+        thread that creates it. When that thread ends, and so when this process ends, the tool ends.
         """
         try:
             self._confine()
@@ -212,7 +224,7 @@ class Tool:
             self._failure = error
             return
         finally:
-            self._begun.set()
+            self._start_attempted.set()
         try:
             self._attend(self._process.pid, pipes)
         finally:
@@ -223,7 +235,7 @@ class Tool:
 
     def _confine(self) -> None:
         try:
-            unshare_folder()
+            unshare_directory()
             os.umask(0o022)
             if self._task.over:
                 mount_over(self._task.over)
@@ -238,36 +250,36 @@ class Tool:
             seccomp.install(_filter(), listen=False)
         except OSError as error:
             raise Incompatible(
-                f"{self._task.argv[0]} cannot be confined on this host: {error.strerror}",
-                hint="`onecopy doctor` says what this host can do",
+                f"cannot confine {self._task.argv[0]} on this host: {error.strerror}",
+                hint="run `onecopy doctor` to see what this host supports",
             ) from error
 
     def _start(self) -> tuple[subprocess.Popen[bytes], dict[int, bytearray]]:
         with ExitStack() as ends:
             null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             ends.callback(os.close, null)
-            said, err = os.pipe()
+            err_reader, err = os.pipe()
             ends.callback(os.close, err)
-            pipes, out = {said: self._err}, self._task.stdout
+            pipes, out = {err_reader: self._err}, self._task.stdout
             if out is None:
-                printed, out = os.pipe()
+                out_reader, out = os.pipe()
                 ends.callback(os.close, out)
-                pipes[printed] = self._out
+                pipes[out_reader] = self._out
             process = subprocess.Popen(
-                [*_limited(self._task.limits, own_user=bool(self._user)), *self._line],
+                [*_limiting_command(self._task.limits, own_user=bool(self._user)), *self._line],
                 stdin=null if self._task.stdin is None else self._task.stdin,
                 stdout=out,
                 stderr=err,
                 env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
                 | dict(self._task.environment),
-                # What is inherited is set already.
+                # The inheritable descriptors are already set.
                 close_fds=False,
                 start_new_session=True,
             )
             return process, pipes
 
     def _attend(self, pid: int, pipes: Mapping[int, bytearray]) -> None:
-        """Read what it prints until it ends, or its time is up."""
+        """Read its output until it ends or its time is up."""
         pidfd = os.pidfd_open(pid)
         with ExitStack() as ends, selectors.DefaultSelector() as selector:
             ends.callback(os.close, pidfd)
@@ -276,50 +288,50 @@ class Tool:
             for fd in pipes:
                 os.set_blocking(fd, False)
             ended = False
-            while not ended and not self._over:
+            while not ended and not self._exceeded:
                 ready = selector.select(max(0, self._deadline - time.monotonic()))
                 if not ready:
                     self._kill("time")
-                # What was printed before the end is there when the end is.
+                # All output that was written before the end can be read after it.
                 ended = any(key.fd == pidfd for key, _ in ready)
                 for fd, kept in pipes.items():
                     if not self._read(fd, kept) and fd in selector.get_map():
                         selector.unregister(fd)
 
     def _read(self, fd: int, kept: bytearray) -> bool:
-        """Take what is there; whether more can come."""
+        """Read available data; return whether more can come."""
         with contextlib.suppress(BlockingIOError):
-            # As much as a pipe holds, and no more: the deadline is looked at in between.
+            # At most the capacity of a pipe, so that the deadline is checked in between.
             for _ in range(16):
                 data = os.read(fd, 64 << 10)
                 if not data:
                     return False
-                keep(kept, data, _SAID if kept is self._err else None)
+                keep(kept, data, _STDERR_LIMIT if kept is self._err else None)
                 if kept is self._out and len(kept) > self._task.limits.output:
                     self._kill("output")
                     return False
         return True
 
     def _kill(self, over: str) -> None:
-        self._over = self._over or over
+        self._exceeded = self._exceeded or over
         if self._process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _is_regular(fd: int) -> bool:
-    """Whether it is a file: a device stays its owner's, and so does a folder."""
+    """Whether it is a regular file: devices and directories keep their owner."""
     return stat.S_ISREG(os.fstat(fd).st_mode)
 
 
 def _ruleset(task: Task) -> Ruleset | None:
-    """Landlock's rules for it, to be closed; None on a kernel without it."""
+    """Build the Landlock rules of a task, to be closed; None on a kernel without Landlock."""
     version = landlock.abi()
     if not version:
         if task.capabilities:
             raise Incompatible(
-                f"{task.argv[0]} cannot be confined: this kernel has no Landlock",
-                hint="add landlock to the kernel's parameter lsm=",
+                f"cannot confine {task.argv[0]}: this kernel has no Landlock",
+                hint="add landlock to the kernel parameter lsm=",
             )
         return None
     rules = Ruleset(version)
@@ -339,18 +351,18 @@ def _filter() -> bytes:
     return seccomp.program(seccomp.deny((*_DENIED, *seccomp.CHANGE_RIGHTS), errno.EPERM))
 
 
-def _limited(limits: Limits, *, own_user: bool) -> list[str]:
-    """What sets the limits, and executes what follows."""
+def _limiting_command(limits: Limits, *, own_user: bool) -> list[str]:
+    """Return the command that sets the limits and executes the one that follows."""
     options: dict[str, int | str] = {
         "as": limits.memory,
         "core": 0,
-        # At the hard limit it would be killed, which does not say why.
+        # At the hard limit the kernel sends SIGKILL, which does not reveal the reason.
         "cpu": f"{math.ceil(limits.seconds)}:{math.ceil(limits.seconds) + 1}",
         "fsize": limits.file_size,
         "nofile": limits.files,
     }
     if own_user:
-        # The thread that started it is this user's, too.
+        # The thread that starts the tool counts too.
         options["nproc"] = limits.processes + 1
     texts = [f"--{option}={value}" for option, value in options.items()]
     end_with_us = [find_program("setpriv"), "--pdeathsig", "KILL", "--"]
@@ -365,6 +377,6 @@ def _limit_reached(code: int, err: str) -> str:
     return "file size" if code and os.strerror(errno.EFBIG) in err else ""
 
 
-def _allowed(limits: Limits, over: str) -> str:
+def _describe_limit(limits: Limits, over: str) -> str:
     sizes = {"memory": limits.memory, "file size": limits.file_size, "output": limits.output}
     return format_size(sizes[over]) if over in sizes else f"{limits.seconds:g} s"

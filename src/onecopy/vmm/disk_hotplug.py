@@ -1,8 +1,9 @@
-"""Disks that a running machine gets: virtio-blk behind the bridge for hot-plug.
+"""Hot-plug disks: virtio-blk devices on the hot-plug bus.
 
-QEMU is given the open file, and no name: it may open none. Whoever has the file open locked it
-first (linux/disk_image.py), and QEMU's copy of the descriptor keeps it so. Not here: which file it
-is (guest/lifecycle/disks.py), and what the guest does with it.
+QEMU receives the open file instead of its name, because it may open none. The caller has locked the
+file (linux/disk_image.py), and QEMU's copy of the descriptor keeps the lock.
+
+Not here: which file it is (guest/lifecycle/disks.py), and what the guest does with the disk.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ from onecopy.vmm.pmem_hotplug import device_id
 
 
 async def plug(monitor: Monitor, slot: int, file: int, form: str, name: str) -> None:
-    """Plug the disk image ``file`` (``form``: raw or qcow2) into a free slot; raise GuestFailed.
+    """Plug a disk image into a free slot.
 
-    ``name`` is the serial number by which the guest finds it.
+    Args:
+        file: a descriptor of the image.
+        form: raw or qcow2.
+        name: the serial number by which the guest finds the disk.
+
+    Raises:
+        GuestFailed: QEMU refused.
     """
     node = f"{device_id(slot)}-disk"
     async with monitor.lent_copy(file) as path:
         await monitor.execute("blockdev-add", block_device(node, path, form))
     device = {"driver": "virtio-blk-pci", "id": device_id(slot), "drive": node, "serial": name}
-    # A full disk of the host is an error that the guest sees: nobody would let it go on.
+    # If the host's disk is full the guest gets an error. Pausing it would not help, since nobody
+    # would resume it.
     device |= {"werror": "report", "rerror": "report"}
     try:
         await monitor.execute("device_add", {**device, "bus": HOT_BUS, "addr": f"{slot:#x}"})
@@ -35,12 +43,12 @@ async def plug(monitor: Monitor, slot: int, file: int, form: str, name: str) -> 
 
 
 def block_device(node: str, path: str, form: str) -> dict[str, object]:
-    """QEMU's block device over an open image (qemu-qmp-ref, blockdev-add).
+    """Describe QEMU's block device over an open image (qemu-qmp-ref, blockdev-add).
 
-    Only this one file: a guest that took its QEMU over may have written the image's head.
+    It uses this file alone, because a compromised QEMU may have written the image's header.
     """
-    # Locked by us. QEMU before 8.0 tries on /dev/null whether it could, and opening that for
-    # writing is a question that nobody answers (open_notify.py).
+    # The caller has locked the file. QEMU before 8.0 would test its own locking by opening
+    # /dev/null for writing, a request that nobody answers (open_notify.py).
     file = {"driver": "file", "filename": path, "locking": "off", "discard": "unmap"}
     if form == "raw":
         return {"driver": "raw", "node-name": node, "discard": "unmap", "file": file}

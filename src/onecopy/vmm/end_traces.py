@@ -1,9 +1,10 @@
-"""What QEMU notes of its own end in qemu.log, by trace events that it has at no other time.
+"""What QEMU logs about its own end: trace events that it emits at no other time.
 
-No process of ours waits for a guest, so nobody sees its QEMU's exit code. QEMU calls off a
-migration whenever it ends in an orderly way, and never else here; and it notes who had it shut
-down, unless the guest reset its machine. A QEMU that was killed, or failed, notes nothing. Not
-here: what that says about a guest (guest/end_reason.py).
+No process waits for a guest, so QEMU's exit code is lost. QEMU cancels a migration whenever it ends
+in an orderly way, and here at no other time. It also logs who requested the shutdown, unless the
+guest reset its machine. A QEMU that was killed or failed logs neither.
+
+Not here: what this means for a guest (guest/end_reason.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from enum import IntEnum
 
 import msgspec
 
-#: trace_qemu_system_shutdown_request() in system/runstate.c; the other is called
+#: trace_qemu_system_shutdown_request() in system/runstate.c; the other event is called
 #: migration_cancel from QEMU 10.0 on (migration/migration.c).
 _REQUESTED = "qemu_system_shutdown_request"
 WANTED = (_REQUESTED, "migrate_fd_cancel", "migration_cancel")
@@ -21,7 +22,7 @@ _LINE = re.compile(rf"^\S*({'|'.join(WANTED)}) ?(?:reason=(\d{{1,3}}))?$\n?", re
 
 
 class Cause(IntEnum):
-    """QEMU's ShutdownCause (qapi/run-state.json), which later versions only add to."""
+    """QEMU's ShutdownCause (qapi/run-state.json), which later versions only extend."""
 
     NONE = 0
     HOST_ERROR = 1
@@ -34,23 +35,23 @@ class Cause(IntEnum):
     GUEST_PANIC = 8
 
 
-class Noted(msgspec.Struct, frozen=True):
-    """What qemu.log says."""
+class LoggedEnd(msgspec.Struct, frozen=True):
+    """The content of qemu.log."""
 
     cause: Cause | None
-    """Who had it shut down; None if it notes nothing, or what is not known here."""
+    """Who requested the shutdown; None if that is not logged or not known here."""
     in_order: bool
-    """Whether it ended in an orderly way."""
+    """Whether QEMU ended in an orderly way."""
     rest: str
-    """All that is no note of its end."""
+    """The rest of the log, without these events."""
 
 
-def read(log: str) -> Noted:
-    """Read what a QEMU printed."""
+def read(log: str) -> LoggedEnd:
+    """Parse the output of a QEMU."""
     found = _LINE.findall(log)
     requested = [int(number) for name, number in found if name == _REQUESTED and number]
     known = requested and requested[-1] in set(Cause)
-    return Noted(
+    return LoggedEnd(
         cause=Cause(requested[-1]) if known else None,
         in_order=bool(found),
         rest=_LINE.sub("", log),
@@ -58,10 +59,11 @@ def read(log: str) -> Noted:
 
 
 def of_binary(printed: str) -> tuple[str, ...]:
-    """The events that a QEMU has which printed this when it was told to quit with all `WANTED`.
+    """Return the events that a QEMU supports; empty if they are too few to recognise an end.
 
-    Empty if that is not enough to know an end by.
+    Args:
+        printed: its output when it was told to quit with all events in `WANTED` enabled.
     """
     names = {name for name, _ in _LINE.findall(printed)}
-    had = tuple(each for each in WANTED if each in names)
-    return had if _REQUESTED in had and len(had) > 1 else ()
+    supported = tuple(each for each in WANTED if each in names)
+    return supported if _REQUESTED in supported and len(supported) > 1 else ()

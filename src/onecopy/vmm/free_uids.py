@@ -1,6 +1,6 @@
-"""User numbers that nobody has: neither a VMM that lives, nor a file that one has left.
+"""Choose user ids that are not in use by a running VMM or by files that one has left.
 
-Not here: which numbers there are (vmm_user.py).
+Not here: the available range (vmm_user.py).
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from pathlib import Path
 from onecopy.errors import Incompatible
 from onecopy.linux import vmm_registry
 
-#: With fewer than this two guests would get the same one some time, if it were left to chance.
+#: In a smaller range, random choice alone would sooner or later give two guests the same id.
 MANY = 1 << 20
 _TRIES = 1000
-#: Where systemd notes which of its dynamic users there are (systemd docs/UIDS-GIDS.md).
+#: Where systemd records its dynamic users (systemd docs/UIDS-GIDS.md).
 _SYSTEMD = Path("/run/systemd/dynamic-uid")
 
 
 def unused(numbers: range) -> int:
-    """One of ``numbers`` that nobody has; raise Incompatible if there is none.
+    """Choose an unused user id.
 
-    Of few it is this process's until it puts a VMM with it on record, or ends: nobody else gets it.
+    In a small range it is reserved for this process, until the process registers a VMM with it or
+    ends.
+
+    Raises:
+        Incompatible: all ids are in use.
     """
     if len(numbers) >= MANY:
         return _choose(numbers, vmm_registry.users())
@@ -39,13 +43,13 @@ def _choose(numbers: range, taken: Container[int]) -> int:
         if number not in taken and not (_SYSTEMD / str(number)).exists():
             return number
     raise Incompatible(
-        f"all user numbers that guests can have here are taken ({len(numbers)})",
-        hint="stop guests; or give this container more numbers (user_namespaces(7))",
+        f"all {len(numbers)} user ids that guests can have here are in use",
+        hint="stop some guests, or give this container more user ids (user_namespaces(7))",
     )
 
 
 def _of_processes() -> set[int]:
-    """The user numbers of all processes; reading them takes too long where there are many."""
+    """Return the user ids of all processes, which takes too long on a host with many."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,8 +1,9 @@
-"""What a guest says, read as what it should be: typed, bounded, and nothing else.
+"""Validate what a guest sends: its type and size must match, and nothing else is accepted.
 
-A guest may have been made to do harm, and so may its QEMU. All that comes from them goes through
-here before anything is done with it; what is not as it should be is an error of that one guest.
-Not here: how it comes, and when it has to (port_pipe.py, agent.py, monitor.py, guest/exec.py).
+A guest may be compromised, and so may its QEMU. All their data passes through here before it is
+used. Invalid data is an error of that one guest.
+
+Not here: transport and timeouts (port_pipe.py, agent.py, monitor.py, guest/exec.py).
 """
 
 from __future__ import annotations
@@ -18,17 +19,24 @@ from onecopy.printable import printable
 
 T = TypeVar("T")
 
-#: Characters of a guest's words in a message of ours.
-_SHOWN = 200
+#: The number of characters of a guest's text that an error message shows.
+_SHOWN_LIMIT = 200
 _DECIMAL = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 
 class Nothing(msgspec.Struct, frozen=True):
-    """The answer to what has no answer but that it was done."""
+    """The empty answer to a command that returns nothing."""
 
 
 def read(line: bytes, form: type[T], what: str) -> T:
-    """Decode a JSON text as ``form``; raise AgentFailed, which calls it ``what``."""
+    """Decode JSON as the type ``form``.
+
+    Args:
+        what: names the data in the error message.
+
+    Raises:
+        AgentFailed: the data is not valid.
+    """
     try:
         return msgspec.json.decode(line, type=form)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
@@ -36,7 +44,7 @@ def read(line: bytes, form: type[T], what: str) -> T:
 
 
 def convert(value: Any, form: type[T], what: str) -> T:
-    """The same for what is decoded already."""
+    """Convert decoded JSON to the type ``form``; raise like `read`."""
     try:
         return msgspec.convert(value, form)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
@@ -44,32 +52,40 @@ def convert(value: Any, form: type[T], what: str) -> T:
 
 
 def _wrong(what: str, error: Exception) -> AgentFailed:
-    why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
     return AgentFailed(
-        f"{what} is not what it should be: {shown(why)}",
-        hint="something in the guest does not work, or lies: `onecopy stop` ends it all the same",
+        f"{what} is not valid: {shown(reason)}",
+        hint="the guest is faulty or compromised; `onecopy stop` can still end it",
     )
 
 
-def shown(said: str | bytes, limit: int = _SHOWN) -> str:
-    """A guest's words for a message: their last ``limit`` characters, on one line, printable."""
-    text = said.decode(errors="replace") if isinstance(said, bytes) else said
+def shown(data: str | bytes, limit: int = _SHOWN_LIMIT) -> str:
+    """Make a guest's text safe for a message: its last ``limit`` characters on one line."""
+    text = data.decode(errors="replace") if isinstance(data, bytes) else data
     text = printable(" ".join(text[-4 * limit :].split()))
     return text if len(text) <= limit else f"...{text[-limit:]}"
 
 
-def decimal(said: str | bytes, what: str, *, most: int) -> int:
-    """A number from 0 to ``most`` in decimal; raise AgentFailed."""
-    text = said.decode(errors="replace").strip() if isinstance(said, bytes) else said
+def decimal(data: str | bytes, what: str, *, most: int) -> int:
+    """Parse a decimal number from 0 to ``most``.
+
+    Raises:
+        AgentFailed: it is not such a number.
+    """
+    text = data.decode(errors="replace").strip() if isinstance(data, bytes) else data
     if not _DECIMAL.fullmatch(text) or int(text) > most:
-        raise AgentFailed(f"{what} is {shown(text)!r}, which is no number up to {most}")
+        raise AgentFailed(f"{what} is {shown(text)!r}, which is not a number from 0 to {most}")
     return int(text)
 
 
-def address(said: str | bytes, what: str) -> str:
-    """An IPv4 address; raise AgentFailed."""
-    text = said.decode(errors="replace").strip() if isinstance(said, bytes) else said
+def address(data: str | bytes, what: str) -> str:
+    """Parse an IPv4 address.
+
+    Raises:
+        AgentFailed: it is not an address.
+    """
+    text = data.decode(errors="replace").strip() if isinstance(data, bytes) else data
     try:
         return str(ipaddress.IPv4Address(text))
     except ValueError:
-        raise AgentFailed(f"{what} is {shown(text)!r}, which is no IPv4 address") from None
+        raise AgentFailed(f"{what} is {shown(text)!r}, which is not an IPv4 address") from None

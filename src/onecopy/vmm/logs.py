@@ -1,10 +1,11 @@
-"""What a guest's console and QEMU said, in files that cannot fill the host.
+"""The logs of a guest's console and of QEMU, limited so that they cannot fill the host's disk.
 
-QEMU appends to ``console.log`` and ``qemu.log`` in the run folder. A file that is no disk may have
-LOG_ROOM bytes (vmm_limits.py), and what goes over that is dropped. The limit is one on offsets, and
-one for all files of a process: so `make_room` makes the logs as long as the old limit, sparsely,
-raises that, and drops all but the newest of what they had. Not here: where they are shown
-(cli/logs_cmd.py).
+QEMU appends to ``console.log`` and ``qemu.log`` in the run directory. Each file of a VMM that is
+not a disk may have LOG_ROOM bytes (vmm_limits.py). The kernel enforces the limit on file offsets,
+and it is the same for all files of a process; output beyond it is lost. `make_room` extends the
+logs sparsely to the old limit, raises the limit, and drops all but the newest content.
+
+Not here: showing them (cli/logs_cmd.py).
 """
 
 from __future__ import annotations
@@ -22,39 +23,42 @@ from onecopy.linux.syscall import punch_hole
 from onecopy.vmm.vmm_limits import LOG_ROOM, file_room, let_write
 
 CONSOLE, QEMU = "console.log", "qemu.log"
-#: Bytes of a log from which on room is made, and how many are kept then.
-_FILLING, _KEPT = LOG_ROOM * 3 // 4, LOG_ROOM // 2
+#: The size in bytes at which a log is trimmed, and the size that remains.
+_FILLING, _TRIMMED = LOG_ROOM * 3 // 4, LOG_ROOM // 2
 _CHUNK = 1 << 16
 _BLOCK = 4096
 
 
 def make(folder: Path) -> None:
-    """Make the logs of a new run folder: QEMU can make nothing there."""
+    """Create the logs of a new run directory, where QEMU may not create files."""
     for name in (CONSOLE, QEMU):
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
 
 def are_filling(folder: Path) -> bool:
-    """Whether a log needs room, or has more than it may."""
+    """Whether a log needs more space or is too large."""
     return any(_allocated(folder / name) > _FILLING for name in (CONSOLE, QEMU))
 
 
 def make_room(folder: Path, pid: int, largest: int = 0) -> None:
-    """Let the logs of VMM ``pid`` go on, and let it write to files of ``largest`` bytes.
+    """Let the logs of a VMM continue, and allow the VMM files of ``largest`` bytes.
 
-    One command at a time does this (Host.locked). Raises OSError.
+    Only one command at a time may do this (Host.locked).
+
+    Raises:
+        OSError: a log or a limit cannot be changed.
     """
     present = file_room(pid)
     if present == rlimits.UNLIMITED:
         return
-    # No log is longer than the limit was.
+    # No log is longer than the old limit.
     begin = -(-max(present, largest) // _BLOCK) * _BLOCK
     for name in (CONSOLE, QEMU):
-        _go_on_at(folder / name, begin, full=present)
+        _extend(folder / name, begin, full=present)
     let_write(pid, begin + LOG_ROOM)
 
 
-def _go_on_at(path: Path, begin: int, *, full: int) -> None:
+def _extend(path: Path, begin: int, *, full: int) -> None:
     fd = _open(path, os.O_RDWR)
     try:
         cut = os.fstat(fd).st_size == full
@@ -66,49 +70,57 @@ def _go_on_at(path: Path, begin: int, *, full: int) -> None:
 
 
 def _keep_newest(fd: int) -> bool:
-    """Drop all but the newest of a log; whether there was anything to drop."""
-    kept = 0
+    """Drop all but the newest content of a log; return whether anything was dropped."""
+    size = 0
     for start, stop in reversed(list(_extents(fd))):
-        kept += stop - start
-        if kept > _KEPT:
-            punch_hole(fd, 0, start + kept - _KEPT)
+        size += stop - start
+        if size > _TRIMMED:
+            punch_hole(fd, 0, start + size - _TRIMMED)
             return True
     return False
 
 
 class Log:
-    """A log that is being read, from the oldest that is left."""
+    """A log that is being read, from the oldest content that is left."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Open it; raise OSError."""
+        """Open a log.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
         self._path = folder / name
         self._fd = _open(self._path, os.O_RDONLY)
         self._at = 0
 
     @property
     def was_cut(self) -> bool:
-        """Whether some of what was said has been dropped."""
+        """Whether older content has been dropped."""
         return _mark(self._path).exists()
 
     @property
     def written(self) -> float:
-        """When something was last written to it, in seconds since the epoch."""
+        """The time of the last write, in seconds since the epoch."""
         return os.fstat(self._fd).st_mtime
 
     def read(self) -> Iterator[bytes]:
-        """What is new, in pieces; without the NULs that holes, and the ends of blocks, read as."""
+        """Yield new content in pieces, without the NULs of holes and of partial blocks."""
         for start, stop in _extents(self._fd, self._at):
             while start < stop and (data := os.pread(self._fd, min(stop - start, _CHUNK), start)):
                 start = self._at = start + len(data)
                 yield data.replace(b"\0", b"")
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the log."""
         os.close(self._fd)
 
 
 def read(folder: Path, name: str) -> str:
-    """All that is left of a log; raise OSError."""
+    """Read the content that is left in a log.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     log = Log(folder, name)
     try:
         return b"".join(log.read()).decode(errors="replace")
@@ -117,37 +129,41 @@ def read(folder: Path, name: str) -> str:
 
 
 class Tail(msgspec.Struct, frozen=True):
-    """The newest that a log has."""
+    """The newest content of a log."""
 
     data: bytes
     cut: bool
-    """Whether there was something older."""
+    """Whether there was older content."""
     written: float | None
-    """When something was last written to it, in seconds since the epoch; None if never."""
+    """The time of the last write, in seconds since the epoch; None if there was none."""
 
     @property
     def text(self) -> str:
-        """It, whatever its bytes are."""
+        """The content as text; invalid UTF-8 is replaced."""
         return self.data.decode(errors="replace")
 
 
 def tail(folder: Path, name: str, most: int) -> Tail:
-    """The last ``most`` bytes of a log; nothing of one that cannot be read."""
+    """Read the last ``most`` bytes of a log; an unreadable log counts as empty."""
     with contextlib.suppress(OSError), contextlib.closing(Log(folder, name)) as log:
         data = b"".join(log.read())
         return Tail(data[-most:], log.was_cut or len(data) > most, log.written if data else None)
     return Tail(b"", False, None)
 
 
-def write(folder: Path, name: str, said: Tail) -> None:
-    """Keep what a log had in another folder. Raises OSError."""
-    (folder / name).write_bytes(said.data)
-    if said.cut:
+def write(folder: Path, name: str, content: Tail) -> None:
+    """Write the content of a log to another directory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    (folder / name).write_bytes(content.data)
+    if content.cut:
         _mark(folder / name).touch(0o600)
 
 
 def _extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, end) of the parts of a file that are no holes."""
+    """Yield (start, end) of the parts of a file that are not holes."""
     end = os.fstat(fd).st_size
     while start < end:
         try:

@@ -1,7 +1,10 @@
-"""QMP, QEMU's machine protocol: one short connection per piece of work.
+"""QMP, QEMU's machine protocol: one short connection for each piece of work.
 
-The protocol itself is the library qemu.qmp; this file turns its errors into ours, gives each wait
-an end, and knows the commands that onecopy uses (QEMU docs/interop/qmp-spec.rst, qemu-qmp-ref).
+The protocol itself is the library qemu.qmp. This file translates its errors, bounds each wait, and
+implements the commands that onecopy uses.
+
+Source:
+    QEMU docs/interop/qmp-spec.rst, qemu-qmp-ref.
 """
 
 from __future__ import annotations
@@ -25,13 +28,13 @@ from onecopy.errors import AgentFailed, GuestFailed
 from onecopy.linux.lock import locked
 from onecopy.vmm.guest_reply import convert
 
-# The library logs what it also raises.
+# The library logs errors that it also raises.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 logging.getLogger("qemu.qmp").propagate = False
 
-#: Seconds that QEMU may take to answer, on a host that has much else to do.
+#: Seconds that QEMU may take to answer, on a busy host.
 TIMEOUT = 60.0
-#: Seconds that what is undone, or tidied up, may take beyond.
+#: Seconds of additional time for undoing and cleaning up.
 GRACE = 0.5
 _ADDRESS = re.compile(r" is (0x[0-9a-f]{1,16})\b")
 
@@ -39,20 +42,20 @@ T = TypeVar("T")
 
 
 class _Added(msgspec.Struct, frozen=True):
-    """What add-fd tells."""
+    """The result of add-fd."""
 
     fd: int
     fdset_id: int = msgspec.field(name="fdset-id")
 
 
 class _Member(msgspec.Struct, frozen=True):
-    """One of those that qom-list tells."""
+    """An entry in the result of qom-list."""
 
     name: str
 
 
 class _Migration(msgspec.Struct, frozen=True):
-    """What the event MIGRATION has."""
+    """The data of the event MIGRATION."""
 
     status: str
 
@@ -70,39 +73,44 @@ class Monitor:
         *,
         timeout: float = TIMEOUT,
     ) -> Any:
-        """Run one command, for up to ``timeout`` seconds.
+        """Execute a command.
 
-        Raises GuestFailed with QEMU's own words, and when QEMU does not answer or is gone.
+        Args:
+            timeout: seconds.
+
+        Raises:
+            GuestFailed: QEMU refused, did not answer in time, or has ended.
         """
         try:
             async with asyncio.timeout(timeout):
                 return await self.client.execute(command, dict(arguments) if arguments else None)
         except TimeoutError:
-            raise _silent(f"answer {command}", timeout) from None
+            raise _no_answer(f"answer {command}", timeout) from None
         except ExecuteError as error:
             raise GuestFailed(f"QEMU refused {command}: {error}") from error
         except (QMPError, OSError) as error:
-            raise GuestFailed(f"QEMU went away during {command}") from error
+            raise GuestFailed(f"QEMU ended during {command}") from error
 
     async def ask(
         self, command: str, form: type[T], arguments: Mapping[str, object] | None = None
     ) -> T:
-        """Run one command whose result must be of the type ``form``; else raise GuestFailed, too.
+        """Execute a command and require a result of the type ``form``, as QEMU may be compromised.
 
-        A guest may have taken its QEMU over.
+        Raises:
+            GuestFailed: the command failed or its result is not valid.
         """
         return _read(await self.execute(command, arguments), form, f"QEMU's answer to {command}")
 
     async def members(self, path: str) -> set[str]:
-        """The names of what QEMU has at ``path`` of its object model."""
+        """List the names of the members at ``path`` in QEMU's object model."""
         return {each.name for each in await self.ask("qom-list", list[_Member], {"path": path})}
 
     async def human(self, line: str) -> str:
-        """Run a human-monitor command where QMP has no equal; return its text."""
+        """Execute a human-monitor command for which QMP has no equivalent; return its text."""
         return await self.ask("human-monitor-command", str, {"command-line": line})
 
     async def incoming(self, state_fd: int) -> None:
-        """Load a saved state from a descriptor of ours; the guest does not run yet."""
+        """Load a saved state from a descriptor; the guest does not run yet."""
         with self.client.listener("MIGRATION") as progress:
             await self._capabilities("events")
             await self.give_fd(state_fd, "state")
@@ -112,10 +120,10 @@ class Monitor:
                     while await self._next(progress) != "completed":
                         pass
             except TimeoutError:
-                raise _silent("load the saved state", TIMEOUT) from None
+                raise _no_answer("load the saved state", TIMEOUT) from None
 
     async def _next(self, progress: EventListener) -> str:
-        """The next state of a migration; raise GuestFailed if it fails (then QEMU just ends)."""
+        """Return the next state of a migration; raise GuestFailed if it fails."""
         event = asyncio.ensure_future(progress.get())
         ended = asyncio.ensure_future(self.client.runstate_changed())
         try:
@@ -130,11 +138,11 @@ class Monitor:
             ended.cancel()
 
     async def save_devices(self, state_fd: int) -> None:
-        """Write the state of a stopped guest's devices, without its RAM, to a file of ours.
+        """Write the state of a stopped guest's devices, without its RAM, to an open file.
 
-        QEMU may keep the file open, and write to it later. Its command for that is Xen's by name
-        only; what it writes is a migration stream without RAM and without the section about the
-        machine (argv.py tells the reader).
+        QEMU may keep the file open and write to it later. The command is named after Xen, but does
+        not need it. It writes a migration stream without RAM, and without the section that
+        describes the machine (argv.py tells the reader so).
         """
         writable = os.open(f"/proc/self/fd/{state_fd}", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -145,35 +153,35 @@ class Monitor:
             os.close(writable)
 
     async def ram_address(self) -> int:
-        """Where the first byte of guest RAM lies in QEMU's memory."""
-        said = await self.human("gpa2hva 0")
-        found = _ADDRESS.search(said)
+        """Return the address of guest RAM in QEMU's memory."""
+        text = await self.human("gpa2hva 0")
+        found = _ADDRESS.search(text)
         if not found:
-            raise GuestFailed(f"QEMU does not tell where guest RAM lies: {said.strip()}")
+            raise GuestFailed(f"QEMU does not report the address of guest RAM: {text.strip()}")
         return int(found[1], 16)
 
     async def give_fd(self, fd: int, name: str) -> None:
-        """Pass a descriptor to QEMU (SCM_RIGHTS), known there as ``name``; ours stays open."""
+        """Pass a copy of a descriptor to QEMU (SCM_RIGHTS) under the name ``name``."""
         self._send(fd)
         await self.execute("getfd", {"fdname": name})
 
     @contextlib.asynccontextmanager
     async def lent(self, fd: int) -> AsyncIterator[str]:
-        """The name under which QEMU can open a file of ours meanwhile (add-fd)."""
-        async with self._added(fd) as added:
+        """Lend QEMU a file during the context; yield the path for opening it (add-fd)."""
+        async with self._add_fd(fd) as added:
             yield f"/proc/self/fd/{added.fd}"
 
     @contextlib.asynccontextmanager
     async def lent_copy(self, fd: int) -> AsyncIterator[str]:
-        """The same for what QEMU does not open, but copies: its block devices.
+        """Lend QEMU a file that it duplicates instead of opening, as its block devices do.
 
-        The copy is as our file is open, for reading or writing, and has its locks.
+        The duplicate has the access mode and the locks of this process's descriptor.
         """
-        async with self._added(fd) as added:
+        async with self._add_fd(fd) as added:
             yield f"/dev/fdset/{added.fdset_id}"
 
     @contextlib.asynccontextmanager
-    async def _added(self, fd: int) -> AsyncIterator[_Added]:
+    async def _add_fd(self, fd: int) -> AsyncIterator[_Added]:
         self._send(fd)
         added = await self.ask("add-fd", _Added)
         try:
@@ -186,7 +194,7 @@ class Monitor:
         try:
             self.client.send_fd_scm(fd)
         except OSError as error:
-            raise GuestFailed("QEMU went away") from error
+            raise GuestFailed("QEMU has ended") from error
 
     async def _capabilities(self, *names: str) -> None:
         capabilities = [{"capability": name, "state": True} for name in names]
@@ -200,10 +208,10 @@ def _read(value: Any, form: type[T], what: str) -> T:
         raise GuestFailed(error.message, hint=error.hint) from None
 
 
-def _silent(what: str, seconds: float) -> GuestFailed:
+def _no_answer(what: str, seconds: float) -> GuestFailed:
     return GuestFailed(
         f"QEMU did not {what} within {seconds:.3g} s",
-        hint="it is stopped, or the host has too much to do; `onecopy stop` ends it all the same",
+        hint="QEMU is stopped or the host is overloaded; `onecopy stop` can still end the guest",
     )
 
 
@@ -211,17 +219,18 @@ def _silent(what: str, seconds: float) -> GuestFailed:
 async def connect(path: Path, deadline: Deadline | None = None) -> AsyncIterator[Monitor]:
     """Connect to a VMM's monitor, by ``deadline`` or within TIMEOUT seconds.
 
-    Raises GuestFailed if it ends, or does not answer, or other commands speak to it all the time.
+    Raises:
+        GuestFailed: QEMU has ended, does not answer, or is busy with other commands.
     """
     async with contextlib.AsyncExitStack() as stack:
         seconds = (deadline or Deadline()).sooner(TIMEOUT).left() or 0.0
         try:
             async with asyncio.timeout(seconds):
-                # One command at a time: QEMU serves one client and lets one more wait.
+                # One command at a time, because QEMU serves one client and queues only one more.
                 await stack.enter_async_context(locked(path.with_suffix(".lock")))
-                client, connection = await _greeted(path)
+                client, connection = await _negotiate(path)
         except TimeoutError:
-            raise _silent("answer", seconds) from None
+            raise _no_answer("answer", seconds) from None
         except (QMPError, OSError) as error:
             raise GuestFailed("QEMU ended before it answered") from error
         try:
@@ -231,7 +240,7 @@ async def connect(path: Path, deadline: Deadline | None = None) -> AsyncIterator
 
 
 async def _disconnect(client: QMPClient, connection: socket.socket) -> None:
-    """Let go of QEMU; also of one that takes nothing any more, and when it is time to leave."""
+    """Disconnect, even from a QEMU that accepts no data, and even during a cancellation."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     ending = asyncio.ensure_future(client.disconnect())
@@ -242,14 +251,14 @@ async def _disconnect(client: QMPClient, connection: socket.socket) -> None:
         raise
     finally:
         if ending.done() and not ending.cancelled():
-            # What QEMU sent that could not be read has been told to who waited for it.
+            # The caller that waited for invalid data has already received the error.
             ending.exception()
 
 
-async def _greeted(path: Path) -> tuple[QMPClient, socket.socket]:
-    """A new connection. QEMU drops one that comes while it lets go of the last: try again then."""
+async def _negotiate(path: Path) -> tuple[QMPClient, socket.socket]:
+    """Connect and negotiate; try again while QEMU closes the previous connection."""
     for delay in (0.01, 0.05, 0.25, 1, None):
-        client, connection = QMPClient(), await _connected(path)
+        client, connection = QMPClient(), await _open_connection(path)
         try:
             await client.connect(connection)
         except BaseException as error:
@@ -262,18 +271,20 @@ async def _greeted(path: Path) -> tuple[QMPClient, socket.socket]:
     return client, connection
 
 
-async def _connected(path: Path) -> socket.socket:
-    """A connection to the socket at ``path``, for which there may be no room for a while."""
+async def _open_connection(path: Path) -> socket.socket:
+    """Connect to the socket at ``path``, whose queue may be full for a while."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         while True:
             try:
                 connection.connect(str(path))
-            except BlockingIOError:  # the queue of a QEMU that takes none is full (connect(2))
+            except (
+                BlockingIOError
+            ):  # QEMU does not accept connections, and its queue is full (connect(2))
                 await asyncio.sleep(0.05)
             else:
                 return connection
     except BaseException:
-        # If nobody listens any more, QEMU is gone.
+        # If nothing listens any more, QEMU has ended.
         connection.close()
         raise

@@ -1,11 +1,13 @@
-"""The host's name servers, which QEMU's user-mode network reads, and nothing that lies beside them.
+"""Give QEMU's user-mode network the host's name servers, and no neighbouring files.
 
-libslirp reads /etc/resolv.conf again when that has changed, and such a file is replaced, not
-rewritten: a rule for the file would be lost then, and one for its folder opens all of /etc. Where
-it is a link to a folder of its own, as systemd-resolved has it, that folder is allowed. Else a VMM
-that root starts has another folder in place of /etc, in a mount namespace of its own, with a copy
-that commands keep fresh. (The file alone will not do: what is mounted on a file goes when that is
-replaced, in all namespaces.) Not here: the rules themselves (confine.py).
+libslirp reads /etc/resolv.conf again when it has changed. Such a file is replaced rather than
+rewritten, so a Landlock rule for the file would become void. A rule for its directory would open
+all of /etc. If the file is a link into a directory of its own, as with systemd-resolved, that
+directory is allowed. Otherwise a VMM started by root gets another directory in place of /etc, in a
+mount namespace of its own, with a copy that commands keep up to date. (Mounting over the file alone
+fails: such a mount disappears in all namespaces when the file is replaced.)
+
+Not here: the Landlock rules (confine.py).
 """
 
 from __future__ import annotations
@@ -21,26 +23,30 @@ from onecopy.linux.syscall import bind_mount, unshare_mounts
 
 _ETC = Path("/etc")
 _FILE = "resolv.conf"
-#: What QEMU is started with: where libraries are, and the folder of links that lead to some.
+#: Files that the start of QEMU needs: the list of libraries, and the directory of links to some.
 _LIBRARIES, _LINKS = "ld.so.cache", "alternatives"
-#: Bytes of name servers: more is of no use.
-_MOST = 1 << 16
+#: The limit on the size of resolv.conf in bytes.
+_LARGEST = 1 << 16
 
 
-def folder() -> Path:
-    """Where the file lies."""
+def directory() -> Path:
+    """Return the directory that contains the file."""
     return (_ETC / _FILE).resolve().parent
 
 
 def opens_more() -> bool:
-    """Whether its folder has other things in it."""
-    return folder() == _ETC.resolve()
+    """Whether that directory contains other files too."""
+    return directory() == _ETC.resolve()
 
 
 def stand_in(run: Path) -> Path | None:
-    """What VMMs are to have in place of /etc; None if they need nothing, or can have nothing.
+    """Create the directory that replaces /etc for the VMMs of a store.
 
-    It is there for all guests of a run folder. Raises OSError.
+    Returns:
+        The directory; None if VMMs do not need it or cannot use it.
+
+    Raises:
+        OSError: the directory cannot be written.
     """
     if not opens_more() or not (_ETC / _FILE).exists() or not can_hide():
         return None
@@ -56,18 +62,22 @@ def stand_in(run: Path) -> Path | None:
 
 
 def refresh(run: Path) -> None:
-    """Let VMMs that have a copy see what name servers the host has now."""
+    """Update the copy for running VMMs."""
     with contextlib.suppress(OSError):
         _copy(_FILE, _stand_in(run), 0)
 
 
 def forget(run: Path) -> None:
-    """Remove what no VMM has any more."""
+    """Remove the directory when no VMM uses it any more."""
     shutil.rmtree(_stand_in(run), ignore_errors=True)
 
 
 def hide(stand_in: Path) -> None:
-    """Have it in place of /etc, from now on and in this thread; raise OSError."""
+    """Mount the directory over /etc, for this thread only.
+
+    Raises:
+        OSError: the kernel refused.
+    """
     unshare_mounts()
     if (stand_in / _LINKS).is_dir():
         bind_mount(_ETC / _LINKS, stand_in / _LINKS)
@@ -75,7 +85,7 @@ def hide(stand_in: Path) -> None:
 
 
 def can_hide() -> bool:
-    """Whether this process may do that."""
+    """Whether this process may mount over /etc."""
     return os.geteuid() == 0 and _may_unshare()
 
 
@@ -94,10 +104,10 @@ def _stand_in(run: Path) -> Path:
 
 
 def _copy(name: str, stand_in: Path, flags: int) -> None:
-    """Copy a file of /etc in place, if it has changed: VMMs may have it open or read it now."""
+    """Copy a file of /etc if it has changed, in place, because VMMs may have the copy open."""
     content = (_ETC / name).read_bytes()
     if name == _FILE:
-        content = content[:_MOST]
+        content = content[:_LARGEST]
     fd = os.open(stand_in / name, flags | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         os.fchmod(fd, 0o644)

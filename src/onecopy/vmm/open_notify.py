@@ -1,14 +1,14 @@
-"""Files for a QEMU that opens them for writing: it gets those that we choose.
+"""Answer a QEMU that opens files for writing with descriptors of onecopy's choice.
 
 QEMU before 8.2 opens even a file that it maps private with O_RDWR (softmmu/physmem.c,
-file_ram_open). Its seccomp filter (confine.py) hands these calls to us, and the answer is a
-descriptor of ours: open for reading only where the mapping is private, which the kernel does all
-the same (mmap(2)). What file QEMU asks for is not looked at: it could change the name while we look
-(seccomp_unotify(2)). It gets files in the order in which its command line names them.
+file_ram_open). Its seccomp filter (confine.py) forwards these calls to a listener, which answers
+with a descriptor. For a private mapping that descriptor is read-only, which suffices for the kernel
+(mmap(2)). The path that QEMU asks for is ignored, because QEMU could change it in the meantime
+(seccomp_unotify(2)). QEMU gets the files in the order of its command line.
 
-QEMU inherits the place where its questions come in. So there is somebody to ask as long as it
-lives, and a later command that plugs memory in answers from there. A guest that takes QEMU over can
-answer itself, which gives it nothing: Landlock and the rights of files are as they are.
+QEMU inherits the listener. So the listener exists as long as QEMU, and a later command that
+hot-plugs memory can use it. A compromised QEMU could answer itself, which gains nothing: Landlock
+and file permissions still apply.
 """
 
 from __future__ import annotations
@@ -25,22 +25,27 @@ from onecopy.vmm.qemu import Qemu
 
 
 def require(qemu: Qemu) -> None:
-    """Raise Incompatible if this QEMU would need what this kernel cannot do."""
+    """Require that this QEMU can map saved RAM without write access to it.
+
+    Raises:
+        Incompatible: neither QEMU nor the kernel supports that.
+    """
     if not is_possible(qemu):
         raise Incompatible(
             f"QEMU {qemu.version} opens the saved RAM for writing, and this kernel cannot answer "
-            "such a call with a read-only file",
-            hint="use QEMU 8.2, or Linux 5.9, or later; `run --cold` boots guests meanwhile",
+            "with a read-only file",
+            hint="use QEMU 8.2 or later, or Linux 5.9 or later; `run --cold` boots guests "
+            "without either",
         )
 
 
 def is_possible(qemu: Qemu) -> bool:
-    """Whether this QEMU can map a file copy-on-write without being able to write to it."""
+    """Whether this QEMU can map a file copy-on-write without write access to it."""
     return qemu.rom or seccomp.can_ask()
 
 
 class Answers:
-    """Answers one VMM's questions with ``files``, in order, from the running event loop."""
+    """Answers one VMM's open requests with ``files`` in order, from the running event loop."""
 
     def __init__(self, files: Sequence[int]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -48,15 +53,15 @@ class Answers:
         self._listener: int | None = None
 
     def serve(self, listener: int) -> None:
-        """Wait for questions at ``listener`` (Confinement.asks), which is ours to close."""
+        """Start to answer at ``listener`` (Confinement.asks), which this object closes."""
         self._listener = listener
         self._loop.add_reader(listener, self._answer, listener)
 
     def _answer(self, listener: int) -> None:
-        # It is also ready when the VMM has ended; to receive would block then.
+        # The listener also becomes ready when the VMM ends; receiving would then block.
         if self._files and seccomp.is_asked(listener):
             file = self._files.pop(0)
-            # If it fails the VMM is gone, or says itself what it could not open.
+            # If this fails, the VMM has ended, or reports itself what it could not open.
             with contextlib.suppress(OSError):
                 seccomp.answer_with(listener, file)
             os.close(file)
@@ -64,7 +69,7 @@ class Answers:
         self.close()
 
     def close(self) -> None:
-        """Answer no more; as often as you like."""
+        """Stop answering; may be called repeatedly."""
         if self._listener is not None:
             self._loop.remove_reader(self._listener)
             os.close(self._listener)
@@ -74,10 +79,15 @@ class Answers:
 
 
 @contextlib.contextmanager
-def answering(pid: int, number: int, file: int) -> Iterator[None]:
-    """Answer the next question of a running VMM, whose descriptor ``number`` it comes in at.
+def answer_next(pid: int, number: int, file: int) -> Iterator[None]:
+    """Answer the next open request of a running VMM with ``file``.
 
-    Raises NotPermitted without ptrace rights over it (pidfd_getfd(2)), GuestFailed if it is gone.
+    Args:
+        number: the VMM's descriptor of the listener.
+
+    Raises:
+        NotPermitted: this user may not trace the VMM (pidfd_getfd(2)).
+        GuestFailed: the VMM has ended.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -87,11 +97,11 @@ def answering(pid: int, number: int, file: int) -> Iterator[None]:
             os.close(pidfd)
     except PermissionError as error:
         raise NotPermitted(
-            f"may not answer QEMU (process {pid}): {error.strerror}",
-            hint="become root, or the user who started the guest",
+            f"cannot answer QEMU (process {pid}): {error.strerror}",
+            hint="run the command as root or as the user who started the guest",
         ) from error
     except OSError as error:
-        raise GuestFailed(f"QEMU cannot be answered: {error.strerror}") from error
+        raise GuestFailed(f"cannot answer QEMU: {error.strerror}") from error
     answers = Answers([file])
     answers.serve(listener)
     try:

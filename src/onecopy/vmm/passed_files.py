@@ -1,7 +1,9 @@
-"""What a VMM is given to open: files by descriptor, so that it needs no way to where they lie.
+"""Pass files to a VMM by descriptor, so that it needs no access to their directories.
 
-QEMU takes names, so it gets /proc/self/fd/N, which opens the file anew with the rights of QEMU's
-user (proc_pid_fd(5)). Not here: what QEMU may open besides (confine.py).
+QEMU expects paths. It gets /proc/self/fd/N, which reopens the file with the permissions of QEMU's
+user (proc_pid_fd(5)).
+
+Not here: the other files that QEMU may open (confine.py).
 """
 
 from __future__ import annotations
@@ -22,22 +24,26 @@ READ = READ_FILE
 WRITE = READ_FILE | WRITE_FILE | TRUNCATE
 
 
-class Given:
-    """Open files for one VMM; ``rights`` are those of linux/sandbox/landlock.py."""
+class PassedFiles:
+    """The files of one VMM; ``rights`` are those of linux/sandbox/landlock.py."""
 
     def __init__(self, user: User | None, inherited: Sequence[int]) -> None:
         self._user = user
         self._ends = ExitStack()
         self.rights: dict[int, int] = dict.fromkeys(inherited, READ)
-        """Descriptor -> what the VMM may open the file for, which is no more than it is open for
-        here."""
+        """Descriptor -> how the VMM may reopen the file, within the descriptor's own mode.
+        """
         self.passed: list[int] = list(inherited)
         """Descriptors that the VMM inherits."""
-        self.asked: list[int] = []
-        """Those of files that some QEMUs open for writing (open_notify.py), in order."""
+        self.open_requests: list[int] = []
+        """Files that some QEMUs open for writing (open_notify.py), in order."""
 
     def name(self, path: Path, *, write: bool = False, own: bool = False) -> Path:
-        """The name of a file for the VMM, which inherits it; ``own`` makes it the VMM's file."""
+        """Open a file for the VMM to inherit; return its path there.
+
+        Args:
+            own: make the VMM's user the owner of the file.
+        """
         fd = self._open(path, os.O_RDWR if write else os.O_RDONLY, WRITE if write else READ)
         if own and self._user:
             self._user.own(fd)
@@ -45,19 +51,19 @@ class Given:
         return Path(f"/proc/self/fd/{fd}")
 
     def memory(self, slot: Slot) -> Slot:
-        """A slot with a name for the VMM."""
+        """Open the file of a slot; return the slot with the path for the VMM."""
         name = self.name(slot.path, write=slot.mode is MapMode.SHARED)
         if slot.mode is not MapMode.READ_ONLY:
-            self.asked.append(self.passed[-1])
+            self.open_requests.append(self.passed[-1])
         return replace(slot, path=name)
 
     def let_read(self, folder: Path) -> None:
-        """Let the VMM read files below a folder, of which it is given some later."""
+        """Let the VMM read files below a directory that may be hot-plugged later."""
         self._open(folder, os.O_PATH | os.O_DIRECTORY, READ)
 
     def let_open(self, path: Path) -> None:
-        """Let the VMM open a file of its run folder by name, for writing, too; but not cut it."""
-        # A path descriptor: to open a pipe would be to use it.
+        """Let the VMM read and write a file of its run directory by name, but not truncate it."""
+        # O_PATH, because opening a pipe would have side effects.
         fd = self._open(path, os.O_PATH, READ_FILE | WRITE_FILE)
         if self._user:
             self._user.own(Path(f"/proc/self/fd/{fd}"))
@@ -69,16 +75,16 @@ class Given:
         return fd
 
     def close(self) -> None:
-        """Close all that was opened here; the VMM has copies."""
+        """Close all descriptors that were opened here; the VMM has copies."""
         self._ends.close()
 
 
 @contextmanager
-def given(
+def pass_files(
     hardware: Hardware, spec: Launch, user: User | None, inherited: Sequence[int]
-) -> Iterator[tuple[Hardware, Launch, Given]]:
-    """Open what a machine is made of; yields it with names for the VMM in place of paths."""
-    files = Given(user, inherited)
+) -> Iterator[tuple[Hardware, Launch, PassedFiles]]:
+    """Open all files of a machine; yield it with the paths for the VMM."""
+    files = PassedFiles(user, inherited)
     try:
         for name, _ in PORTS:
             files.let_open(spec.folder / f"{name}.in")
@@ -86,7 +92,7 @@ def given(
         files.let_open(spec.folder / CONSOLE)
         if spec.later:
             files.let_read(spec.later)
-        # QEMU runs in its run folder: it reaches no other one.
+        # QEMU's working directory is its run directory, the only one that it can reach.
         named = replace(_with_names(spec, files), folder=Path())
         segments = tuple(files.memory(slot) for slot in hardware.segments)
         yield replace(hardware, segments=segments), named, files
@@ -94,12 +100,12 @@ def given(
         files.close()
 
 
-def _with_names(spec: Launch, files: Given) -> Launch:
+def _with_names(spec: Launch, files: PassedFiles) -> Launch:
     if spec.kernel:
         initrd = spec.kernel.initrd and files.name(spec.kernel.initrd, own=True)
         kernel = replace(spec.kernel, image=files.name(spec.kernel.image), initrd=initrd)
         spec = replace(spec, kernel=kernel)
     if spec.ram_path:
         spec = replace(spec, ram_path=files.name(spec.ram_path))
-        files.asked.append(files.passed[-1])
+        files.open_requests.append(files.passed[-1])
     return spec

@@ -1,8 +1,9 @@
-"""Memory that a running machine gets: one virtio-pmem device behind the bridge for hot-plug.
+"""Hot-plug memory: one virtio-pmem device on the hot-plug bus.
 
-QEMU cannot take such a device away again (hw/virtio/virtio-pmem-pci.c refuses to). Not here: what
-the memory is made of (guest/backing.py), what the guest does with it, and disks (disk_hotplug.py),
-which share the slots.
+QEMU cannot unplug such a device (hw/virtio/virtio-pmem-pci.c refuses).
+
+Not here: the memory's content (guest/backing.py), what the guest does with it, and disks
+(disk_hotplug.py), which share the slots.
 """
 
 from __future__ import annotations
@@ -16,33 +17,37 @@ from onecopy.model import format_size
 from onecopy.vmm import vmm_limits
 from onecopy.vmm.argv import HOT_BUS, HOT_ROOM, HOT_SLOTS, SERIAL, MapMode, Slot, backend
 from onecopy.vmm.monitor import Monitor
-from onecopy.vmm.open_notify import answering
+from onecopy.vmm.open_notify import answer_next
 
-#: How the ids of the ports begin that a program in the guest has (guest/exec.py).
+#: The prefix of the ids of ports for programs in the guest (guest/exec.py).
 EXEC_PORT = "port."
-#: QEMU's words when the room for memory devices is full (hw/mem/memory-device.c).
+#: QEMU's messages when the address space for memory devices is full (hw/mem/memory-device.c).
 _FULL = ("not enough space", "could not find position")
 
 
-async def later_devices(monitor: Monitor) -> set[str]:
-    """The ids of all devices that came since the machine was started."""
-    # The one property that is no device.
+async def hotplugged_devices(monitor: Monitor) -> set[str]:
+    """Return the ids of all hot-plugged devices."""
+    # The first is a property, the others are fixed devices.
     return await monitor.members("/machine/peripheral") - {"type", SERIAL, HOT_BUS}
 
 
 async def used_slots(monitor: Monitor) -> set[int]:
-    """The slots that have a device, whoever plugged it in."""
+    """Return the slots with a device, whoever plugged it in."""
     names = await monitor.members("/machine/peripheral")
     return {slot for slot in HOT_SLOTS if device_id(slot) in names}
 
 
 def choose(used: set[int], count: int, guest: str) -> list[int]:
-    """``count`` slots that are free; raise NoSlot."""
+    """Choose free slots.
+
+    Raises:
+        NoSlot: fewer than ``count`` are free.
+    """
     free = [slot for slot in HOT_SLOTS if slot not in used]
     if len(free) < count:
         raise NoSlot(
-            f"{guest} has {len(free)} slots left for segments and disks, and {count} are needed",
-            hint="QEMU cannot take devices away: start a new guest, with fewer segments",
+            f"{guest} has {len(free)} free slots for segments and disks, but {count} are needed",
+            hint="QEMU cannot unplug devices: start a new guest with fewer segments",
         )
     return free[:count]
 
@@ -50,13 +55,18 @@ def choose(used: set[int], count: int, guest: str) -> list[int]:
 async def plug(
     monitor: Monitor, slot: int, memory: Slot, *, pid: int, listener: int | None
 ) -> None:
-    """Plug ``memory`` into a free ``slot`` of the machine of VMM ``pid``.
+    """Plug memory into a free slot of a machine.
 
-    ``listener`` is where that VMM asks for files, if it does (open_notify.py). Raises TooLarge, or
-    GuestFailed; then the slot is as it was.
+    Args:
+        pid: the VMM's process.
+        listener: the VMM's descriptor for open requests, if it makes them (open_notify.py).
+
+    Raises:
+        TooLarge: the guest's address space is full; the slot stays free.
+        GuestFailed: QEMU refused; the slot stays free.
     """
     name = _memory(slot)
-    # What a killed command left half done.
+    # Remove what a killed command may have left.
     with contextlib.suppress(GuestFailed):
         await monitor.execute("object-del", {"id": name})
     vmm_limits.let_map(pid, memory.size, private=memory.mode is MapMode.COPY_ON_WRITE)
@@ -77,7 +87,7 @@ async def plug(
 
 
 def too_large(size: int, room: int, what: str) -> TooLarge:
-    """The error for a range of ``size`` bytes where there are ``room`` for ``what``."""
+    """Build the error for ``size`` bytes where ``room`` bytes exist for ``what``."""
     return TooLarge(
         f"{format_size(size)} do not fit: the guest has {format_size(room)} for {what}",
         hint="start the guest with more --memory, or make the segment smaller",
@@ -88,7 +98,7 @@ async def _add_memory(
     monitor: Monitor, name: str, memory: Slot, file: int, *, pid: int, listener: int | None
 ) -> None:
     if listener is not None and memory.mode is not MapMode.READ_ONLY:
-        with answering(pid, listener, file):
+        with answer_next(pid, listener, file):
             await monitor.execute("object-add", backend(name, memory, rom=False))
         return
     async with monitor.lent(file) as path:
@@ -101,7 +111,7 @@ def _flags(mode: MapMode) -> int:
 
 
 def device_id(slot: int) -> str:
-    """What the device in a slot is called in QEMU."""
+    """Return QEMU's id of the device in a slot."""
     return f"hot{slot:02x}"
 
 

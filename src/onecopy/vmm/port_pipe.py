@@ -1,4 +1,4 @@
-"""The two FIFOs of a virtio port of the guest, as one side of a line protocol."""
+"""The two FIFOs of a guest's virtio port, as one end of a line protocol."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from pathlib import Path
 from onecopy.errors import AgentFailed, GuestFailed
 
 _CHUNK = 1 << 16
-#: Bytes that a FIFO can hold (pipe(7)), by far.
+#: Bytes, more than any FIFO can hold (pipe(7)).
 _FIFO = 1 << 21
 
 
 class Pipe:
-    """Both directions, opened so that neither waits for the other side.
+    """Both directions of a port, opened without waiting for the other end.
 
-    QEMU has both FIFOs open, both ways, from its start to its end: that tells whether it lives, and
-    keeps what is in them. All that waits raises GuestFailed when QEMU has ended, and lets other
-    tasks run between two pieces of what comes, however fast it comes.
+    QEMU keeps both FIFOs open, for reading and writing, from its start to its end. So they show
+    whether QEMU runs, and keep their content. Each wait raises GuestFailed when QEMU has ended, and
+    lets other tasks run between pieces of data, however fast these arrive.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Open them; raise GuestFailed if QEMU has them not open, or OSError."""
+        """Open both FIFOs.
+
+        Raises:
+            GuestFailed: QEMU has ended.
+            OSError: they cannot be opened.
+        """
         flags = os.O_NONBLOCK | os.O_CLOEXEC
         try:
             self._to = os.open(folder / f"{name}.in", os.O_WRONLY | flags)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nobody has it open to read (fifo(7))
+            if error.errno == errno.ENXIO:  # no process has it open for reading (fifo(7))
                 raise _ended() from None
             raise
         try:
@@ -47,7 +52,7 @@ class Pipe:
         os.close(self._from)
 
     async def write(self, data: bytes) -> None:
-        """Write all of ``data``, waiting for the guest to take it."""
+        """Write all of ``data``, waiting for the guest to accept it."""
         while data:
             try:
                 data = data[os.write(self._to, data) :]
@@ -57,16 +62,16 @@ class Pipe:
                 raise _ended() from None
 
     def drain(self) -> None:
-        """Drop what has come so far."""
+        """Discard all data that has arrived."""
         self._buffer.clear()
         with contextlib.suppress(BlockingIOError):
-            # A guest that floods it has more at any time.
+            # The loop is bounded, because a flooding guest always has more.
             for _ in range(_FIFO // _CHUNK):
                 if not os.read(self._from, _CHUNK):
                     return
 
     async def some(self, limit: int) -> bytes:
-        """What has come, at most ``limit`` bytes, once something has."""
+        """Wait for data; return at most ``limit`` bytes."""
         while True:
             try:
                 data = os.read(self._from, limit)
@@ -79,9 +84,12 @@ class Pipe:
             return data
 
     async def until(self, end: bytes, limit: int) -> bytes:
-        """What comes up to ``end``, one byte, without it; raise AgentFailed beyond ``limit`` bytes.
+        """Read up to the byte ``end``, and return the data before it.
 
-        What has come by then is kept, also if the caller waits no longer.
+        Data that has arrived is kept if the caller is cancelled.
+
+        Raises:
+            AgentFailed: more than ``limit`` bytes arrive before ``end``.
         """
         searched = 0
         while (at := self._buffer.find(end, searched)) < 0 and len(self._buffer) <= limit:
@@ -94,7 +102,7 @@ class Pipe:
         return line
 
     async def skip(self, end: bytes) -> None:
-        """Drop all that comes up to ``end``, one byte, and that."""
+        """Discard all data up to and including the byte ``end``."""
         while (at := self._buffer.find(end)) < 0:
             self._buffer.clear()
             self._buffer += await self.some(_CHUNK)
@@ -102,11 +110,11 @@ class Pipe:
 
 
 def _ended() -> GuestFailed:
-    return GuestFailed("the guest has ended", hint="`onecopy ps` lists those that run")
+    return GuestFailed("the guest has ended", hint="`onecopy ps` lists the running guests")
 
 
 async def writable(fd: int) -> None:
-    """Wait until a descriptor takes something, or nobody has its other end any more."""
+    """Wait until a descriptor accepts data or its other end is closed."""
     loop, event = asyncio.get_running_loop(), asyncio.Event()
     loop.add_writer(fd, event.set)
     try:

@@ -1,4 +1,4 @@
-"""What this host's QEMU is and can do: asked of the binary, not guessed from its version."""
+"""The features of this host's QEMU: probed from the binary, not guessed from its version."""
 
 from __future__ import annotations
 
@@ -23,41 +23,51 @@ class Qemu(msgspec.Struct, frozen=True):
     binary: str
     version: str
     machine: str
-    """Versioned name of the newest q35 machine, for example ``pc-q35-7.2``."""
+    """The versioned name of the newest q35 machine, for example ``pc-q35-7.2``."""
     machines: tuple[str, ...]
-    """All q35 machines that it can be."""
+    """All q35 machines that it supports."""
     rom: bool
-    """memory-backend-file has ``rom`` (>= 8.2): a read-only file can be mapped copy-on-write."""
+    """Whether it can map a read-only file copy-on-write: memory-backend-file's ``rom`` (>= 8.2).
+    """
     traces: tuple[str, ...]
-    """The trace events by which it notes how it ends (end_traces.py); empty if it does not."""
+    """The trace events by which it logs how it ends (end_traces.py); empty if it does not."""
 
     def require_machine(self, machine: str) -> None:
-        """Raise Incompatible if this QEMU cannot be ``machine``."""
+        """Require that this QEMU supports a machine type.
+
+        Raises:
+            Incompatible: it does not.
+        """
         if machine not in self.machines:
             raise Incompatible(
                 f"QEMU {self.version} does not have the machine type {machine}",
-                hint="start the system where it was saved, or save it again here",
+                hint="start the system on the host where it was saved, or save it again here",
             )
 
 
 def probe(cache: Path) -> Qemu:
-    """The QEMU on this host; raise MissingProgram.
+    """Probe the QEMU of this host.
 
-    Asking takes four runs of QEMU, so the answer is kept in folder ``cache`` for as long as the
-    binary stays the same.
+    This runs QEMU four times, so the result is cached until the binary changes.
+
+    Args:
+        cache: the directory for the result.
+
+    Raises:
+        MissingProgram: QEMU is not installed.
     """
     binary = find_program(BINARY)
     stat = Path(binary).resolve().stat()
-    kept = cache / f"qemu-{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_mtime_ns:x}.json"
+    cached = cache / f"qemu-{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_mtime_ns:x}.json"
     try:
-        return msgspec.json.decode(kept.read_bytes(), type=Qemu)
+        return msgspec.json.decode(cached.read_bytes(), type=Qemu)
     except (OSError, msgspec.MsgspecError):
-        qemu = _ask(binary)
-    files.replace(kept, msgspec.json.encode(qemu))
+        qemu = _probe(binary)
+    files.replace(cached, msgspec.json.encode(qemu))
     return qemu
 
 
-def _ask(binary: str) -> Qemu:
+def _probe(binary: str) -> Qemu:
     version = re.search(r"version (\S+)", run([binary, "--version"]))
     machines = run([binary, "-machine", "help"])
     newest = re.search(r"^q35\s.*\(alias of (\S+)\)", machines, re.MULTILINE)
@@ -77,7 +87,7 @@ def _ask(binary: str) -> Qemu:
 
 
 def _traces(binary: str) -> tuple[str, ...]:
-    # What it does not have it warns of; how it was built decides where the events go.
+    # QEMU warns of events that it lacks. How it was built decides where it writes events.
     line = [binary, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
     for name in end_traces.WANTED:
         line += ["-trace", name]

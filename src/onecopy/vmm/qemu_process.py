@@ -1,7 +1,7 @@
-"""Starting QEMU, whose process outlives the command that started it.
+"""Start QEMU, whose process outlives the command that starts it.
 
-Not here: what is on the command line (argv.py), what QEMU may (confine.py), what is said to it
-afterwards (monitor.py).
+Not here: the command line (argv.py), QEMU's confinement (confine.py), and talking to QEMU
+(monitor.py).
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ from onecopy.vmm import closed_network, end_traces, logs, name_servers, vmm_limi
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.open_notify import Answers
-from onecopy.vmm.passed_files import given
+from onecopy.vmm.passed_files import pass_files
 from onecopy.vmm.spawn import Started, start
 from onecopy.vmm.vmm_user import User, new_user, port_capabilities, why_not
 
-#: Seconds from losing QEMU's connections to its end.
+#: Seconds from the loss of QEMU's connections to its end.
 _ENDING = 0.2
-#: Seconds that a killed QEMU gets; the kernel may take longer to give back what it had.
+#: Seconds for a killed QEMU to end: the kernel may take time to free its memory.
 _KILLING = 10.0
-_PRINTED = "the lines above are QEMU's and the guest's own; `onecopy doctor` checks this host"
+_PRINTED = "the lines above are from QEMU and the guest; `onecopy doctor` checks this host"
 _KILLED = (
-    "QEMU was killed: if by the kernel, out of memory, `dmesg` tells; then start fewer guests, "
-    "or give them less memory"
+    "QEMU was killed: if the kernel did that for lack of memory, `dmesg` shows it; then start "
+    "fewer guests, or give them less memory"
 )
 
 
-class Placing(threading.Thread):
-    """Putting a VMM into a control group: beside its start, which that would take longer than."""
+class GroupSetup(threading.Thread):
+    """A thread that puts a VMM into a control group, which takes longer than the VMM's start."""
 
     def __init__(self, pid: int, memory: int, threads: int) -> None:
-        """What it may have in use (vmm_limits.py)."""
+        """Set the limits on what the VMM may use (vmm_limits.py)."""
         super().__init__(daemon=True)
         self._limits = pid, memory, threads
         self._group: Path | None = None
 
     def run(self) -> None:
-        """Where there can be no such group, the limits on the process are all there are."""
+        """Create the group; without one, only the limits on the process apply."""
         self._group = cgroup.create(*self._limits)
 
     def undo(self) -> None:
@@ -66,15 +66,15 @@ class Placing(threading.Thread):
 
 @dataclass(frozen=True)
 class _Child:
-    """What we hold of a QEMU process that we started."""
+    """The resources of a QEMU process that this process started."""
 
     process: subprocess.Popen[bytes]
-    placing: Placing
+    group_setup: GroupSetup
     answers: Answers | None
 
 
 class Vmm:
-    """A QEMU process while we have to do with it, until kill() or detach()."""
+    """A QEMU process that this process manages, until kill() or detach()."""
 
     def __init__(
         self,
@@ -85,23 +85,23 @@ class Vmm:
         listener: int | None = None,
         child: _Child | None = None,
     ) -> None:
-        """One that we started (``child``), or any other; raise ProcessLookupError."""
+        """Manage a process started here (``child``) or any other; raise ProcessLookupError."""
         self.pid = pid
         self._pidfd: int | None = os.pidfd_open(pid)
         self.start_ticks = stat(pid).start_ticks
         self.folder = folder
         self.argv = tuple(argv)
         self._process = child.process if child else None
-        #: Number of QEMU's descriptor where its questions come in (open_notify.py).
+        #: QEMU's descriptor of the listener for its open requests (open_notify.py).
         self.listener = listener
         self._answers = child.answers if child else None
-        self._placing = child.placing if child else None
+        self._group_setup = child.group_setup if child else None
 
     async def wait(self, timeout: float | None = None) -> bool:
-        """Wait up to ``timeout`` seconds for the end; whether it has ended."""
+        """Wait up to ``timeout`` seconds for the end; return whether it has ended."""
         if self._pidfd is None:
             return True
-        # Another task may be waiting, too.
+        # A copy, because another task may be waiting too.
         pidfd = os.dup(self._pidfd)
         try:
             ended = await wait_for_end(pidfd, timeout)
@@ -113,14 +113,13 @@ class Vmm:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code once it has ended; None before, and of one that we did not start."""
+        """The exit code after its end; None before, or if another process started it."""
         return self._process.poll() if self._process else None
 
     async def kill(self) -> None:
-        """End the process, unasked.
+        """Kill the process.
 
-        Nothing in it is awaited, so that nobody's cancellation comes between; it takes
-        milliseconds.
+        This takes milliseconds and awaits nothing, so that no cancellation can interrupt it.
         """
         if self._pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -128,20 +127,20 @@ class Vmm:
             if has_ended(self._pidfd, _KILLING) and self._process:
                 self._process.wait()
         self.detach()
-        if self._placing:
-            self._placing.undo()
+        if self._group_setup:
+            self._group_setup.undo()
 
     def detach(self) -> None:
-        """Let the process live on without us; or let go of one that has just ended."""
+        """Let the process continue without this one, or release a process that has just ended."""
         if self._process and self._process.poll() is None:
-            # Popen would warn that it is still running.
+            # Otherwise Popen would warn that the process is still running.
             self._process.returncode = 0
             child_reaper.adopt(self.pid)
-        if self._placing:
-            self._placing.join()
-        self._let_go()
+        if self._group_setup:
+            self._group_setup.join()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
@@ -149,9 +148,9 @@ class Vmm:
             self._answers.close()
 
     async def failed(self, error: GuestFailed) -> GuestFailed:
-        """End the process; return ``error`` with what QEMU and the guest's console printed."""
+        """Kill the process; return ``error`` with the output of QEMU and of the guest's console."""
         try:
-            # What broke may be that it is just ending.
+            # The error may be a consequence of its end.
             await self.wait(_ENDING)
         finally:
             returncode = self.returncode
@@ -167,7 +166,7 @@ class Vmm:
 
 
 def printed(folder: Path) -> str:
-    """What QEMU (qemu.log) and the guest (console.log) of a run folder printed."""
+    """Return the output of QEMU (qemu.log) and of the guest (console.log) in a run directory."""
     texts = []
     with contextlib.suppress(OSError):
         texts.append(end_traces.read(logs.read(folder, logs.QEMU)).rest)
@@ -177,7 +176,7 @@ def printed(folder: Path) -> str:
 
 
 def prepare(folder: Path) -> None:
-    """Make what QEMU opens in its run folder (argv.py names it): it can make nothing there."""
+    """Create the files that QEMU opens in its run directory, where it may not create any."""
     for name, _ in PORTS:
         os.mkfifo(folder / f"{name}.in", 0o600)
         os.mkfifo(folder / f"{name}.out", 0o600)
@@ -185,19 +184,23 @@ def prepare(folder: Path) -> None:
 
 
 def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> Vmm:
-    """Start QEMU in its prepared run folder, confined (confine.py).
+    """Start a confined QEMU (confine.py) in its prepared run directory.
 
-    ``spec.monitor_fd`` and ``console_fd`` are filled in here: the sockets are listening before QEMU
-    runs, so that a client can connect at once and need not poll. ``inherit`` are descriptors that
-    live as long as the VMM, which may open their files for reading. Some QEMUs are answered from
-    the running event loop (open_notify.py). Raises Incompatible.
+    The sockets of ``spec.monitor_fd`` and ``console_fd``, which are set here, listen before QEMU
+    runs. The running event loop answers open requests of some QEMUs (open_notify.py).
+
+    Args:
+        inherit: descriptors that live as long as the VMM, which may read their files.
+
+    Raises:
+        Incompatible: this host cannot confine QEMU or close its guest.
     """
     card = spec.card
     user = new_user(spec.accel, allow_host=card is not None and card.allow_host)
     if card and card.closed:
         closed_network.require(user, why_not(spec.accel))
     with contextlib.ExitStack() as stack:
-        machine, named, files = stack.enter_context(given(hardware, spec, user, inherit))
+        machine, named, files = stack.enter_context(pass_files(hardware, spec, user, inherit))
         monitor = stack.enter_context(_listen(spec.folder / "monitor.sock"))
         console = stack.enter_context(_listen(spec.folder / "console.sock"))
         named = replace(named, monitor_fd=monitor, console_fd=console)
@@ -218,29 +221,31 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)
         started = start(command(machine, named), confinement, spec.folder, log, passed)
-        _on_record(started, spec.folder, user)
+        _register(started, spec.folder, user)
         answers = None
         if started.listener is not None:
-            answers = Answers(files.asked)
+            answers = Answers(files.open_requests)
             answers.serve(started.listener)
     process, argv = started.process, command(hardware, spec)
-    placing = Placing(process.pid, vmm_limits.memory(hardware, spec), vmm_limits.threads(hardware))
-    placing.start()
-    child = _Child(process, placing, answers)
+    group_setup = GroupSetup(
+        process.pid, vmm_limits.memory(hardware, spec), vmm_limits.threads(hardware)
+    )
+    group_setup.start()
+    child = _Child(process, group_setup, answers)
     return Vmm(process.pid, spec.folder, argv, listener=started.listener, child=child)
 
 
 def _ports(spec: Launch) -> tuple[int, ...] | None:
-    """Where it may listen: user-mode networks also do at ports that the kernel chooses."""
+    """Return the ports on which it may listen; user-mode networks also use random ones (0)."""
     return None if spec.ports_later else tuple({0, *(host for host, _ in spec.publish)})
 
 
-def _on_record(started: Started, folder: Path, user: User | None) -> None:
-    """Have a VMM known whatever becomes of us, before its guest runs; or end it again."""
+def _register(started: Started, folder: Path, user: User | None) -> None:
+    """Register a VMM before its guest runs, so that it is known if this process dies; or end it."""
     process = started.process
     try:
         vmm_registry.register(
-            folder, vmm_registry.Process(process.pid, stat(process.pid).start_ticks), _id(user)
+            folder, vmm_registry.Process(process.pid, stat(process.pid).start_ticks), _user_id(user)
         )
     except BaseException:
         process.kill()
@@ -250,14 +255,14 @@ def _on_record(started: Started, folder: Path, user: User | None) -> None:
         raise
 
 
-def _id(user: User | None) -> int:
+def _user_id(user: User | None) -> int:
     return user.id if user else os.geteuid()
 
 
 @contextlib.contextmanager
 def _listen(path: Path) -> Iterator[int]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        # What bind() makes gets these rights: ours alone.
+        # bind() creates the socket with this mode: access for its owner only.
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(str(path))
         listener.listen()

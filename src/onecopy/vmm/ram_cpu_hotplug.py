@@ -1,7 +1,9 @@
-"""Memory and processors that a machine gets after its saved state was loaded.
+"""Hot-plug RAM and vCPUs after a saved state was loaded.
 
-What is saved stays as it is: a DIMM lies behind all that the machine had, and processors take
-places that it was made with (argv.cpu_room). Not here: what the guest does with them.
+The saved hardware stays as it is: a DIMM follows all existing memory, and vCPUs use places that the
+machine has from the start (argv.cpu_room).
+
+Not here: what the guest does with them.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from onecopy.errors import Incompatible
 from onecopy.model import MIB, align_up
 from onecopy.vmm.monitor import Monitor
 
-#: Linux takes memory in blocks of this size, at addresses that are multiples of it (x86_64:
-#: MIN_MEMORY_BLOCK_SIZE in arch/x86/include/asm/sparsemem.h).
+#: Linux accepts memory in blocks of this size at multiples of it (x86_64: MIN_MEMORY_BLOCK_SIZE in
+#: arch/x86/include/asm/sparsemem.h).
 MEMORY_BLOCK = 128 * MIB
 
 _PLACE = ("socket-id", "die-id", "core-id", "thread-id")
@@ -29,7 +31,7 @@ class _MemoryDevice(msgspec.Struct, frozen=True):
 
 
 class _Cpu(msgspec.Struct, frozen=True):
-    """A place for a processor; with a path it is taken."""
+    """A place for a vCPU; it is occupied if it has a path."""
 
     type: str
     props: dict[str, int]
@@ -39,7 +41,7 @@ class _Cpu(msgspec.Struct, frozen=True):
 async def add_memory(monitor: Monitor, size: int) -> int:
     """Plug in ``size`` bytes, a multiple of MEMORY_BLOCK; return their address in the guest."""
     devices = await monitor.ask("query-memory-devices", list[_MemoryDevice])
-    # Left to QEMU it would come right behind a segment, wherever that ends.
+    # QEMU would choose the address right after a segment, wherever that ends.
     end = max((each.data.memaddr + each.data.size for each in devices), default=0)
     address = align_up(end, MEMORY_BLOCK)
     memory = {"qom-type": "memory-backend-ram", "id": "added-memory", "size": size}
@@ -50,12 +52,16 @@ async def add_memory(monitor: Monitor, size: int) -> int:
 
 
 async def add_cpus(monitor: Monitor, count: int) -> None:
-    """Plug in ``count`` processors; raise Incompatible if there is no place for them."""
+    """Plug in vCPUs.
+
+    Raises:
+        Incompatible: the machine has fewer than ``count`` free places.
+    """
     places = await monitor.ask("query-hotpluggable-cpus", list[_Cpu])
     free = sorted((each for each in places if not each.path), key=_place)
     if len(free) < count:
         raise Incompatible(
-            f"the machine has room for {len(free)} more processors, and {count} are needed",
+            f"the machine has {len(free)} free places for vCPUs, but {count} are needed",
             hint="save the system again with more --cpus",
         )
     for number, place in enumerate(free[:count]):

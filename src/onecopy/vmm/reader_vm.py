@@ -1,8 +1,9 @@
-"""QEMU with a reader: a guest of our own that mounts what the host's kernel must not.
+"""Run a reader: a guest of onecopy's own that mounts what the host's kernel must not mount.
 
-It has no network, and nothing but a disk image, an overlay that takes its writes, its modules and
-two ports. It is confined, limited and ended as any tool is (confined_tool.py). Not here: what is
-said at the ports, and what runs in it (images/disk_reader.py).
+It has no network. It has a disk image, an overlay for writes, its modules and two ports. It is
+confined, limited and ended like any tool (confined_tool.py).
+
+Not here: the protocol at the ports, and the programs in the reader (images/disk_reader.py).
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ from onecopy.vmm.tcg import kernel_words
 from onecopy.vmm.vmm_user import KVM
 
 _MEMORY = 512 * MIB
-#: Seconds that it may take at all, and of a processor.
+#: The limit in seconds, for elapsed time and for CPU time.
 _SECONDS = 24 * 3600
-#: Bytes of the overlay: a journal is replayed into it.
+#: Bytes of the overlay, into which a journal is replayed.
 _OVERLAY = 16 << 30
 _LINE = "console=ttyS0 quiet loglevel=3 panic=-1 swiotlb=noforce tsc=reliable nowatchdog"
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """A disk image for a reader, open."""
+    """An open disk image for a reader."""
 
     fd: int
     """Open for reading."""
     form: str
-    """As QEMU calls its driver."""
+    """The name of QEMU's driver."""
     overlay: int
     """An empty qcow2 image of the same size, open for writing."""
 
 
 class Parts(msgspec.Struct, frozen=True):
-    """What a reader is made of."""
+    """The components of a reader."""
 
     qemu: Qemu
     accel: str
@@ -57,7 +58,7 @@ class Parts(msgspec.Struct, frozen=True):
 
 
 class Running(msgspec.Struct, frozen=True):
-    """A reader that runs: our ends of its two ports."""
+    """A running reader, and this process's ends of its two ports."""
 
     tool: Tool
     control: socket.socket
@@ -66,13 +67,16 @@ class Running(msgspec.Struct, frozen=True):
 
 @contextmanager
 def reading(parts: Parts, disk: Disk) -> Iterator[Running]:
-    """Start a reader, which ends with the block.
+    """Start a reader that ends with the context.
 
-    Raises MissingProgram, Incompatible if this host cannot confine it, OSError.
+    Raises:
+        MissingProgram: QEMU is not installed.
+        Incompatible: this host cannot confine it.
+        OSError: a file cannot be opened.
     """
     with ExitStack() as ends:
-        control, its_control = _pair(ends)
-        data, its_data = _pair(ends)
+        control, its_control = _socket_pair(ends)
+        data, its_data = _socket_pair(ends)
         files = [_open(ends, path) for path in (parts.kernel, parts.initrd, parts.modules)]
         rights = dict.fromkeys((*files, disk.fd, its_control.fileno(), its_data.fileno()), READ)
         rights[disk.overlay] = WRITE
@@ -96,13 +100,13 @@ def reading(parts: Parts, disk: Disk) -> Iterator[Running]:
             ),
         )
         tool = ends.enter_context(running(task))
-        # Its end alone ends what we read.
+        # Without these copies, the end of QEMU is the end of our input.
         its_control.close()
         its_data.close()
         yield Running(tool, control, data)
 
 
-def _pair(ends: ExitStack) -> tuple[socket.socket, socket.socket]:
+def _socket_pair(ends: ExitStack) -> tuple[socket.socket, socket.socket]:
     ours, its = socket.socketpair()
     ends.enter_context(ours)
     ends.enter_context(its)
@@ -143,7 +147,7 @@ def _files(parts: Parts, size: int, names: Sequence[str]) -> list[str]:
 
 
 def _disk(disk: Disk) -> list[str]:
-    # Duplicates of our descriptors: the image's owner may be anybody.
+    # QEMU duplicates our descriptors, because it may not be permitted to open the image.
     image = {"driver": "file", "filename": "/dev/fdset/1", "locking": "off"}
     base: dict[str, object] = {"node-name": "image", "read-only": True, "driver": disk.form}
     base["file"] = {**image, "read-only": True}

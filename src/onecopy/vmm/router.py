@@ -1,15 +1,15 @@
-"""The way out of a closed guest whose QEMU has no user of its own: a router of the guest's.
+"""The network of a closed guest whose QEMU has no user id of its own: a router per guest.
 
-An ordinary user's guests are that user, and in some containers root's have numbers that others
-have, too: rules that go by users (closed_network.py) would hit these. So the guest's card is a tap
-device in new namespaces of user and network, where rules of our own let through what is for the
-outside, and slirp4netns takes it there: one process, which ends with the guest. QEMU itself needs
-no socket.
+An ordinary user's guests run as that user. In some containers even root's guests share their user
+ids with other programs. Rules by user id (closed_network.py) would affect these programs. So the
+guest's network card is a tap device in new user and network namespaces. Rules there let through
+what is for the outside, and slirp4netns forwards it: one process, which ends with the guest. QEMU
+itself needs no socket.
 
     guest - QEMU - tap "guest" - [ rules, NAT ] - "tap0" - slirp4netns - the host's sockets
 
-What the namespaces cannot see is which addresses the host has: the rules have those of the guest's
-start. Published ports are slirp4netns's, asked for over its socket in the run folder.
+The namespaces do not see the host's addresses. The rules contain those from the time of the guest's
+start. slirp4netns publishes ports, on request over its socket in the run directory.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from onecopy.subprocesses import Detached, find_program
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK
 from onecopy.vmm.closed_network import LINK_LOCAL, METADATA, cannot
 
-#: In the run folder.
+#: In the run directory.
 SOCKET = "network.sock"
 _CHILD = Path(__file__).with_name("router_child.py")
-#: slirp4netns's own network, in which it, the namespace and its name server have these addresses.
+#: The network of slirp4netns, and the addresses of it, of the namespace and of its name server.
 _OUTER, _OUTER_SELF, _OUTER_NAMES = "10.0.2.0/24", "10.0.2.100", "10.0.2.3"
-#: The gateway's in QEMU's user-mode network, which clones may know (libslirp, special_ethaddr).
+#: The gateway's address in QEMU's user-mode network, which clones may have cached (libslirp,
+#: special_ethaddr).
 _MAC = f"5255{GATEWAY.packed.hex()}"
-#: Seconds that each of the two processes may take.
+#: Seconds to wait for each of the two processes.
 _PATIENCE = 10.0
 _HINT = (
-    "that takes user namespaces, /dev/net/tun, and slirp4netns and nftables, which root installs "
-    "(apt-get install slirp4netns nftables); or start the guest with --no-network, or with "
-    "--allow-host, which lets it reach all that listens on this host"
+    "this needs user namespaces, /dev/net/tun, and slirp4netns and nftables, which root can "
+    "install (apt-get install slirp4netns nftables); or start the guest with --no-network, or "
+    "with --allow-host, which lets it reach everything that listens on this host"
 )
 
 
@@ -56,14 +57,15 @@ class Way(msgspec.Struct, frozen=True):
 
     tap: int
     life: int
-    """slirp4netns ends when its last copy is closed."""
+    """slirp4netns ends when the last copy of this is closed."""
 
 
 @contextlib.contextmanager
 def way_out(guest: str, folder: Path) -> Iterator[Way]:
-    """A router for the guest with this address, as long as QEMU lives that inherits the way.
+    """Create a router for the guest with this address, which lives as long as its QEMU.
 
-    Raises Incompatible with the reason, and what to do.
+    Raises:
+        Incompatible: a router is not possible; the message has the reason.
     """
     with contextlib.ExitStack() as ends:
         try:
@@ -85,26 +87,31 @@ def way_out(guest: str, folder: Path) -> Iterator[Way]:
         line += [str(_CHILD), str(theirs.fileno()), json.dumps(plan)]
         with theirs:
             child = ends.enter_context(Detached(line, pass_fds=[theirs.fileno()]))
-        tap = _received(ours)
+        tap = _receive_tap(ours)
         ends.callback(os.close, tap)
-        life = _connected(program, child.pid, folder, ends)
+        life = _connect(program, child.pid, folder, ends)
         yield Way(tap, life)
 
 
-def _received(peer: socket.socket) -> int:
+def _receive_tap(peer: socket.socket) -> int:
     peer.settimeout(_PATIENCE)
     try:
-        said, fds, _, _ = socket.recv_fds(peer, 4096, 1)
+        answer, fds, _, _ = socket.recv_fds(peer, 4096, 1)
     except OSError as error:
-        raise cannot(f"no network namespace was made: {error.strerror or error}", _HINT) from error
+        raise cannot(
+            f"no network namespace was created: {error.strerror or error}", _HINT
+        ) from error
     if not fds:
-        why = said.decode(errors="replace") or "this user may make no namespaces (unshare failed)"
-        raise cannot(why, _HINT)
+        reason = (
+            answer.decode(errors="replace")
+            or "this user may not create namespaces (unshare failed)"
+        )
+        raise cannot(reason, _HINT)
     return fds[0]
 
 
-def _connected(program: str, pid: int, folder: Path, ends: contextlib.ExitStack) -> int:
-    """Connect the namespaces of a process to the outside; what QEMU holds the connection by."""
+def _connect(program: str, pid: int, folder: Path, ends: contextlib.ExitStack) -> int:
+    """Connect a process's namespaces to the outside; return the descriptor that keeps it so."""
     exit_end, life = os.pipe()
     ends.callback(os.close, life)
     ready, ready_end = os.pipe()
@@ -116,7 +123,7 @@ def _connected(program: str, pid: int, folder: Path, ends: contextlib.ExitStack)
             os.close(ready_end)
             ready_end = -1
             if not select.select([ready], [], [], _PATIENCE)[0] or os.read(ready, 1) != b"1":
-                raise cannot(f"it does not start: {shlex.join(line)}", _HINT)
+                raise cannot(f"slirp4netns did not start: {shlex.join(line)}", _HINT)
             process.keep()
             child_reaper.adopt(process.pid)
     finally:
@@ -127,14 +134,14 @@ def _connected(program: str, pid: int, folder: Path, ends: contextlib.ExitStack)
 
 
 def own_addresses(root: Path = ROOT) -> list[str]:
-    """This host's IPv4 addresses, those of 127.0.0.0/8 apart (Linux: /proc/net/fib_trie)."""
+    """List this host's IPv4 addresses except 127.0.0.0/8 (Linux: /proc/net/fib_trie)."""
     text = (root / "proc/net/fib_trie").read_text()
     found = re.findall(r"\|-- ([0-9.]+)\n\s+/32 host LOCAL", text)
     return sorted({each for each in found if not each.startswith("127.")})
 
 
 def rules(guest: str, host: list[str]) -> str:
-    """The rules of a guest's router (nft(8)), which keep it from addresses of this ``host``."""
+    """Build the rules of a guest's router (nft(8)), which block the addresses in ``host``."""
     closed = [LINK_LOCAL, *METADATA, _OUTER, str(NETWORK), "127.0.0.0/8", "224.0.0.0/3", *host]
     refused = "\n".join(f"ip daddr {each} goto refused" for each in closed)
     return f"""
@@ -172,7 +179,7 @@ table inet onecopy {{
 
 
 def why_not() -> str:
-    """Why this user's guests cannot be closed; "" if they can, which is tried."""
+    """Return the reason why this user's guests cannot be closed; "" after a successful attempt."""
     with tempfile.TemporaryDirectory(prefix="onecopy-") as folder:
         try:
             with way_out(str(FIRST_ADDRESS), Path(folder)):
@@ -182,17 +189,22 @@ def why_not() -> str:
 
 
 def is_there(folder: Path) -> bool:
-    """Whether the guest of a run folder has a router."""
+    """Whether the guest of a run directory has a router."""
     return (folder / SOCKET).exists()
 
 
 def publish(folder: Path, ports: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Forward ports of 127.0.0.1 to the guest, any free one for 0; raise InUse, Incompatible."""
-    return tuple((_published(folder, host, guest), guest) for host, guest in ports)
+    """Forward ports of 127.0.0.1 to the guest; 0 means any free port.
+
+    Raises:
+        InUse: a port is taken.
+        Incompatible: slirp4netns does not answer.
+    """
+    return tuple((_publish(folder, host, guest), guest) for host, guest in ports)
 
 
-def _published(folder: Path, host: int, guest: int) -> int:
-    # slirp4netns finds no free port by itself: somebody may take what was found before it does.
+def _publish(folder: Path, host: int, guest: int) -> int:
+    # slirp4netns cannot choose a port. Another process may take the one found here first.
     for _ in range(1 if host else 10):
         port = host or _free_port()
         arguments = {
@@ -202,13 +214,13 @@ def _published(folder: Path, host: int, guest: int) -> int:
             "guest_addr": _OUTER_SELF,
             "guest_port": guest,
         }
-        said = _asked(folder, {"execute": "add_hostfwd", "arguments": arguments})
-        if "return" in said:
+        answer = _request(folder, {"execute": "add_hostfwd", "arguments": arguments})
+        if "return" in answer:
             return port
     raise InUse(
-        f"port {port} on 127.0.0.1 cannot be published: slirp4netns says {said!r}"[:300],
+        f"cannot publish port {port} on 127.0.0.1: slirp4netns answered {answer!r}"[:300],
         users=(),
-        hint="give another port, or 0 for any free one",
+        hint="use another port, or 0 for any free one",
     )
 
 
@@ -218,7 +230,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _asked(folder: Path, question: dict[str, object]) -> dict[str, object]:
+def _request(folder: Path, question: dict[str, object]) -> dict[str, object]:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
             peer.settimeout(_PATIENCE)

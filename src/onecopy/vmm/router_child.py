@@ -1,8 +1,8 @@
-"""What router.py has done inside new namespaces of user and network; a program by itself.
+"""The part of router.py that runs in new user and network namespaces; a program of its own.
 
-Run as `python -I -S router_child.py SOCKET PLAN`: it makes a tap device, whose descriptor it sends
-to the socket, gives it addresses, and puts the rules of the plan in force. It then waits until the
-socket is closed, so that the namespaces have a process that names them.
+Usage: ``python -I -S router_child.py SOCKET PLAN``. It creates a tap device, sends its descriptor
+to the socket, gives it addresses, and loads the rules of the plan. It then waits until the socket
+is closed, so that the namespaces have a process that identifies them.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ _UP_AND_RUNNING = 0x1 | 0x40
 
 
 def main(number: str, text: str) -> None:
-    """Do what the plan says, and say why if that fails."""
+    """Carry out the plan; report an error to the socket."""
     with socket.socket(fileno=int(number)) as peer:
         try:
             tap = _set_up(**json.loads(text))

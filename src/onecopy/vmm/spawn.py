@@ -1,6 +1,6 @@
-"""Starting a confined program, which inherits what it is given and nothing else.
+"""Start a confined program that inherits only the given descriptors.
 
-Not here: what it may (confine.py), what it is (qemu_process.py, accel.py).
+Not here: its confinement (confine.py), and the program (qemu_process.py, accel.py).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from onecopy.subprocesses import environment
 from onecopy.vmm.confine import Confinement, enter, ruleset
 from onecopy.vmm.vmm_user import User
 
-#: What QEMU allocates in blocks of some size, mostly queues of virtio devices, it hardly touches:
-#: as mappings of their own untouched pages take no memory. One arena holds the rest of all threads.
+#: QEMU allocates large blocks, mostly virtio queues, of which it uses little. As separate mappings,
+#: untouched pages take no memory. One arena serves all threads.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=16384"}
 
-#: What children inherit is set for the whole process: with two starts at once one VMM would get,
-#: and so keep, the lease of the other's.
+#: Inheritance is set for the whole process. With two concurrent starts, one VMM would inherit, and
+#: so keep, the lease of the other.
 alone = threading.RLock()
 
 
 class Started(msgspec.Struct, frozen=True):
-    """A confined process, and where its questions come in if it asks."""
+    """A confined process, and the listener for its open requests, if it makes them."""
 
     process: subprocess.Popen[bytes]
     listener: int | None
@@ -53,14 +53,14 @@ class Started(msgspec.Struct, frozen=True):
 def start(
     argv: Sequence[str], confinement: Confinement, folder: Path, output: int, passed: Sequence[int]
 ) -> Started:
-    """Start a program that works in ``folder`` and writes to ``output``, confined.
+    """Start a confined program that inherits only the descriptors ``passed``.
 
-    It inherits the descriptors ``passed`` and no other. Raises Incompatible if this host cannot
-    confine it.
+    A child inherits credentials, filters and rulesets from the thread that creates it. So a thread
+    confines itself, starts the program and ends. Forking would run Python in a child, which is
+    unsafe with other threads and slow in a large process.
 
-    Credentials, filters and rulesets belong to a thread, and a child has those of the thread that
-    made it. So a thread of ours confines itself, starts the program and ends: no code of ours runs
-    in a copy of this process, which takes longer the larger it is and is unsafe with other threads.
+    Raises:
+        Incompatible: this host cannot confine it.
     """
     with alone, ExitStack() as ends, ThreadPoolExecutor(1) as one:
         rules = ruleset(argv[0], confinement)
@@ -70,7 +70,7 @@ def start(
         ends.callback(os.close, null)
         ends.enter_context(inherited_only(passed))
         ends.enter_context(inherited_attributes())
-        # Where a file may not grow it gets EFBIG, not a signal that ends it.
+        # Writing beyond a file size limit then fails with EFBIG, instead of killing the process.
         ends.enter_context(ignored(signal.SIGXFSZ))
         if confinement.merge:
             ends.enter_context(_mergeable())
@@ -78,7 +78,7 @@ def start(
         def work() -> Started:
             listener = enter(confinement, rules, folder)
             if listener is not None:
-                # It can be asked of the VMM as long as that lives.
+                # Later commands can get it from the VMM while the VMM runs.
                 os.set_inheritable(listener, True)
             try:
                 process = _spawn(argv, null, output)
@@ -90,21 +90,21 @@ def start(
                 os.set_inheritable(listener, False)
             return Started(process, listener)
 
-        begun = one.submit(work)
+        future = one.submit(work)
         try:
-            started = begun.result()
+            started = future.result()
         except BaseException:
-            # We are interrupted, and it may be started all the same.
-            begun.add_done_callback(_lost)
+            # This thread was interrupted, but the program may still start.
+            future.add_done_callback(_end_abandoned)
             raise
         _limit(started, confinement)
         return started
 
 
-def _lost(begun: Future[Started]) -> None:
-    """End a program that nobody waits for any more."""
-    if not begun.cancelled() and not begun.exception():
-        _end(begun.result())
+def _end_abandoned(future: Future[Started]) -> None:
+    """End a program whose caller was interrupted."""
+    if not future.cancelled() and not future.exception():
+        _end(future.result())
 
 
 def _end(started: Started) -> None:
@@ -115,7 +115,7 @@ def _end(started: Started) -> None:
 
 
 def _limit(started: Started, confinement: Confinement) -> None:
-    """Limit what has just been started, and has seen nothing yet that could make it misbehave."""
+    """Limit a process that has just started and cannot have been compromised yet."""
     pid = started.process.pid
     try:
         as_user(pid, lambda: rlimits.apply(pid, confinement.limits))
@@ -124,8 +124,8 @@ def _limit(started: Started, confinement: Confinement) -> None:
     except OSError as error:
         _end(started)
         raise Incompatible(
-            f"QEMU's use of the host cannot be limited: {error.strerror}",
-            hint="`onecopy doctor` says what this host can do",
+            f"cannot limit QEMU's use of the host: {error.strerror}",
+            hint="run `onecopy doctor` to see what this host supports",
         ) from error
 
 
@@ -133,10 +133,12 @@ T = TypeVar("T")
 
 
 def as_user(pid: int, work: Callable[[], T]) -> T:
-    """Do ``work`` on a process of ours; if need be as its user; raise OSError.
+    """Call ``work``, which affects a process; if root is refused, call it as the process's user.
 
-    Without CAP_SYS_RESOURCE, as in containers, root may limit the processes of the user that it is,
-    and no other's.
+    Without CAP_SYS_RESOURCE, as in containers, root may limit only processes of its current user.
+
+    Raises:
+        OSError: ``work`` was refused.
     """
     try:
         return work()
@@ -160,7 +162,7 @@ def _spawn(argv: Sequence[str], null: int, output: int) -> subprocess.Popen[byte
         stdout=output,
         stderr=output,
         env=environment(_ENVIRONMENT),
-        # What is inherited is set already; signals are ignored as we ignore them.
+        # Inheritance is already set. Ignored signals stay ignored.
         close_fds=False,
         restore_signals=False,
         start_new_session=True,
@@ -169,11 +171,11 @@ def _spawn(argv: Sequence[str], null: int, output: int) -> subprocess.Popen[byte
 
 @contextmanager
 def inherited_only(passed: Sequence[int]) -> Iterator[None]:
-    """Let new children inherit the standard descriptors and ``passed``, and no other."""
-    # Popen's own closing lists /proc/self/fd in the child, which is confined by then.
+    """Let new children inherit the standard descriptors and ``passed``, and no others."""
+    # Popen would list /proc/self/fd in the child, which is confined by then.
     before = {}
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the listing's own is closed by now
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
             before[int(entry.name)] = os.get_inheritable(int(entry.name))
     change = {fd: fd in passed for fd in before if fd > 2 and before[fd] != (fd in passed)}
     try:
@@ -187,10 +189,10 @@ def inherited_only(passed: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def inherited_attributes() -> Iterator[None]:
-    """Have what is the whole process's, and passes on to children, as QEMU should have it.
+    """Set the inheritable attributes of this process to what QEMU needs.
 
-    No huge pages: QEMU asks for them for guest RAM and for its translation buffer, and a small
-    guest would then occupy memory that it never touches. And what `_dumpable` keeps.
+    Huge pages are disabled. QEMU requests them for guest RAM and its translation buffer, so a small
+    guest would occupy memory that it never touches. The dumpable attribute is preserved.
     """
     huge = prctl(PR_GET_THP_DISABLE)
     prctl(PR_SET_THP_DISABLE, 1)
@@ -203,7 +205,11 @@ def inherited_attributes() -> Iterator[None]:
 
 @contextmanager
 def _dumpable() -> Iterator[None]:
-    """A thread that becomes another user makes its process undumpable (PR_SET_DUMPABLE(2const))."""
+    """Restore the dumpable attribute, which changing a thread's user clears.
+
+    Source:
+        PR_SET_DUMPABLE(2const).
+    """
     dumpable = prctl(PR_GET_DUMPABLE)
     try:
         yield
@@ -214,14 +220,14 @@ def _dumpable() -> Iterator[None]:
 
 @contextmanager
 def _mergeable() -> Iterator[None]:
-    """Let new children have all their memory open to KSM (PR_SET_MEMORY_MERGE(2const))."""
+    """Let KSM merge all memory of new children (PR_SET_MEMORY_MERGE(2const))."""
     try:
         before = prctl(PR_GET_MEMORY_MERGE)
         prctl(PR_SET_MEMORY_MERGE, 1)
     except OSError as error:
         raise Incompatible(
             "this kernel does not let KSM merge QEMU's own memory",
-            hint="that takes Linux 6.4 with KSM; start the guests without --ksm all",
+            hint="use Linux 6.4 or later with KSM, or start the guests without --ksm all",
         ) from error
     try:
         yield

@@ -1,6 +1,7 @@
-"""What a guest's kernel is told where TCG translates it.
+"""Kernel parameters for guests under TCG.
 
-The words are those of Linux Documentation/admin-guide/kernel-parameters.txt.
+Source:
+    Linux Documentation/admin-guide/kernel-parameters.txt.
 """
 
 from __future__ import annotations
@@ -8,20 +9,20 @@ from __future__ import annotations
 from onecopy.linux import tsc
 from onecopy.vmm.cpu import LEVELS
 
-#: The first QEMU whose cmpxchg16b leaves the flags right. Before, it computes them from stale state
-#: (target/i386/tcg), and an interrupt right behind it saves garbage: with a trap flag
-#: in it the guest panics.
+#: The first QEMU whose cmpxchg16b computes the flags correctly. Older versions compute them from
+#: stale state (target/i386/tcg), so an interrupt right after it saves garbage. If that has the trap
+#: flag set, the guest panics.
 _FIXED = 8
-#: X86_FEATURE_CX16 (Linux arch/x86/include/asm/cpufeatures.h), by number, as all versions of
-#: Linux take it. Only the kernel does without: programs see the processor as it is.
+#: X86_FEATURE_CX16 (Linux arch/x86/include/asm/cpufeatures.h), as a number, which all versions of
+#: Linux accept. Only the kernel avoids the instruction; programs still see it.
 _CX16 = 4 * 32 + 13
 
 
 def kernel_words(accel: str, version: str, cpu: str) -> str:
-    """Return the words for a kernel's command line under QEMU ``version``, with its ``-cpu``.
+    """Return the kernel parameters for QEMU ``version`` with the value ``cpu`` of ``-cpu``.
 
-    The time-stamp counter under TCG is the host's. On a busy host a guest measures it by a timer
-    that is late, and its clock runs several times too fast from then on.
+    Under TCG the time-stamp counter is the host's. A guest calibrates it with a timer. On a busy
+    host that timer is late, and the guest's clock would run several times too fast.
     """
     if accel != "tcg":
         return ""
@@ -29,7 +30,8 @@ def kernel_words(accel: str, version: str, cpu: str) -> str:
     if megahertz := tsc.megahertz():
         words.append(f"tsc_early_khz={megahertz * 1000}")
     major = version.partition(".")[0]
-    # A guest that may be a host itself keeps it: its KVM would hide it from its own guests.
+    # A guest that may itself run guests keeps the feature, which its KVM would otherwise hide from
+    # them.
     if major.isdecimal() and int(major) < _FIXED and cpu in LEVELS.values():
         words.append(f"clearcpuid={_CX16}")
     return " ".join(words)

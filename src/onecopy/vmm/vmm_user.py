@@ -1,7 +1,9 @@
-"""Whom QEMU runs as when root starts it: a user of its own for each guest.
+"""The user that QEMU runs as when root starts it: one per guest.
 
-The number is all there is of that user: no name, no files but the guest's, no record that could go
-stale. Not here: what else QEMU may not (confine.py).
+Such a user is only a number. It has no name, no files except the guest's, and no record that could
+become stale.
+
+Not here: QEMU's other restrictions (confine.py).
 """
 
 from __future__ import annotations
@@ -19,29 +21,29 @@ from onecopy.linux.files import ROOT, read_number
 from onecopy.linux.syscall import become, set_capabilities
 from onecopy.vmm.free_uids import MANY, unused
 
-#: Numbers that nothing else gives out (systemd docs/UIDS-GIDS.md): for guests that are closed to
+#: User ids that nothing else assigns (systemd docs/UIDS-GIDS.md): for guests that are closed to
 #: this host (closed_network.py), and for those that may reach it.
 CLOSED, OPEN = range(0x70000000, 0x78000000), range(0x78000000, 0x7F000000)
-#: Numbers that nothing but guests has.
+#: All user ids that only guests have.
 GUESTS = range(CLOSED.start, OPEN.stop)
-#: Those of systemd's dynamic users, where there are no others.
+#: The ids of systemd's dynamic users, for user namespaces without the others.
 _SHARED = range(61184, 65520)
 KVM = Path("/dev/kvm")
 
 _BIND_SERVICE = 1 << 10  # CAP_NET_BIND_SERVICE
-#: CAP_CHOWN, CAP_SETGID, CAP_SETUID: what it takes to hand a process and its files to someone else.
+#: CAP_CHOWN, CAP_SETGID, CAP_SETUID: needed to give a process and its files to another user.
 _NEEDED = 1 << 0 | 1 << 6 | 1 << 7
 
 
 class User(msgspec.Struct, frozen=True):
-    """A user (and group) number, and the groups it needs besides."""
+    """A user (and group) id, and its supplementary groups."""
 
     id: int
     groups: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, pid: int, root: Path = ROOT) -> User | None:
-        """The user of a process; None if it is gone."""
+        """Return the user of a process; None if the process has ended."""
         with contextlib.suppress(OSError):
             status = (root / f"proc/{pid}/status").read_text()
             if found := re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE):
@@ -49,17 +51,21 @@ class User(msgspec.Struct, frozen=True):
         return None
 
     def own(self, file: int | Path) -> None:
-        """Make a file this user's."""
+        """Make this user the owner of a file."""
         os.chown(file, self.id, self.id)
 
     def become(self, capabilities: int = 0) -> None:
-        """Let this thread be the user, with no more than ``capabilities``; raise OSError."""
+        """Switch this thread to the user, with at most ``capabilities``.
+
+        Raises:
+            OSError: the kernel refused.
+        """
         become(self.id, self.id, self.groups)
         set_capabilities(capabilities)
 
 
 def new_user(accel: str, *, allow_host: bool = False) -> User | None:
-    """A user for one new guest; None if it has to run as whoever starts it."""
+    """Choose a user for a new guest; None if it must run as the calling user."""
     if os.geteuid() != 0 or why_not(accel):
         return None
     usable = _usable_range(wanted=OPEN if allow_host else CLOSED)
@@ -67,36 +73,36 @@ def new_user(accel: str, *, allow_host: bool = False) -> User | None:
 
 
 def why_not(accel: str, root: Path = ROOT) -> str:
-    """What keeps root from running guests as users of their own; "" if nothing does."""
+    """Return the reason why root cannot run guests as users of their own; "" if it can."""
     if not _usable_range(root):
-        return "this container has no user numbers for guests"
+        return "this container has no user ids for guests"
     if capabilities(root) & _NEEDED != _NEEDED:
-        return "this root may not become another user"
+        return "root may not change to another user here"
     if accel == "kvm" and not _may_use_kvm(KVM.stat()):
-        return "/dev/kvm belongs to no group that may use it"
+        return "/dev/kvm has no suitable group with access to it"
     return ""
 
 
 def have_own_numbers(root: Path = ROOT) -> bool:
-    """Whether guests get numbers that are nobody else's, by which rules can tell them."""
+    """Whether guests get user ids that nothing else has, so that rules can identify them."""
     return os.geteuid() == 0 and not why_not("tcg", root) and _usable_range(root) == CLOSED
 
 
-def few(root: Path = ROOT) -> int:
-    """How many numbers there are for guests, if they are few; else 0."""
+def small_range_size(root: Path = ROOT) -> int:
+    """Return the number of user ids for guests if it is small, else 0."""
     count = len(_usable_range(root))
     return count if count < MANY else 0
 
 
 def port_capabilities(ports: Iterable[int], root: Path = ROOT) -> int:
-    """What it takes to publish ``ports`` of the host, as far as we have it (ip(7))."""
+    """Return the capabilities for publishing ``ports`` that this process has (ip(7))."""
     first = read_number(root / "proc/sys/net/ipv4/ip_unprivileged_port_start")
     low = any(0 < port < (1024 if first is None else first) for port in ports)
     return _BIND_SERVICE & capabilities(root) if low else 0
 
 
 def _usable_range(root: Path = ROOT, wanted: range = CLOSED) -> range:
-    """``wanted``, or what exists of others in this user namespace (user_namespaces(7)), if any."""
+    """Return ``wanted``, or another range that this user namespace has (user_namespaces(7))."""
     maps = [(root / f"proc/self/{name}").read_text() for name in ("uid_map", "gid_map")]
     for each in (wanted, _SHARED):
         if all(_is_mapped(each, text) for text in maps):
@@ -113,7 +119,7 @@ def _is_mapped(wanted: range, text: str) -> bool:
 
 
 def capabilities(root: Path = ROOT) -> int:
-    """What this process may (capabilities(7), effective)."""
+    """Return this process's effective capabilities (capabilities(7))."""
     status = (root / "proc/self/status").read_text()
     found = re.search(r"^CapEff:\s+([0-9a-f]+)$", status, re.MULTILINE)
     return int(found[1], 16) if found else 0
@@ -131,5 +137,5 @@ def _may_use_kvm(device: os.stat_result) -> bool:
 
 
 def _is_for_group(device: os.stat_result) -> bool:
-    """Whether joining its group helps. Not root's group: too much else is open to it."""
+    """Whether its group has access; root's group does not count, as it opens too much else."""
     return device.st_gid != 0 and device.st_mode & 0o060 == 0o060

@@ -115,7 +115,7 @@ def _hint() -> str:
 def test_nobody_is_told_to_do_what_only_root_may() -> None:
     told = as_nobody(_hint)
     assert _hint() == "apt-get install erofs-utils"
-    assert told.startswith("ask who administers this host")
+    assert told.startswith("ask an administrator of this host")
     assert told.endswith("apt-get install erofs-utils")
 
 

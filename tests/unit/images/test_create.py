@@ -64,8 +64,8 @@ def test_zeroes_in_two_domains_are_two_segments(store: Store) -> None:
     [
         ("XX:2M", "not a page class"),
         ("2M", "not a page class"),
-        ("SR", "is not a size"),
-        ("SR:lots", "is not a size"),
+        ("SR", "is not a valid size"),
+        ("SR:lots", "is not a valid size"),
         ("SR:0", "is empty"),
         ("SR:3M", "no multiple of 2 MiB"),
         ("SN:2M:FILE", "never saved"),

@@ -130,7 +130,7 @@ def test_all(store: Store, images: Path, capsys: pytest.CaptureFixture[str]) -> 
         "app:1 is whole",
         "erofs:latest is whole, its file systems are sound: erofs",
     ]
-    assert f"{changed} is not what its name says" in err
+    assert f"{changed} does not match its digest" in err
     assert "the ext2 of ext2:latest" in err
 
 

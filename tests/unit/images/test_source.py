@@ -157,7 +157,7 @@ def test_a_user_who_may_not(tmp_path: Path) -> None:
             said = pipe.read().decode()
         os.waitpid(child, 0)
         assert said.startswith(kind.__name__), source
-        assert "run as root" in said or "path of a folder" in said
+        assert "as root" in said or "path of a folder" in said
 
 
 def test_archives_that_are_none(tmp_path: Path, into: Path) -> None:

@@ -69,12 +69,12 @@ def test_more_memory_comes_with_what_is_plugged_in(make: Path) -> None:
     theirs.mkdir()
     (theirs / "cgroup").write_text(f"1:name=systemd:/\n0::/onecopy/{group.name}\n")
     assert cgroup.of(PID, make) == group
-    cgroup.let_have(PID, 24, make)
+    cgroup.raise_memory_limit(PID, 24, make)
     assert (group / "memory.max").read_text() == "1024"
     # What is not ours stays as it is.
     (theirs / "cgroup").write_text("0::/user.slice\n")
     assert cgroup.of(PID, make) is None
-    cgroup.let_have(PID, 24, make)
+    cgroup.raise_memory_limit(PID, 24, make)
 
 
 def test_a_sweep_takes_what_is_empty(make: Path) -> None:

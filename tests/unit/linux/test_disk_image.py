@@ -35,16 +35,16 @@ def file(tmp_path: Path) -> Iterator[int]:
 
 
 def test_raw_and_qcow2_by_name(file: int) -> None:
-    assert disk_image.form_of(file, "disk.img") == "raw"
+    assert disk_image.format_of(file, "disk.img") == "raw"
     os.pwrite(file, _head(), 0)
-    assert disk_image.form_of(file, "disk.qcow2") == "qcow2"
+    assert disk_image.format_of(file, "disk.qcow2") == "qcow2"
 
 
 @pytest.mark.parametrize("name", ["disk.qcow2", "disk.qcow2.img", "disk"])
 def test_a_head_that_its_name_denies(file: int, name: str) -> None:
     os.pwrite(file, b"raw" if name.endswith(".qcow2") else _head(), 0)
-    with pytest.raises(InvalidInput, match="its name says otherwise"):
-        disk_image.form_of(file, name)
+    with pytest.raises(InvalidInput, match="contradicts its name"):
+        disk_image.format_of(file, name)
 
 
 @pytest.mark.parametrize(
@@ -54,19 +54,19 @@ def test_a_head_that_its_name_denies(file: int, name: str) -> None:
 )
 def test_an_image_that_does_not_stand_alone(file: int, head: bytes) -> None:
     os.pwrite(file, head, 0)
-    with pytest.raises(InvalidInput, match="needs another file beside it"):
-        disk_image.form_of(file, "disk.qcow2")
+    with pytest.raises(InvalidInput, match="needs another file"):
+        disk_image.format_of(file, "disk.qcow2")
 
 
 def test_the_head_of_version_2_has_no_features(file: int) -> None:
     os.pwrite(file, _head(version=2, features=4), 0)
-    assert disk_image.form_of(file, "disk.qcow2") == "qcow2"
+    assert disk_image.format_of(file, "disk.qcow2") == "qcow2"
 
 
 def test_a_head_that_is_cut_off(file: int) -> None:
     os.pwrite(file, _head()[:40], 0)
-    with pytest.raises(InvalidInput, match="ends within its head"):
-        disk_image.form_of(file, "disk.qcow2")
+    with pytest.raises(InvalidInput, match="shorter than a qcow2 header"):
+        disk_image.format_of(file, "disk.qcow2")
 
 
 @pytest.mark.parametrize("features", ["64bit", "^64bit"])
@@ -103,7 +103,7 @@ def test_qemu_s_tools_heed_it(tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
     fd = os.open(path, os.O_RDWR)
-    assert disk_image.form_of(fd, path.name) == "qcow2"
+    assert disk_image.format_of(fd, path.name) == "qcow2"
     assert disk_image.lock(fd)
     info = ["qemu-img", "info", str(path)]
     denied = subprocess.run(info, capture_output=True, text=True, check=False)

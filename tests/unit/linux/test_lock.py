@@ -12,14 +12,14 @@ from pathlib import Path
 
 from onecopy.guest.run_directory import RunDirectory
 from onecopy.guest.runtime import Runtime
-from onecopy.linux.lock import alone, is_held, is_left
+from onecopy.linux.lock import is_held, is_left, locked_blocking
 from onecopy.store import Store
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from onecopy.linux.lock import alone
-with alone(Path(sys.argv[1])):
+from onecopy.linux.lock import locked_blocking
+with locked_blocking(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -58,7 +58,7 @@ def test_what_its_holder_removes_is_never_left(tmp_path: Path) -> None:
     with beside(lambda: seen.append(is_left(mark))):
         for number in range(3000):
             made = tmp_path / str(number)
-            with alone(made):
+            with locked_blocking(made):
                 made.rename(mark)
                 mark.unlink()
     assert seen and not any(seen)

@@ -151,7 +151,7 @@ def page(data: bytes, number: int) -> bytes:
 
 def test_it_can_be_undone(writer: subprocess.Popen[str], content: Path) -> None:
     with content.open("rb", buffering=0) as file:
-        cow_pages.put_back(writer.pid, runs(writer, content), file.fileno())
+        cow_pages.revert(writer.pid, runs(writer, content), file.fileno())
     assert writer.stdin and writer.stdout
     writer.stdin.write("show\n")
     writer.stdin.flush()

@@ -1,4 +1,4 @@
-"""The folder of run folders is this user's alone, or is not used: another user may have made it."""
+"""The parent of run directories must be this user's alone: another user may have made it."""
 
 import os
 import secrets
@@ -11,7 +11,7 @@ import pytest
 
 from onecopy.errors import NotPermitted
 from onecopy.guest.runtime import Runtime
-from onecopy.linux.lock import alone
+from onecopy.linux.lock import locked_blocking
 from onecopy.linux.run_base import make_run_base, run_base
 from tests.conftest import cannot_run
 from tests.unit.other_user import NOBODY, as_nobody
@@ -139,7 +139,7 @@ def test_a_command_says_so(temporary: Path, tmp_path: Path) -> None:
 
 def test_a_link_in_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(OSError, match="symbolic"), alone(tmp_path / ".lock"):
+    with pytest.raises(OSError, match="symbolic"), locked_blocking(tmp_path / ".lock"):
         pass
     assert not (tmp_path / "victim").exists()
 

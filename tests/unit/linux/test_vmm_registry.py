@@ -145,7 +145,7 @@ def test_what_cannot_be_swept_is_told_and_is_nobody_else_s_fault(
         remove(self, *folders)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Runtime, "remove", failing)
-    monkeypatch.setattr(leftovers, "_told", set())
+    monkeypatch.setattr(leftovers, "_warned", set())
     for _ in range(2):
         Runtime.open(tmp_path / "store")
     assert [path.name for path in host.folders()] == ["bad"]
@@ -234,5 +234,5 @@ def test_a_registry_that_somebody_else_made_is_refused(base: Path, tmp_path: Pat
     store = Store(tmp_path / "store")
     base.mkdir(0o700)
     (base / "vmms").symlink_to(tmp_path)
-    with pytest.raises(Exception, match="cannot be used"):
+    with pytest.raises(Exception, match="cannot hold run directories"):
         store.is_held("web")

@@ -32,5 +32,5 @@ def test_it_is_taken_anew(host: Runtime, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_was_never_noted_is_told_at_once(host: Runtime) -> None:
-    with pytest.raises(NotFound, match="was not noted"):
+    with pytest.raises(NotFound, match="was not recorded"):
         accounts.checked_report(host)

@@ -62,7 +62,7 @@ def test_both_sides(after: Path) -> None:
 def test_a_kernel_that_does_not_tell_is_no_zero(after: Path) -> None:
     found = report.collect([COLD], root=after)
     lacks = msgspec.structs.replace(told(BEFORE, SecPageTables=0), free=None)
-    with pytest.raises(Incompatible, match="does not tell unused"):
+    with pytest.raises(Incompatible, match="does not report unused"):
         cross_check.check(cross_check.Before(0, lacks), found, after)
     text = (RECORDED / "proc/1001/smaps_rollup").read_text().replace("Pss_Shmem", "Pss_Old")
     assert "Pss_Old" in text

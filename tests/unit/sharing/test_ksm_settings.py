@@ -74,7 +74,7 @@ def test_unmerging(root: Path) -> None:
 def test_who_ran_it_before_keeps_it(root: Path) -> None:
     sysfs(root, "run").write_text("1\n")
     ksm_settings.turn_on({"sleep_millisecs": "50"}, root)
-    with pytest.raises(InvalidInput, match="ran before"):
+    with pytest.raises(InvalidInput, match="was running before"):
         ksm_settings.turn_off(root, unmerge=True)
     ksm_settings.turn_off(root)
     assert (ksm.setting("run", root), ksm.setting("sleep_millisecs", root)) == ("1", "20")

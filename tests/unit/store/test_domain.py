@@ -205,7 +205,7 @@ def test_a_name_that_went_while_its_new_version_was_made(
 ) -> None:
     store = Store(tmp_path)
     put_in(store, "app:1", LAB)
-    follow = ingest.follow
+    follow = ingest.replace_digests
 
     def remove_meanwhile(
         config: bytes, layers: Sequence[NewLayer], blobs: Sequence[Descriptor]
@@ -213,7 +213,7 @@ def test_a_name_that_went_while_its_new_version_was_made(
         Store(tmp_path).remove(Reference.parse("app:1"))
         return follow(config, layers, blobs)
 
-    monkeypatch.setattr(ingest, "follow", remove_meanwhile)
+    monkeypatch.setattr(ingest, "replace_digests", remove_meanwhile)
     with pytest.raises(NameConflict, match="app"):
         put_in(store, "app:2", None)
     assert check_whole(tmp_path) == {}

@@ -127,4 +127,4 @@ def test_not_found_says_what_is_near() -> None:
         names.find(index, Reference.parse("nginx:1"), "system")
     with pytest.raises(NotFound) as missing:
         names.find(index, Reference.parse("zzzzzz"))
-    assert missing.value.hint == "`onecopy ls` shows what there is"
+    assert missing.value.hint == "`onecopy ls` lists all artifacts"

@@ -59,7 +59,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         Store(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     for inside in (tmp_path / "precious", tmp_path / "precious" / "store"):
-        with pytest.raises(InvalidInput, match="not a folder"):
+        with pytest.raises(InvalidInput, match="not a directory"):
             Store(inside)
 
 
@@ -169,16 +169,16 @@ def test_opening_a_clean_store_is_cheap(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ('a"b', "holds '\"'"),
-        ("a:b", "holds ':'"),
-        ("a\\b", "holds"),
-        ("a\nb", r"holds '\n'"),
-        ("a\x1b[31mb", r"holds '\x1b'"),
-        ("a\x85b", r"holds '\x85'"),
+        ('a"b', "contains '\"'"),
+        ("a:b", "contains ':'"),
+        ("a\\b", "contains"),
+        ("a\nb", r"contains '\n'"),
+        ("a\x1b[31mb", r"contains '\x1b'"),
+        ("a\x85b", r"contains '\x85'"),
         ("a\udcffb", "not UTF-8"),
         ("x" * 256, "too long"),
         ("/".join(["x" * 200] * 3), "too long"),
-        ("a\0b", "holds"),
+        ("a\0b", "contains"),
     ],
 )
 def test_a_store_cannot_lie_anywhere(tmp_path: Path, name: str, why: str) -> None:
@@ -193,7 +193,7 @@ def test_a_store_cannot_lie_anywhere(tmp_path: Path, name: str, why: str) -> Non
 def test_where_its_links_lead_counts(tmp_path: Path) -> None:
     (tmp_path / "a:b").mkdir()
     (tmp_path / "link").symlink_to("a:b")
-    with pytest.raises(InvalidInput, match="holds ':'"):
+    with pytest.raises(InvalidInput, match="contains ':'"):
         Store(tmp_path / "link")
 
 

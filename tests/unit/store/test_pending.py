@@ -185,7 +185,7 @@ def test_what_was_changed_behind_our_back_is_not_held(tmp_path: Path) -> None:
     with store.hold([artifact.digest], "web-1"):
         path.chmod(0o644)
         for attempt in ("web-2", "web-1"):
-            with pytest.raises(StoreDamaged, match=r"rw-r--r--.*may have changed") as error:
+            with pytest.raises(StoreDamaged, match=r"rw-r--r--.*may have modified") as error:
                 if attempt == "web-1":
                     store.extend(attempt, [artifact.digest])
                 else:
@@ -193,7 +193,7 @@ def test_what_was_changed_behind_our_back_is_not_held(tmp_path: Path) -> None:
             assert "chmod 444" in error.value.hint
         os.truncate(path, 3)
         path.chmod(0o444)
-        with pytest.raises(StoreDamaged, match=r"3 bytes in place of 7"):
+        with pytest.raises(StoreDamaged, match=r"3 bytes instead of 7"):
             store.extend("web-1", [artifact.digest])
         path.chmod(0o644)
         path.write_bytes(b"content")

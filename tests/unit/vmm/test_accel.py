@@ -53,4 +53,4 @@ def test_one_that_ends() -> None:
     ],
 )
 def test_why_it_came_no_further(said: bytes, why: str) -> None:
-    assert accel._why(said) == why
+    assert accel._failure_line(said) == why

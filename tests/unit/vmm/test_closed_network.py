@@ -27,7 +27,7 @@ nftables.load = lambda rules: (loads.append(rules), load(rules))
 for servers in (("127.0.0.53",), ("127.0.0.53",), ("192.0.2.1",), ("192.0.2.1",)):
     closed_network.resolvers = lambda: servers
     closed_network.require(User(CLOSED.start), "")
-    rules, mark = closed_network._marked(servers)
+    rules, mark = closed_network._rules_with_mark(servers)
     found.append([nftables.count_marked(closed_network.TABLE, mark), len(rules), len(loads)])
 load("flush chain inet onecopy closed")
 closed_network.require(User(CLOSED.start), "")

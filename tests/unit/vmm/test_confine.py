@@ -155,7 +155,7 @@ def test_users_are_those_that_exist_here(tmp_path: Path, maps: str, expected: in
 
 def test_root_without_its_capabilities_stays_who_it_is(tmp_path: Path) -> None:
     root = host(tmp_path, "0 0 4294967295\n", "00000000a80425fa")
-    assert "may not become" in vmm_user.why_not("tcg", root)
+    assert "may not change" in vmm_user.why_not("tcg", root)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from onecopy.vmm.confined_tool import (
     READ_ANY,
     READ_TREE,
     Limits,
-    Ran,
     Task,
+    ToolResult,
     named,
     run_tool,
     running,
@@ -31,7 +31,7 @@ from tests.conftest import cannot_run
 MIB = 1 << 20
 
 
-def _sh(script: str, *arguments: str, limits: Limits | None = None) -> Ran:
+def _sh(script: str, *arguments: str, limits: Limits | None = None) -> ToolResult:
     limits = limits or Limits(processes=8, seconds=60)
     return run_tool(Task(["sh", "-c", script, "sh", *arguments], limits=limits))
 

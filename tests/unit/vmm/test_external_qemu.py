@@ -12,20 +12,20 @@ from onecopy.guest.observe.accounts import vmm_maps
 from onecopy.model import MIB
 from onecopy.sharing import report
 from onecopy.vmm import cmdline, external_qemu
-from onecopy.vmm.cmdline import Told
+from onecopy.vmm.cmdline import QemuOptions
 from tests.conftest import cannot_run
 
 LIBVIRT_RAM = json.dumps({"qom-type": "memory-backend-ram", "id": "pc.ram", "size": 512 * MIB})
 
 
-def parse(*argv: str) -> Told:
+def parse(*argv: str) -> QemuOptions:
     found = cmdline.parse(["qemu-system-x86_64", *argv])
     assert found
     return found
 
 
 def test_nothing_said() -> None:
-    assert parse() == Told("", 128 * MIB, None, {})
+    assert parse() == QemuOptions("", 128 * MIB, None, {})
 
 
 def test_a_probe_and_a_process_that_ends_are_no_guests() -> None:

@@ -29,7 +29,7 @@ from onecopy.guest.exec import _Started, _Status
 from onecopy.guest.exec_streams import Kept, Tail, give, to_file
 from onecopy.guest.lifecycle.freeze import frozen
 from onecopy.linux.lock import locked
-from onecopy.vmm.agent import LIMIT, Agent, silent
+from onecopy.vmm.agent import LIMIT, Agent, exclusive
 from onecopy.vmm.argv import Nic
 from onecopy.vmm.guest_reply import Nothing, address, decimal, read, shown
 from onecopy.vmm.port_pipe import Pipe
@@ -207,10 +207,10 @@ def test_the_end_of_qemu_ends_each_wait() -> None:
 def test_who_talks_to_the_agent_all_the_time_is_told() -> None:
     async def test(folder: Path, peer: Peer) -> None:
         async with locked(folder / "agent.lock"):
-            with pytest.raises(AgentFailed, match=r"have talked to the agent of .* for 0\.1 s"):
-                async with silent(folder, 0.1):
+            with pytest.raises(AgentFailed, match=r"busy with other commands for 0\.1 s"):
+                async with exclusive(folder, 0.1):
                     pass
-        async with silent(folder, 0.1):
+        async with exclusive(folder, 0.1):
             pass
 
     with_peer("agent", test)

@@ -41,7 +41,7 @@ def test_a_folder_of_its_own_needs_no_copy(etc: Path, run: Path) -> None:
     names.rename(own / "stub")
     names.symlink_to(own / "stub")
     assert name_servers.stand_in(run) is None
-    assert name_servers.folder() == own
+    assert name_servers.directory() == own
     names.unlink()
     assert name_servers.stand_in(run) is None
 

@@ -22,7 +22,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.images.free_space import disk_space
 from onecopy.linux import disk_image
 from onecopy.model import MIB, align_up, check_guest_name, format_size, in_order, parse_size
-from onecopy.store.disk import file_errors, sync_folder
+from onecopy.store.disk import file_errors, sync_directory
 from onecopy.subprocesses import run
 from onecopy.vmm.confined_tool import run_on_file
 
@@ -110,7 +110,7 @@ def opened(host: Runtime, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
         if spec.file is not None:
             fd = ends.enter_context(_open(host, spec.file))
             _require_usable(host, spec.file, fd)
-            yield OpenDisk(spec, spec.file.resolve(), fd, disk_image.form_of(fd, spec.file.name))
+            yield OpenDisk(spec, spec.file.resolve(), fd, disk_image.format_of(fd, spec.file.name))
             return
         path = _path(host, guest)
         new = not path.exists()
@@ -195,7 +195,7 @@ def _make(host: Runtime, path: Path, size: int) -> None:
                 run(["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-e", "remount-ro", new])
             os.fsync(file.fileno())
         new.rename(path)
-        sync_folder(path.parent)
+        sync_directory(path.parent)
 
 
 def _set_size(fd: int, size: int) -> None:

@@ -210,7 +210,7 @@ async def _plug(monitor: Monitor, guest: str, disks: Sequence[OpenDisk]) -> tupl
 
 def _let_write(folder: Path, pid: int, disks: Sequence[OpenDisk]) -> None:
     """Let QEMU write all of its disks, whose images may grow; under the host's lock."""
-    logs.make_room(folder, pid, max(disk_image.most(each.fd, each.form) for each in disks))
+    logs.make_room(folder, pid, max(disk_image.largest_size(each.fd, each.form) for each in disks))
 
 
 async def _confirm(folder: RunDirectory, words: Sequence[str], *, timeout: float) -> None:

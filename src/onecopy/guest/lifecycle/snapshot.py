@@ -25,7 +25,7 @@ from onecopy.store.disk import file_errors
 from onecopy.subprocesses import run
 from onecopy.vmm import agent
 from onecopy.vmm.monitor import Monitor
-from onecopy.vmm.pmem_hotplug import EXEC_PORT, later_devices
+from onecopy.vmm.pmem_hotplug import EXEC_PORT, hotplugged_devices
 from onecopy.vmm.vmm_limits import writing_at_most
 
 #: Bytes that the state of a machine's devices may take; it takes some 300 KiB.
@@ -74,7 +74,7 @@ async def take(
     ram, state = work / "ram", work / "state"
     with file_errors(work):
         await asyncio.to_thread(_copy_base, source, ram)
-        async with agent.silent(folder.path), still as require_still:
+        async with agent.exclusive(folder.path), still as require_still:
             async with stopped(folder, go_on=not last) as monitor:
                 began = time.monotonic()
                 require_still()
@@ -99,7 +99,7 @@ def _copy_base(source: Source, ram: Path) -> None:
 
 async def _require_as_started(monitor: Monitor, name: str) -> None:
     """Raise unless the machine has the devices that a start from the saved state gives it."""
-    later = await later_devices(monitor)
+    later = await hotplugged_devices(monitor)
     if any(not device.startswith(EXEC_PORT) for device in later):
         raise InvalidInput(
             f"{name} has been given devices since its start (segments, disks, memory), which a "

@@ -94,7 +94,7 @@ def _confinement(accel: str) -> Finding:
         says.append("QEMU runs as you")
     elif why_not := vmm_user.why_not(accel):
         limits.append(f"QEMU runs as root, without capabilities: {why_not}")
-    elif count := vmm_user.few():
+    elif count := vmm_user.small_range_size():
         limits.append(
             f"each guest's QEMU is a user of its own, of only {count} numbers, which others on "
             "this host may have, too"

@@ -50,4 +50,4 @@ def _undo(pid: int, device: Device) -> None:
     except NotFound:
         return
     with Path(device.file).open("rb", buffering=0) as content:
-        cow_pages.put_back(pid, runs, content.fileno())
+        cow_pages.revert(pid, runs, content.fileno())

@@ -1,7 +1,11 @@
-"""/proc/kpagecount and /proc/kpageflags: what the kernel knows about a page frame.
+"""/proc/kpagecount and /proc/kpageflags: the kernel's data on one page frame.
 
-Both are documented in Documentation/admin-guide/mm/pagemap.rst, both need root. Not here: which
-frame a process's page is in (``pagemap``).
+Both need root.
+
+Not here: the frame of a process's page (``pagemap``).
+
+Source:
+    Linux Documentation/admin-guide/mm/pagemap.rst.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ _ENTRY = 8
 
 
 class Flags(IntFlag):
-    """The bits of one kpageflags entry (include/uapi/linux/kernel-page-flags.h)."""
+    """The bits of a kpageflags entry (include/uapi/linux/kernel-page-flags.h)."""
 
     LOCKED = 1 << 0
     ERROR = 1 << 1
@@ -50,12 +54,24 @@ class Flags(IntFlag):
 
 
 def counts(pfns: Iterable[int], root: Path = ROOT) -> list[int]:
-    """How many times each frame is mapped. Raises NotPermitted, Incompatible, InvalidInput."""
+    """Return how many times each frame is mapped.
+
+    Raises:
+        NotPermitted: only root may read the counts.
+        Incompatible: this kernel does not have them.
+        InvalidInput: there is no such frame.
+    """
     return _entries(pfns, root / "proc/kpagecount")
 
 
 def flags(pfns: Iterable[int], root: Path = ROOT) -> list[Flags]:
-    """The flags of each frame. Raises NotPermitted, Incompatible, InvalidInput."""
+    """Return the flags of each frame.
+
+    Raises:
+        NotPermitted: only root may read the flags.
+        Incompatible: this kernel does not have them.
+        InvalidInput: there is no such frame.
+    """
     return [Flags(entry) for entry in _entries(pfns, root / "proc/kpageflags")]
 
 
@@ -67,12 +83,13 @@ def _entries(pfns: Iterable[int], path: Path) -> list[int]:
         raise not_permitted(path) from error
     except FileNotFoundError as error:
         raise Incompatible(
-            f"this kernel has no {path}", hint="it was built without CONFIG_PROC_PAGE_MONITOR"
+            f"this kernel has no {path}",
+            hint="onecopy needs a kernel with CONFIG_PROC_PAGE_MONITOR",
         ) from error
 
 
 def _entry(fd: int, pfn: int) -> int:
     data = os.pread(fd, _ENTRY, pfn * _ENTRY)
     if len(data) != _ENTRY:
-        raise InvalidInput(f"there is no page frame {pfn:#x}")
+        raise InvalidInput(f"the host has no page frame {pfn:#x}")
     return int.from_bytes(data, "little")

@@ -1,6 +1,9 @@
-"""/proc/meminfo: the host's memory. Documentation/filesystems/proc.rst, "meminfo".
+"""/proc/meminfo: the host's memory.
 
-Not here: who uses it.
+Not here: which process uses it.
+
+Source:
+    Linux Documentation/filesystems/proc.rst, "meminfo".
 """
 
 from __future__ import annotations
@@ -20,44 +23,44 @@ _LINE = re.compile(rb"^(\w+): +([0-9]{1,15}) kB$", re.MULTILINE)
 
 
 class MemInfo(msgspec.Struct, frozen=True):
-    """The host's memory, all in bytes; None is what this kernel does not tell."""
+    """The host's memory in bytes; None is a figure that this kernel does not report."""
 
     total: int | None
     free: int | None
-    #: The kernel's estimate of what can be had without swapping.
+    #: The kernel's estimate of what is available without swapping.
     available: int | None
-    #: Page cache, tmpfs and shared memory included.
+    #: The page cache, tmpfs and shared memory included.
     cached: int | None
-    #: Page cache of block devices.
+    #: The page cache of block devices.
     buffers: int | None
-    #: Pages that are in memory and in swap.
+    #: Pages that are both in memory and in swap.
     swap_cached: int | None
     #: tmpfs and shared memory; part of ``cached``.
     shmem: int | None
-    #: The kernel's objects: what it can give back, and the rest.
+    #: Slab memory: what the kernel can reclaim, and the rest.
     reclaimable: int | None
     unreclaimable: int | None
     per_cpu: int | None
     swap_total: int | None
     swap_free: int | None
-    #: Of all processes.
+    #: The page tables of all processes.
     page_tables: int | None
-    #: The same of guests, that is KVM's (Linux 6.1).
+    #: The page tables of guests, which KVM maintains (Linux 6.1).
     secondary_page_tables: int | None
     kernel_stacks: int | None
-    #: Free, but on the CPUs' lists and not in ``free`` (linux/counters/zoneinfo.py).
+    #: Free pages on per-CPU lists, which ``free`` leaves out (linux/counters/zoneinfo.py).
     on_lists: int | None = None
 
     @property
     def unused(self) -> int | None:
-        """All that is free."""
+        """All free memory."""
         if self.free is None or self.on_lists is None:
             return None
         return self.free + self.on_lists
 
 
 def parse(text: bytes) -> MemInfo:
-    """The figures in the text of a meminfo file."""
+    """Parse a meminfo file."""
     size = {key: int(kib) << 10 for key, kib in _LINE.findall(text)}
     return MemInfo(
         total=size.get(b"MemTotal"),
@@ -79,10 +82,15 @@ def parse(text: bytes) -> MemInfo:
 
 
 def read(root: Path = ROOT) -> MemInfo:
-    """The host's memory now. Raises Incompatible when /proc is not mounted, NotPermitted."""
+    """Read the host's memory.
+
+    Raises:
+        Incompatible: /proc is not mounted.
+        NotPermitted: this user may not read the file.
+    """
     text = read_file(root / "proc/meminfo")
     if text is None:
         raise Incompatible(
-            f"there is no {root / 'proc/meminfo'}", hint=as_root("mount -t proc proc /proc")
+            f"{root / 'proc/meminfo'} does not exist", hint=as_root("mount -t proc proc /proc")
         )
     return replace(parse(text), on_lists=zoneinfo.free_on_lists(root))

@@ -1,7 +1,8 @@
-"""How much of a file is in the host's page cache, whoever read it.
+"""How much of a file is in the host's page cache.
 
-cachestat(2) where the kernel has it, else mincore(2) over a mapping of the file. Not here: which
-process maps it (``smaps``).
+It uses cachestat(2) if the kernel has it, else mincore(2) on a mapping of the file.
+
+Not here: which process maps the file (``smaps``).
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from onecopy.model import PAGE_SIZE
 
 _SYS_CACHESTAT = 451  # the same on every architecture
 _MAP_FAILED = ctypes.c_void_p(-1).value
-#: mincore(2) takes a byte for each page: a sparse file may have more of them than there is memory.
+#: mincore(2) needs one byte for each page, which for a sparse file may exceed the host's memory.
 _LARGEST = 4 << 40
 
 
 class _Range(ctypes.Structure):
-    """struct cachestat_range; a length of 0 means to the file's end."""
+    """struct cachestat_range; the length 0 means up to the end of the file."""
 
     _fields_ = (("off", ctypes.c_uint64), ("len", ctypes.c_uint64))
 
@@ -43,13 +44,21 @@ class _Stat(ctypes.Structure):
 
 
 def resident_bytes(path: Path, same_as: Identity | None = None) -> int | None:
-    """Bytes of the file in the page cache; None when the kernel does not tell this user.
+    """Return how many bytes of a file are in the page cache.
 
-    Raises NotFound (also when it is not ``same_as``), NotPermitted when the file may not be read,
-    InvalidInput when it is none.
+    Args:
+        same_as: the file that the path must still refer to.
+
+    Returns:
+        None if the kernel does not tell this user.
+
+    Raises:
+        NotFound: the file does not exist or was replaced.
+        NotPermitted: this user may not read it.
+        InvalidInput: it is not a regular file.
     """
-    with _opened(path, same_as) as fd:
-        # Of the last page only what belongs to the file.
+    with _open(path, same_as) as fd:
+        # The last page may extend beyond the end of the file.
         size = os.fstat(fd).st_size
         try:
             return min(_cachestat(fd), size)
@@ -61,17 +70,24 @@ def resident_bytes(path: Path, same_as: Identity | None = None) -> int | None:
 
 
 def resident_pages(path: Path) -> bytes | None:
-    """One byte per page of the file: 1 in the page cache, 0 not; None when not told.
+    """Return one byte per page of a file: 1 if the page is in the page cache, else 0.
 
-    The kernel tells only who owns the file or may write it (mincore(2)). Raises as
-    ``resident_bytes`` does.
+    The kernel tells only users who own the file or may write to it (mincore(2)).
+
+    Returns:
+        None if the kernel does not tell this user.
+
+    Raises:
+        NotFound: the file does not exist.
+        NotPermitted: this user may not read it.
+        InvalidInput: it is not a regular file.
     """
-    with _opened(path, None) as fd:
+    with _open(path, None) as fd:
         return _mincore(fd)
 
 
 @contextmanager
-def _opened(path: Path, same_as: Identity | None) -> Iterator[int]:
+def _open(path: Path, same_as: Identity | None) -> Iterator[int]:
     fd = open_regular(path, same_as)
     try:
         yield fd
@@ -81,17 +97,21 @@ def _opened(path: Path, same_as: Identity | None) -> Iterator[int]:
 
 def _cachestat(fd: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
-    whole, told = _Range(0, 0), _Stat()
+    whole, result = _Range(0, 0), _Stat()
     if libc.syscall(
-        ctypes.c_long(_SYS_CACHESTAT), fd, ctypes.byref(whole), ctypes.byref(told), ctypes.c_uint(0)
+        ctypes.c_long(_SYS_CACHESTAT),
+        fd,
+        ctypes.byref(whole),
+        ctypes.byref(result),
+        ctypes.c_uint(0),
     ):
         raise OSError(ctypes.get_errno(), "cachestat")
-    return int(told.nr_cache) * PAGE_SIZE
+    return int(result.nr_cache) * PAGE_SIZE
 
 
 def _mincore(fd: int) -> bytes | None:
     file = os.fstat(fd)
-    # To others the kernel says that every page is resident (mm/mincore.c, can_do_mincore).
+    # To other users the kernel reports every page as resident (mm/mincore.c, can_do_mincore).
     if file.st_uid != os.geteuid() and not os.access(f"/proc/self/fd/{fd}", os.W_OK):
         return None
     if not file.st_size:
@@ -99,18 +119,18 @@ def _mincore(fd: int) -> bytes | None:
     if file.st_size > _LARGEST:
         return None
     pages = (ctypes.c_ubyte * -(-file.st_size // PAGE_SIZE))()
-    # Python's own mmap gives no address for a read-only mapping.
+    # Python's mmap does not reveal the address of a read-only mapping.
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     size = ctypes.c_size_t(file.st_size)
     address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_long(0))
     if address == _MAP_FAILED:
         reason = os.strerror(ctypes.get_errno())
-        raise InvalidInput(f"the file cannot be mapped: {reason}", hint="name a regular file")
+        raise InvalidInput(f"cannot map the file: {reason}", hint="name a regular file")
     try:
         if libc.mincore(ctypes.c_void_p(address), size, pages):
             raise OSError(ctypes.get_errno(), "mincore")
     finally:
         libc.munmap(ctypes.c_void_p(address), size)
-    # Only the lowest bit means something.
+    # Only the lowest bit is defined.
     return bytes(page & 1 for page in pages)

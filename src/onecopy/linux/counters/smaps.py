@@ -1,7 +1,9 @@
-"""/proc/PID/smaps: every mapping of a process, and what of it is in memory.
+"""/proc/PID/smaps: the mappings of a process and their memory.
 
-The fields are the kernel's: Documentation/filesystems/proc.rst, "/proc/PID/smaps". Not here:
-which mapping is the guest's RAM (``onecopy.sharing.account``).
+Not here: which mapping is the guest's RAM (``onecopy.sharing.account``).
+
+Source:
+    Linux Documentation/filesystems/proc.rst, "/proc/PID/smaps".
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ _BLOCK = re.compile(
     re.MULTILINE,
 )
 _PSS = re.compile(rb"^Pss_(Anon|Shmem|File): +([0-9]{1,15}) kB$", re.MULTILINE)
-#: Of 65,530 mappings, which vm.max_map_count allows, there are 50 MiB.
-_MOST = 128 << 20
+#: The 65,530 mappings that vm.max_map_count allows take 50 MiB.
+_LARGEST = 128 << 20
 _PSS_KINDS = (b"Anon", b"Shmem", b"File")
-#: What each kernel has, in the order of Mapping's fields.
+#: Fields that every kernel has, in the order of Mapping's.
 _FIGURES = (
     b"Rss:",
     b"Pss:",
@@ -36,7 +38,7 @@ _FIGURES = (
     b"Anonymous:",
     b"Swap:",
 )
-#: Not there where the kernel has no such pages.
+#: Fields that a kernel without such pages leaves out.
 _HUGE = (
     (b"AnonHugePages:",),
     (b"ShmemPmdMapped:", b"FilePmdMapped:"),
@@ -46,21 +48,21 @@ _HUGE = (
 
 
 class Mapping(msgspec.Struct, frozen=True, gc=False):
-    """One mapping (VMA). All sizes are bytes.
+    """A mapping (VMA); all sizes are in bytes.
 
-    The kernel leaves hugetlb pages out of ``rss``, its parts and ``pss``; ``private``, ``shared``
-    and ``resident`` have them in.
+    The kernel leaves hugetlb pages out of ``rss``, its parts and ``pss``. The properties
+    ``private``, ``shared`` and ``resident`` include them.
     """
 
     start: int
     end: int
-    #: ``rwxp`` or ``rwxs``, with ``-`` for what is not allowed; p private, s shared.
+    #: ``rwxp`` or ``rwxs``, with ``-`` for a missing permission; p is private, s shared.
     perms: str
     offset: int
-    #: ``MAJOR:MINOR`` in hexadecimal, as the kernel writes it.
+    #: ``MAJOR:MINOR`` in hexadecimal, as the kernel formats it.
     device: str
     inode: int
-    #: As the kernel writes it: empty when anonymous, `` (deleted)`` at its end when unlinked.
+    #: As the kernel formats it: empty if anonymous, followed by `` (deleted)`` if unlinked.
     path: str
     rss: int
     pss: int
@@ -70,18 +72,18 @@ class Mapping(msgspec.Struct, frozen=True, gc=False):
     private_dirty: int
     anonymous: int
     swap: int
-    #: None when this kernel does not tell.
+    #: None if this kernel does not report it.
     ksm: int | None
-    #: In huge pages: anonymous, and page cache or shared memory.
+    #: In huge pages: anonymous memory; page cache and shared memory.
     anon_huge: int
     file_huge: int
-    #: Pages of hugetlbfs or a hugetlb memfd that only this process maps, and the others.
+    #: Pages of hugetlbfs or a hugetlb memfd: mapped by this process alone; by others too.
     hugetlb_private: int
     hugetlb_shared: int
 
     @property
     def size(self) -> int:
-        """Bytes of address space."""
+        """The size of the address range."""
         return self.end - self.start
 
     @property
@@ -91,7 +93,7 @@ class Mapping(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def shared(self) -> int:
-        """Bytes in memory that another process maps too."""
+        """Bytes in memory that other processes map too."""
         return self.shared_clean + self.shared_dirty + self.hugetlb_shared
 
     @property
@@ -106,25 +108,33 @@ class Mapping(msgspec.Struct, frozen=True, gc=False):
 
 
 def parse(text: bytes) -> list[Mapping]:
-    """All mappings in the text of an smaps file, in address order.
+    """Parse an smaps file.
 
-    Raises Incompatible when the kernel left out a field that every kernel since 4.14 has, and
-    Unreadable when the text is cut off.
+    Returns:
+        All mappings in the order of their addresses.
+
+    Raises:
+        Incompatible: the kernel lacks a field that every kernel since 4.14 has.
+        Unreadable: the text is cut off or malformed.
     """
     found: list[Mapping] = []
     try:
         found.extend(map(_mapping, _BLOCK.finditer(text)))
     except KeyError as error:
         if found:
-            raise Unreadable("a memory map is cut off") from error
+            raise Unreadable(
+                "the kernel's report on a process's mappings (smaps) is cut off"
+            ) from error
         raise Incompatible(
             f"this kernel's smaps has no {error.args[0].decode()[:-1]} field",
             hint="onecopy needs a kernel with CONFIG_PROC_PAGE_MONITOR",
         ) from error
     except ValueError as error:
-        raise Unreadable("a memory map has figures that are none") from error
+        raise Unreadable(
+            "the kernel's report on a process's mappings (smaps) contains an invalid number"
+        ) from error
     if text and not (text.endswith(b"\n") and found):
-        raise Unreadable("a memory map is cut off")
+        raise Unreadable("the kernel's report on a process's mappings (smaps) is cut off")
     return found
 
 
@@ -137,16 +147,16 @@ def _mapping(match: re.Match[bytes]) -> Mapping:
         int(offset, 16),
         device.decode(),
         int(inode),
-        # seq_path() escapes the newline, and only that.
+        # seq_path() escapes newlines and nothing else.
         path.replace(rb"\012", b"\n").decode(errors="surrogateescape"),
         *_figures(body[body.find(b"\nRss:") :]),
     )
 
 
-@lru_cache(maxsize=4096)  # guests are alike, and so most texts are those of another
+@lru_cache(maxsize=4096)  # guests are alike, so most texts occur again
 def _figures(text: bytes) -> tuple[Any, ...]:
-    """The fields of a Mapping from ``rss`` on."""
-    # "Rss:", "4", "kB" and so on: what has no unit comes last, and is none of ours.
+    """Parse the fields of a Mapping from ``rss`` on."""
+    # The words are "Rss:", "4", "kB" and so on. Fields without a unit come last and are not used.
     words = text.split()
     kib = dict(zip(words[::3], words[1::3], strict=False))
     ksm = kib.get(b"KSM:")
@@ -158,7 +168,7 @@ def _figures(text: bytes) -> tuple[Any, ...]:
 
 
 class Rollup(msgspec.Struct, frozen=True):
-    """A process's proportional share of pages in memory by kind, in bytes (Linux 5.4)."""
+    """A process's proportional set size by kind, in bytes (Linux 5.4)."""
 
     anonymous: int
     shared_memory: int
@@ -167,9 +177,15 @@ class Rollup(msgspec.Struct, frozen=True):
 
 
 def read_rollup(pid: int, root: Path = ROOT) -> Rollup | None:
-    """The kernel's own sums; None when it does not tell them.
+    """Read the kernel's own totals for a process.
 
-    Raises NotFound when the process is gone or a zombie, NotPermitted, Unreadable.
+    Returns:
+        None if this kernel does not report them.
+
+    Raises:
+        NotFound: the process has ended or is a zombie.
+        NotPermitted: this user may not trace the process.
+        Unreadable: the kernel refused to read the file.
     """
     text = read_of_process(pid, "smaps_rollup", root)
     if text is None:
@@ -182,11 +198,17 @@ def read_rollup(pid: int, root: Path = ROOT) -> Rollup | None:
     return Rollup(*(int(kib[kind]) << 10 for kind in _PSS_KINDS))
 
 
-def read(pid: int, root: Path = ROOT, most: int = _MOST) -> list[Mapping]:
-    """All mappings of a process, in address order, if their text has no more than ``most`` bytes.
+def read(pid: int, root: Path = ROOT, most: int = _LARGEST) -> list[Mapping]:
+    """Read all mappings of a process in the order of their addresses.
 
-    Raises NotFound when the process is gone or a zombie, NotPermitted without ptrace rights over
-    it (ptrace(2), PTRACE_MODE_READ), Unreadable, and Incompatible as ``parse`` does.
+    Args:
+        most: the limit on the size of the file in bytes.
+
+    Raises:
+        NotFound: the process has ended or is a zombie.
+        NotPermitted: this user may not trace the process (ptrace(2), PTRACE_MODE_READ).
+        Unreadable: the file is too large, cut off or malformed.
+        Incompatible: this kernel lacks the file or a field.
     """
     text = read_of_process(pid, "smaps", root, most=most)
     if text is None:

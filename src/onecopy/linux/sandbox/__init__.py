@@ -1,1 +1,1 @@
-"""What limits a process: system calls, files, resources."""
+"""Restrictions on processes: system calls (seccomp), files (Landlock) and resources (rlimits)."""

@@ -1,7 +1,11 @@
-"""Landlock: what a process may reach through file names, whoever it is (landlock(7)).
+"""Landlock: restrict the files that a process can open by name (landlock(7)).
 
-Linux Documentation/userspace-api/landlock.rst. Rights of a newer ABI are denied where the kernel
-knows them. Not here: which files a VMM needs (vmm/confine.py).
+Rights that a newer ABI added are denied if the kernel supports them.
+
+Not here: which files a VMM needs (vmm/confine.py).
+
+Source:
+    Linux Documentation/userspace-api/landlock.rst.
 """
 
 from __future__ import annotations
@@ -21,13 +25,13 @@ READ_FILE = 1 << 2
 READ_DIR = 1 << 3
 TRUNCATE = 1 << 14
 IOCTL_DEV = 1 << 15
-#: What makes sense for something that is no folder.
+#: The rights that apply to files other than directories.
 _FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
-#: All file system rights up to the ABI in which they came.
+#: ABI version -> all file system rights up to that version.
 _HANDLED = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-#: Since when a ruleset can say at which TCP ports a process may listen, and that right.
+#: The ABI version in which rules can restrict listening on TCP ports, and that right.
 BINDS_SINCE, _BIND_TCP = 4, 1 << 0
-#: No signals to, and no abstract UNIX sockets of, processes outside.
+#: ABI version -> scopes: no signals to processes outside, and none of their abstract UNIX sockets.
 _SCOPED = {6: 0b11}
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
@@ -36,7 +40,7 @@ _RULE_PATH_BENEATH, _RULE_NET_PORT = 1, 2
 
 
 def abi() -> int:
-    """The version of Landlock that this kernel has; 0 if it has none, or it is switched off."""
+    """Return the ABI version of the kernel's Landlock; 0 if Landlock is missing or disabled."""
     try:
         return syscall(_CREATE_RULESET, None, 0, _CREATE_RULESET_VERSION)
     except OSError:
@@ -44,14 +48,15 @@ def abi() -> int:
 
 
 def handled(version: int) -> int:
-    """All file system rights that ``version`` of the ABI knows: denied, unless a rule allows."""
+    """Return all file system rights of an ABI version; rulesets deny them by default."""
     return max((mask for since, mask in _HANDLED.items() if since <= version), default=0)
 
 
 def attributes(version: int, *, binds: bool = False) -> bytes:
-    """struct landlock_ruleset_attr as that version has it.
+    """Pack struct landlock_ruleset_attr for an ABI version.
 
-    Connections stay free; with ``binds`` only ports that a rule allows may be listened at.
+    Args:
+        binds: restrict listening to the TCP ports that rules allow; connections stay unrestricted.
     """
     scoped = _SCOPED[6] if version >= 6 else 0
     size = 8 if version < BINDS_SINCE else 16 if version < 6 else 24
@@ -59,12 +64,17 @@ def attributes(version: int, *, binds: bool = False) -> bytes:
 
 
 class Ruleset:
-    """Rules, until a process puts itself under them; to be closed."""
+    """A set of rules for a process to apply to itself; close it afterwards."""
 
     def __init__(self, version: int, ports: Sequence[int] | None = None) -> None:
-        """``ports`` are the only TCP ports that may be listened at (0: any that is free).
+        """Create an empty ruleset.
 
-        A kernel whose ABI is older than BINDS_SINCE allows all.
+        Args:
+            ports: the only TCP ports on which the process may listen; 0 is any free port. A kernel
+                with an ABI before BINDS_SINCE allows all ports.
+
+        Raises:
+            OSError: the kernel refused.
         """
         self._handled = handled(version)
         data = attributes(version, binds=ports is not None)
@@ -75,9 +85,12 @@ class Ruleset:
                 syscall(_ADD_RULE, self.fd, _RULE_NET_PORT, rule, 0)
 
     def allow(self, fd: int, rights: int) -> None:
-        """Allow ``rights`` on the file, or below the folder, that is open as ``fd``.
+        """Allow ``rights`` on an open file, or below an open directory.
 
-        A file that lies in no file system (memfd_create(2)) needs no rule, and can have none.
+        A file outside of any file system (memfd_create(2)) needs no rule and accepts none.
+
+        Raises:
+            OSError: the kernel refused.
         """
         rights &= self._handled
         if not stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -90,7 +103,7 @@ class Ruleset:
                 raise
 
     def allow_paths(self, paths: Iterable[Path | str], rights: int) -> None:
-        """The same by name; links are followed, and what is not there is left out."""
+        """Allow ``rights`` on paths; links are followed, and missing files are skipped."""
         for path in paths:
             try:
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -102,9 +115,15 @@ class Ruleset:
                 os.close(fd)
 
     def restrict_self(self) -> None:
-        """Put this thread under them, for ever; it must have set no_new_privs. Raise OSError."""
+        """Apply the rules to this thread permanently.
+
+        The thread must have set no_new_privs.
+
+        Raises:
+            OSError: the kernel refused.
+        """
         syscall(_RESTRICT_SELF, self.fd, 0)
 
     def close(self) -> None:
-        """Let go of it; whoever is under it stays so."""
+        """Close the ruleset; processes under it stay restricted."""
         os.close(self.fd)

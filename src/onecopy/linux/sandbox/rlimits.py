@@ -1,8 +1,10 @@
-"""Limits on one process: how much of the host it may use, whatever it does (getrlimit(2)).
+"""Resource limits on one process (getrlimit(2)).
 
-A limit that may have to grow later is soft: only a privileged process raises a hard one again. A
-seccomp filter keeps a confined process from raising its own (vmm/confine.py). Not here: how much a
-VMM needs (vmm/vmm_limits.py), and limits on groups of processes (linux/cgroup.py).
+A limit that may have to grow later is a soft one, because only a privileged process can raise a
+hard one. A seccomp filter keeps a confined process from raising its own limits (vmm/confine.py).
+
+Not here: how much a VMM needs (vmm/vmm_limits.py), and limits on groups of processes
+(linux/cgroup.py).
 """
 
 from __future__ import annotations
@@ -10,16 +12,16 @@ from __future__ import annotations
 import resource
 from collections.abc import Mapping
 
-#: Bytes of address space, and of private writable memory in it; bytes that a file may have.
+#: Bytes: the address space, private writable memory in it, and the size of each file.
 ADDRESS_SPACE, PRIVATE, FILE_SIZE = resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE
 OPEN_FILES, THREADS_OF_USER = resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC
 #: Bytes.
 CORE, LOCKED, MESSAGES = resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE
-#: Of the user, like THREADS_OF_USER: timers count, too.
+#: Counted per user, like THREADS_OF_USER; timers count too.
 SIGNALS_OF_USER = resource.RLIMIT_SIGPENDING
 UNLIMITED = resource.RLIM_INFINITY
 
-#: Those that grow with what a running VMM is given.
+#: These grow when a running VMM gets more resources.
 _GROWING = (ADDRESS_SPACE, PRIVATE, FILE_SIZE)
 
 Limits = Mapping[int, int]
@@ -27,9 +29,12 @@ Limits = Mapping[int, int]
 
 
 def apply(pid: int, limits: Limits) -> None:
-    """Limit a process, as far as its hard limits go; raise OSError.
+    """Limit a process, up to its hard limits.
 
-    That takes to be the process's user and group, or CAP_SYS_RESOURCE (prlimit(2)).
+    The caller needs the process's user and group, or CAP_SYS_RESOURCE (prlimit(2)).
+
+    Raises:
+        OSError: the kernel refused.
     """
     for kind, wanted in limits.items():
         _, hard = resource.prlimit(pid, kind)
@@ -38,7 +43,11 @@ def apply(pid: int, limits: Limits) -> None:
 
 
 def raise_to(pid: int, limits: Limits) -> None:
-    """Let a process have at least as much, as far as its hard limits go; raise OSError."""
+    """Raise the limits of a process to at least ``limits``, up to its hard limits.
+
+    Raises:
+        OSError: the kernel refused.
+    """
     for kind, wanted in limits.items():
         soft = of(pid, kind)
         if _least(soft, wanted) == soft != wanted:
@@ -46,7 +55,11 @@ def raise_to(pid: int, limits: Limits) -> None:
 
 
 def of(pid: int, kind: int) -> int:
-    """The limit on a process; raise OSError."""
+    """Return the soft limit of a process.
+
+    Raises:
+        OSError: the kernel refused.
+    """
     soft, _ = resource.prlimit(pid, kind)
     return soft
 
