@@ -195,7 +195,7 @@ def test_a_machine_that_runs_from_it(tmp_path: Path, store: Store) -> None:
     path.write_bytes(bytes(MIB))
     with path.open("r+b") as file:
         assert lock(file.fileno())
-        with pytest.raises(BadSource, match="a running machine writes to it"):
+        with pytest.raises(BadSource, match="a running machine has it open"):
             open_disk(str(path), store).unpack(tmp_path / "tree", lambda _: None)
     with path.open("rb") as one, path.open("rb") as two, path.open("r+b") as writer:
         assert lock_for_reading(one.fileno())
@@ -256,7 +256,7 @@ def test_a_table() -> None:
     [
         ("disk 0", "neither a file system"),
         ("disk 100\nID_PART_TABLE_TYPE=PMBR", "truncated"),
-        ("disk 100\nID_PART_TABLE_TYPE=gpt", "is empty, or cannot be read"),
+        ("disk 100\nID_PART_TABLE_TYPE=gpt", "is empty or unreadable"),
         (TABLE.replace("67108864", "8388608"), "truncated: partition 2 ends at byte 23068672"),
         (TABLE + "partition 6 many", "cannot be read"),
         (TABLE + "partition 6 1 1\n" * 200, "more than 128"),
