@@ -67,18 +67,18 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "two archives": (GOOD + tar.END + GOOD + tar.END, "a second archive"),
     "rubbish behind": (GOOD + tar.END + b"x", "data after its end"),
     "rubbish between": (GOOD + b"x" * 512 + GOOD + tar.END, "header of the next member is invalid"),
-    "a kind of nobody's": (tar.header(b"odd", b"Z") + tar.END, "'odd'.*kind"),
-    "another volume": (tar.header(b"odd", b"M") + tar.END, "'odd'.*kind"),
+    "a kind of nobody's": (tar.header(b"odd", b"Z") + tar.END, "'odd'.*type"),
+    "another volume": (tar.header(b"odd", b"M") + tar.END, "'odd'.*type"),
     "a negative size": (tar.header(b"neg", size=b"\xff" * 12) + tar.END, "'neg'.*size is -1"),
     "a huge size": (tar.header(b"huge", size=b"\x80" + b"\x7f" * 11) + tar.END, "too large"),
     "no number": (tar.header(b"non", mode=b"rwxr-xr") + tar.END, "'non'.*number"),
     "an owner of nobody": (
         tar.header(b"who", uid=b"\x80\0\0\0\xff\xff\xff\xff") + tar.END,
-        "'who'.*no owner",
+        "'who'.*owner .* out of range",
     ),
     "a device of nobody": (
         tar.header(b"dev", b"3", devices=(b"0077777", b"0")) + tar.END,
-        "'dev'.*no device",
+        "'dev'.*out of Linux",
     ),
     "before 1970": (tar.pax((b"mtime", b"-5")) + GOOD + tar.END, "'good'.*-5 s"),
     "before 1970, in base 256": (
@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "malformed",
     ),
     "a large header": (tar.header(b"p", b"x", size=1 << 32) + tar.END, "has 4294967296 bytes"),
-    "headers for nobody": (tar.pax((b"path", b"x")) + tar.END, "not there"),
+    "headers for nobody": (tar.pax((b"path", b"x")) + tar.END, "without its member"),
     "only headers": (tar.pax((b"a", b"b")) * 100_000 + tar.END, "in a row"),
     "a zero in a name": (tar.pax((b"path", b"a\0b")) + GOOD + tar.END, "zero byte"),
     "a zero in a long name": (tar.long_name(b"a\0b" * 50) + GOOD + tar.END, "zero byte"),
@@ -390,7 +390,7 @@ def test_modules_that_are_no_modules(tmp_path: Path) -> None:
     nest(modules, 1200)
     store = Store(tmp_path / "store")
     try:
-        with pytest.raises(BadSource, match="in one another"):
+        with pytest.raises(BadSource, match="nested deeper"):
             ensure_kernel(store, kernel=tmp_path / "kernel", modules=modules)
     finally:
         assert remove_tree(modules) == ""

@@ -422,7 +422,7 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (2, [*run, "-p", "80:"], "-p 8080:80"),
         (2, [*run, "-p", "70000:80"], "1 to 65535"),
         (2, [*run, "-p", "8080:0"], "1 to 65535"),
-        (2, [*run, "-n", "2", "-p", "65535:80"], "not that many ports"),
+        (2, [*run, "-n", "2", "-p", "65535:80"], "the limit is 65535"),
         (2, [*run, "--ready", "true"], "--cold"),
         (2, [*run, "--accel", "xen"], "'tcg'"),
         (3, ["stop", "nobody"], "onecopy ps"),

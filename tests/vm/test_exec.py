@@ -233,7 +233,7 @@ def test_more_at_once_than_there_are_ports_for(
         ]
         while await in_use() < 26:
             await asyncio.sleep(0.1)
-        with pytest.raises(NoSlot, match="no port left for the streams"):
+        with pytest.raises(NoSlot, match="no free port for the"):
             await run_captured(folder, ["true"], timeout=1)
         waiting = [
             asyncio.create_task(run_captured(folder, ["sh", "-c", f"exit {code}"], timeout=STUCK))

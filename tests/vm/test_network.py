@@ -222,7 +222,7 @@ def test_what_is_no_network(saved: Artifact, guests: Guests, busybox_root: Artif
         guests.clone(saved, bridge="nowhere0")
     with pytest.raises(InvalidInput, match="no network card"):
         guests.boot(busybox_root, network=False, publish=[(0, 80)])
-    with pytest.raises(InvalidInput, match="forwarded"):
+    with pytest.raises(InvalidInput, match="can be published"):
         guests.clone(saved, bridge="nowhere0", publish=[(0, 80)])
 
 

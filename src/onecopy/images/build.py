@@ -71,8 +71,7 @@ def build_segment(
     Raises:
         InvalidInput: The source or the options are malformed.
         BadSource: The source cannot be read or stored.
-        InsufficientResources, NotPermitted, MissingProgram: As their names say.
-        OnecopyError: Any error of `Store.put`.
+        OnecopyError: Any other error of the source, the image tools or `Store.put`.
     """
     bare = source.startswith(PREFIX)
     store.require_free("kernel" if bare else "segment", ref, access)

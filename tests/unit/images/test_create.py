@@ -84,7 +84,7 @@ def test_what_cannot_be(store: Store, images: dict[str, Path], text: str, says: 
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("SR:2M:BIG", "more than range 0"), ("SR:2M:NONE", "not a file")]
+    ("text", "says"), [("SR:2M:BIG", "but range 0 has only"), ("SR:2M:NONE", "not a regular file")]
 )
 def test_what_cannot_be_read(
     store: Store, images: dict[str, Path], tmp_path: Path, text: str, says: str

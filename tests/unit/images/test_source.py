@@ -113,7 +113,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     for name, said in (
         ("missing", "No such file"),
-        ("file", "not a folder"),
+        ("file", "not a directory"),
         ("file/x", "Not a directory"),
         ("circle", "cannot open"),
         ("x" * 300, "File name too long"),
@@ -358,7 +358,7 @@ def test_dates_of_javas_certificates(tmp_path: Path) -> None:
             "Errors were encountered while processing:\n two\n"
             "E: Sub-process env returned an error code (1)\nE: setup failed: E: apt-get failed\n",
             r"^the package two of Debian sid cannot be installed\n[^$]*two: no daemon\n",
-            "in a guest",
+            "in a running guest",
         ),
         (
             "E: Version '9.9' for 'python3' was not found\nE: mmdebstrap failed to run\n",

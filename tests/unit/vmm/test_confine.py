@@ -200,7 +200,7 @@ def test_a_low_port_of_an_ordinary_user() -> None:
             return error.hint
         return "no error"
 
-    assert "give a higher one" in as_nobody(try_it)
+    assert "give a higher port" in as_nobody(try_it)
 
 
 @pytest.fixture
