@@ -86,7 +86,7 @@ async def run_captured(
     """Run a program and capture its output, and the end of its error output.
 
     Args:
-        directory: The guest's run directory.
+        folder: The guest's run directory.
         argv: The program and its arguments.
         stdin: The input; None for an empty one.
         timeout: Time limit in seconds; None for none.
@@ -107,7 +107,7 @@ async def run_streaming(
     """Run a program in a guest, and pass its streams on as they come.
 
     Args:
-        directory: The guest's run directory.
+        folder: The guest's run directory.
         argv: The program and its arguments.
         streams: The source and the sinks.
         timeout: Time limit in seconds; None for none. When it expires, the program's session is

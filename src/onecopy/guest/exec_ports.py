@@ -47,7 +47,7 @@ async def plugged(
     killed command left.
 
     Args:
-        directory: The guest's run directory.
+        folder: The guest's run directory.
         tag: A random tag, unique to the program.
         stdin: Whether the program needs a port for its input.
         deadline: When to stop waiting for a free port.

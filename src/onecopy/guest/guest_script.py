@@ -13,7 +13,7 @@ async def segment(folder: Path, *words: str, timeout: float) -> Completed:
     """Run the script that links, mounts and freezes segments (images/files/segment).
 
     Args:
-        directory: The guest's run directory.
+        folder: The guest's run directory.
         words: The arguments.
         timeout: Time limit in seconds.
 

@@ -75,7 +75,7 @@ async def become(folder: Path, wanted: Identity, connect: Callable[[], None] = l
     """Give a clone its identity.
 
     Args:
-        directory: The clone's run directory.
+        folder: The clone's run directory.
         wanted: Its identity.
         connect: Connects the card to its bridge. Called once the clone no longer uses the saved
             addresses, before it asks for an address by DHCP.
@@ -124,7 +124,7 @@ async def prepare(folder: Path, *, card: bool) -> None:
     """Prepare a guest for a save, without changing its identity.
 
     Args:
-        directory: The guest's run directory.
+        folder: The guest's run directory.
         card: Whether the machine has a network card.
 
     Raises:

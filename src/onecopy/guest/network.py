@@ -66,7 +66,7 @@ def new_nic(
 
     Args:
         host: The runtime of the guest.
-        directory: Its run directory.
+        folder: Its run directory.
         wanted: Its network options.
         connected: Whether to connect the card to its bridge now, or later with `connect_tap`.
 

@@ -73,7 +73,7 @@ async def stopped(folder: RunDirectory, *, go_on: bool = True) -> AsyncIterator[
     If QEMU does not resume the guest at the end, the next command does.
 
     Args:
-        directory: The guest's run directory.
+        folder: The guest's run directory.
         go_on: Whether to resume the guest at the end.
 
     Raises:
