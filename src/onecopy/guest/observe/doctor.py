@@ -107,7 +107,7 @@ def _confinement(accel: str) -> Finding:
         says.append(f"Landlock ABI {version}")
         if version < landlock.BINDS_SINCE:
             limits.append(
-                "before Linux 6.7 a guest that publishes a port below 1024 may listen on all of them"
+                "before Linux 6.7, publishing a port below 1024 lets a guest listen on all of them"
             )
         if name_servers.opens_more() and not name_servers.can_hide():
             says.append("QEMU can read world-readable files in /etc, to find the name servers")
