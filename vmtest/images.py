@@ -1,6 +1,6 @@
-"""What an emulated host is made of: segments, each built anew only when what goes into it changes.
+"""Builds the segments of an emulated host; each is rebuilt only when its inputs change.
 
-They lie in a store of their own, ``$ONECOPY_VMTEST_CACHE`` (default: .cache/onecopy-vmtest).
+They are kept in a separate store, ``$ONECOPY_VMTEST_CACHE`` (default: .cache/onecopy-vmtest).
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def ensure_images(
     tell: Tell,
     other: Debian | None = None,
 ) -> Images:
-    """All segments for ``debian``, whose tests can use guests of ``suites``; raises as building.
+    """Build all segments for the release ``debian``, with guests' roots of ``suites``.
 
-    Those of ``other`` are mounted besides.
+    The segments of the release ``other`` are mounted, too.
     """
     builder = _Builder(host, tell)
     root, python = _system(builder, debian)
