@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a map without end": (
         tar.header(b"s", b"S", size=4, sparse=tar.sparse_entries((0, 4), real=99, more=True))
         + (b"%011o\0%011o\0" % (99, 0) * 21 + b"\1").ljust(512, b"\0") * 20_000,
-        "'s'.*map has more than",
+        "'s'.*has more than",
     ),
     "a pax map that lies": (
         tar.pax((b"GNU.sparse.map", b"0,4,2,4"), (b"GNU.sparse.size", b"99")) + GOOD + tar.END,
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         )
         + tar.file(b"s", b"9" * 18 + b"\n" + b"0\n" * 3_000_000)
         + tar.END,
-        "'s'.*map has more than",
+        "'s'.*has more than",
     ),
     "a map of tomorrow": (
         tar.pax((b"GNU.sparse.major", b"2"), (b"GNU.sparse.minor", b"0")) + GOOD + tar.END,

@@ -1,6 +1,6 @@
-"""onecopy from Python: the examples of the docs, what ends when, threads, and nothing left behind.
+"""The Python API: the documentation's examples, lifetimes, threads, and leftovers.
 
-Not here: what copying refuses (test_copy.py), how programs run (test_exec.py).
+Not here: refused copies (test_copy.py), running programs (test_exec.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""When things go wrong: full disks, killed commands, killed QEMUs, guests that never come up.
+"""Failures: full disks, killed commands, killed QEMUs, guests that never come up.
 
-After each of them the next command finds nothing left, and the store whole. Not here: the store's
-own crash tests, line by line (tests/unit/store/test_crash.py).
+After each the next command finds no leftovers and an intact store. Not here: crash tests of the
+store, line by line (tests/unit/store/test_crash.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`onecopy cp`: files and folders into guests and back, what is refused, and what is killed.
+"""`onecopy cp`: files and directories into guests and back, refusals, and killed copies.
 
-Not here: hostile archives (tests/unit/guest/test_tar.py), the same from Python (test_api.py).
+Not here: hostile archives (tests/unit/guest/test_tar.py), the Python API (test_api.py).
 """
 
 from __future__ import annotations

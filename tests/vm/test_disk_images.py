@@ -1,7 +1,7 @@
-"""Disk images as a source, read by a reader: what comes out of them, and what is refused.
+"""Disk images as a source, read by a reader guest: their files, and refusals.
 
-Each boot of a reader takes seconds: a disk holds as much as it can. Not here: images that are
-refused without one (unit/test_build_disk.py), readers that lie (hostile/test_reader.py).
+A reader takes seconds to boot, so each disk tests many cases. Not here: images that are refused
+without a reader (tests/unit/images/test_disk.py), malicious readers (hostile/test_reader.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Guests that end by themselves, each in its way: `ps -a`, `logs` and all else tell which.
+"""Guests that end on their own, each in its way: `ps -a`, `logs` and others report the reason.
 
-Not here: how each init ends a guest (test_ends.py); the host's memory (test_out_of_memory.py).
+Not here: how each init ends a guest (test_ends.py); a host out of memory (test_out_of_memory.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Programs in guests: exit codes, streams, time limits, and images that bring nothing themselves.
+"""Programs in guests: exit codes, streams, time limits, and images without any tools.
 
-The real command where its exit code or its own process matters, the library elsewhere. Not here:
+The real command runs where its exit code or its process matters, otherwise the library. Not here:
 `onecopy run SYSTEM -- CMD` (test_lifecycle.py).
 """
 

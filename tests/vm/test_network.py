@@ -1,6 +1,6 @@
-"""Guests in a bridge of the host's, each with an address of its network; and guests without one.
+"""Guests in a bridge of the host, each with an address of its network, and guests without one.
 
-Not here: user-mode networks and forwarded ports (test_lifecycle.py, test_identity.py).
+Not here: user-mode networks and published ports (test_lifecycle.py, test_identity.py).
 """
 
 from __future__ import annotations
