@@ -153,10 +153,10 @@ async def emulated_host(
 
 
 async def _booted(host: Runtime, prepared: BootPlan, batch: Batch) -> GuestRecord:
-    """Boot; again if the kernel panicked.
+    """Boot the host; boot it again if its kernel panicked.
 
-    Linux patches its code while it boots, and under TCG the other processor can run into the
-    breakpoint of that.
+    Linux patches its code while it boots, and under TCG the other CPU can hit the breakpoint of
+    such a patch.
     """
     for _ in range(_TRIES - 1):
         try:

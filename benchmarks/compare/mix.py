@@ -104,7 +104,7 @@ def _http(name: str, command: str, load: int) -> Application:
 
 
 def applications() -> list[Application]:
-    """All applications, in the order in which guests get them."""
+    """Return all applications, in the order in which guests get them."""
     ready = f"redis-cli -p {PORT} EXISTS key:{_KEYS - 1} | grep -q 1"
     last = f"EXISTS key:{_KEYS - 1}\r\n".encode()
     return [

@@ -58,28 +58,28 @@ async def plugged(
         GuestFailed: QEMU failed or ended.
     """
     names = [f"{tag}.{name}" for name in (["in"] if stdin else []) + ["out", "err"]]
-    mark, ours, patience = folder / f"exec.{tag}", Ports(), _PATIENCE
+    mark, sockets, patience = folder / f"exec.{tag}", Ports(), _PATIENCE
     async with locked(mark):
         try:
-            await _plug_all(folder, names, ours, deadline)
-            yield {name.rpartition(".")[2]: port for name, port in ours.items()}
+            await _plug_all(folder, names, sockets, deadline)
+            yield {name.rpartition(".")[2]: port for name, port in sockets.items()}
         except BaseException:
             patience = HURRY
             raise
         finally:
             try:
-                await asyncio.gather(_unplug_all(folder, list(ours), patience), ending())
+                await asyncio.gather(_unplug_all(folder, list(sockets), patience), ending())
             finally:
                 mark.unlink(missing_ok=True)
-                for port in ours.values():
+                for port in sockets.values():
                     port.close()
 
 
-async def _plug_all(folder: Path, names: Sequence[str], ours: Ports, deadline: Deadline) -> None:
-    """Plug in all ports of ``names``, and wait until they fit; add them to ``ours``."""
+async def _plug_all(folder: Path, names: Sequence[str], sockets: Ports, deadline: Deadline) -> None:
+    """Plug in all ports of ``names``, and wait until they fit; add them to ``sockets``."""
     delay, found_none = _SOON, False
     try:
-        while not await _try_plug(folder, names, ours):
+        while not await _try_plug(folder, names, sockets):
             found_none = True
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LATER)
@@ -94,28 +94,28 @@ async def _plug_all(folder: Path, names: Sequence[str], ours: Ports, deadline: D
         ) from None
 
 
-async def _try_plug(folder: Path, names: Sequence[str], ours: Ports) -> bool:
+async def _try_plug(folder: Path, names: Sequence[str], sockets: Ports) -> bool:
     """Plug in all ports or none; return whether they fit."""
     async with connect(folder / "monitor.sock") as monitor:
         await _remove_abandoned(monitor, folder)
         try:
             for name in names:
-                await _plug(monitor, name, ours)
+                await _plug(monitor, name, sockets)
         except GuestFailed as error:
             if not any(words in error.message for words in _FULL):
                 raise
-            await _unplug(monitor, list(ours))
-            while ours:
-                ours.popitem()[1].close()
-    return bool(ours)
+            await _unplug(monitor, list(sockets))
+            while sockets:
+                sockets.popitem()[1].close()
+    return bool(sockets)
 
 
-async def _plug(monitor: Monitor, name: str, ours: Ports) -> None:
-    ours[name], theirs = socket.socketpair()
-    ours[name].setblocking(False)
+async def _plug(monitor: Monitor, name: str, sockets: Ports) -> None:
+    sockets[name], peer = socket.socketpair()
+    sockets[name].setblocking(False)
     identity = f"exec.{name}"
-    with theirs:
-        await monitor.give_fd(theirs.fileno(), identity)
+    with peer:
+        await monitor.give_fd(peer.fileno(), identity)
     address = {"type": "fd", "data": {"str": identity}}
     backend = {"type": "socket", "data": {"addr": address, "server": False}}
     await monitor.execute("chardev-add", {"id": identity, "backend": backend})
