@@ -55,15 +55,8 @@ async def measure(
 ) -> Profile:
     """Start clones, measure their memory, start time and CPU time, and end them.
 
-    Args:
-        host: The runtime of the clones.
-        system: The saved system.
-        size: Number of clones and times.
-        tell: Called with one line of text for each step.
-        work: A command to run for each clone, and the port that it needs.
-
     Raises:
-        GuestFailed: ``work`` fails, or a clone does.
+        GuestFailed: ``work``, the command to run for each clone, fails.
         OnecopyError: Any error of starting clones or reading their memory.
     """
     source = template(host, system)

@@ -50,24 +50,15 @@ async def commit(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Committed:
-    """Store a guest's own copy of ``segment`` as a new version.
+    """Store a guest's EW copy of ``segment`` as a new version of ``target`` or its own name.
 
-    The guest continues with its copy. Guests with the old version keep it. A failure stores
-    nothing.
-
-    Args:
-        host: The runtime of the guest.
-        name: The guest.
-        segment: The segment, loaded with class EW.
-        target: The name of the new version; default: the name that the guest loaded.
-        progress: Called with one line of text for each step.
+    The guest continues with its copy; others keep the old version. A failure stores nothing.
 
     Raises:
         NotFound, InvalidInput: The guest has not loaded the segment, or not as EW.
         NameConflict: The name no longer means what the guest loaded.
         StoreDamaged: The guest's file system is damaged.
-        GuestFailed, AgentFailed: QEMU or the guest failed.
-        OnecopyError: Any error of `Store.put`.
+        OnecopyError: QEMU, the guest's agent or the store failed.
     """
     async with changing(host, name) as folder:
         record = folder.require_agent()
