@@ -199,7 +199,7 @@ def test_deep_folders_are_not_made(tmp_path: Path) -> None:
         return [(f"./{'d/' * n}", tarfile.DIRTYPE, "") for n in range(depth)]
 
     unpack(tmp_path / "some", archive(*members(200)))
-    with pytest.raises(Unusable, match="256 deep"):
+    with pytest.raises(Unusable, match="deeper than 256"):
         unpack(tmp_path / "many", archive(*members(1500)))
     # What is left can be removed as all else is.
     shutil.rmtree(tmp_path / "many")
