@@ -1,5 +1,5 @@
-"""Measures guests that share nothing, by KSM, by segments, and by a saved system, side by side.
+"""Compares guests that share nothing, by KSM, by segments, and by a saved system.
 
-Run as `script/bench`: real guests on this host, every figure from the kernel or a clock. Not here:
-whether onecopy is right (tests/), what it shows to newcomers (`onecopy demo`).
+Run as `script/bench`. It measures real guests on this host, by the kernel's counters and clocks.
+Not here: tests (tests/), the demonstration for new users (`onecopy demo`).
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, print Markdown, end and remove all that was started.
+"""`python -m benchmarks`: measures, prints Markdown, and removes everything that it started.
 
 Not here: the measurements (kinds.py, starts.py, firststart.py).
 """
@@ -34,7 +34,7 @@ from onecopy.model import Reference
 from onecopy.vmm.accel import Choice
 
 PARTS = ("starts", "batches", "programs", "first", "kinds", "idle")
-#: Only when asked for: they need a large root, nearly all of the host, or much time.
+#: Parts that run on request only: they need a large root, almost the whole host, or much time.
 FURTHER = ("layout", "many", "truth", "translated")
 
 
@@ -88,7 +88,7 @@ def _tell(text: str) -> None:
 async def _measure(arguments: argparse.Namespace) -> Report:
     task = asyncio.current_task()
     if task:
-        # As on Ctrl-C: what runs is ended, what was set is restored.
+        # As on Ctrl-C: guests are ended and settings restored.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     host = Runtime.open()
     with tempfile.TemporaryDirectory(prefix="onecopy-bench-") as work:
@@ -136,7 +136,7 @@ async def _further(
 
 
 def main() -> int:
-    """Run all; the exit code is onecopy's for the error."""
+    """Run the chosen parts; return 0, or the exit code of the error."""
     arguments = _arguments()
     try:
         report = asyncio.run(_measure(arguments))

@@ -1,4 +1,4 @@
-"""Asking a guest's application over HTTP, until it answers.
+"""Asks a guest's application over HTTP until it answers.
 
 Not here: the application (app.py).
 """
@@ -15,12 +15,12 @@ from typing import TypeVar
 from onecopy.errors import GuestFailed, NotReady
 
 _T = TypeVar("_T")
-#: Seconds after which a guest that does not answer is given up.
+#: Seconds after which a guest without an answer is a failure.
 TIMEOUT = 300.0
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
+    """Return a free port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -28,20 +28,20 @@ def free_port() -> int:
 
 
 async def answered(port: int, name: str, patience: float = 0.2) -> None:
-    """Wait until the guest behind ``port`` answers that it is ``name``; raise NotReady."""
+    """Wait until the guest on ``port`` answers with ``name``; raise NotReady."""
     said = await until(lambda: _ask(port), name, patience)
     if said != name:
-        raise GuestFailed(f"the guest {name} answers that it is {said!r}")
+        raise GuestFailed(f"the guest {name} answered with the name {said!r}")
 
 
 async def until(ask: Callable[[], Awaitable[_T]], name: str, patience: float = 0.2) -> _T:
     """Ask the guest ``name`` until it answers; raise NotReady.
 
-    ``ask`` raises OSError or ValueError while it does not. ``patience`` is how many seconds it is
-    first given for an answer before it is asked anew.
+    ``ask`` raises OSError or ValueError until the guest answers. ``patience`` are the seconds to
+    wait for the first attempt's answer.
     """
     deadline = time.monotonic() + TIMEOUT
-    # QEMU takes the connection at once and holds it until the guest is up: ask anew, often at
+    # QEMU accepts the connection at once and holds it until the guest is up: retry, often at
     # first, seldom once it is clear that the guest is slow.
     while time.monotonic() < deadline:
         try:
@@ -66,7 +66,7 @@ async def _ask(port: int) -> str:
 
 
 async def before(end: Awaitable[object], wanted: Awaitable[_T]) -> _T:
-    """The result of ``wanted``; raise what ``end`` raises, or GuestFailed, if that comes first."""
+    """Return the result of ``wanted``; raise GuestFailed or ``end``'s error if it ends first."""
     ended, task = asyncio.ensure_future(end), asyncio.ensure_future(wanted)
     try:
         await asyncio.wait({ended, task}, return_when=asyncio.FIRST_COMPLETED)

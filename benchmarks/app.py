@@ -1,4 +1,4 @@
-"""What every measured guest runs: an HTTP server on port 80 that answers the guest's hostname.
+"""The application of every measured guest: an HTTP server that answers with its hostname.
 
 Runs in the guest, from its command line (setup.py). Not here: asking it (answers.py).
 """
@@ -9,10 +9,10 @@ import socket
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers any path."""
+    """A handler for any path."""
 
     def do_GET(self) -> None:
-        """Say who this guest is."""
+        """Answer with the guest's hostname."""
         body = json.dumps({"name": socket.gethostname()}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
@@ -20,18 +20,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing on the console."""
+        """Print nothing on the console."""
 
     def address_string(self) -> str:
-        """No look-up of names."""
+        """Return the address without a name look-up."""
         return str(self.client_address[0])
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """One that does not ask the name server for its own name, as HTTPServer does."""
+    """A server that does not look up its own name, as HTTPServer does."""
 
     def server_bind(self) -> None:
-        """Bind, and nothing else."""
+        """Bind without a name look-up."""
         self.socket.bind(self.server_address)
 
 

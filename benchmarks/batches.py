@@ -1,7 +1,7 @@
-"""Many guests at once: booted, from the saved system, and prepared, until all have answered.
+"""Measures starts of many guests at once: booted, cloned, and from a pool, until all answer.
 
-So many booted guests would take too long: fewer are, and the time for each is multiplied. Not here:
-hundreds (many.py), one after another (kinds.py).
+Booting as many guests would take too long, so fewer boot, and their time is scaled. Not here:
+hundreds of guests (many.py), starts one after another (kinds.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import Batch, GuestRecord
 
 _COLD = 8
-#: Seconds for an answer before a guest is asked anew. A clone's application listens when it is
-#: handed out, and each further question keeps all of them busier; a booting one may miss the first.
+#: Seconds to wait for an answer before the next attempt. A ready clone listens already, and further
+#: requests only add load. A booting guest may miss the first request.
 _PATIENCE, _COLD_PATIENCE = 30.0, 1.0
 
 _Start = Callable[[str, Ports, Batch], Awaitable[GuestRecord]]
@@ -37,19 +37,19 @@ class Batches:
     guests: int
     cold_guests: int
     cold: float
-    """Of ``cold_guests`` that boot."""
+    """``cold_guests`` that boot."""
     saved: float
     prepared: float
-    """With a pool of ``guests``, filled before."""
+    """``guests`` from a pool that was filled before."""
 
     @property
     def extrapolated(self) -> float:
-        """Seconds that ``guests`` would take to boot."""
+        """Seconds that booting ``guests`` would take, extrapolated."""
         return self.cold / self.cold_guests * self.guests
 
 
 async def measure_batches(setup: Setup, count: int, tell: Callable[[str], None]) -> Batches:
-    """``count`` clones at once; nothing is left of them."""
+    """Start ``count`` clones at once, measure, and end them."""
     prepared = setup.prepared
     tell(f"{_COLD} guests that boot")
     cold = await _batch(

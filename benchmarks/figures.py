@@ -1,6 +1,6 @@
-"""Figures of a number of running guests: memory, CPU time, and the time each took to answer.
+"""Measures running guests: memory, CPU time, and the time until each answered.
 
-All from /proc, through onecopy's own readers. Not here: how the guests were started (kinds.py).
+All figures come from /proc, by onecopy's readers. Not here: starting the guests (kinds.py).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from onecopy.linux import prefetch, process
 from onecopy.linux.counters import meminfo
 from onecopy.sharing.account import GuestAccount, GuestMaps, measure
 
-#: Seconds from the last answer until the memory is read; idle CPU time is what is used meanwhile.
+#: Seconds between the last answer and the memory measurement; idle CPU time is measured in them.
 SETTLE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Several measurements of one thing."""
+    """Several measurements of one quantity."""
 
     median: float
     low: float
@@ -31,7 +31,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of at least one value."""
+        """Compute the spread of one or more values."""
         known = tuple(values)
         return cls(statistics.median(known), min(known), max(known), known)
 
@@ -42,61 +42,61 @@ class Running:
 
     maps: GuestMaps
     seconds: float
-    """From asking for the guest until its application answered."""
+    """Seconds from the request until the application answered."""
     cpu: float
-    """CPU seconds of its VMM up to then."""
+    """CPU seconds of its VMM until then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes per guest, n guests together divided by n."""
+    """Bytes per guest: the sum divided by the number of guests."""
 
     pss: float
-    """Pss of the VMMs: pages that several processes map count once in the sum."""
+    """Pss of the VMMs, in whose sum a shared page counts once."""
     ram_private: float
-    """Pages of guest RAM that only this guest has."""
+    """Guest RAM that only this guest has."""
     vmm_private: float
-    """All else that only this guest's VMM has: heap, translated code, stacks."""
+    """Other memory that only this guest's VMM has: heap, translated code, stacks."""
     page_tables: float
     free_taken: float
-    """How much less is free on the host than before: page cache included."""
+    """Decrease of the host's MemFree, page cache included."""
     available_taken: float
-    """How much less MemAvailable the host has than before."""
+    """Decrease of the host's MemAvailable."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One way to run guests, measured."""
+    """The figures of one way to run guests."""
 
     name: str
     guests: int
     first: float
-    """Seconds until the first guest answered; the files that it needs were not in memory."""
+    """Seconds until the first guest answered, with its files not in the page cache."""
     seconds: Spread
     """The same for the other guests."""
     memory: Memory
     cpu: float
-    """CPU seconds per guest up to its answer, median."""
+    """Median CPU seconds per guest until its answer."""
     idle: float
-    """CPU seconds per second of one idle guest."""
+    """CPU seconds per second of an idle guest."""
     helper_cpu: float = 0.0
-    """CPU seconds per guest of kernel threads that worked for it (ksmd)."""
+    """CPU seconds of kernel threads (ksmd) per guest."""
 
 
 async def settled(pids: Sequence[int]) -> float:
-    """Let guests come to rest; return the CPU seconds per second that one VMM uses."""
+    """Wait until guests are idle; return the CPU seconds per second of one VMM."""
     began, before = time.monotonic(), cpu(pids)
     await asyncio.sleep(SETTLE)
     return (cpu(pids) - before) / (time.monotonic() - began) / len(pids)
 
 
 def cpu(pids: Iterable[int]) -> float:
-    """CPU seconds of all these processes since their start."""
+    """Return the CPU seconds of all these processes since their start."""
     return sum(process.cpu_seconds(pid) for pid in pids)
 
 
 def memory(guests: Sequence[Running], before: meminfo.MemInfo) -> Memory:
-    """What the guests take now; ``before`` was read when none of them ran."""
+    """Measure the guests' memory; ``before`` is the host's memory without them."""
     accounts = [measure(guest.maps) for guest in guests]
     now = meminfo.read()
     return Memory(
@@ -118,13 +118,13 @@ def _mean(accounts: Sequence[GuestAccount], field: str) -> float:
 
 
 def taken(before: int | None, now: int | None) -> int:
-    """How much less there is of a figure of /proc/meminfo; raise RuntimeError if it is not told."""
+    """Return the decrease of a field of /proc/meminfo; raise RuntimeError if it is missing."""
     if before is None or now is None:
-        raise RuntimeError("/proc/meminfo does not tell")
+        raise RuntimeError("/proc/meminfo lacks a field")
     return before - now
 
 
 def evict(paths: Iterable[Path]) -> None:
-    """Drop files from the page cache, so that all kinds of guests begin alike (best effort)."""
+    """Drop files from the page cache, so that all kinds of guests start equal (best effort)."""
     for path in paths:
         prefetch.drop(path)

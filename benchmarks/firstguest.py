@@ -1,7 +1,7 @@
-"""What the first guest of a host waits for: its start with its files in memory, or not.
+"""Measures the start of a host's first guest, with its files in the page cache or not.
 
-Each start follows on dropping the blobs that the guest maps or is booted from. Warming comes before
-the start, and is told apart. Not here: what is warmed how (onecopy.guest.pagecache.preload).
+The blobs that a guest maps or boots from are dropped before each start. Preloading is measured
+separately. Not here: preloading itself (onecopy.guest.pagecache.preload).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onecopy.linux.prefetch import Extent
 from onecopy.store import Layer
 
 _DROP = Path("/proc/sys/vm/drop_caches")
-#: Way -> what it is called in the table.
+#: Way -> its name in the table.
 WAYS = {
     "cold": "dropped, nothing recorded",
     "start": "dropped, recorded: the start itself begins to read",
@@ -37,41 +37,41 @@ WAYS = {
 
 @dataclass(frozen=True, slots=True)
 class FirstGuest:
-    """One way, several times."""
+    """The figures of one way, from several starts."""
 
     seconds: Spread
-    """From asking for the guest until it is ready (its application answers)."""
+    """Seconds from the request until the application answers."""
     warming: Spread
-    """Seconds that `warm` took before."""
+    """Seconds of preloading before the start."""
     read: Spread
-    """Bytes that the VMM had the kernel read from storage (/proc/PID/io, read_bytes)."""
+    """Bytes that the kernel read from storage for the VMM (/proc/PID/io, read_bytes)."""
     waits: Spread
-    """Major page faults of the VMM: how often it had to wait for storage (/proc/PID/stat)."""
+    """Major page faults of the VMM, each a wait for storage (/proc/PID/stat)."""
     ahead: Spread
-    """Bytes read by what warms, before the start or in it."""
+    """Bytes that preloading read, before or during the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class FirstGuests:
-    """All ways in turn, and what was dropped and recorded."""
+    """The figures of all ways, and the sizes of blobs and records."""
 
     ways: dict[str, FirstGuest]
     dropped: str
     blobs: int
     """Bytes of all blobs."""
     recorded: int
-    """Bytes of them that are on record."""
+    """Recorded bytes of the blobs."""
     read_ahead: int | None
-    """Bytes that the kernel reads ahead on the store's disk."""
+    """Read-ahead of the store's disk in bytes."""
 
 
 async def measure_first_guests(
     setup: Setup, count: int, drop_caches: bool, tell: Callable[[str], None]
 ) -> FirstGuests:
-    """``count`` starts of each way, in turn."""
+    """Measure ``count`` starts of each way, in turn."""
     lines: dict[str, list[tuple[float, ...]]] = {way: [] for way in WAYS}
     with _no_records(setup):
-        # The first one of all writes the record.
+        # The first start writes the record.
         _drop(setup, drop_caches)
         await _start(setup)
         for artifact in setup.prepared.artifacts:
@@ -117,7 +117,7 @@ async def _one(
 
 
 async def _start(setup: Setup) -> tuple[float, float, float]:
-    """Seconds of a start, bytes that its VMM had read, and its major faults."""
+    """Return the seconds of a start, the bytes read for its VMM, and its major faults."""
     record = await boot_guest(setup.host, setup.prepared, new_name())
     try:
         return record.start_seconds, _read_bytes(record.pid), _major_faults(record.pid)
@@ -127,7 +127,7 @@ async def _start(setup: Setup) -> tuple[float, float, float]:
 
 @contextmanager
 def _no_records(setup: Setup) -> Iterator[None]:
-    """Put the user's own records back at the end."""
+    """Restore the user's records at the end."""
     store = setup.host.store
     before = [(layer, access_record.read(store, layer)) for layer in _layers(setup)]
     try:
@@ -162,5 +162,5 @@ def _read_bytes(pid: int) -> int:
 
 def _major_faults(pid: int) -> int:
     text = read_of_process(pid, "stat") or b""
-    # The 12th field; the second may hold blanks (proc_pid_stat(5)).
+    # The 12th field; the second one may contain blanks (proc_pid_stat(5)).
     return int(text[text.rindex(b")") + 2 :].split()[9])

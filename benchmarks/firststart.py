@@ -1,6 +1,6 @@
-"""What the first start of a program costs: from a virtio disk, from the segment, and in a clone.
+"""Measures the first start of a program: from a virtio disk, from a segment, and in a clone.
 
-Counted in the guest, by probe.sh. Not here: guests whose application is measured (kinds.py).
+probe.sh counts in the guest. Not here: whole guests (kinds.py).
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle.boot import boot_guest
 from onecopy.guest.lifecycle.restore import start_clone
 
-# The guest ends with its command, and its console is read first.
+# The guest ends with its command. Its console must be read before that.
 _PROBE_AND_STAY = resource("probe.sh") + "sleep 1000\n"
 _LINE = re.compile(r"bench: (\d+) (\d+) (\d+) (\d+) ([\d.]+) ([\d.]+) (\d+)\r?$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class FirstStart:
-    """One kind of guest, several times."""
+    """The figures of one kind of guest, from several runs."""
 
     faults: Spread
     """Major page faults in the guest while the program ran."""
     own_faults: Spread
-    """The program's own, from its exec on."""
+    """Major page faults of the program itself, after its exec."""
     bytes_read: Spread
-    """Bytes that the guest read from block devices meanwhile."""
+    """Bytes that the guest read from block devices while the program ran."""
     seconds: Spread
 
 
 async def measure_first_starts(
     setup: Setup, count: int, tell: Callable[[str], None]
 ) -> dict[str, FirstStart]:
-    """``count`` fresh guests of each kind, in turn; the images are in the host's page cache."""
+    """Measure ``count`` new guests of each kind, in turn, with images in the host's page cache."""
     lines: dict[str, list[list[float]]] = {"plain": [], "segment": [], "saved": []}
     for number in range(count):
         tell(f"first start of a program, {number + 1} of {count}")
@@ -69,7 +69,7 @@ def _first_start(lines: list[list[float]]) -> FirstStart:
 
 @contextlib.asynccontextmanager
 async def _plain(setup: Setup) -> AsyncIterator[Path]:
-    """The console of a plain guest that runs the probe."""
+    """Run the probe in a plain guest; return its console."""
     vmm = start_plain(setup, new_name(), _PROBE_AND_STAY, ())
     try:
         await before(vmm.wait(), _line(vmm.folder / "console.log"))
@@ -80,7 +80,7 @@ async def _plain(setup: Setup) -> AsyncIterator[Path]:
 
 @contextlib.asynccontextmanager
 async def _cold(setup: Setup) -> AsyncIterator[Path]:
-    """The console of a guest that runs the probe from the segment."""
+    """Run the probe from the segment in a guest; return its console."""
     spec = replace(setup.prepared.spec, ready=None)
     prepared = replace(setup.prepared, spec=spec, command=_PROBE_AND_STAY)
     record = await boot_guest(setup.host, prepared, new_name())
@@ -91,7 +91,7 @@ async def _cold(setup: Setup) -> AsyncIterator[Path]:
 
 
 async def _saved(setup: Setup) -> list[float]:
-    """The figures of the probe in a clone, in whose saved system the program never ran."""
+    """Run the probe in a clone, in whose saved system the program never ran."""
     record = await start_clone(setup.host, setup.saved, new_name())
     try:
         done = await run_captured(
@@ -106,7 +106,7 @@ async def _saved(setup: Setup) -> list[float]:
 
 
 async def _line(console: Path) -> list[float]:
-    """The figures of the probe's line, once it is there."""
+    """Wait for the probe's line on the console, and parse its figures."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
-"""What an idle clone costs the host beyond the shared copy, by what is mapped.
+"""Measures the host memory of an idle clone beyond the shared copy, by kind of mapping.
 
-One clone runs before the figures begin, so that what clones share is in memory already and each
-further one adds only what is its own. Not here: guests that have answered requests (kinds.py).
+One clone runs before the measurement, so that shared memory is present and each further clone adds
+only its own. Not here: guests that have answered requests (kinds.py).
 """
 
 from __future__ import annotations
@@ -29,34 +29,33 @@ _PAGE_TABLES = ("page_tables", "secondary_page_tables")
 
 @dataclass(frozen=True, slots=True)
 class Idle:
-    """Clones that have been left alone since their start; bytes per clone."""
+    """The figures of idle clones; bytes per clone."""
 
     guests: int
     merged: bool
-    """KSM has merged what it can, QEMU's own memory included."""
+    """Whether KSM has merged all equal pages, QEMU's own memory included."""
     anonymous: float
-    """Pages of the VMM that are in no file, those that KSM shares divided (Pss_Anon)."""
+    """Anonymous pages of the VMM; pages that KSM shares are divided (Pss_Anon)."""
     page_tables: float
-    """Of the VMM, and of the guest (KVM's)."""
+    """Page tables of the VMM, and KVM's of the guest."""
     kernel: float
-    """Stacks of the VMM's threads in the kernel, and KSM's records of its pages."""
+    """Kernel stacks of the VMM's threads, and KSM's records of its pages."""
     free_taken: float
-    """How much less is free on the host, whatever for."""
+    """Decrease of the host's MemFree."""
     places: list[Place]
     cpu: float
     """CPU seconds per second."""
 
     @property
     def all_in(self) -> float:
-        """What one more clone costs, but for what cannot be told apart: small objects of the kernel
-        (slab memory), one or two tenths of a MiB."""
+        """The memory of one more clone, without kernel slab memory (0.1 to 0.2 MiB)."""
         return self.anonymous + self.page_tables + self.kernel
 
 
 async def measure_idle(
     setup: Setup, count: int, with_ksm: bool, tell: Callable[[str], None]
 ) -> list[Idle]:
-    """``count`` clones, and the same number with KSM over the VMMs' memory."""
+    """Measure ``count`` clones, and as many with KSM over the VMMs' memory."""
     tell(f"{count} idle clones")
     async with _clones(setup, count, Mergeable.RAM) as (guests, before):
         found = [await _figures(setup, guests, before, merged=False)]
@@ -86,15 +85,15 @@ async def _figures(
 
 
 def _grown(before: meminfo.MemInfo, now: meminfo.MemInfo, *fields: str) -> int:
-    """How many bytes these fields together have grown by."""
+    """Return the total growth of these fields in bytes."""
     try:
         return sum(getattr(now, field) - getattr(before, field) for field in fields)
     except TypeError:
-        raise Incompatible(f"/proc/meminfo does not tell {' and '.join(fields)}") from None
+        raise Incompatible(f"/proc/meminfo lacks {' and '.join(fields)}") from None
 
 
 def _ksm_records(pid: int) -> int:
-    """Bytes of struct ksm_rmap_item (mm/ksm.c), of 64 bytes, for this process."""
+    """Return the bytes of struct ksm_rmap_item (mm/ksm.c, 64 bytes each) for a process."""
     try:
         text = Path(f"/proc/{pid}/ksm_stat").read_bytes()
     except FileNotFoundError:
@@ -113,7 +112,7 @@ def _anonymous(pid: int) -> int:
 async def _clones(
     setup: Setup, count: int, ksm: Mergeable
 ) -> AsyncIterator[tuple[list[Running], meminfo.MemInfo]]:
-    """``count`` clones at rest, and the host's memory when there was one before them."""
+    """Yield ``count`` idle clones, and the host's memory when one clone ran before them."""
     async with contextlib.AsyncExitStack() as ends:
         first = [await _start(setup, ends, ksm)]
         await settled([guest.maps.pid for guest in first])

@@ -1,7 +1,7 @@
-"""The four ways to run the same guest, and the measurement that is the same for all of them.
+"""Runs the same guest in four ways, with the same measurement for all.
 
-Guests are started one after another, each when the one before has answered: the host's processors
-then serve one start at a time. Not here: single figures (figures.py).
+Guests start one after another, each when the one before has answered, so that the host's CPUs serve
+one start at a time. Not here: single figures (figures.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def new_name() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Guests of one kind that run now, and what was measured."""
+    """Running guests of one kind, and their figures."""
 
     kind: Kind
     guests: list[Running]
@@ -53,7 +53,7 @@ class Group:
 async def _group(
     setup: Setup, name: str, count: int, start: Starter, files: Sequence[Path]
 ) -> AsyncIterator[Group]:
-    """``count`` guests, measured; all are ended when the block is left."""
+    """Start and measure ``count`` guests; end them at the end of the block."""
     disk_module(setup)
     evict(files)
     at_first = meminfo.read()
@@ -83,7 +83,7 @@ async def start_one_plain(setup: Setup, ends: contextlib.AsyncExitStack) -> Runn
 
 async def start_one_cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, port, began = new_name(), free_port(), time.monotonic()
-    # onecopy hands a guest out when it is ready by its own sign; here the answer is the sign.
+    # onecopy waits for its own ready check. Here the application's answer counts.
     spec = replace(setup.prepared.spec, publish=((port, 80),), ready=None)
     prepared = replace(setup.prepared, spec=spec)
 
@@ -113,7 +113,7 @@ async def start_one_saved(setup: Setup, ends: contextlib.AsyncExitStack) -> Runn
 
 
 async def _after(group: Group, merging: Merged) -> Kind:
-    """The group's figures now that KSM has merged its pages."""
+    """Measure the group again after KSM has merged its pages."""
     idle = await settled([guest.maps.pid for guest in group.guests])
     return dataclasses.replace(
         group.kind,
@@ -126,16 +126,16 @@ async def _after(group: Group, merging: Merged) -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All kinds, and what belongs to one of them only."""
+    """The figures of all kinds, and those of one kind only."""
 
     kinds: list[Kind]
     merging: Merged | None
     places: list[Place]
-    """Where the memory of a guest from the saved system lies."""
+    """The memory of a clone by kind of mapping."""
 
 
 async def measure_kinds(setup: Setup, count: int, with_ksm: bool, tell: Tell) -> Results:
-    """All kinds, one after the other."""
+    """Measure all kinds, one after another."""
     kinds: list[Kind] = []
     merging: Merged | None = None
     tell(f"{count} plain guests")

@@ -1,9 +1,9 @@
-"""What a guest gains if large files lie at multiples of 2 MiB in the image of their segment.
+"""Measures the gain of aligning large files to 2 MiB in a segment's image.
 
-DAX maps 2 MiB at once where the place in the image, the place in the file and the address agree.
-The same tree is built twice, as it is and with its large ELF files aligned, and programs of it run
-in guests: with it as the root, which guests see through an overlay, and as a segment that is
-mounted as it is. Not here: that an aligned file is mapped so (tests/vm/test_large_pages.py).
+DAX maps 2 MiB at once if the offsets in image and file and the address are aligned alike. The same
+tree is built twice, unchanged and with its large ELF files aligned. Its programs run in guests that
+have the tree as their root, through an overlay, and in guests that mount it as a further segment.
+Not here: a test that aligned files are mapped so (tests/vm/test_large_pages.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TREES = {
     "aligned": Reference("bench-layout", "aligned"),
 }
 _SOURCE, _PACKAGES = "debian:bookworm", ["python3", "nodejs", "clang"]
-#: Files below this have hardly a whole 2 MiB that is mapped in one piece.
+#: Smaller files rarely have a whole 2 MiB that is mapped in one piece.
 LARGE = 4 * MIB
 #: Further starts of each program in a guest.
 AGAIN = 2
@@ -64,29 +64,29 @@ _COUNTED = ("faults", "seconds", "cpu", "again", "large", "refused", "small")
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One program in guests of one kind."""
+    """The figures of a program in guests of one kind."""
 
     faults: Spread
     """Minor page faults of its first start."""
     seconds: Spread
-    """Of its first start."""
+    """Seconds of its first start."""
     cpu: Spread
-    """CPU seconds of the VMM for it."""
+    """CPU seconds of the VMM for the first start."""
     again: Spread
     """CPU seconds of the VMM for a further start in the same guest."""
     large: Spread
-    """Faults of one start that mapped 2 MiB of a file."""
+    """Page faults of a start that mapped 2 MiB of a file."""
     refused: Spread
-    """Faults of one start where 2 MiB were tried, and places did not agree."""
+    """Page faults of a start that tried 2 MiB and failed, because offsets were not aligned."""
     small: Spread
-    """Faults of one start that mapped 4 KiB of a file."""
+    """Page faults of a start that mapped 4 KiB of a file."""
     tables: Spread
-    """Bytes of page tables, at most."""
+    """Largest size of the page tables in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Guests in which the tree has one layout and one place."""
+    """The figures of guests with one layout and one use of the tree."""
 
     layout: str
     place: str
@@ -94,12 +94,12 @@ class Layout:
     image: int
     """Bytes of the image."""
     resident: Spread
-    """Bytes of the image in the host's memory after all programs ran, none of them before."""
+    """Resident bytes of the image after all programs ran; none were resident before."""
     programs: dict[str, Program]
 
 
 async def measure_layouts(setup: Setup, count: int, tell: Callable[[str], None]) -> list[Layout]:
-    """``count`` guests of each kind."""
+    """Measure ``count`` guests of each kind."""
     tell("two layouts of one tree")
     try:
         _build(setup, tell)
@@ -111,12 +111,12 @@ async def measure_layouts(setup: Setup, count: int, tell: Callable[[str], None])
 
 
 async def compare(setup: Setup, count: int, tell: Callable[[str], None]) -> list[Layout]:
-    """The same, of the segments that are there."""
+    """Measure ``count`` guests of each kind, with existing segments."""
     runs: dict[tuple[str, str], list[_Run]] = {}
     for number in range(count):
         for place in ("root", "segment"):
             tell(f"guests with two layouts, {number + 1} of {count}: {place}")
-            # At once, so that a busy moment of the host hits both.
+            # In turn, so that load on the host affects both.
             async with asyncio.TaskGroup() as group:
                 tasks = {
                     layout: group.create_task(_guest(setup, layout, place)) for layout in TREES
@@ -160,7 +160,7 @@ def _prepared(setup: Setup, ref: Reference, place: str) -> BootPlan:
 
 
 async def _guest(setup: Setup, layout: str, place: str) -> _Run:
-    """One fresh guest, of whose image nothing is in the host's memory before."""
+    """Measure a new guest, with its image dropped from the host's page cache."""
     prepared, image = _prepared(setup, TREES[layout], place), _image(setup, layout)
     evict([image])
     record = await boot_guest(setup.host, prepared, new_name())
@@ -176,7 +176,7 @@ async def _figures(setup: Setup, record: GuestRecord, place: str, program: str) 
     none = await _probe(setup, record, place, program, "0")
     more = await _probe(setup, record, place, program, str(AGAIN))
     traced = await _probe(setup, record, place, program, "1", "traced")
-    # Without what the probe itself takes.
+    # Subtract the cost of the probe itself.
     again = (more["cpu"] - none["cpu"]) / AGAIN
     return {**first, **traced, "again": again, "cpu": first["cpu"] - none["cpu"]}
 
@@ -184,7 +184,7 @@ async def _figures(setup: Setup, record: GuestRecord, place: str, program: str) 
 async def _probe(
     setup: Setup, record: GuestRecord, place: str, program: str, *options: str
 ) -> dict[str, float]:
-    """What the probe prints, and CPU seconds of the VMM meanwhile."""
+    """Return the probe's output, and the VMM's CPU seconds while it ran."""
     see, mounts = ("/", "") if place == "root" else (_AT, _PROC)
     script = f'[ -e {_TRACE}/trace ] || mount -t tracefs tracefs {_TRACE}; {mounts} python3 -c "$@"'
     probe = ["probe", resource("layoutprobe.py"), see, json.dumps(PROGRAMS[program]), *options]
@@ -198,7 +198,7 @@ async def _probe(
 
 
 def _build(setup: Setup, tell: Callable[[str], None]) -> None:
-    """Both segments."""
+    """Build both segments."""
     tree = setup.work / "tree"
     tree.mkdir()
     tree = open_source(_SOURCE, _PACKAGES).unpack(tree, tell)
@@ -223,7 +223,7 @@ def _build(setup: Setup, tell: Callable[[str], None]) -> None:
 
 
 def large_files(tree: Path) -> Iterator[Path]:
-    """The ELF files of at least LARGE bytes; of those with several names the first."""
+    """Return the ELF files of at least LARGE bytes, each by its first name."""
     seen = set()
     for path, status in walk(tree):
         if not stat.S_ISREG(status.st_mode) or status.st_size < LARGE or status.st_ino in seen:
@@ -235,12 +235,12 @@ def large_files(tree: Path) -> Iterator[Path]:
 
 
 def _before(name: str) -> str:
-    """A name that sorts before ``name``, with hardly anything in between."""
+    """Return a name that sorts directly before ``name``."""
     return name[:-1] + "!"
 
 
 def _begins(image: Path, files: Sequence[Path]) -> dict[Path, int]:
-    """Where in ``image`` the content of each file begins."""
+    """Return the offset of each file's content in ``image``."""
     begins = {}
     with image.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as data:
         for path in files:

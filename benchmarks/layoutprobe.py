@@ -1,10 +1,11 @@
-"""Starts a program and says what that cost: runs in a guest, as `python3 -c`, for layout.py.
+"""Starts a program and measures its cost: runs in a guest, as `python3 -c`, for layout.py.
 
-Arguments: the folder that the program sees as its root, its argv and standard input as JSON, how
-often to start it, and `traced` or nothing. Prints JSON: "faults", minor page faults, and "seconds"
-of the first start. With `traced` instead, of one start: "large", "refused" and "small", faults on
-files of memory devices (DAX) that mapped 2 MiB, tried to, and mapped 4 KiB (tracepoints fs_dax);
-and "tables", KiB of its page tables at most. Standard library only.
+Arguments: the program's root directory, its argv and standard input as JSON, the number of starts,
+and `traced` or nothing. Prints JSON: "faults" (minor page faults) and "seconds" of the first start.
+With `traced`, for one start: "large", "refused" and "small", the DAX faults that mapped 2 MiB,
+tried to, and mapped 4 KiB (tracepoints fs_dax); and "tables", the largest size of its page tables
+in KiB.
+It uses the standard library only.
 """
 
 import json
@@ -22,7 +23,7 @@ TRACE = Path("/sys/kernel/tracing")
 def start(
     folder: str, argv: Sequence[str], given: str, watch: Callable[[int], None] | None = None
 ) -> tuple[int, float]:
-    """Run it to its end; return its minor page faults and seconds."""
+    """Run the program to its end; return its minor page faults and seconds."""
 
     def enter() -> None:
         os.chroot(folder)
@@ -50,7 +51,7 @@ def start(
 
 
 def traced(folder: str, argv: Sequence[str], given: str) -> dict[str, int]:
-    """Count the DAX faults of one start, and the most memory that its page tables took."""
+    """Count the DAX faults of a start, and measure the largest size of its page tables."""
     tables = [0]
 
     def watch(pid: int) -> None:
@@ -85,7 +86,7 @@ def traced(folder: str, argv: Sequence[str], given: str) -> dict[str, int]:
 
 
 def main(folder: str, program: str, count: str, kind: str = "") -> None:
-    """See above."""
+    """Run as the module's docstring describes."""
     argv, given = json.loads(program)
     if kind == "traced":
         print(json.dumps(traced(folder, argv, given)))

@@ -1,4 +1,4 @@
-"""Hundreds of clones at once, by the commands that a user gives; and one more beside them.
+"""Measures hundreds of clones at once, by the user's commands, and one more beside them.
 
 Not here: what a clone costs (idle.py), the phases of one start (starts.py).
 """
@@ -28,50 +28,50 @@ from onecopy.sharing.cross_check import Before, check
 from onecopy.sharing.forecast import Forecast, Work, forecast
 from onecopy.sharing.report import collect
 
-#: Single starts, each time it is measured.
+#: Number of single starts in each measurement.
 _ONES = 7
 _NAME = "many"
-#: What clones that are measured for `plan` do.
+#: The work of clones that `plan` measures.
 _ASK = Work("busybox wget -qO- http://127.0.0.1:$PORT/", 80)
-#: Seconds that `top` is given, and that it is measured for.
+#: Seconds for `top` to start, and of its measurement.
 _TOP_STARTS, _TOP_RUNS = 10.0, 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Many:
-    """Seconds of whole commands, if nothing else is said."""
+    """The figures; seconds of whole commands unless stated otherwise."""
 
     guests: int
     alone: Spread
-    """From asking for one clone until it is handed out, while no other runs."""
+    """From the request for one clone until it is ready, while no other runs."""
     started: float
     """`run -n N`."""
     answered: float
-    """From asking them, at rest, until each has answered over HTTP with its own name."""
+    """From the requests to idle clones until each has answered over HTTP with its name."""
     beside: Spread
-    """As ``alone``, while all run."""
+    """As ``alone``, while all others run."""
     ps: Spread
     report: Spread
     top: float
-    """CPU seconds per second of `top` on a terminal, once it shows them."""
+    """CPU seconds per second of `top` on a terminal, once it shows all clones."""
     stopped: float
     """`stop --all`."""
     shut_down: int
-    """Clones that shut down by themselves meanwhile; the others were ended."""
+    """Clones that shut down in time; the others were killed."""
     available_taken: float
-    """Bytes for each: how much less MemAvailable the host had when all had come to rest."""
+    """Bytes for each: the decrease of MemAvailable when all clones were idle."""
     memory: int
-    """Bytes of all at rest, what they share included (sharing/cross_check.py, parts)."""
+    """Bytes of all idle clones, shared memory included (sharing/cross_check.py, parts)."""
     worked: int
-    """The same when they have answered."""
+    """As ``memory``, after all clones have answered."""
     planned: Forecast
-    """What `plan` said of ``memory`` and ``started``."""
+    """The forecasts of `plan` for ``memory`` and ``started``."""
     planned_worked: Forecast
-    """What it said of ``worked``: each that was measured has asked itself."""
+    """The forecast of `plan` for ``worked``: each measured clone has asked itself."""
 
 
 async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) -> Many:
-    """``count`` clones, which must all answer; nothing is left of them, whatever happens."""
+    """Measure ``count`` clones, which must all answer; always end them."""
     before = meminfo.read()
     try:
         tell("a few clones, and what many are planned to take")
@@ -162,7 +162,7 @@ async def _top() -> float:
     termios.tcsetwinsize(theirs, (50, 160))
     argv = [sys.executable, "-m", "onecopy", "top"]
     top = await asyncio.create_subprocess_exec(*argv, stdin=theirs, stdout=theirs)
-    # Somebody must take what it draws, or it waits.
+    # Read its output, or it would block.
     loop = asyncio.get_running_loop()
     loop.add_reader(ours, os.read, ours, 1 << 16)
     try:
@@ -179,7 +179,7 @@ async def _top() -> float:
 
 
 async def _onecopy(*args: str) -> str:
-    """What a command prints; raise GuestFailed if it fails."""
+    """Run a command and return its output; raise GuestFailed if it fails."""
     command = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "onecopy", *args, stdout=asyncio.subprocess.PIPE
     )

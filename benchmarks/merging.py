@@ -1,6 +1,6 @@
-"""KSM over running guests: on until nothing more is merged, then as it was.
+"""Runs KSM over guests until it merges nothing more, then restores its settings.
 
-Not here: KSM's counters and settings themselves (onecopy.linux.counters.ksm).
+Not here: KSM's counters and settings (onecopy.linux.counters.ksm).
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from onecopy.errors import Incompatible, NotReady
 from onecopy.linux import process
 from onecopy.linux.counters import ksm
 
-#: The kernel's defaults are made for a machine that may take hours: 100 pages each 20 ms.
+#: The kernel's defaults, 100 pages every 20 ms, would take hours.
 SETTINGS = {"pages_to_scan": 2000, "sleep_millisecs": 20, "run": 1}
-#: Seconds after which merging that does not come to an end is given up.
+#: Seconds after which unfinished merging is a failure.
 TIMEOUT = 300.0
 _EVERY = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What merging took."""
+    """The cost of merging."""
 
     seconds: float
     cpu: float
@@ -49,7 +49,7 @@ async def merged() -> AsyncIterator[Merged]:
 
 
 async def converged() -> None:
-    """Until pages_sharing has changed by less than 1 % three times, each over two whole scans."""
+    """Wait until pages_sharing changes by less than 1 % over two full scans, three times."""
     deadline = time.monotonic() + TIMEOUT
     last, stable = _read(), 0
     while stable < 3:

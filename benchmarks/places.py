@@ -1,6 +1,6 @@
-"""Where the host memory of a guest from a saved system lies, by what is mapped (smaps).
+"""Splits the host memory of a clone by kind of mapping (smaps).
 
-Not here: what is the guest's and what the VMM's (onecopy.sharing.account).
+Not here: the split into guest and VMM (onecopy.sharing.account).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onecopy.linux.counters import smaps
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One kind of mapping; bytes per guest, mean of all."""
+    """A kind of mapping; mean bytes per guest."""
 
     name: str
     rss: float
@@ -23,11 +23,11 @@ class Place:
     private: float
     """Pages that no other process maps."""
     anonymous: float
-    """Pages that are in no file: written here, merged ones included."""
+    """Anonymous pages: written by the guest, with merged ones."""
 
 
 def places(guests: Sequence[Running], saved: Template) -> list[Place]:
-    """All kinds of mappings, the largest first."""
+    """Return all kinds of mappings, the largest first."""
     found: dict[str, list[smaps.Mapping]] = {}
     for guest in guests:
         for mapping in smaps.read(guest.maps.pid):

@@ -1,7 +1,7 @@
-"""Plain guests: same root image, kernel, machine and application, the root as a virtio disk.
+"""Starts plain guests: the same image, kernel, machine and application, on a virtio disk.
 
-The same QEMU command line as onecopy's (vmm/argv.py), but for the segments. Not here: what is
-measured (kinds.py).
+QEMU's command line is the same as onecopy's (vmm/argv.py), without segments. Not here: the
+measurement (kinds.py).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from onecopy.subprocesses import run
 from onecopy.vmm.argv import FIRST_ADDRESS, Kernel, Launch, Nic, Ram
 from onecopy.vmm.qemu_process import Vmm, launch, prepare
 
-#: Boot modules that serve segments and the agent: a plain guest has neither.
+#: Boot modules for segments and the agent, which a plain guest lacks.
 _NOT_NEEDED = ("virtio_pmem", "nd_", "libnvdimm", "dax", "virtio_console")
 
 
 def disk_module(setup: Setup) -> Path | None:
-    """virtio_blk out of the kernel's modules, or None if it is built in.
+    """Extract virtio_blk from the kernel's modules; return None if it is built in.
 
-    To be called before the host's memory is looked at: the first call reads all of the modules.
+    Call it before measuring the host's memory, because the first call reads all modules.
     """
     kept = setup.work / "virtio_blk.ko"
     if not kept.exists():
@@ -51,7 +51,7 @@ def start_plain(setup: Setup, name: str, command: str, publish: Ports) -> Vmm:
 
 
 def new_plain(setup: Setup, name: str, publish: Ports) -> Launch:
-    """A run folder for a guest, and how QEMU is told to start it, but for what it boots."""
+    """Make a run directory for a guest; return it with QEMU's arguments except the boot disk."""
     folder = setup.work / name
     folder.mkdir()
     folder.chmod(0o711)
@@ -64,7 +64,7 @@ def new_plain(setup: Setup, name: str, publish: Ports) -> Launch:
         monitor_fd="FD",
         console_fd="FD",
         ram=Ram.ANONYMOUS,
-        # Nothing is mapped private, so QEMU need not ask for files (vmm/open_notify.py).
+        # No file is mapped privately, so QEMU needs no listener (vmm/open_notify.py).
         rom=True,
         card=Nic("52:54:00:12:34:56", str(FIRST_ADDRESS)),
         publish=publish,
@@ -72,18 +72,18 @@ def new_plain(setup: Setup, name: str, publish: Ports) -> Launch:
 
 
 def launch_plain(setup: Setup, spec: Launch) -> Vmm:
-    """Start QEMU with the root image as its disk, and no segments."""
+    """Start QEMU with the root image as its disk and without segments."""
     hardware = replace(setup.prepared.hardware, segments=())
     with setup.image.open("rb") as image:
-        # By descriptor: QEMU may be another user, and has no way to where it lies. Without locks,
-        # for which it would open /dev/null (vmm/open_notify.py).
+        # By descriptor, because QEMU may be another user without access to the path. Without locks,
+        # because QEMU would open /dev/null for them (vmm/open_notify.py).
         file = f"/proc/self/fd/{image.fileno()},file.locking=off"
         drive = ("-drive", f"file={file},if=virtio,format=raw,readonly=on")
         return launch(hardware, replace(spec, extra=drive), inherit=[image.fileno()])
 
 
 def _write_initrd(setup: Setup, out: Path, name: str, command: str) -> None:
-    """The boot modules that onecopy's own guests get, virtio_blk, busybox and `init`."""
+    """Write an initramfs of onecopy's boot modules, virtio_blk, busybox and `init`."""
     names = _needed(KernelConfig.of(setup.prepared.kernel).modules)
     folder = out.with_name("initrd.d")
     for each in ("bench", "bin", "dev", "proc", "sys"):

@@ -18,11 +18,11 @@ uptime() {
     read -r up _ </proc/uptime
     echo "$up"
 }
-# The kernel does not count reads of memory devices unless told to.
+# By default the kernel does not count reads of memory devices.
 for device in /sys/block/*; do
     echo 1 >"$device/queue/iostats"
 done
-# Until the rest of the guest has come to rest.
+# Wait until the guest is idle.
 sleep 5
 f=$(faults) s=$(sectors) u=$(uptime)
 self=$(perl -MPOSIX -e 'open F, "/proc/self/stat"; print +(split " ", <F>)[11]')

@@ -1,6 +1,6 @@
-"""All results of one run as JSON values and as Markdown.
+"""Formats all results of a run as JSON values and as Markdown.
 
-Not here: what the figures mean (docs/performance.md says it beside them).
+Not here: the meaning of the figures (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NAMES = {
 
 @dataclass(slots=True)
 class Report:
-    """One run."""
+    """The results of a run."""
 
     machine: dict[str, str]
     starts: Starts | None = None
@@ -56,11 +56,11 @@ class Report:
     translated: list[Room] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Seconds and bytes; each spread with all its values."""
+        """Convert to JSON values in seconds and bytes; each spread with all its values."""
         return {"schema": 2, **asdict(self)}
 
     def to_markdown(self) -> str:
-        """Tables with a heading each."""
+        """Format the tables, each with a heading."""
         machine = [[key, value] for key, value in self.machine.items()]
         parts = ["### The machine\n\n" + table(["", ""], machine)]
         if self.kinds:
@@ -101,7 +101,7 @@ class Report:
 
 
 def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, str]:
-    """What the figures depend on; ``runs`` is what is in the guests."""
+    """Describe the host and the versions; ``runs`` is the guests' software."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = [
         line.partition(":")[2].strip() for line in cpuinfo.splitlines() if "model name" in line
@@ -216,7 +216,7 @@ def _first_starts(kinds: dict[str, FirstStart]) -> str:
 
 
 def _idle(kinds: Sequence[Idle]) -> str:
-    """Host memory of one more clone, and where it lies."""
+    """Format the host memory of one more clone, by kind of mapping."""
     head = ["per clone", *("KSM, QEMU's own memory too" if k.merged else "as it is" for k in kinds)]
     rows = [
         ["**host memory, all in**", *(f"**{_mib(k.all_in)}**" for k in kinds)],
@@ -310,7 +310,7 @@ def _planned_time(many: Many) -> str:
 
 
 def _truth(truth: Truth) -> str:
-    """Sums against the host, claims against what came true, and what `advise` takes."""
+    """Format the cross-checks of `report` and `advise`, and the cost of `advise`."""
     checks = {
         f"{truth.clones} clones": truth.clones_check,
         f"{truth.plain} plain": truth.plain_check,
@@ -349,7 +349,7 @@ def _places(places: Sequence[Place]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first are aligned to the right."""
+    """Format a Markdown table; all columns but the first are right-aligned."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,6 +1,6 @@
-"""What all measured guests are made of: one root image, one kernel, one application.
+"""Prepares the root image, kernel and application that all measured guests share.
 
-Not here: starting guests (plain.py for those that onecopy has no hand in, kinds.py).
+Not here: starting guests (kinds.py; plain.py for guests without onecopy).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ ROOT = Reference("bench-root")
 SYSTEM = Reference("bench")
 ALONE = Reference("bench-alone")
 _SOURCE, _PACKAGES = "debian:bookworm", ("python3",)
-#: A shell command: the application answers (asked in the guest, of itself).
+#: A shell command in the guest that succeeds once the application answers.
 READY = "python3 -c 'import urllib.request; urllib.request.urlopen(\"http://127.0.0.1\")'"
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Ready to be started, in any number and by any way."""
+    """The prepared guest, to be started in any number and any way."""
 
     host: Runtime
     prepared: BootPlan
-    """A guest that executes the root image in place and runs the application."""
+    """A guest that maps the root image in place and runs the application."""
     saved: Template
-    """The same guest, saved when the application answered."""
+    """That guest, saved once the application answered."""
     work: Path
-    """A scratch folder."""
+    """A scratch directory."""
     save_seconds: float
 
     @property
@@ -52,12 +52,12 @@ class Setup:
 
 
 def resource(name: str) -> str:
-    """A file of this folder."""
+    """Return the path of a file in this directory."""
     return resources.files("benchmarks").joinpath(name).read_text()
 
 
 def application() -> str:
-    """The shell command that runs the application in a guest."""
+    """Return the shell command that runs the application in a guest."""
     return f"exec python3 -c {shlex.quote(resource('app.py'))}"
 
 
@@ -68,7 +68,7 @@ async def set_up(
     tell: Callable[[str], None],
     root: Reference | None = None,
 ) -> Setup:
-    """Save the system, on ``root`` or on one that is built if the store lacks it."""
+    """Save the system, on ``root`` or on a root that is built if the store lacks it."""
     if root is None and host.store.find(ROOT, "segment") is None:
         build_segment(host.store, ROOT, _SOURCE, BuildOptions(include=_PACKAGES), progress=tell)
     spec = BootSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
@@ -85,6 +85,6 @@ async def set_up(
 
 
 async def without_network(setup: Setup, tell: Callable[[str], None]) -> Template:
-    """The same guest, saved without a network card."""
+    """Save the same guest without a network card."""
     spec = replace(setup.prepared.spec, network=False)
     return template(setup.host, (await save_system(setup.host, ALONE, spec, tell)).artifact)

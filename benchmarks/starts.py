@@ -1,7 +1,7 @@
-"""How long one start takes: a bare `qemu -S`, a guest from the saved system, and the command.
+"""Measures one start: of a bare `qemu -S`, of a clone, and of the whole command.
 
-All in turn, so that a busy moment of the host hits all. The clone is the real start_clone(),
-its phases seen from outside. Not here: booted guests (kinds.py).
+All kinds take turns, so that load on the host affects all. A clone is started by the real
+start_clone(), whose phases are observed from outside. Not here: booted guests (kinds.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from onecopy.subprocesses import environment
 from onecopy.vmm.monitor import Monitor, connect
 from onecopy.vmm.qemu_process import launch
 
-#: Moments of one start, in order, each in seconds from spawning QEMU.
+#: The moments of a start, in order; each is in seconds since spawning QEMU.
 MOMENTS = {
     "greeting": "QEMU has greeted (QMP)",
     "loading": "QEMU was told to load the state",
@@ -42,7 +42,7 @@ MOMENTS = {
     "handed out": "the guest is the user's",
     "answered": "its application has answered over HTTP",
 }
-#: QMP command -> the moment that passes when it is given.
+#: QMP command -> the moment at which it is sent.
 _BEFORE = {"migrate-incoming": "loading", "cont": "loaded"}
 
 
@@ -51,25 +51,25 @@ class Starts:
     """Seconds."""
 
     empty: Spread
-    """`qemu -machine none -S` until it answers its first QMP command: no machine at all."""
+    """`qemu -machine none -S` until its first QMP answer: without any machine."""
     bare: Spread
-    """`qemu -S` until it answers its first QMP command."""
+    """`qemu -S` until its first QMP answer."""
     alone: dict[str, Spread]
-    """As ``moments``, of a clone without a network card, which answers nobody."""
+    """As ``moments``, of a clone without a network card."""
     moments: dict[str, Spread]
-    """A clone's MOMENTS, from spawning QEMU."""
+    """MOMENTS of a clone, in seconds since spawning QEMU."""
     phases: dict[str, Spread]
     """The same, each from the one before."""
     command: Spread
-    """`onecopy run SYSTEM` until it exits, the start of Python included."""
+    """`onecopy run SYSTEM` until it exits, with the start of Python."""
     prepared: dict[str, Spread]
-    """As ``moments``, of a clone that was prepared (`onecopy pool`), from when it is asked for."""
+    """As ``moments``, of a standby clone (`onecopy pool`), since the request."""
     prepared_command: Spread
-    """As ``command``, of a clone that was prepared."""
+    """As ``command``, with a standby clone."""
 
 
 async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) -> Starts:
-    """``count`` of each, in turn; the first of each, which warms the host, is left out."""
+    """Measure ``count`` starts of each kind, in turn, after one of each that warms up the host."""
     lonely = await without_network(setup, tell)
     empty, bare, alone, clones, command = [], [], [], [], []
     prepared, prepared_command = [], []
@@ -98,11 +98,11 @@ async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) 
 
 
 async def _prepare_one(setup: Setup) -> None:
-    """One prepared clone, and no pool that is filled again."""
+    """Prepare one standby clone, without a pool that is refilled."""
     with setup.host.batch() as batch:
         await restore.prepare_clone(setup.host, setup.saved, f"{POOL}bench", batch)
         batch.hand_out()
-    # QEMU frees what it needed to load the state a little later.
+    # QEMU frees its buffers for loading the state a little later.
     await asyncio.sleep(1)
 
 
@@ -118,14 +118,14 @@ def _steps(clone: dict[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def _machine(setup: Setup) -> list[str]:
-    """An empty machine of the same type and CPU."""
+    """Return an empty machine of the same type and CPU."""
     hardware = setup.saved.hardware
     argv = ["-machine", hardware.machine, "-accel", setup.saved.accel.name]
     return [*argv, "-cpu", hardware.cpu, "-m", "256M"]
 
 
 def _bare(setup: Setup, machine: list[str]) -> float:
-    """QEMU with a machine that never runs: what no start can go below."""
+    """Start QEMU with a machine that never runs: the lower bound of any start."""
     path = setup.work / "bare.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -142,13 +142,13 @@ def _bare(setup: Setup, machine: list[str]) -> float:
     try:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
-            # The greeting comes before there is a machine: what counts is an answer.
+            # The greeting comes before the machine exists, so an answer counts.
             client.sendall(b'{"execute": "qmp_capabilities"} {"execute": "query-status"}')
             said = b""
             while b'"running"' not in said:
                 said += (data := client.recv(65536))
                 if not data:
-                    raise RuntimeError(f"QEMU ended; it said {said!r}")
+                    raise RuntimeError(f"QEMU ended with the output {said!r}")
             return time.monotonic() - began
     finally:
         process.kill()
@@ -157,7 +157,7 @@ def _bare(setup: Setup, machine: list[str]) -> float:
 
 
 async def _clone(setup: Setup, system: restore.Template, publish: Ports = ()) -> dict[str, float]:
-    """The moments of one clone; the last only if it publishes a port."""
+    """Return the moments of a clone; the last one only if it publishes a port."""
     name = new_name()
     with _watched() as marks:
         asked = time.monotonic()
@@ -177,7 +177,7 @@ async def _clone(setup: Setup, system: restore.Template, publish: Ports = ()) ->
 
 @contextlib.contextmanager
 def _watched() -> Iterator[dict[str, float]]:
-    """Note when start_clone() passes from one phase to the next."""
+    """Record when start_clone() goes from one phase to the next."""
     marks: dict[str, float] = {}
     become, execute = identity.become, Monitor.execute
 
@@ -214,7 +214,7 @@ def _watched() -> Iterator[dict[str, float]]:
 
 
 def _command(setup: Setup) -> float:
-    """Wall time of the command line, which leaves the guest running."""
+    """Return the wall time of the command, which leaves the guest running."""
     name = new_name()
     program = Path(sys.executable).with_name("onecopy")
     env = {**os.environ, "ONECOPY_HOME": str(setup.host.store.root)}

@@ -1,7 +1,7 @@
-"""How much memory for translated code a guest needs under TCG: work with less and less of it.
+"""Measures work under TCG with less and less memory for translated code.
 
-Processor time of the VMM, which other guests of a busy host hardly change, medians of turns in
-which each amount has its own. Not here: what a clone's translated code takes (places.py).
+It takes the VMM's CPU time, which other guests of a busy host hardly change, and medians over turns
+with all amounts. Not here: the memory of a clone's translated code (places.py).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from onecopy.linux.counters import smaps
 from onecopy.model import MIB
 from onecopy.vmm.monitor import connect
 
-#: Bytes; the last is QEMU's own choice, with which nothing is ever dropped here.
+#: Bytes; the last one is QEMU's default, which drops no code here.
 _SIZES = tuple(size * MIB for size in (16, 32, 64, 128, 1024))
 _COMPILE = """\
 import glob
 for path in sorted(glob.glob("/usr/lib/python3*/*.py"))[::2]:
     compile(open(path, encoding="utf-8", errors="replace").read(), path, "exec")
 """
-#: What is done in a booted guest, besides booting it.
+#: The work in a booted guest, besides booting it.
 _JOBS = {
     "Python compiles its library": ["python3", "-c", _COMPILE],
     "40 short programs": [
@@ -48,23 +48,23 @@ _BOOT = "boot"
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """One kind of work with so much room for translated code."""
+    """The figures of one kind of work with one amount of memory for translated code."""
 
     work: str
     size: int
-    """Bytes of room."""
+    """Bytes of memory for translated code."""
     cpu: float
-    """Processor seconds of the VMM, median."""
+    """Median CPU seconds of the VMM."""
     dropped: float
-    """How many times all translated code was dropped, median."""
+    """Median number of times that all translated code was dropped."""
     private: int
-    """Bytes of the VMM's own but for guest RAM, at the end of the last turn."""
+    """Private bytes of the VMM without guest RAM, at the end of the last turn."""
 
 
 async def measure_translated(setup: Setup, turns: int, tell: Callable[[str], None]) -> list[Room]:
-    """All work with each amount of room, ``turns`` times. Raises Incompatible but under TCG."""
+    """Measure all work with each amount, ``turns`` times; raise Incompatible unless under TCG."""
     if setup.prepared.accel.name != "tcg":
-        raise Incompatible("nothing is translated under KVM", hint="give --accel tcg")
+        raise Incompatible("KVM translates no code", hint="give --accel tcg")
     found: dict[tuple[str, int], list[tuple[float, int, int]]] = {}
     for turn in range(turns):
         for size in _SIZES[:: -1 if turn % 2 else 1]:
@@ -84,7 +84,7 @@ async def measure_translated(setup: Setup, turns: int, tell: Callable[[str], Non
 
 
 async def _turn(setup: Setup, size: int) -> AsyncIterator[tuple[str, float, int, int]]:
-    """Each work, its processor seconds, how often code was dropped, and the VMM's own bytes."""
+    """Yield each work, its CPU seconds, the number of drops, and the VMM's private bytes."""
     async with _guest(setup, size) as guest:
         cpu, dropped = 0.0, 0
         for work in (_BOOT, *_JOBS):
@@ -118,7 +118,7 @@ async def _dropped(setup: Setup, guest: GuestRecord) -> int:
         said = await monitor.human("info jit")
     found = re.search(r"TB flush count\s+(\d{1,18})", said)
     if not found:
-        raise GuestFailed("QEMU does not tell how often it has dropped translated code")
+        raise GuestFailed("QEMU does not report how often it has dropped translated code")
     return int(found[1])
 
 

@@ -1,4 +1,4 @@
-"""Whether the figures are true: do a report's parts add up, and does what `advise` says come true.
+"""Checks the figures: the parts of a report add up, and the savings that `advise` states hold.
 
 Not here: what each kind of guest costs (kinds.py).
 """
@@ -31,9 +31,9 @@ from onecopy.sharing.survey import Sources, Survey, survey
 
 Tell = Callable[[str], None]
 
-#: Guests of which all RAM is their own, for `advise`: how many, and MiB each.
+#: Guests for `advise` that share no RAM: how many, and MiB of each.
 _MANY, _LARGE = 100, 256
-#: A process of its own, so that what it takes can be told.
+#: A separate process, so that its memory can be measured.
 _SYNTHETIC = """
 import resource, sys
 import numpy as np
@@ -60,30 +60,30 @@ class Truth:
 
     clones: int
     clones_check: Check
-    """That many clones of the saved system, at rest."""
+    """Idle clones of the saved system."""
     plain: int
     plain_check: Check
-    """That many plain guests, at rest."""
+    """Idle plain guests."""
     own: int
-    """What of the plain guests' memory was read."""
+    """Bytes of the plain guests' memory that were read."""
     read_seconds: float
-    """Processor time for reading and hashing it."""
+    """CPU time for reading and hashing it."""
     copy_seconds: float
-    """The same for copying as much from memory to memory."""
+    """CPU time for copying as much within memory."""
     peek_seconds: float
-    """The same for copying as much out of a process (process_vm_readv(2)), without hashing."""
+    """CPU time for copying as much out of a process (process_vm_readv(2)), without hashing."""
     claims: dict[str, int]
-    """What each way would save, as `advise` says of the plain guests."""
+    """Savings of each way, as `advise` states for the plain guests."""
     came_true: dict[str, int]
-    """What it saved when the same guests were run that way: of the host's memory, with page cache;
-    with KSM the pages that went."""
+    """Savings when the same guests ran that way: host memory with page cache; for KSM the pages
+    that it freed."""
     many_memory: int
-    """The largest size of `advise` for 100 guests of 256 MiB (made up: half is common)."""
+    """Peak memory of `advise` for 100 synthetic guests of 256 MiB with half in common."""
     many_seconds: float
 
 
 async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Truth:
-    """``clones`` of the saved system, then ``plain`` guests in every way."""
+    """Measure ``clones`` of the saved system, then ``plain`` guests in every way."""
     tell(f"{clones} clones, and the check of their report")
     async with _guests(setup, clones, start_one_saved) as rested:
         clones_check = rested.check
@@ -92,7 +92,7 @@ async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Tr
         root = [Image("root", setup.image)]
         found = survey([guest.maps for guest in plainly.guests], Sources(root_images=root))
         before = ksm.read()
-        # While it stands its counts have what has ended since.
+        # A stopped KSM still counts pages of guests that have ended.
         already = _saved(before) if before and before.run else 0
         tell("the same, until KSM has merged what it can")
         async with merged():
@@ -126,12 +126,12 @@ class _Rested:
     guests: Sequence[Running]
     check: Check
     memory: int
-    """What the host has less free than before, in bytes: page cache, of disks, too, is in it."""
+    """Return the decrease of the host's MemFree in bytes, page cache of disks included."""
 
 
 @contextlib.asynccontextmanager
 async def _guests(setup: Setup, count: int, start: Starter) -> AsyncIterator[_Rested]:
-    """That many, one after another. None of their files is in the page cache before."""
+    """Start guests one after another, with none of their files in the page cache before."""
     disk_module(setup)
     files = [item.layer.path for item in setup.prepared.placed if item.layer]
     evict([*files, setup.saved.ram, setup.image])
@@ -145,7 +145,7 @@ async def _guests(setup: Setup, count: int, start: Starter) -> AsyncIterator[_Re
 
 def _saved(told: ksm.Ksm | None) -> int:
     if told is None or told.pages_sharing is None:
-        raise RuntimeError("there is no KSM")
+        raise RuntimeError("this kernel has no KSM")
     return told.pages_sharing * PAGE_SIZE
 
 
@@ -154,7 +154,7 @@ def _claims(found: Survey) -> dict[str, int]:
 
 
 def _copy(size: int) -> float:
-    """Processor seconds for copying ``size`` bytes, both sides in memory already."""
+    """Return the CPU seconds for copying ``size`` bytes, with both sides in memory."""
     chunk = 256 * MIB
     source, target = np.ones(chunk, np.uint8), np.zeros(chunk, np.uint8)
     began = time.process_time()
@@ -164,7 +164,7 @@ def _copy(size: int) -> float:
 
 
 def _peek(size: int) -> float:
-    """The same for a process's memory as scans read it, here our own: 2 MiB at once."""
+    """Return the CPU seconds for copying a process's memory as scans do: 2 MiB at once."""
     pages, at_once = 256 * MIB // PAGE_SIZE, 512
     source, into = np.ones(pages * PAGE_SIZE, np.uint8), np.empty((at_once, PAGE_SIZE), np.uint8)
     addresses = source.ctypes.data + np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE)

@@ -1,5 +1,5 @@
-"""Real KVM on any machine: an emulated host with AMD's virtualization, in which the tests run.
+"""Runs the tests under real KVM on any machine, in an emulated host with AMD's virtualization.
 
-`script/test-kvm` boots it (host.py) from segments (images.py), runs in it what it is told (inside),
-brings results and logs back, and judges them (verdict.py). Not here: the tests.
+`script/test-kvm` boots the host (host.py) from segments (images.py), runs a job in it (jobs.py,
+inside), fetches results and logs, and judges them (verdict.py). Not here: the tests.
 """

@@ -1,4 +1,4 @@
-"""script/test-kvm: the tests under real KVM, in emulated hosts."""
+"""The command line of script/test-kvm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JOBS: dict[str, jobs.Job] = {
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="script/test-kvm",
-        usage="%(prog)s [WHAT] [--debian N] [--out FOLDER] [-- ARGUMENT...]",
+        usage="%(prog)s [JOB] [--debian N] [--out DIRECTORY] [-- ARGUMENT...]",
         description="Run the VM tests under real KVM, in emulated hosts.",
     )
     parser.add_argument(
@@ -33,22 +33,23 @@ def _arguments() -> argparse.Namespace:
         nargs="?",
         choices=list(JOBS),
         default="all",
-        help="all VM tests (default); the few that script/test runs, too; make docs/support.md "
-        "anew; its rows of systems that move between QEMUs; measure; or run script/compare, few "
-        "guests unless arguments say how many",
+        metavar="JOB",
+        help="all: all VM tests (default); smoke: the few that script/test runs, too; support: "
+        "regenerate docs/support.md; moved: its rows of systems that move between QEMU versions; "
+        "bench: measure; compare: run script/compare, with few guests by default",
     )
     parser.add_argument(
         "--debian",
         type=int,
         choices=sorted(RELEASES),
         action="append",
-        help="the release of the host; may be repeated (default: all; for smoke, moved and "
+        help="the host's Debian release; may be repeated (default: all; for smoke, moved and "
         "compare: 13)",
     )
     parser.add_argument(
-        "--out", type=Path, default=PROJECT / "out/kvm", help="folder for results and logs"
+        "--out", type=Path, default=PROJECT / "out/kvm", help="directory for results and logs"
     )
-    # argparse cannot tell a last optional argument from the first after "--".
+    # argparse cannot distinguish an optional last argument from the first one after "--".
     ours, inside = _split(sys.argv[1:])
     arguments = parser.parse_args(ours)
     arguments.inside = inside
@@ -66,7 +67,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 async def _all(arguments: argparse.Namespace) -> list[str]:
     task = asyncio.current_task()
     if task:
-        # As on Ctrl-C: the emulated host is ended.
+        # End the emulated host, as on Ctrl-C.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     found = []
     for number in arguments.debian:
@@ -77,7 +78,7 @@ async def _all(arguments: argparse.Namespace) -> list[str]:
 
 
 def main() -> int:
-    """Do what is asked for; 0 only if nothing speaks against a pass."""
+    """Run the job for each release; return 0 only if all passed."""
     arguments = _arguments()
     try:
         found = asyncio.run(_all(arguments))

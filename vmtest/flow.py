@@ -1,7 +1,7 @@
-"""Runs in a host: the everyday way through onecopy, as one user, for guests of one suite.
+"""Runs in a host: the everyday use of onecopy, as one user, with guests of one suite.
 
-From a kept segment over a saved system to two clones that answer with their own names, by the
-command line alone. What came of it is a Row (support.py), written to standard output as JSON.
+It goes from an existing root segment to two clones that answer with their own names, by the command
+line alone. It prints the result as a Row (support.py) in JSON.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from onecopy.vmm.qemu import BINARY
 from tests.vm.conftest import APP
 from vmtest.support import Row
 
-#: Seconds that one command may take: in an emulated host that is much longer than elsewhere.
+#: Seconds for a command; emulated hosts are slow.
 PATIENCE = 1500
-#: Exit codes that mean "not here", and not "broken" (docs/exit-codes.md).
+#: Exit codes that mean "unsupported here", not "broken" (docs/exit-codes.md).
 REFUSALS = (13, 15)
 
 
-#: Under vmtest/chroot a user can make no namespaces (unshare(2)), which closing their guests takes.
+#: Under vmtest/chroot an ordinary user cannot make namespaces (unshare(2)), which closed networks
+#: need.
 OPEN = () if os.geteuid() == 0 else ("--allow-host",)
 
 
 class Refused(Exception):
-    """onecopy said that this cannot be done here, and why."""
+    """onecopy refused a command because this host does not support it."""
 
 
 class Failed(Exception):
-    """It went wrong."""
+    """A command or an expectation failed."""
 
 
 def onecopy(*argv: str) -> str:
-    """What a command prints; raise Refused or Failed with what it said."""
+    """Run a command and return its output; raise Refused or Failed with its message."""
     program = Path(sys.executable).with_name("onecopy")
     try:
         done = subprocess.run([program, *argv], capture_output=True, text=True, timeout=PATIENCE)
@@ -106,7 +107,7 @@ def flow(suite: str, accel: str, work: Path) -> None:
 
 
 def tell_row(work: Callable[[], None], guest: str, accel: str, saved_by: str = "") -> None:
-    """Do ``work`` and print what came of it, as JSON."""
+    """Do ``work`` and print its result as a Row in JSON."""
     result, reason = "works", ""
     began = time.monotonic()
     try:
@@ -131,7 +132,7 @@ def tell_row(work: Callable[[], None], guest: str, accel: str, saved_by: str = "
 
 
 def main() -> None:
-    """flow SUITE ACCEL FOLDER."""
+    """Run as ``flow SUITE ACCEL DIRECTORY``."""
     suite, accel, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     tell_row(lambda: flow(suite, accel, work), suite, accel)
 

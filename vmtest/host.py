@@ -1,7 +1,7 @@
-"""The emulated host: a cold guest under TCG whose processors have AMD's virtualization.
+"""Boots an emulated host: a guest under TCG whose CPUs have AMD's virtualization.
 
-QEMU's TCG emulates SVM with nested paging, so the KVM inside is the kernel's own, and real. Not
-here: what it is made of (images.py), whether what it says is a pass (verdict.py).
+QEMU's TCG emulates SVM with nested paging, so the KVM inside is the kernel's own. Not here: the
+host's segments (images.py), judging its results (verdict.py).
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from vmtest.images import Images
 
 CPUS = 2
 MEMORY = 10240 * MIB
-#: What runs all else inside, and where that puts its results.
+#: The program that runs all others in the host, and its directory of results.
 INSIDE = "/opt/onecopy/tree/vmtest/inside"
 RESULTS = "/run/results"
-#: How often a host is booted until it comes up.
+#: Attempts to boot a host.
 _TRIES = 3
-#: Seconds without a word after which an emulated host has hung: the longest silent test takes two
-#: minutes, and three times that when the machine is busy.
+#: Seconds without output after which an emulated host counts as hung. The longest silent test takes
+#: two minutes, and three times that on a busy machine.
 SILENCE = 480.0
 
 
 @dataclass(frozen=True, slots=True)
 class EmulatedHost:
-    """A running one; ``folder`` takes what it says and leaves."""
+    """A running emulated host; ``folder`` receives its output and results."""
 
     run_folder: Path
     folder: Path
@@ -54,10 +54,17 @@ class EmulatedHost:
         tell: Callable[[bytes], None],
         silence: float = SILENCE,
     ) -> int:
-        """Run a program inside and return its exit code; ``limit`` and ``silence`` are in seconds.
+        """Run a program in the host and return its exit code.
 
-        Both its outputs go to ``tell`` and to output.log. Raises GuestFailed if the host
-        hangs or ends, AgentFailed if its agent does not answer.
+        Args:
+            argv: The program and its arguments.
+            limit: Time limit in seconds.
+            tell: Receives both outputs, which also go to output.log.
+            silence: Seconds without output after which the host counts as hung.
+
+        Raises:
+            GuestFailed: The host hangs or ends.
+            AgentFailed: Its agent does not answer.
         """
         heard = time.monotonic()
         with (self.folder / "output.log").open("ab") as log:
@@ -78,11 +85,11 @@ class EmulatedHost:
                     work.cancel()
                     with suppress(asyncio.CancelledError, OnecopyError):
                         await work
-                    raise GuestFailed(f"the emulated host said nothing for {silence:g} s")
+                    raise GuestFailed(f"the emulated host printed nothing for {silence:g} s")
             return work.result()
 
     async def processors(self) -> str:
-        """Where its processors are, three times: whether they stand still."""
+        """Sample the CPUs' instruction pointers three times, to show whether they make progress."""
         said = []
         for _ in range(3):
             try:
@@ -99,7 +106,7 @@ class EmulatedHost:
         return "\n".join(said)
 
     async def fetch(self) -> None:
-        """Bring back the results; a host that has none leaves none."""
+        """Fetch the results, if there are any."""
         argv = ["tar", "-C", RESULTS, "-cf", "-", "."]
         done = await run_captured(self.run_folder, argv, timeout=300)
         if done.exit_code == 0:
@@ -110,9 +117,9 @@ class EmulatedHost:
 async def emulated_host(
     host: Runtime, images: Images, folder: Path, memory: int = MEMORY
 ) -> AsyncIterator[EmulatedHost]:
-    """Boot one; at the end, whatever happened, it is gone and its logs are in ``folder``.
+    """Boot an emulated host; at the end, end it and copy its logs to ``folder``.
 
-    It is never handed out: killed, we leave it to the next command, which ends it.
+    Its batch is never published, so that the next command ends the host if this process is killed.
     """
     prepared = plan_boot(
         host,
@@ -126,7 +133,7 @@ async def emulated_host(
             cpu="max",
             accel=Choice.TCG,
             network=False,
-            # Tests that run KSM beside it would wait until all of it has been looked at.
+            # KSM tests on the machine would otherwise wait until its memory has been scanned.
             ksm=Mergeable.NONE,
         ),
     )
@@ -135,7 +142,7 @@ async def emulated_host(
     with host.batch() as batch:
         record = await _booted(host, prepared, batch)
         mine = host.run / record.name
-        # By descriptor: the run folder may be swept before we have read them.
+        # By descriptor, because another command may sweep the run directory first.
         with (mine / "console.log").open("rb") as console, (mine / "qemu.log").open("rb") as qemu:
             try:
                 yield EmulatedHost(mine, folder)
@@ -146,10 +153,10 @@ async def emulated_host(
 
 
 async def _booted(host: Runtime, prepared: BootPlan, batch: Batch) -> GuestRecord:
-    """Boot; again if the kernel panicked.
+    """Boot the host; boot it again if its kernel panicked.
 
-    Linux patches its code while it boots, and under TCG the other processor can run into the
-    breakpoint of that.
+    Linux patches its code while it boots, and under TCG the other CPU can hit the breakpoint of
+    such a patch.
     """
     for _ in range(_TRIES - 1):
         try:

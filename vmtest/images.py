@@ -1,6 +1,6 @@
-"""What an emulated host is made of: segments, each built anew only when what goes into it changes.
+"""Builds the segments of an emulated host; each is rebuilt only when its inputs change.
 
-They lie in a store of their own, ``$ONECOPY_VMTEST_CACHE`` (default: .cache/onecopy-vmtest).
+They are kept in a separate store, ``$ONECOPY_VMTEST_CACHE`` (default: .cache/onecopy-vmtest).
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from onecopy.model import Reference
 from tests.vm.kept import builders_digest, kept_store
 
 PROJECT = Path(__file__).parents[1]
-#: Where an emulated host has the other segments.
+#: Mount points of the other segments in an emulated host.
 PYTHON, TREE, STORE = "/opt/onecopy/python", "/opt/onecopy/tree", "/opt/onecopy/store"
-#: Where it has another release's root and Python.
+#: Mount points of another release's root and Python.
 OTHER_ROOT, OTHER_PYTHON = "/opt/onecopy/other/root", "/opt/onecopy/other/python"
-#: Besides those of script/bootstrap: the interpreter, and what the least Debian lacks, but no host:
-#: a user and their rights, bridges.
+#: Packages beside those of script/bootstrap: Python, and packages that a minimal Debian lacks.
 _PACKAGES = ("python3", "passwd", "procps", "mount", "iproute2")
-#: What the tests need of the extra "dev" (pyproject.toml): the linters have run already.
+#: The packages of the extra "dev" (pyproject.toml) that the tests need; the linters run elsewhere.
 _TEST_PACKAGES = ("hypothesis", "pytest")
 _LAUNCHER = f"#!{PYTHON}/bin/python\nfrom onecopy.__main__ import main\n\nmain()\n"
 
@@ -40,7 +39,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Debian:
-    """A release as an emulated host."""
+    """A Debian release of an emulated host."""
 
     number: int
     suite: str
@@ -56,15 +55,15 @@ RELEASES = {
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The segments of one emulated host."""
+    """The segments of an emulated host."""
 
     root: Reference
     mounted: tuple[tuple[Reference, str], ...]
-    """(segment, mount point) pairs."""
+    """Pairs (segment, mount point)."""
 
 
 def store_root() -> Path:
-    """Where the segments are kept."""
+    """Return the directory of the segments' store."""
     return Path(os.environ.get("ONECOPY_VMTEST_CACHE", PROJECT / ".cache/onecopy-vmtest"))
 
 
@@ -75,9 +74,9 @@ def ensure_images(
     tell: Tell,
     other: Debian | None = None,
 ) -> Images:
-    """All segments for ``debian``, whose tests can use guests of ``suites``; raises as building.
+    """Build all segments for the release ``debian``, with guests' roots of ``suites``.
 
-    Those of ``other`` are mounted besides.
+    The segments of the release ``other`` are mounted, too.
     """
     builder = _Builder(host, tell)
     root, python = _system(builder, debian)
@@ -101,12 +100,12 @@ def ensure_images(
 def ensure_debian(
     host: Runtime, name: str, source: str, packages: tuple[str, ...], tell: Tell
 ) -> Reference:
-    """The segment ``name``: a Debian root with these packages."""
+    """Build the segment ``name``, a Debian root with these packages, unless it is up to date."""
     return _Builder(host, tell).ensure(name, "\n".join((source, *packages)), source, packages)
 
 
 def _system(builder: _Builder, debian: Debian) -> tuple[Reference, Reference]:
-    """Root and Python environment of a release."""
+    """Build the root and the Python environment of a release."""
     packages = _packages()
     root = builder.ensure(
         f"root-{debian.suite}", "\n".join(packages), f"debian:{debian.suite}", packages
@@ -128,24 +127,24 @@ class _Builder:
     def ensure(
         self, name: str, inputs: str, source: str, include: tuple[str, ...] = ()
     ) -> Reference:
-        """The segment ``name`` made of ``inputs``; others of this name go."""
+        """Return the segment ``name`` for ``inputs``; build it, and remove its other versions."""
         return self._ensure(name, inputs, lambda: source, include)
 
     def ensure_made(self, name: str, inputs: str, make: Callable[[], Path]) -> Reference:
-        """The same from a folder that is made only if it is needed."""
+        """Return the segment ``name`` for ``inputs``; call ``make`` for its directory if needed."""
         return self._ensure(name, inputs, lambda: f"dir:{make()}")
 
     def _ensure(
         self, name: str, inputs: str, source: Callable[[], str], include: tuple[str, ...] = ()
     ) -> Reference:
-        # What builds segments is an input, too.
+        # The code that builds segments is an input, too.
         digest = hashlib.sha256(f"{builders_digest()}\n{inputs}".encode()).hexdigest()[:12]
         ref = Reference(name, digest)
         store = self.host.store
         if not store.find(ref, "segment"):
             for artifact in store.artifacts():
                 if artifact.name == name:
-                    # Another run may be using it; it goes with the next change.
+                    # Another run may be using it. The next change removes it.
                     with suppress(InUse):
                         store.remove(Reference.parse(artifact.ref))
             self.tell(f"building {name}")
@@ -167,7 +166,7 @@ def _pyproject() -> str:
 
 
 def _python(into: Path, debian: Debian) -> Path:
-    """A virtual environment for another Python than ours: its packages are wheels."""
+    """Install wheels into a directory as the environment of another Python version."""
     project = tomllib.loads(_pyproject())["project"]
     extra = project["optional-dependencies"]["dev"]
     wanted = [*project["dependencies"], *(p for p in extra if p.startswith(_TEST_PACKAGES))]
@@ -186,7 +185,7 @@ def _python(into: Path, debian: Debian) -> Path:
 
 
 def _tree_files() -> list[Path]:
-    """The project's own files: those that git knows, and new ones that it does not ignore."""
+    """List the project's files: those in git, and new ones that git does not ignore."""
     listed = _output("git", "ls-files", "-co", "--exclude-standard", "-z")
     return sorted(path for name in listed.split("\0") if name and (path := PROJECT / name).exists())
 

@@ -1,7 +1,7 @@
-"""What script/test-kvm can do in an emulated host.
+"""The jobs of script/test-kvm.
 
-One function each, which returns what went wrong. Not here: the host itself (host.py), the programs
-that run in it (inside, matrix, bench).
+Each is a function that returns a list of problems. Not here: the emulated host (host.py), the
+programs that run in it (inside, matrix, bench).
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from vmtest import support, verdict
 from vmtest.host import INSIDE, MEMORY, RESULTS, EmulatedHost, emulated_host
 from vmtest.images import PROJECT, RELEASES, Debian, ensure_debian, ensure_images, store_root
 
-#: Seconds that one emulated host may take for all it is to do.
+#: Time limit of a job in an emulated host, in seconds.
 LIMIT = 7200.0
-#: The first builds Debian roots from the network, which an emulated host does not have; the second
-#: boots emulated hosts. Under KVM they would show nothing else.
+#: The first builds Debian roots from the network, which an emulated host does not have. The second
+#: boots emulated hosts. KVM makes no difference to either.
 _ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_vmtest.py")
 
-#: Beside tests/vm: a workload, and power cuts.
+#: Tests beside tests/vm: a workload, and power cuts.
 _WORKLOADS = "tests/workloads/test_short.py"
-#: Bytes: a machine of 10 GiB can do the smoke tests.
+#: RAM of the host for smoke tests, so that a machine with 10 GiB can run them.
 _SMOKE_MEMORY = 6144 * MIB
-#: Where an emulated host has the root of the guests that are compared.
+#: Mount point in an emulated host of the root for compared guests.
 _COMPARE_ROOT = "/opt/onecopy/compare-root"
 _SUITES = tuple(release.suite for release in RELEASES.values())
 
 Job = Callable[[Debian, Path, Sequence[str]], Awaitable[list[str]]]
-"""(release, folder for results, arguments for pytest or compare) -> what went wrong."""
+"""(release, directory for results, arguments for pytest or compare) -> problems."""
 
 
 def tell(text: str) -> None:
-    """A line for who waits."""
+    """Print a progress line."""
     print(f"test-kvm: {text}", file=sys.stderr, flush=True)
 
 
 async def tests(
     debian: Debian, out: Path, arguments: Sequence[str], memory: int = MEMORY
 ) -> list[str]:
-    """All VM tests, or what ``arguments`` say; ``memory`` is the host's, in bytes."""
+    """Run all VM tests, or pytest with ``arguments``; ``memory`` is the host's RAM in bytes."""
     wanted = arguments or ["tests/vm", _WORKLOADS, *_ELSEWHERE]
     pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider"]
     folder = out / f"debian-{debian.number}"
@@ -60,15 +60,16 @@ async def tests(
 
 
 async def smoke(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
-    """The few tests that script/test runs under KVM, too."""
+    """Run the few tests that script/test also runs under KVM."""
     wanted = arguments or ["tests/vm", *_ELSEWHERE]
     return await tests(debian, out, ["-m", "smoke", *wanted], _SMOKE_MEMORY)
 
 
 async def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
-    """The rows of one release as a host, and docs/support.md with them.
+    """Measure the rows of a host release, and regenerate docs/support.md.
 
-    KVM's in an emulated host; TCG's in its root on this host's kernel, which takes minutes less.
+    KVM's rows run in an emulated host. TCG's run in its root on this host's kernel, which saves
+    minutes.
     """
     folder = out / f"support-debian-{debian.number}"
     argv = ["env", "ACCELS=kvm", "vmtest/matrix", *_SUITES]
@@ -79,7 +80,7 @@ async def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]
 
 
 async def moved(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
-    """Systems saved under one release's QEMU and started under the other's: rows of support.md."""
+    """Start systems that another release's QEMU saved, and regenerate docs/support.md."""
     folder = out / f"moved-debian-{debian.number}"
     (other,) = (release for release in RELEASES.values() if release is not debian)
     found = await _in_host(
@@ -93,7 +94,7 @@ async def moved(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
 def _in_root(
     debian: Debian, folder: Path, argv: list[str], other: Debian | None = None
 ) -> list[str]:
-    """Run ``argv`` in a release's root on this host's kernel (vmtest/chroot); what went wrong."""
+    """Run ``argv`` in a release's root on this host's kernel (vmtest/chroot); return problems."""
     host = Runtime.open(store_root())
     images = ensure_images(host, debian, _SUITES, tell, other)
     refs = (images.root, *(ref for ref, _ in images.mounted))
@@ -106,11 +107,11 @@ def _in_root(
 
 
 def _write_support(folder: Path) -> list[str]:
-    """docs/support.md with the rows in ``folder``; what went wrong in them."""
+    """Add the rows in ``folder`` to docs/support.md; return the problems in them."""
     try:
         lines = (folder / "support").read_text().splitlines()
     except FileNotFoundError:
-        return ["no combination came to its end"]
+        return ["no combination finished"]
     new = [support.Row(**json.loads(line)) for line in lines]
     rows = support.merge(PROJECT / "docs/support.json", new)
     (PROJECT / "docs/support.md").write_text(support.to_markdown(rows))
@@ -118,14 +119,14 @@ def _write_support(folder: Path) -> list[str]:
 
 
 async def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
-    """Figures under KVM, whose times an emulated host makes long, and under TCG (vmtest/bench)."""
+    """Measure under KVM in an emulated host, whose times are long, and under TCG (vmtest/bench)."""
     folder = out / f"bench-debian-{debian.number}"
     found = await _in_host(debian, _SUITES, folder, [INSIDE, "vmtest/bench", "kvm"])
     return [*found, *verdict.console(folder), *_in_root(debian, folder, ["vmtest/bench", "tcg"])]
 
 
 async def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
-    """The comparison (script/compare) under KVM, with ``arguments``; no plots are drawn of it."""
+    """Run script/compare under KVM with ``arguments``, without plots."""
     root = ensure_debian(Runtime.open(store_root()), "compare-root", mix.SOURCE, mix.PACKAGES, tell)
     folder = out / f"compare-debian-{debian.number}"
     wanted = arguments or ["--guests", "4", "--different", "0"]
@@ -146,9 +147,9 @@ async def _in_host(
     other: Debian | None = None,
     more: tuple[tuple[Reference, str], ...] = (),
 ) -> list[str]:
-    """Boot a host, run ``argv`` in it, bring the results to ``folder``; return what went wrong.
+    """Boot a host, run ``argv`` in it, and fetch the results to ``folder``; return problems.
 
-    ``more`` are (segment, mount point) pairs that it has besides.
+    ``more`` are pairs (segment, mount point) of further segments.
     """
     host = Runtime.open(store_root())
     images = ensure_images(host, debian, suites, tell, other)
@@ -157,21 +158,21 @@ async def _in_host(
     began = time.monotonic()
     try:
         async with emulated_host(host, images, folder, memory) as emulated:
-            tell(f"it is up after {time.monotonic() - began:.0f} s")
+            tell(f"the host was up after {time.monotonic() - began:.0f} s")
             code = await _call(emulated, argv)
     except OnecopyError as error:
         return [error.message]
     finally:
         tell(f"Debian {debian.number}: {time.monotonic() - began:.0f} s; logs are in {folder}")
-    return [f"it ended with exit code {code}"] if code else []
+    return [f"the job ended with exit code {code}"] if code else []
 
 
 async def _call(emulated: EmulatedHost, argv: list[str]) -> int:
     try:
         code = await emulated.call(argv, LIMIT, _show)
     except OnecopyError:
-        tell(f"its processors are at:\n{await emulated.processors()}")
-        # What went wrong first is the one to tell.
+        tell(f"the host's CPUs are at:\n{await emulated.processors()}")
+        # The first error matters more than one of fetching results.
         with suppress(OnecopyError):
             await emulated.fetch()
         raise

@@ -1,7 +1,7 @@
-"""Runs in a host: half the way of a system from one release's QEMU to the other's (vmtest/moved).
+"""Runs in a host: moves a saved system between the QEMUs of two releases (vmtest/moved).
 
-moved save SUITE ACCEL FOLDER      save the system ``web`` into the store in FOLDER
-moved start SUITE ACCEL FOLDER     start it here; what came of it is a Row (support.py)
+moved save SUITE ACCEL DIRECTORY    save the system ``web`` into the store in DIRECTORY
+moved start SUITE ACCEL DIRECTORY   start it here, and print the result as a Row (support.py)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vmtest.flow import onecopy, save_web, tell_row, use_web
 
 
 def main() -> None:
-    """Do one half."""
+    """Save or start the system."""
     what, suite, accel, work = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
     os.environ["ONECOPY_HOME"] = str(work / "store")
     if what == "save":

@@ -1,7 +1,7 @@
-"""docs/support.md: what was really run where, and what came of it.
+"""Generates docs/support.md, the table of combinations that were run, with their results.
 
-The rows are kept in docs/support.json, so that a run of some of them keeps the others. A
-combination without a row was not run.
+The rows are kept in docs/support.json, so that a run of some rows keeps the others. A combination
+without a row was not run.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ By `script/test-kvm moved`: the same system, saved and started on one kernel by 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One combination that was run."""
+    """A combination that was run."""
 
     host: str
     guest: str
     """Suite of the root segment."""
     qemu: str
-    """Full version."""
+    """Full version of QEMU."""
     accel: str
     user: str
     result: str
     """``works``, ``refused`` or ``failed``."""
     reason: str = ""
-    """What onecopy said, unless it works."""
+    """onecopy's error, unless it works."""
     seconds: int = 0
-    """That the whole took; not shown: hosts are emulated."""
+    """Duration; not shown, because hosts are emulated."""
     saved_by: str = ""
-    """Full version of the QEMU that saved it, where it is another one."""
+    """Full version of the QEMU that saved the system, if it is another one."""
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes a combination; QEMU by its feature release."""
+        """The identity of the combination, with QEMU's feature releases."""
         qemu, saved_by = (".".join(v.split(".")[:2]) for v in (self.qemu, self.saved_by))
         return self.host, qemu, self.guest, self.accel, self.user, saved_by
 
 
 def merge(known: Path, new: Iterable[Row]) -> list[Row]:
-    """The rows of the file ``known`` with ``new`` ones in place of the same; written back."""
+    """Replace and add ``new`` rows in the file ``known``; return all rows."""
     try:
         old = [Row(**row) for row in json.loads(known.read_text())]
     except FileNotFoundError:
@@ -77,7 +77,7 @@ def merge(known: Path, new: Iterable[Row]) -> list[Row]:
 
 
 def to_markdown(rows: Iterable[Row]) -> str:
-    """The page: every combination, run or not."""
+    """Format the page with every combination, run or not."""
     by_key = {row.key: row for row in rows}
     lines = []
     for host, qemu, guest, accel, user in itertools.product(

@@ -1,6 +1,6 @@
-"""Whether a run in an emulated host is a pass: only if all of it says so.
+"""Judges the results of a run in an emulated host.
 
-Results that are missing are a failure, whatever the exit code.
+Missing results are a failure, whatever the exit code.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-#: What a kernel prints when it is in trouble that a test might not see.
+#: Kernel messages of problems that a test might not notice.
 _TROUBLE = re.compile(
     rb"Out of memory: |Kernel panic|Oops: |BUG: |soft lockup|blocked for more than"
 )
 
 
 def tests(folder: Path) -> list[str]:
-    """What speaks against a pass of the tests whose results are in ``folder``."""
+    """Return the problems in the test results in ``folder``; none for a pass."""
     return [*_junit(folder / "junit.xml"), *_proof(folder / "proof.json")]
 
 
 def _junit(path: Path) -> list[str]:
     try:
-        # What pytest wrote in a host of our own.
+        # pytest wrote the file in our own emulated host, so it is trusted.
         suite = next(ET.parse(path).iter("testsuite"))  # noqa: S314
     except (OSError, ET.ParseError, StopIteration):
-        return [f"{path.name} is missing or cut off: the tests did not come to their end"]
+        return [f"{path.name} is missing or truncated: the tests did not finish"]
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     bad = [f"{counts[key]} {key}" for key in ("failures", "errors", "skipped") if counts[key]]
     return bad if counts["tests"] else ["no test ran"]
 
 
 def _proof(path: Path) -> list[str]:
-    """tests/vm/kvm/test_proof.py writes it."""
+    """Check the file that tests/vm/kvm/test_proof.py writes."""
     try:
         proof = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -45,11 +45,11 @@ def _proof(path: Path) -> list[str]:
 
 
 def console(folder: Path) -> list[str]:
-    """Trouble that the emulated host's kernel told on its console."""
+    """Return the problems that the emulated host's kernel printed on its console."""
     try:
         said = (folder / "console.log").read_bytes()
     except OSError:
         return ["console.log is missing"]
     lines = said.replace(b"\r", b"").splitlines()
     trouble = [line for line in lines if _TROUBLE.search(line)]
-    return [f"the host's kernel said: {line.decode(errors='replace')}" for line in trouble[:5]]
+    return [f"the host's kernel printed: {line.decode(errors='replace')}" for line in trouble[:5]]

@@ -1,6 +1,5 @@
-"""`script/compare`: the same guests and applications without sharing and with each kind of it.
+"""`script/compare`: runs the same guests without sharing, and with each kind of sharing.
 
-benchmarks/ measures parts one by one; here whole hosts of guests are held side by side. From
-outside to inside: __main__.py, subprocesses.py, ways.py, mix.py; tables.py and plots.py show what
-was found.
+benchmarks/ measures single parts. This package compares whole hosts of guests. From outside to
+inside: __main__.py, run.py, ways.py, mix.py. tables.py and plots.py show the results.
 """

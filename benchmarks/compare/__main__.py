@@ -1,6 +1,6 @@
-"""`python -m benchmarks.compare`: run all ways, print Markdown, write values and plots.
+"""`python -m benchmarks.compare`: runs all ways, prints Markdown, writes values and plots.
 
-Not here: the ways (ways.py), what is measured (subprocesses.py).
+Not here: the ways (ways.py), the measurement (run.py).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _tell(text: str) -> None:
 
 
 class _Results:
-    """What there is so far, written to ``out``."""
+    """The results so far, written to ``out``."""
 
     def __init__(self, out: Path, *, plots: bool) -> None:
         self.out, self.plots = out, plots
@@ -69,7 +69,7 @@ class _Results:
         self.found: list[Outcome] = []
 
     def write(self) -> None:
-        """All files."""
+        """Write all files."""
         out = self.out
         out.mkdir(parents=True, exist_ok=True)
         outcomes = [asdict(each) for each in self.found]
@@ -85,7 +85,7 @@ class _Results:
 async def _measure(arguments: argparse.Namespace, results: _Results) -> None:
     task = asyncio.current_task()
     if task:
-        # As on Ctrl-C: what runs is ended, what was set is restored.
+        # As on Ctrl-C: guests are ended and settings restored.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     host = Runtime.open()
     with tempfile.TemporaryDirectory(prefix="onecopy-compare-") as work, removed_at_end(host):
@@ -102,7 +102,7 @@ async def _measure(arguments: argparse.Namespace, results: _Results) -> None:
 async def _ways(
     arguments: argparse.Namespace, count: int, wares: Sequence[Ware], results: _Results
 ) -> None:
-    """Run each way; what is found is written at once, so that no later failure costs it."""
+    """Run each way, and write its results at once, so that a later failure does not lose them."""
     templates = Templates(_tell)
     results.machine = machine_facts(wares[0].setup, RUNS)
     for way in WAYS:
@@ -117,7 +117,7 @@ async def _ways(
 
 
 def main() -> int:
-    """Run all; the exit code is onecopy's for the error."""
+    """Run the comparison; return 0, or the exit code of the error."""
     arguments = _arguments()
     results = _Results(arguments.out, plots=arguments.plots)
     try:

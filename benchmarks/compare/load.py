@@ -1,4 +1,4 @@
-"""Runs in a guest: ask the server at port ARGV[1] ARGV[2] times; print answers per second."""
+"""Runs in a guest: sends ARGV[2] requests to port ARGV[1], and prints answers per second."""
 
 import http.client
 import sys

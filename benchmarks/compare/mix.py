@@ -1,7 +1,7 @@
-"""What the guests are: a Debian root with three applications, of which each guest runs one.
+"""Makes the compared guests: a Debian root with three applications; each guest runs one.
 
-They have one root in common, or each has one of its own with the same packages in it. Not here:
-starting guests (ways.py).
+The guests share one root, or each has its own with the same packages. Not here: starting guests
+(ways.py).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Tell = Callable[[str], None]
 _PREFIX = "onecopy-compare-"
 #: Kept in the store for the next run.
 ROOT = Reference(f"{_PREFIX}root")
-#: What ROOT is made of.
+#: Source and packages of ROOT.
 SOURCE = "debian:bookworm"
 PACKAGES = ("busybox", "nginx-light", "python3", "redis-server")
 RUNS = "Debian with Python, nginx or redis"
-#: Ports of every guest: the application's, and that of a shell.
+#: Ports of every guest: of the application, and of a shell.
 PORT, SHELL = 80, 81
-#: What redis holds: keys, and bytes of each one's value.
+#: The content of redis: number of keys, and bytes of each value.
 _KEYS, _VALUE = 16000, 1000
 
 _SERVE_SHELL = rf"""
@@ -71,7 +71,7 @@ exec sleep infinity
 """
 _REDIS_LOAD = f"redis-benchmark -p {PORT} -n 3000 -c 4 -t get --csv | tail -n 1 | cut -d '\"' -f 4"
 
-#: Bytes of files that are in one root alone, if each guest has its own.
+#: Bytes of files unique to a root, if each guest has its own.
 _OWN = 16 * MIB
 
 _GET, _FOUND = b"GET / HTTP/1.0\r\n\r\n", b"200 OK"
@@ -79,18 +79,18 @@ _GET, _FOUND = b"GET / HTTP/1.0\r\n\r\n", b"200 OK"
 
 @dataclass(frozen=True, slots=True)
 class Application:
-    """A program that serves at PORT, and a shell beside it at SHELL."""
+    """An application that serves at PORT, and a shell at SHELL."""
 
     name: str
     command: str
-    """What a guest runs."""
+    """The command of the guest."""
     ready: str
-    """A shell command for the guest: it exits 0 once the application serves."""
+    """A shell command in the guest that succeeds once the application serves."""
     asks: bytes
-    """What is sent to it, and in the first line of its answer."""
+    """A request, and text that the first line of the answer contains."""
     answers: bytes
     load: str
-    """A shell command for the guest: it has the application serve; prints answers per second."""
+    """A shell command in the guest that loads the application and prints answers per second."""
 
 
 def _http_load(count: int) -> str:
@@ -104,7 +104,7 @@ def _http(name: str, command: str, load: int) -> Application:
 
 
 def applications() -> list[Application]:
-    """All of the mix, in the order in which guests get them."""
+    """Return all applications, in the order in which guests get them."""
     ready = f"redis-cli -p {PORT} EXISTS key:{_KEYS - 1} | grep -q 1"
     last = f"EXISTS key:{_KEYS - 1}\r\n".encode()
     return [
@@ -116,14 +116,14 @@ def applications() -> list[Application]:
 
 @dataclass(frozen=True, slots=True)
 class Ware:
-    """One application, ready to be started in guests by any way."""
+    """An application, to be started in guests in any way."""
 
     name: str
     application: Application
     setup: Setup
 
     async def ask(self, port: int) -> None:
-        """Ask the application, once; raise OSError or ValueError if it does not answer."""
+        """Ask the application once; raise OSError or ValueError if it does not answer."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         try:
             writer.write(self.application.asks)
@@ -135,7 +135,7 @@ class Ware:
 
 
 def shell(port: int, command: str) -> str:
-    """Run a command in a guest by the port of its shell; what it prints. Raises OSError."""
+    """Run a command through the guest's shell port, and return its output; raise OSError."""
     connection = HTTPConnection("127.0.0.1", port, timeout=300)
     try:
         connection.request("POST", "/cgi-bin/run", command.encode())
@@ -146,7 +146,7 @@ def shell(port: int, command: str) -> str:
 
 @contextmanager
 def removed_at_end(host: Runtime) -> Iterator[None]:
-    """Whatever happens, what a comparison has put into the store is removed, but for ROOT."""
+    """Remove everything but ROOT that a comparison has put into the store, in any case."""
     try:
         yield
     finally:
@@ -157,13 +157,13 @@ def removed_at_end(host: Runtime) -> Iterator[None]:
 
 
 async def alike(host: Runtime, work: Path, accel: Choice, tell: Tell) -> list[Ware]:
-    """One of each application, all on ROOT."""
+    """Return one of each application, all on ROOT."""
     _build_root(host, tell)
     return [await _ware(host, work, accel, each, ROOT, tell) for each in applications()]
 
 
 async def different(host: Runtime, work: Path, accel: Choice, count: int, tell: Tell) -> list[Ware]:
-    """``count``, each on a root of its own: the packages of ROOT, and files that only it has."""
+    """Return ``count``, each on its own root: the packages of ROOT, and unique files."""
     _build_root(host, tell)
     tree = work / "tree"
     image = host.store.resolve(ROOT, "segment").layer("image").path
@@ -182,7 +182,7 @@ def _build_root(host: Runtime, tell: Tell) -> None:
 
 
 def _own_root(host: Runtime, tree: Path, number: int, tell: Tell) -> Reference:
-    """What is its own comes first in the image, so that all else lies elsewhere in each."""
+    """Put unique files first in the image, so that other files have different offsets in each."""
     root = Reference(f"{_PREFIX}root-{number}")
     own = tree / "0" / "own"
     own.parent.mkdir(exist_ok=True)

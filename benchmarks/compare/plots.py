@@ -1,4 +1,4 @@
-"""What was found, as pictures (SVG, and PNG beside it). Drawn by matplotlib."""
+"""Draws the results with matplotlib, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _COLOURS = {
 
 
 def plot_all(found: Sequence[Outcome], out: Path) -> None:
-    """memory-KIND-N and bars-KIND-N: KIND is ``alike`` or ``different``, N how many guests."""
-    # The same values give the same file.
+    """Write memory-KIND-N and bars-KIND-N; KIND is ``alike`` or ``different``, N the guests."""
+    # Make the files reproducible.
     mpl.rcParams["svg.hashsalt"] = "onecopy"
     for same in groups(found):
         kind = f"{'alike' if same[0].alike else 'different'}-{same[0].guests}"
@@ -39,7 +39,7 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 def _memory(found: Sequence[Outcome]) -> Figure:
-    """The host's memory over time, one line for each way."""
+    """Draw the host's memory over time, one line for each way."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes: Axes = figure.subplots()
     for each in found:
@@ -65,7 +65,7 @@ def _mib(values: Sequence[int]) -> list[float]:
 
 
 def _bars(found: Sequence[Outcome]) -> Figure:
-    """Memory, start and processor time, one bar for each way."""
+    """Draw memory, start time and CPU time, one bar for each way."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     memory, start, cpu = figure.subplots(1, 3)
     _bar(memory, found, "host memory per guest, MiB", lambda o: o.resting / MIB / o.guests)

@@ -1,4 +1,4 @@
-"""One way with a number of guests: started one after another, watched, put to work, ended.
+"""Measures one way: starts guests one after another, loads them, and ends them.
 
 Not here: the ways (ways.py).
 """
@@ -23,69 +23,69 @@ from benchmarks.plain import disk_module
 from onecopy.linux import process
 from onecopy.linux.counters import ksm, meminfo, smaps
 
-#: Seconds between two looks at the host's memory.
+#: Seconds between two samples of the host's memory.
 _EVERY = 0.5
-#: A program that no guest has run yet: what it loads is in none of their memories.
+#: A program that no guest has run yet, so none has its pages in memory.
 _PROGRAM = "python3 -c 'import sqlite3, ssl, unittest'"
-#: Guests of each application that are put to work, one after another.
+#: Guests of each application to load, one after another.
 _WORKERS = 2
 
 
 @dataclass(slots=True)
 class Timeline:
-    """The host's memory while guests are started and work."""
+    """The host's memory while guests start and work."""
 
     began: float
     seconds: list[float] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
-    """Bytes of the host's memory, page cache included, beyond what it used before."""
+    """Growth of the host's used memory in bytes, page cache included."""
     marks: dict[str, float] = field(default_factory=dict)
-    """What was done by then -> seconds."""
+    """Step -> seconds at which it was done."""
 
     def mark(self, what: str, tell: Tell) -> None:
-        """Note, and tell, that ``what`` is done."""
+        """Record and report that ``what`` is done."""
         self.marks[what] = time.monotonic() - self.began
         tell(f"{what} after {self.marks[what]:.0f} s")
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a way took; seconds and bytes."""
+    """The figures of a way; seconds and bytes."""
 
     way: str
     guests: int
     alike: bool
-    """Whether the guests have one root in common; else each has its own."""
+    """Whether the guests share one root; otherwise each has its own."""
     first: float
-    """Seconds until the first guest's application answered; no file was in memory."""
+    """Seconds until the first guest's application answered, with an empty page cache."""
     seconds: Spread
     """The same for the other guests."""
     boot_cpu: float
-    """CPU seconds of a VMM up to its application's answer, median."""
+    """Median CPU seconds of a VMM until its application answered."""
     resting: int
-    """Memory of the host that all guests at rest take (KSM has done what it can)."""
+    """Host memory of all idle guests, after KSM has merged all that it can."""
     pss: int
-    """Then: Pss of all VMMs. Files that are in memory and that none maps are not in it."""
+    """Pss of all VMMs at that time, without cached files that no VMM maps."""
     worked: int
-    """The same at the end, when some have worked."""
+    """Host memory at the end, after some guests have worked."""
     peak: int
     idle: float
-    """CPU seconds per second that a guest at rest uses, ksmd's not included."""
+    """CPU seconds per second of an idle guest, without ksmd."""
     vmm_cpu: float
     """CPU seconds of all VMMs from their start to the end."""
     ksm_cpu: float
-    """The same of ksmd."""
+    """CPU seconds of ksmd over the same time."""
     program: dict[str, float]
-    """Application -> seconds that the program's first start in such a guest takes, median."""
+    """Application -> median seconds of a program's first start in such a guest."""
     load: dict[str, float]
-    """Application -> answers per second inside a guest, median."""
+    """Application -> median answers per second inside a guest."""
     timeline: Timeline
 
 
 async def measure(
     way: Way, count: int, wares: Sequence[Ware], templates: Templates, tell: Tell
 ) -> Outcome:
-    """Run ``count`` guests of all applications in turn; nothing is left of them."""
+    """Run ``count`` guests with all applications in turn, and end them."""
     if way.name == "saved":
         for ware in wares:
             await templates.of(ware)
@@ -93,7 +93,7 @@ async def measure(
         disk_module(ware.setup)
     evict(_files(wares, templates))
     at_first = meminfo.read()
-    # What is watched ends before the guests do.
+    # The sampler must end before the guests.
     async with contextlib.AsyncExitStack() as ends, _watched(at_first) as timeline:
         merging = ends.enter_context(_ksm(on=way.ksm))
         means = Means(ends, templates)
@@ -131,7 +131,7 @@ async def measure(
 
 
 def _files(wares: Sequence[Ware], templates: Templates) -> list[Path]:
-    """All that guests map or read, so that each way begins with nothing in memory."""
+    """Return all files that guests map or read, so that each way starts with none in memory."""
     files = templates.files()
     for ware in wares:
         files += [ware.setup.image, ware.setup.saved.ram]
@@ -149,7 +149,7 @@ def _pss(pids: Sequence[int]) -> int:
 
 @contextlib.contextmanager
 def _ksm(*, on: bool) -> Iterator[Callable[[], float]]:
-    """KSM on or off, and then as it was; yields what tells ksmd's CPU seconds since."""
+    """Turn KSM on or off, and restore it; yield a function that returns ksmd's CPU seconds."""
     thread = ksm.thread()
     began = process.cpu_seconds(thread) if thread else 0.0
 
@@ -178,7 +178,7 @@ async def _watched(before: meminfo.MemInfo) -> AsyncIterator[Timeline]:
 
 
 async def _of_each(guests: Sequence[Up], measured: Callable[[Up], float]) -> dict[str, float]:
-    """Application -> the median of some of its guests, one after another."""
+    """Measure some guests of each application, one after another; return the medians."""
     found: dict[str, list[float]] = {}
     for guest in guests:
         values = found.setdefault(guest.ware.application.name, [])

@@ -1,4 +1,4 @@
-"""What was found, as Markdown. Not here: what the figures mean (docs/comparison.md)."""
+"""Formats the results as Markdown. Not here: their meaning (docs/comparison.md)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.compare.run import Outcome
 from benchmarks.report import table
 from onecopy.model import MIB
 
-#: How the ways are called for readers.
+#: Names of the ways in tables.
 LABELS = {
     "none": "no sharing",
     "ksm": "KSM",
@@ -20,20 +20,20 @@ LABELS = {
 
 
 def tables(machine: Mapping[str, str], found: Sequence[Outcome]) -> str:
-    """The machine, and a table for each number of guests."""
+    """Format the machine's description, and a table for each number of guests."""
     parts = ["### The machine\n\n" + table(["", ""], [[*item] for item in machine.items()])]
     parts += [f"### {title(same)}\n\n{_table(same)}" for same in groups(found)]
     return "\n\n".join(parts) + "\n"
 
 
 def groups(found: Sequence[Outcome]) -> list[list[Outcome]]:
-    """Those of the same guests together."""
+    """Group the results by guests."""
     keys = dict.fromkeys((each.guests, each.alike) for each in found)
     return [[each for each in found if (each.guests, each.alike) == key] for key in keys]
 
 
 def title(same: Sequence[Outcome]) -> str:
-    """For a table or a picture."""
+    """Return the title of a table or plot."""
     kind = "with one root in common" if same[0].alike else "each with a root of its own"
     return f"{same[0].guests} guests, {kind}"
 

@@ -1,9 +1,9 @@
-"""Guests from a frozen one without segments, as other projects have them: its RAM mapped
-copy-on-write, its root a disk.
+"""Starts guests from a frozen one without segments, as other projects do: its RAM is mapped
+copy-on-write, and its root is a disk.
 
-What is in the frozen guest's page cache is shared with its RAM; what a guest reads later it keeps
-for itself. They have no identity of their own. Here to be compared with, made of the same parts as
-onecopy's saved systems (onecopy.guest.lifecycle.save).
+The guests share the frozen guest's page cache with its RAM. Files that a guest reads later are its
+own. The guests have no identity of their own. They are made of the same parts as onecopy's saved
+systems (onecopy.guest.lifecycle.save), for a comparison.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from onecopy.vmm.qemu_process import Vmm
 
 
 class Templates:
-    """Frozen guests, each made when it is first asked for."""
+    """The frozen guests, each made on demand."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._made: dict[str, Snapshot] = {}
 
     async def of(self, ware: Ware) -> Snapshot:
-        """The frozen guest of an application."""
+        """Return the frozen guest of an application."""
         name = ware.name
         if name not in self._made:
             self._tell(f"a frozen guest without segments: {name}")
@@ -41,12 +41,12 @@ class Templates:
         return self._made[name]
 
     def files(self) -> list[Path]:
-        """The RAM of all that were made."""
+        """Return the RAM files of all frozen guests."""
         return [each.ram for each in self._made.values()]
 
 
 async def _frozen(ware: Ware) -> Snapshot:
-    """Boot a guest, and freeze it once its application answers."""
+    """Boot a guest and freeze it once its application answers."""
     setup, name, port = ware.setup, new_name(), free_port()
     vmm = start_plain(setup, name, ware.application.command, ((port, PORT), (free_port(), SHELL)))
     try:
@@ -60,7 +60,7 @@ async def _frozen(ware: Ware) -> Snapshot:
 
 
 async def start_from(template: Snapshot, setup: Setup, name: str, ports: Ports) -> Vmm:
-    """Start a guest that goes on from where it was frozen."""
+    """Start a guest that continues from the frozen state."""
     spec = replace(
         new_plain(setup, name, ports),
         ram=Ram.COPY_ON_WRITE,

@@ -1,6 +1,6 @@
 """The ways to run the same guests, one function each.
 
-Not here: what the guests are (mix.py), what is measured of them (subprocesses.py).
+Not here: the guests (mix.py), the measurement (run.py).
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Up:
     ware: Ware
     pid: int
     shell: int
-    """The port of 127.0.0.1 where its shell is."""
+    """The port of 127.0.0.1 for its shell."""
     seconds: float
-    """From asking for the guest until its application answered."""
+    """Seconds from the request until the application answered."""
     cpu: float
-    """CPU seconds of its VMM up to then."""
+    """CPU seconds of its VMM until then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What guests are started with, besides their ware."""
+    """The means to start guests, besides their application."""
 
     ends: contextlib.AsyncExitStack
     """Ends the guests."""
@@ -60,7 +60,7 @@ class Way:
     name: str
     start: Start
     ksm: bool = False
-    """Whether KSM runs all the time."""
+    """Whether KSM runs throughout."""
 
 
 async def start_one(way: Way, ware: Ware, means: Means) -> Up:
@@ -113,7 +113,7 @@ async def _answered(ware: Ware, name: str, ports: Ports) -> None:
     await until(lambda: ware.ask(ports[0][0]), name)
 
 
-#: All, in the order of the tables. `all` has KSM merge the VMMs' own memory, too.
+#: All ways, in the order of the tables. With `all`, KSM merges the VMMs' own memory, too.
 WAYS = (
     Way("none", _plain),
     Way("ksm", _plain, ksm=True),

@@ -64,21 +64,21 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "cut at a member": (GOOD + GOOD, "without its end mark"),
     "cut in a member": ((GOOD + tar.file(b"long", b"x" * 9000) + tar.END)[:4000], "long"),
     "cut in a header": (GOOD + tar.header(b"x")[:300], "without its end mark"),
-    "two archives": (GOOD + tar.END + GOOD + tar.END, "another archive"),
-    "rubbish behind": (GOOD + tar.END + b"x", "something follows"),
-    "rubbish between": (GOOD + b"x" * 512 + GOOD + tar.END, "no header where"),
-    "a kind of nobody's": (tar.header(b"odd", b"Z") + tar.END, "'odd'.*kind"),
-    "another volume": (tar.header(b"odd", b"M") + tar.END, "'odd'.*kind"),
+    "two archives": (GOOD + tar.END + GOOD + tar.END, "a second archive"),
+    "rubbish behind": (GOOD + tar.END + b"x", "data after its end"),
+    "rubbish between": (GOOD + b"x" * 512 + GOOD + tar.END, "header of the next member is invalid"),
+    "a kind of nobody's": (tar.header(b"odd", b"Z") + tar.END, "'odd'.*type"),
+    "another volume": (tar.header(b"odd", b"M") + tar.END, "'odd'.*type"),
     "a negative size": (tar.header(b"neg", size=b"\xff" * 12) + tar.END, "'neg'.*size is -1"),
     "a huge size": (tar.header(b"huge", size=b"\x80" + b"\x7f" * 11) + tar.END, "too large"),
     "no number": (tar.header(b"non", mode=b"rwxr-xr") + tar.END, "'non'.*number"),
     "an owner of nobody": (
         tar.header(b"who", uid=b"\x80\0\0\0\xff\xff\xff\xff") + tar.END,
-        "'who'.*no owner",
+        "'who'.*owner .* out of range",
     ),
     "a device of nobody": (
         tar.header(b"dev", b"3", devices=(b"0077777", b"0")) + tar.END,
-        "'dev'.*no device",
+        "'dev'.*out of Linux",
     ),
     "before 1970": (tar.pax((b"mtime", b"-5")) + GOOD + tar.END, "'good'.*-5 s"),
     "before 1970, in base 256": (
@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "an attribute that is no base64": (
         tar.pax((b"LIBARCHIVE.xattr.user.a", b"!!!")) + GOOD + tar.END,
-        "'good'.*user.a.*broken",
+        "'good'.*user.a.*malformed",
     ),
     "two values": (
         tar.pax((b"LIBARCHIVE.xattr.user.a", b"eA"), (b"SCHILY.xattr.user.a", b"y"))
@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "an attribute of a link": (
         tar.pax((b"SCHILY.xattr.user.a", b"x")) + tar.header(b"link", b"2", target=b"x") + tar.END,
-        "'link'.*would be lost",
+        "'link'.*cannot be stored",
     ),
     "an ACL of names": (
         tar.pax((b"SCHILY.acl.access", ACL.replace(b"77", b"lisa"))) + GOOD + tar.END,
@@ -119,10 +119,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "a broken header": (
         tar.header(b"p", b"x", size=9) + tar.filled(b"99 a=b\n??") + GOOD,
-        "broken",
+        "malformed",
     ),
     "a large header": (tar.header(b"p", b"x", size=1 << 32) + tar.END, "has 4294967296 bytes"),
-    "headers for nobody": (tar.pax((b"path", b"x")) + tar.END, "not there"),
+    "headers for nobody": (tar.pax((b"path", b"x")) + tar.END, "without its member"),
     "only headers": (tar.pax((b"a", b"b")) * 100_000 + tar.END, "in a row"),
     "a zero in a name": (tar.pax((b"path", b"a\0b")) + GOOD + tar.END, "zero byte"),
     "a zero in a long name": (tar.long_name(b"a\0b" * 50) + GOOD + tar.END, "zero byte"),
@@ -130,14 +130,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         tar.pax((b"LIBARCHIVE.xattr.user.a%00b", b"YQ==")) + GOOD + tar.END,
         "zero byte",
     ),
-    "too deep": (b"".join(tar.nested(1500)) + tar.END, "501 folders deep"),
+    "too deep": (b"".join(tar.nested(1500)) + tar.END, "501 levels"),
     "too long": (tar.long_name(b"x/" * 100 + b"y" * 3500) + GOOD + tar.END, "3700 bytes"),
     "a name too long": (tar.long_name(b"y" * 256) + GOOD + tar.END, "name too long"),
-    "out by a name": (tar.file(b"a/../../x") + tar.END, "leads out"),
+    "out by a name": (tar.file(b"a/../../x") + tar.END, "points outside"),
     "out by a hard link": (tar.header(b"h", b"1", target=b"/etc/passwd") + tar.END, "'h'.*out"),
     "out by a link": (
         tar.header(b"l", b"2", target=b"/etc") + tar.file(b"l/new") + tar.END,
-        "'l/new'.*leads it out",
+        "'l/new'.*points outside",
     ),
     "a hard link to nothing": (tar.header(b"h", b"1", target=b"no") + tar.END, "'h'.*No such"),
     "a hard link to a folder": (
@@ -149,39 +149,39 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         tar.file(b"d/x") + tar.file(b"d") + tar.END,
         "'d'.*not empty",
     ),
-    "the root as file": (tar.file(b"./.") + tar.END, "the root is a folder"),
-    "a folder with content": (tar.file(b"d/", b"x") + tar.END, "'d/'.*has content"),
+    "the root as file": (tar.file(b"./.") + tar.END, "the root must be a directory"),
+    "a folder with content": (tar.file(b"d/", b"x") + tar.END, "'d/'.*bytes of data"),
     "no target": (tar.header(b"l", b"2") + tar.END, "'l'.*No such"),
     "a map that goes back": (
         tar.header(b"s", b"S", size=4, sparse=tar.sparse_entries((8, 2), (0, 2), real=99))
         + tar.filled(b"data")
         + tar.END,
-        "'s'.*goes back",
+        "'s'.*not in ascending order",
     ),
     "a map for more": (
         tar.header(b"s", b"S", size=4, sparse=tar.sparse_entries((0, 9), real=99))
         + tar.filled(b"data")
         + tar.END,
-        "'s'.*does not fit",
+        "'s'.*does not match",
     ),
     "a map beyond": (
         tar.header(b"s", b"S", size=4, sparse=tar.sparse_entries((96, 4), real=99))
         + tar.filled(b"data")
         + tar.END,
-        "'s'.*does not fit",
+        "'s'.*does not match",
     ),
     "a map without end": (
         tar.header(b"s", b"S", size=4, sparse=tar.sparse_entries((0, 4), real=99, more=True))
         + (b"%011o\0%011o\0" % (99, 0) * 21 + b"\1").ljust(512, b"\0") * 20_000,
-        "'s'.*map is too long",
+        "'s'.*has more than",
     ),
     "a pax map that lies": (
         tar.pax((b"GNU.sparse.map", b"0,4,2,4"), (b"GNU.sparse.size", b"99")) + GOOD + tar.END,
-        "'good'.*goes back",
+        "'good'.*not in ascending order",
     ),
     "a pax map of halves": (
         tar.pax((b"GNU.sparse.map", b"0,4,8"), (b"GNU.sparse.size", b"99")) + GOOD + tar.END,
-        "'good'.*broken off",
+        "'good'.*incomplete",
     ),
     "a map in the data that lies": (
         tar.pax(
@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         )
         + tar.file(b"s", tar.filled(b"1\n0\n99\n") + b"data")
         + tar.END,
-        "'s'.*does not fit",
+        "'s'.*does not match",
     ),
     "a map in the data without end": (
         tar.pax(
@@ -197,11 +197,11 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         )
         + tar.file(b"s", b"9" * 18 + b"\n" + b"0\n" * 3_000_000)
         + tar.END,
-        "'s'.*map is too long",
+        "'s'.*has more than",
     ),
     "a map of tomorrow": (
         tar.pax((b"GNU.sparse.major", b"2"), (b"GNU.sparse.minor", b"0")) + GOOD + tar.END,
-        "'good'.*format that is not known",
+        "'good'.*an unknown format",
     ),
 }
 
@@ -222,7 +222,7 @@ def test_compressed_archives_in_a_row(
     tmp_path: Path, into: Path, pack: Callable[[bytes], bytes]
 ) -> None:
     whole = GOOD + tar.END
-    with pytest.raises(BadSource, match="another archive"):
+    with pytest.raises(BadSource, match="a second archive"):
         unpack(tmp_path / "x", into, pack(whole) + pack(whole))
     # One archive in two pieces is one.
     unpack(tmp_path / "x", into, pack(whole[:600]) + pack(whole[600:]))
@@ -233,7 +233,7 @@ def test_compressed_archives_in_a_row(
 def test_rubbish_behind_what_is_compressed(
     tmp_path: Path, into: Path, pack: Callable[[bytes], bytes]
 ) -> None:
-    with pytest.raises(BadSource, match="cannot be unpacked"):
+    with pytest.raises(BadSource, match="cannot unpack"):
         unpack(tmp_path / "x", into, pack(GOOD + tar.END) + b"rubbish" * 99)
     assert not list(into.iterdir())
 
@@ -326,7 +326,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     build_segment(store, REF, f"tar:{tmp_path}/x.tar", progress=told.append)
     assert told[-1] == (
-        "left out: labels of volumes (1, first of 'label'); "
+        "skipped: volume labels (1, first of 'label'); "
         "pax keyword SCHILY.fflags (1, first of 'good')"
     )
 
@@ -360,7 +360,7 @@ def test_remains_of_an_overlay(tmp_path: Path, what: str, fs: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "fs", "said"),
-    [(-5, "erofs", "-5 s"), (-5, "ext2", "-5 s"), (1 << 31, "ext2", "ext2 cannot keep")],
+    [(-5, "erofs", "-5 s"), (-5, "ext2", "-5 s"), (1 << 31, "ext2", "the limit of ext2 is")],
 )
 def test_times_that_an_image_cannot_keep(tmp_path: Path, seconds: int, fs: str, said: str) -> None:
     (tmp_path / "tree").mkdir()
@@ -390,7 +390,7 @@ def test_modules_that_are_no_modules(tmp_path: Path) -> None:
     nest(modules, 1200)
     store = Store(tmp_path / "store")
     try:
-        with pytest.raises(BadSource, match="in one another"):
+        with pytest.raises(BadSource, match="nested deeper"):
             ensure_kernel(store, kernel=tmp_path / "kernel", modules=modules)
     finally:
         assert remove_tree(modules) == ""
@@ -406,7 +406,7 @@ def test_a_folder_that_is_too_deep(tmp_path: Path, fs: str, what: str) -> None:
     else:
         nest(tree, 300)
     try:
-        with pytest.raises(BadSource, match=r"too deep|too long"):
+        with pytest.raises(BadSource, match=r"has a path of|too long"):
             make_image(tree, tmp_path / "image", fs)
     finally:
         assert remove_tree(tree) == ""

@@ -96,7 +96,7 @@ def test_what_the_guest_describes_leaves_it_room(guest: GuestRecord) -> None:
         ("save {root} --root {root} --run ''", 5, "is a segment"),
         ("run --cold {root} --run '' --segment huge --memory 256M", 19, "--memory 1408M or more"),
         ("save x --root {root} --run '' --segment huge", 19, "64.0 MiB"),
-        ("run {system} --segment huge", 19, "describe their pages"),
+        ("run {system} --segment huge", 19, "page structures"),
         ("run {root}", 3, "`onecopy run --cold {root}` boots it"),
         ("run --cold {system}", 3, "without --cold"),
         ("stop nobody ends-too", 3, "no guest 'ends-too'"),

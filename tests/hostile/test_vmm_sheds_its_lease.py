@@ -141,7 +141,7 @@ def test_its_run_folder_is_removed(
     shutil.rmtree(host.run / guest.name)
     host.sweep()
     found = check_known(host, memtest, guest)
-    assert found["kind"] == "lost" and "run folder" in str(found["note"])
+    assert found["kind"] == "lost" and "run directory" in str(found["note"])
     assert host.store.users(memtest.digest) == [guest.name]
     # What `stop --all` takes.
     assert guest.process in [each.process for each in lost_vmms.shown(host)]

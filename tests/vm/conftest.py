@@ -1,7 +1,7 @@
-"""What the tests with real guests share: a store with things to boot, and guests that end.
+"""Fixtures of the tests with real guests: a store with roots and systems, and guests that end.
 
-Each session works in a store of its own, a copy of a kept one (kept.py). Not here: what is looked
-at in a guest's memory (physical.py).
+Each session works in its own copy of a kept store (kept.py). Not here: examining a guest's memory
+(physical.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Ends of guests: what brings each about, and the line of the console that tells it.
+"""The ways in which guests end: how to cause each, and the console line that reports it.
 
-Not here: what the host makes of it (guest/end_reason.py).
+Not here: the host's interpretation (guest/end_reason.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Guests of one test, started as a program starts them: through `onecopy.Host`."""
+"""Starts the guests of a test through `onecopy.Host`, as a program would."""
 
 from __future__ import annotations
 

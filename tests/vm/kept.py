@@ -1,8 +1,8 @@
-"""Stores with what takes long to make, kept from one test run to the next.
+"""Keeps stores with slow content from one test run to the next.
 
-They lie in ``$ONECOPY_TEST_CACHE`` (default: .cache/onecopy-tests). One holds kernel, tools and
-Debian roots; it is made anew when src/onecopy/images changes. The other holds saved systems that
-several sessions start from; it is made anew when anything in src/onecopy changes.
+They lie in ``$ONECOPY_TEST_CACHE`` (default: .cache/onecopy-tests). One store holds kernel, tools
+and Debian roots, and is rebuilt when src/onecopy/images changes. The other holds saved systems that
+several sessions start from, and is rebuilt when anything in src/onecopy changes.
 """
 
 from __future__ import annotations

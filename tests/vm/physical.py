@@ -1,7 +1,7 @@
-"""From an address in a guest to the page frame of the host that it is in.
+"""Translates an address in a guest to the host's page frame.
 
-Everything comes from the kernels and from QEMU, nothing from onecopy's own records: the guest's
-/proc/PID/pagemap and /proc/iomem, QEMU's query-memory-devices, the VMM's smaps and pagemap.
+All data comes from the kernels and QEMU, none from onecopy's records: the guest's /proc/PID/pagemap
+and /proc/iomem, QEMU's query-memory-devices, the VMM's smaps and pagemap.
 """
 
 from __future__ import annotations

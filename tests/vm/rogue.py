@@ -1,6 +1,6 @@
-"""A program of ours in QEMU's place and in QEMU's confinement: rogue.c, and what became of it.
+"""Runs rogue.c in place of QEMU, in QEMU's confinement, and returns the result of its attempts.
 
-Not here: what must become of it (test_confinement.py).
+Not here: the expected results (test_confinement.py).
 """
 
 from __future__ import annotations

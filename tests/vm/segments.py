@@ -1,6 +1,6 @@
-"""What the tests of segments in running guests share: making them, and looking at their devices.
+"""Makes segments for the tests of running guests, and reads and writes their devices.
 
-Everything is read and written past the guests' page caches (O_DIRECT).
+All access bypasses the guests' page caches (O_DIRECT).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""advise, on guests whose sharing is known: what can be shared is found, and no more is claimed."""
+"""`advise` on guests with known sharing: it finds all equal pages and claims no more."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""onecopy from Python: the examples of the docs, what ends when, threads, and nothing left behind.
+"""The Python API: the documentation's examples, lifetimes, threads, and leftovers.
 
-Not here: what copying refuses (test_copy.py), how programs run (test_exec.py).
+Not here: refused copies (test_copy.py), running programs (test_exec.py).
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def test_boot_attach_save(
         stored = guest.save("again").artifact
         assert guest.attach(f"{app.ref}:/app").mountpoint == "/app"
         assert guest.exec(["ls", "/app"]).text == "app.py\n"
-        with pytest.raises(errors.InvalidInput, match="to write to it"):
+        with pytest.raises(errors.InvalidInput, match="no writable copy"):
             guest.commit("app")
         assert guest.detach("app").state == "kept"
     assert stored.ref in [each.ref for each in mine.artifacts("system")]

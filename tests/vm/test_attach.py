@@ -1,4 +1,4 @@
-"""Loading segments into running guests, and unloading them; and each refusal by its own name."""
+"""Loading segments into running guests and unloading them, and each refusal's error."""
 
 from __future__ import annotations
 

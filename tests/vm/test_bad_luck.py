@@ -1,7 +1,7 @@
-"""When things go wrong: full disks, killed commands, killed QEMUs, guests that never come up.
+"""Failures: full disks, killed commands, killed QEMUs, guests that never come up.
 
-After each of them the next command finds nothing left, and the store whole. Not here: the store's
-own crash tests, line by line (tests/unit/store/test_crash.py).
+After each the next command finds no leftovers and an intact store. Not here: crash tests of the
+store, line by line (tests/unit/store/test_crash.py).
 """
 
 from __future__ import annotations
@@ -387,8 +387,8 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (2, ["build", "web:", "--from", "dir:/srv"], "not a valid version"),
         (2, ["build", "web", "--from", "nothing"], "debian:SUITE"),
         (2, ["build", "web", "--from", "dir:/srv", "--fs", "xfs"], "'erofs'"),
-        (8, ["build", "web", "--from", "dir:/no/such"], "cannot open the folder"),
-        (8, ["build", "web", "--from", "tar:/etc/passwd"], "cannot be unpacked"),
+        (8, ["build", "web", "--from", "dir:/no/such"], "cannot open the directory"),
+        (8, ["build", "web", "--from", "tar:/etc/passwd"], "cannot unpack"),
         (3, ["save", "x", "--root", "no-such"], "there is no segment no-such:latest"),
         (3, ["save", "x", "--root", saved.ref], "not a segment"),
         (2, ["save", "x@sha256:12", *root], "is not a valid digest"),
@@ -399,10 +399,10 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (9, ["save", "x", *root, "--memory", "9999G"], "not enough memory"),
         (2, ["save", "x", *root, "--cpus", "0"], "1<=x<=64"),
         (2, ["save", "x", *root, "--timeout", "0"], "1<=x<="),
-        (2, ["save", "x", *root, "--segment", "busybox"], "busybox is there twice"),
+        (2, ["save", "x", *root, "--segment", "busybox"], "busybox is used twice"),
         (2, ["save", "x", *root, "--segment", "busybox:/"], ""),
         (2, ["save", "x", *root, "--segment", "busybox:/a/../b"], "absolute path"),
-        (2, ["save", "x", *root, *["--segment", "busybox:/a"] * 2], "/a is there twice"),
+        (2, ["save", "x", *root, *["--segment", "busybox:/a"] * 2], "/a is used twice"),
         (3, ["save", "x", *root, "--segment", "no-such:/a"], "there is no segment"),
         (8, [*cold, "--kernel", "/no/such"], "--modules"),
         (2, bare, "has no init to boot"),
@@ -422,7 +422,7 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (2, [*run, "-p", "80:"], "-p 8080:80"),
         (2, [*run, "-p", "70000:80"], "1 to 65535"),
         (2, [*run, "-p", "8080:0"], "1 to 65535"),
-        (2, [*run, "-n", "2", "-p", "65535:80"], "not that many ports"),
+        (2, [*run, "-n", "2", "-p", "65535:80"], "the limit is 65535"),
         (2, [*run, "--ready", "true"], "--cold"),
         (2, [*run, "--accel", "xen"], "'tcg'"),
         (3, ["stop", "nobody"], "onecopy ps"),

@@ -1,6 +1,6 @@
-"""Debian roots from the real mirror: reproducible, small, and with errors one can act on.
+"""Debian roots from the real mirror are reproducible and small, and errors are actionable.
 
-Slow (about 20 s a root), hence here; no guest is needed.
+These tests are here because they are slow (about 20 s for a root). They need no guest.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""A start that is cancelled at any await leaves nothing: no QEMU, no run folder, no lease.
+"""A start that is cancelled at any await leaves no QEMU, run directory or lease.
 
-Each round cancels one await later than the last, whichever task makes it, until one gets through.
+Each round cancels one await later than the round before, in any task, until a start succeeds.
 """
 
 from __future__ import annotations

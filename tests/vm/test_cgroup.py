@@ -1,7 +1,7 @@
-"""Control groups that limit a real process: in a guest of ours, whose kernel has version 2 alone.
+"""Control groups limit a real process, in a guest whose kernel has version 2 only.
 
-The hosts of these tests may have none. linux/cgroup.py is tried as it is, with the standard library
-of the guest's Python.
+The test host may have no control groups. The guest runs linux/cgroup.py unchanged, with the
+standard library of its Python.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The seven page classes in real guests: one cold, one cloned, both directions of each write.
+"""The seven page classes in a booted guest and a clone, with writes in both directions.
 
-Not here: loading and unloading as such (test_attach.py).
+Not here: loading and unloading (test_attach.py).
 """
 
 from __future__ import annotations

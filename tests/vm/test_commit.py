@@ -1,4 +1,4 @@
-"""A guest makes a new version of a segment: whole, verified, or not at all."""
+"""A guest commits a new version of a segment: complete and verified, or not at all."""
 
 from __future__ import annotations
 

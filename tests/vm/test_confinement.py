@@ -1,7 +1,7 @@
-"""What a VMM may: as the kernel tells it of real ones, and by trying with a rogue in QEMU's place.
+"""The confinement of VMMs: as the kernel reports it, and by a rogue program in QEMU's place.
 
-The rogue (rogue.c) is started by the same launch() in the same confinement, but without QEMU's own
-`-sandbox`, which a guest that takes QEMU over cannot shed either.
+The same launch() starts the rogue (rogue.c) in the same confinement, but without QEMU's own
+`-sandbox`. A guest that takes over QEMU cannot drop that either.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What container engines keep lies on no overlay, so that they can lay overlays over it.
+"""Storage of container engines is not on an overlay, so that they can use overlays themselves.
 
-The engine is a file of its name: not here, what podman and Docker themselves do.
+A file with the engine's name stands for it. Not here: the behaviour of podman and Docker.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`onecopy cp`: files and folders into guests and back, what is refused, and what is killed.
+"""`onecopy cp`: files and directories into guests and back, refusals, and killed copies.
 
-Not here: hostile archives (tests/unit/guest/test_tar.py), the same from Python (test_api.py).
+Not here: hostile archives (tests/unit/guest/test_tar.py), the Python API (test_api.py).
 """
 
 from __future__ import annotations
@@ -124,20 +124,20 @@ def test_what_cannot_be_copied(
     os.mkfifo(tmp_path / "odd/pipe")
     table: list[tuple[str | Path, str | Path, int, str]] = [
         (f"{name}:/nothing", tmp_path, 3, f"there is no /nothing in {name}"),
-        (f"{name}:/etc/passwd/", tmp_path, 2, "/etc/passwd/ is no folder"),
-        (f"{name}:/p", tmp_path, 2, "neither a file nor a folder"),
-        (f"{name}:/etc/passwd", tmp_path / "no/such", 3, "there is no folder"),
-        (f"{name}:/etc/passwd", f"{tmp_path}/no/", 2, "is no folder"),
+        (f"{name}:/etc/passwd/", tmp_path, 2, "/etc/passwd/ is not a directory"),
+        (f"{name}:/p", tmp_path, 2, "neither a file nor a directory"),
+        (f"{name}:/etc/passwd", tmp_path / "no/such", 3, "there is not a directory"),
+        (f"{name}:/etc/passwd", f"{tmp_path}/no/", 2, "is not a directory"),
         (f"{name}:/etc/passwd", "/proc/x", 3, "/proc"),
         (f"{name}:/tmp", folder / "empty", 2, "Not a directory"),
-        (f"{name}:/srv/../work", tmp_path / "taken", 5, "taken/work is there already"),
-        (f"{name}:/d", tmp_path / "d", 10, "the link out leads out"),
+        (f"{name}:/srv/../work", tmp_path / "taken", 5, "taken/work already exists"),
+        (f"{name}:/d", tmp_path / "d", 10, "the link out points outside"),
         (f"{name}:", tmp_path, 2, "GUEST:PATH"),
         (tmp_path / "no", f"{name}:/", 3, "No such file"),
-        (f"{folder}/empty/", f"{name}:/", 2, "is no folder"),
-        (folder, f"{name}:/etc/passwd", 5, "/etc/passwd is there already"),
-        (folder, f"{name}:/no/such", 3, "there is no folder /no"),
-        (folder / "empty", f"{name}:/no/", 2, "is no folder"),
+        (f"{folder}/empty/", f"{name}:/", 2, "is not a directory"),
+        (folder, f"{name}:/etc/passwd", 5, "/etc/passwd already exists"),
+        (folder, f"{name}:/no/such", 3, "there is no directory /no"),
+        (folder / "empty", f"{name}:/no/", 2, "is not a directory"),
         (tmp_path / "odd", f"{name}:/odd", 2, "odd/pipe: neither"),
         (tmp_path / "big", f"{name}:/tmp/small/b", 9, f"disk in {name}: 2 MiB needed, 1 MiB"),
         (tmp_path / "big", f"{name}:/run/onecopy/tools/b", 10, "Read-only"),

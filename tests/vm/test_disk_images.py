@@ -1,7 +1,7 @@
-"""Disk images as a source, read by a reader: what comes out of them, and what is refused.
+"""Disk images as a source, read by a reader guest: their files, and refusals.
 
-Each boot of a reader takes seconds: a disk holds as much as it can. Not here: images that are
-refused without one (unit/test_build_disk.py), readers that lie (hostile/test_reader.py).
+A reader takes seconds to boot, so each disk tests many cases. Not here: images that are refused
+without a reader (tests/unit/images/test_disk.py), malicious readers (hostile/test_reader.py).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def unpack(
 
     def progress(text: str) -> None:
         said.append(text)
-        if text.startswith("looking"):
+        if text.startswith("reading"):
             meanwhile()
 
     try:
@@ -203,12 +203,12 @@ def two_roots(
 
 def test_two_roots(two_roots: tuple[Path, Reader]) -> None:
     _, guest = two_roots
-    with pytest.raises(BadSource, match="several of its partitions hold a root") as caught:
+    with pytest.raises(BadSource, match="several partitions hold a root") as caught:
         DiskTree(guest, None)
     assert "#1 (128.0 MiB): btrfs, a root\n" in caught.value.message
     assert "#6 (128.0 MiB): btrfs, not a root" in caught.value.message
     assert "disk:FILE#NUMBER" in caught.value.hint
-    with pytest.raises(BadSource, match="partition 9 is not there"):
+    with pytest.raises(BadSource, match="partition 9 does not exist"):
         DiskTree(guest, 9)
 
 
@@ -220,7 +220,7 @@ def test_each_root_as_it_is(two_roots: tuple[Path, Reader]) -> None:
         tree, left_out = copied(guest, number, here / f"{turn}")
         assert facts(tree) == facts(here / "tree")
         assert "1 socket" in left_out and "#6 (128.0 MiB): btrfs" in left_out
-        assert "what /etc/fstab, which is a link, mounts" in left_out
+        assert "all mounts of /etc/fstab, because" in left_out
         make_image(tree, here / f"{turn}.image", "erofs")
         digests.append(hashlib.sha256((here / f"{turn}.image").read_bytes()).digest())
     assert digests[0] == digests[2]
@@ -273,7 +273,7 @@ def test_damage_that_makes_a_kernel_panic(host: Runtime, tmp_path: Path) -> None
     image = damaged(make_tree(tmp_path / "tree"), "panic")
     vmdk = tmp_path / "disk.vmdk"
     subprocess.run(["qemu-img", "convert", "-O", "vmdk", image, vmdk], check=True)
-    with pytest.raises(BadSource, match="the guest that reads it failed") as caught:
+    with pytest.raises(BadSource, match="the reader guest failed") as caught:
         unpack(host, str(vmdk), tmp_path / "work")
     assert "EXT4-fs error (device vda)" in caught.value.message
     assert "panic" in caught.value.message

@@ -1,6 +1,6 @@
-"""Guests that end by themselves, each in its way: `ps -a`, `logs` and all else tell which.
+"""Guests that end on their own, each in its way: `ps -a`, `logs` and others report the reason.
 
-Not here: how each init ends a guest (test_ends.py); the host's memory (test_out_of_memory.py).
+Not here: how each init ends a guest (test_ends.py); a host out of memory (test_out_of_memory.py).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ EXPECTED = {
     "halts": (Cause.HALTED, "halted", None),
     "done": (Cause.COMMAND, "its command ended with exit code 7", 7),
     "hungry": (Cause.OUT_OF_MEMORY, "out of memory: the guest's kernel killed its command", 137),
-    "killed": (Cause.KILLED, "QEMU was killed (SIGKILL), or crashed without a word", None),
+    "killed": (Cause.KILLED, "QEMU was killed (SIGKILL), or crashed without a message", None),
     "asked": (Cause.KILLED, f"QEMU was ended by signal 15 from pid {os.getpid()}", None),
-    "quits": (Cause.KILLED, "QEMU was told to quit at its monitor", None),
+    "quits": (Cause.KILLED, "QEMU got a quit command on its monitor", None),
 }
 
 

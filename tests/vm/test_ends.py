@@ -1,7 +1,7 @@
-"""Ends of guests: each comes within seconds, and is told; `stop` gives programs their time.
+"""Each end of a guest comes within seconds and is reported; `stop` gives programs time to end.
 
-Not here: all ends under all inits (tests/workloads/ends_table.py), and how the host keeps what was
-told.
+Not here: all ends under all inits (tests/workloads/ends_table.py), the host's records of ended
+guests.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Programs in guests: exit codes, streams, time limits, and images that bring nothing themselves.
+"""Programs in guests: exit codes, streams, time limits, and images without any tools.
 
-The real command where its exit code or its own process matters, the library elsewhere. Not here:
+The real command runs where its exit code or its process matters, otherwise the library. Not here:
 `onecopy run SYSTEM -- CMD` (test_lifecycle.py).
 """
 
@@ -233,7 +233,7 @@ def test_more_at_once_than_there_are_ports_for(
         ]
         while await in_use() < 26:
             await asyncio.sleep(0.1)
-        with pytest.raises(NoSlot, match="no port left for the streams"):
+        with pytest.raises(NoSlot, match="no free port for the"):
             await run_captured(folder, ["true"], timeout=1)
         waiting = [
             asyncio.create_task(run_captured(folder, ["sh", "-c", f"exit {code}"], timeout=STUCK))

@@ -1,7 +1,7 @@
-"""What guests get at their start beyond what was saved: memory, processors, segments, disks.
+"""Resources that guests get at their start beyond the saved ones: RAM, vCPUs, segments, disks.
 
-Not here: what is refused before a guest is started (tests/unit/guest/test_resources.py), that a VMM
-with a disk is confined (test_confinement.py), processors under KVM (kvm/test_processors.py).
+Not here: refusals before a start (tests/unit/guest/test_resources.py), confinement of a VMM with a
+disk (test_confinement.py), vCPUs under KVM (kvm/test_processors.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a segment's script in the guest holds and lets go: frozen writes, and who is in the way.
+"""The segment script in a guest: frozen writes, and the processes that hold a segment.
 
-Not here: what the host makes of it (test_commit.py, test_attach.py).
+Not here: the host's use of it (test_commit.py, test_attach.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Programs with random generators of their own: found at the save, seeded again by clone hooks.
+"""Programs with their own random generators are found at the save, and re-seeded by clone hooks.
 
-Without its hook the clones draw the same values; with it they differ. Not here: services that take
-long to start (tests/workloads).
+Without its hook, clones of a program draw the same values; with it they differ. Not here: services
+that start slowly (tests/workloads).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Each clone is a machine of its own, and none is handed out that does not confirm it.
+"""Each clone has its own identity, and none becomes ready without confirming it.
 
-Not here: names and SSH host keys (test_names.py), what clones share (test_sharing_clones.py).
+Not here: names and SSH host keys (test_names.py), shared memory (test_sharing_clones.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Any image: the disk of another machine, with services; a minimal init; no Linux at all.
+"""Any image boots: the disk of another machine with services, a minimal init, and no Linux.
 
-Not here: which disk images can be a source (unit/test_build_disk.py).
+Not here: which disk images can be a source (tests/unit/images/test_disk.py).
 """
 
 from __future__ import annotations

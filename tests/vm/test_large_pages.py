@@ -1,7 +1,7 @@
-"""A file that lies aligned in its segment is mapped in large pages by the guest (DAX, PMD faults).
+"""The guest maps a file that is aligned in its segment in large pages (DAX, PMD faults).
 
-One fault, and one entry of the guest's page table, for 512 pages. smaps does not tell them of
-device memory. Not here: what the host's page tables have.
+One fault and one page table entry cover 512 pages. smaps does not report them for device memory.
+Not here: the host's page tables.
 """
 
 from __future__ import annotations

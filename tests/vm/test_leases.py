@@ -1,6 +1,6 @@
-"""What is left when commands and VMMs are killed: nothing, or nothing after the next command.
+"""Killed commands and VMMs leave nothing, or nothing after the next command.
 
-Proof is taken from outside: processes from /proc, files from the store and the run folder.
+The evidence comes from outside: processes in /proc, files in the store and the run directory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Programs that leave without closing their Host: they end, and so do their guests."""
+"""Programs that exit without closing their Host end, and so do their guests."""
 
 from __future__ import annotations
 

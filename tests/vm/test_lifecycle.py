@@ -1,7 +1,7 @@
-"""A guest's life through the real command: build, save, run, look at it, stop, remove.
+"""The life of a guest through the real command: build, save, run, examine, stop, remove.
 
-What the command says is held against /proc, QMP, the store's files and the guest itself. Not here:
-`onecopy exec` (test_exec.py), what happens when things go wrong (test_bad_luck.py).
+The command's output is compared with /proc, QMP, the store's files and the guest. Not here:
+`onecopy exec` (test_exec.py), failures (test_bad_luck.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What real VMMs may use of the host, and what becomes of what they were lent.
+"""The limits of real VMMs on the host, and the release of their resources.
 
-Not here: a program of ours in QEMU's place (test_confinement.py), logs without a guest
+Not here: a rogue program in QEMU's place (test_confinement.py), logs without a guest
 (tests/unit/vmm/test_logs.py).
 """
 

@@ -1,6 +1,6 @@
-"""What guests see of their machine: CPU model, clock, random numbers, and pages of which size.
+"""A guest's view of its machine: CPU model, clock, random numbers, and page sizes.
 
-All of it differs between KVM and TCG; script/test-kvm runs it under KVM, too.
+All of these differ between KVM and TCG. script/test-kvm runs the tests under KVM, too.
 """
 
 from __future__ import annotations

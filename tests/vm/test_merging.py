@@ -1,6 +1,6 @@
-"""KSM merges what clones have written for themselves, and they go on with pages of their own.
+"""KSM merges pages that clones wrote, and clones that write again get their own pages.
 
-The machine's settings of KSM are put back. Not here: bench figures (benchmarks/merging.py).
+The machine's KSM settings are restored. Not here: measurements (benchmarks/merging.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Each guest finds localhost and itself by name, booted or cloned; and SSH host keys of any type.
+"""Each guest, booted or cloned, resolves localhost and its own name; SSH host keys of any type.
 
-Not here: what else tells clones apart (test_identity.py), single cases of /etc/hosts
-(unit/test_names.py).
+Not here: other parts of the identity (test_identity.py), single cases of /etc/hosts
+(tests/unit/images/test_names.py).
 """
 
 from __future__ import annotations

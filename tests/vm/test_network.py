@@ -1,6 +1,6 @@
-"""Guests in a bridge of the host's, each with an address of its network; and guests without one.
+"""Guests in a bridge of the host, each with an address of its network, and guests without one.
 
-Not here: user-mode networks and forwarded ports (test_lifecycle.py, test_identity.py).
+Not here: user-mode networks and published ports (test_lifecycle.py, test_identity.py).
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def test_what_is_no_network(saved: Artifact, guests: Guests, busybox_root: Artif
         guests.clone(saved, bridge="nowhere0")
     with pytest.raises(InvalidInput, match="no network card"):
         guests.boot(busybox_root, network=False, publish=[(0, 80)])
-    with pytest.raises(InvalidInput, match="forwarded"):
+    with pytest.raises(InvalidInput, match="can be published"):
         guests.clone(saved, bridge="nowhere0", publish=[(0, 80)])
 
 

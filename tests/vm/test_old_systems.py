@@ -1,8 +1,8 @@
-"""Clones of a system that is days old, and the guest that it was saved from.
+"""Clones of a system that was saved days ago, and the guest that it was saved from.
 
-What is due by then does not run in the clones: they have their names and clocks before anything of
-the saved system goes on, and calendar timers are armed anew. The guest itself is as it was. Not
-here: what makes a clone another machine (test_identity.py), connections (test_network.py).
+Overdue timers do not fire in the clones. The clones get their names and clocks before any saved
+program continues, and calendar timers are set again. The saved guest is unchanged. Not here: the
+identity of clones (test_identity.py), connections (test_network.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The kernel runs out of memory while many guests start: it is a control group's memory here.
+"""A control group runs out of memory while many guests start in it.
 
-(Documentation/admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst.) What a host that has not enough
-refuses beforehand is in test_lifecycle.py.
+Not here: refusals on a host with too little memory (test_lifecycle.py).
+
+Source: Linux Documentation/admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""plan measures real clones, ends them, and keeps what it found."""
+"""`plan` measures real clones, ends them, and keeps its results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Prepared guests: what becomes of them, whoever takes them, replaces them, or is killed meanwhile.
+"""Standby clones: how they are taken, replaced, and cleaned up after a kill.
 
-Proof that a guest was prepared is its VMM, which was there before; that it is one, its own answer.
+The evidence that a clone was on standby is its VMM, which existed before. Its identity is its own
+answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A segment is replaced while guests use it: who has the old version keeps it to the end."""
+"""A segment is replaced while guests use it: guests with the old version keep it to their end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `report` says of guests, against the kernel's own entry for each of their pages."""
+"""The figures of `report` compared with the kernel's entry for each page of the guests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guests ask for segments by name: `onecopy-segment` in them, `onecopy serve` on the host."""
+"""Guests load segments by name: `onecopy-segment` in guests, `onecopy serve` on the host."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A guest that writes to its segments changes nothing: not the store, not a neighbour, not QEMU.
+"""A guest that writes to its segments changes neither the store, nor other guests, nor QEMU.
 
 virtio-pmem has no read-only bit, so the guest believes that it can write. Under KVM the memory slot
-is read-only and each write leaves to QEMU, which drops it (Linux Documentation/virt/kvm/api.rst,
-KVM_MEM_READONLY).
+is read-only. Each write exits to QEMU, which drops it.
+
+Source: Linux Documentation/virt/kvm/api.rst, KVM_MEM_READONLY.
 """
 
 from __future__ import annotations

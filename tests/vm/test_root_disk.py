@@ -1,7 +1,7 @@
-"""The root, /dev and the agent of a guest, as programs expect them of a machine with a disk.
+"""A guest's root, /dev and agent are as programs expect them of a machine with a disk.
 
-One guest is booted, used, saved, and cloned with more memory. Not here: what is read from a segment
-(test_sharing.py), a disk that stays (test_fit.py), systemd (test_exec.py).
+One guest is booted, used, saved, and cloned with more memory. Not here: reading from a segment
+(test_sharing.py), persistent disks (test_fit.py), systemd (test_exec.py).
 """
 
 from __future__ import annotations

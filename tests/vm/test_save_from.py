@@ -1,6 +1,6 @@
-"""Saving a guest that runs, booted or cloned: it goes on, and clones have what it had.
+"""Saving a running guest, booted or cloned: it continues, and clones have its state.
 
-Not here: what a saved system is in general (test_lifecycle.py, test_sharing_clones.py).
+Not here: saved systems in general (test_lifecycle.py, test_sharing_clones.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Segments are one copy in memory, as the kernels of host and guest count it.
+"""Guests share one copy of a segment in memory, as the kernels of host and guest count it.
 
-Not here: RAM of clones (test_sharing_clones.py), what the report makes of it (the unit tests).
+Not here: RAM of clones (test_sharing_clones.py), reports (the unit tests).
 """
 
 from __future__ import annotations

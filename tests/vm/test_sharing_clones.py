@@ -1,6 +1,6 @@
-"""Clones live off one copy of their saved system's RAM, and keep their writes to themselves.
+"""Clones share one copy of their saved system's RAM, and keep their writes to themselves.
 
-Not here: segments (test_sharing.py), changes to the kernel's own text (test_patching.py).
+Not here: segments (test_sharing.py), changes to the kernel's text (test_patching.py).
 """
 
 from __future__ import annotations

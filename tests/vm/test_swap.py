@@ -1,4 +1,4 @@
-"""A guest swaps while programs run from its root in place, and its kernel has no warning of it.
+"""A guest swaps while programs run from its DAX root, and its kernel logs no warning.
 
 Linux's multi-generational LRU warns of such mappings (get_pte_pfn() in mm/vmscan.c), so it is off.
 """

@@ -1,4 +1,4 @@
-"""top, as it is on a terminal: it shows the guests, listens to keys, and leaves all as it was."""
+"""`top` on a terminal: it shows the guests, reads keys, and restores the terminal."""
 
 from __future__ import annotations
 

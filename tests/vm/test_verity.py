@@ -1,8 +1,7 @@
-"""fs-verity for real: in a guest, whose kernel has it, on an ext4 of its own.
+"""fs-verity in a guest, whose kernel supports it, on an ext4 file system.
 
-Few hosts of the tests have a file system with it; linux/verity.py, which needs nothing but Python,
-is given to the guest as it is.
-Looked at is what a store does with a blob, and what guests get of one that was changed.
+Few test hosts have a file system with fs-verity. The guest runs linux/verity.py unchanged, which
+needs only Python. The tests cover a store's use of a blob, and guests that map a changed blob.
 """
 
 from __future__ import annotations

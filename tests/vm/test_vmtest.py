@@ -1,6 +1,6 @@
 """An emulated host in trouble is a clear failure with its logs, and never a pass (vmtest/).
 
-Its root is a busybox here, since it does not get as far as running tests.
+Its root is busybox, because it does not get as far as running tests.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ async def call(
     ("script", "stop", "message"),
     [
         (PANIC, False, "ended"),
-        ("echo before; sleep 100", True, "said nothing for 15 s"),
+        ("echo before; sleep 100", True, "printed nothing for 15 s"),
     ],
     ids=["panic", "hang"],
 )

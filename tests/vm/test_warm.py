@@ -1,4 +1,4 @@
-"""Warming with real guests: what they touched is recorded, and read ahead for the next one."""
+"""Preloading with real guests: the pages that they access are recorded, and read for the next."""
 
 from __future__ import annotations
 

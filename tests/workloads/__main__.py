@@ -1,4 +1,4 @@
-"""`python -m tests.workloads`: run real workloads, compare the places, write docs/workloads.md."""
+"""`python -m tests.workloads`: runs workloads, compares the places, writes docs/workloads.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Clones of a system that was saved two days ago: what was due meanwhile does not fire in them.
+"""Clones of a system that was saved two days ago: overdue timers do not fire in them.
 
-The clock of the guest, and of the command that saves it, are set back. Not here: clones of a fresh
-system (tests/vm/test_identity.py).
+The clocks of the guest and of the saving command are set back. Not here: clones of a new system
+(tests/vm/test_identity.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One workload in all its places, and what came of it.
+"""Runs a workload in all its places, and collects the results.
 
 Not here: the workloads (catalogue.py), power cuts and old systems (powercut.py, aged.py).
 """

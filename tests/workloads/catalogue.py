@@ -1,6 +1,6 @@
-"""The workloads: what each is made of, and what runs before and after the system is saved.
+"""The workloads: their content, and the commands before and after the system is saved.
 
-Not here: where they run (places.py), what may differ there (expected.py).
+Not here: the places (places.py), accepted differences (expected.py).
 """
 
 from __future__ import annotations

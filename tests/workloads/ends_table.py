@@ -1,7 +1,7 @@
-"""The whole table: each end, under each init, of booted guests and of clones.
+"""The full table of ends: each end, under each init, of booted guests and of clones.
 
-It takes long, and is run by its name alone (`pytest tests/workloads/ends_table.py`); the short form
-is tests/vm/test_ends.py.
+It takes long and runs only by its name (`pytest tests/workloads/ends_table.py`). The short form is
+tests/vm/test_ends.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Tests that do not pass, or not everywhere, and why: each entry was looked into.
+"""Tests that fail, or fail in some places, with the reason; each entry was investigated.
 
-An entry that no longer says how things are fails the campaign, as a difference does that has none.
+The campaign fails on a difference without an entry, and on an entry that no longer applies.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Ready clone hooks of services that take long to start: PostgreSQL, node, Java, PHP-FPM, RabbitMQ.
+"""Ready clone hooks of services that start slowly: PostgreSQL, node, Java, PHP-FPM, RabbitMQ.
 
-Run by name (`pytest tests/workloads/hooks.py`): building and booting this takes minutes. All
-services are in one guest, which is saved without hooks and with all of them. Not here: nginx,
-OpenSSH and redis (tests/vm/test_hooks.py).
+It runs only by its name (`pytest tests/workloads/hooks.py`), because building and booting take
+minutes. All services run in one guest, which is saved without hooks and with all of them. Not here:
+nginx, OpenSSH and redis (tests/vm/test_hooks.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a workload runs: in a chroot on this host, in a booted guest, and in clones of that.
+"""Runs a workload in a chroot on this host, in a booted guest, and in clones of that guest.
 
 Each place runs the same shell commands in the same root, as root, with the same environment.
 """

@@ -1,7 +1,8 @@
-"""Power cuts: QEMU is killed while a database commits to a disk; nothing acknowledged may be lost.
+"""Power cuts: QEMU is killed while a database commits to a disk, and no commit may be lost.
 
-A commit is acknowledged when its number came by the standard output of exec: the database's call
-had returned. After each cut a new guest mounts the disk; the database recovers and must have all.
+A commit is acknowledged when its number arrives on the standard output of exec, after the
+database's call has returned. After each cut a new guest mounts the disk. The database recovers, and
+must have all acknowledged commits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The roots of workloads: Debian's, and small trees without one.
+"""Builds the roots of workloads: Debian roots, and small trees.
 
-Not here: those that all tests keep (tests/vm/kept.py).
+Not here: the roots of other tests (tests/vm/kept.py).
 """
 
 from __future__ import annotations

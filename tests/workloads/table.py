@@ -1,4 +1,4 @@
-"""The table of docs/workloads.md: what ran where, and how it ended. Rows that did not run stay."""
+"""Writes the table of docs/workloads.md: what ran where, with its result; other rows stay."""
 
 from __future__ import annotations
 

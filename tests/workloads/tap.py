@@ -1,7 +1,7 @@
-"""What a workload's program printed: TAP, the Test Anything Protocol (testanything.org).
+"""Parses the output of workloads: TAP, the Test Anything Protocol (testanything.org).
 
-The plan comes last, so that output that was cut off is no result. A line ``# own NAME VALUE`` tells
-what no two clones may have alike.
+The plan comes last, so that truncated output is no result. A line ``# own NAME VALUE`` has a value
+that must differ in all clones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The short form of script/workloads: a few modules of CPython's tests, and power cuts.
 
-Not here: what other workloads do (script/workloads).
+Not here: other workloads (script/workloads).
 """
 
 from __future__ import annotations

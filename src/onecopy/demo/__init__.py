@@ -1,4 +1,4 @@
-"""`onecopy demo`: the main job from beginning to end, on real guests, with the kernel's figures.
+"""`onecopy demo`: builds, saves and clones real guests, and measures them by the kernel's counters.
 
-May import every room, as cli/ does. Not here: benchmarks/.
+It may import every room, as cli/ does. Not here: benchmarks (benchmarks/).
 """

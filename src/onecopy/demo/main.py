@@ -1,4 +1,4 @@
-"""The demo's course: build, save, start cold and saved guests, and compare them."""
+"""The steps of the demo: build, save, boot guests, start clones, and compare them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAVED_GUESTS = 8
 
 
 def specification(accel: Choice) -> BootSpec:
-    """The guest of the demo: Debian with Python, and an HTTP service from a segment of its own."""
+    """Return the demo's guest: Debian with Python, and an HTTP service in a second segment."""
     return BootSpec(
         root=ROOT,
         segments=((APP, "/srv"),),
@@ -39,15 +39,24 @@ def specification(accel: Choice) -> BootSpec:
 async def run(
     host: Runtime, accel: Choice, tell: Callable[[str], None]
 ) -> tuple[str, list[Measured]]:
-    """Do it all; returns the accelerator (and why) and what both kinds of guests took.
+    """Run the demo. Its segments and saved system stay in the store; its guests are ended.
 
-    The demo's segments and system stay in the store, its guests do not stay.
+    Args:
+        host: The runtime of the guests.
+        accel: The accelerator to use.
+        tell: Called with one line of text for each step.
+
+    Returns:
+        The accelerator with its reason, and the figures of booted guests and of clones.
+
+    Raises:
+        OnecopyError: Any error of building, saving and starting.
     """
     build_all(host, tell)
     spec = specification(accel)
-    tell("saving a system whose HTTP service is up")
+    tell("saving a system with a running HTTP service")
     system = (await save.save_system(host, SYSTEM, spec, tell)).artifact
-    tell(f"starting {COLD_GUESTS} guests cold")
+    tell(f"booting {COLD_GUESTS} guests")
     prepared = plan_boot(host, replace(spec, ready="true"))
     cold = await _batch(
         host,
@@ -57,7 +66,7 @@ async def run(
             host, replace(prepared, spec=replace(prepared.spec, publish=ports)), name, batch
         ),
     )
-    tell(f"starting {SAVED_GUESTS} guests from the saved system")
+    tell(f"starting {SAVED_GUESTS} clones of the saved system")
     template = restore.template(host, system)
     saved = await _batch(
         host,
@@ -71,7 +80,7 @@ async def run(
 
 
 def build_all(host: Runtime, tell: Callable[[str], None]) -> None:
-    """The root segment, once, and the application's, which is quick."""
+    """Build the application's segment, and the root segment if the store lacks it."""
     if not host.store.find(ROOT, "segment"):
         options = BuildOptions(include=("python3",))
         build_segment(host.store, ROOT, f"debian:{host_suite()}", options, progress=tell)

@@ -1,4 +1,4 @@
-"""Starting guests and timing each until its application answers a request with its own name."""
+"""Starts guests, and measures the time until each application answers with its guest's name."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from onecopy.guest.runtime import Runtime
 from onecopy.sharing import report
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
-#: Seconds that a guest has to answer.
+#: Seconds for a guest to answer.
 PATIENCE = 180.0
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Guests that were started together, and what they took; times in seconds, memory in bytes."""
+    """The figures of guests that were started together; times in seconds, memory in bytes."""
 
     kind: str
     guests: int
     answered: int
-    """How many answered with their own name."""
+    """Number of guests that answered with their own name."""
     seconds: float
-    """From the first start until the last answer."""
+    """Time from the first start to the last answer."""
     each: tuple[float, ...]
-    """From the first start until each guest's answer."""
+    """Time from the first start to each guest's answer."""
     ram_private: int
-    """Pages of RAM that a guest has alone, mean."""
+    """Mean RAM that a guest does not share."""
     host: int
-    """Host memory per guest: Pss (what several share is divided among them) and page tables."""
+    """Mean host memory of a guest: page tables and Pss, which divides shared pages."""
 
     @property
     def per_guest(self) -> float:
-        """Seconds until all applications answer, divided by the number of guests."""
+        """Seconds until all applications answered, divided by the number of guests."""
         return self.seconds / self.guests
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that are free now."""
+    """Return ports of 127.0.0.1 that are free now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -59,7 +59,7 @@ async def start_batch(
     names: Sequence[str],
     start: Callable[[str, Ports, Batch], Awaitable[GuestRecord]],
 ) -> Measured:
-    """Start guests at once, and look at them when all have answered; the caller ends them."""
+    """Start guests together, and measure them when all have answered; the caller ends them."""
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     answers: dict[str, asyncio.Task[float | None]] = {}
 
@@ -86,10 +86,10 @@ async def start_batch(
 
 
 async def _answered(name: str, port: int) -> float | None:
-    """When the application behind ``port`` answered with ``name``; None if it never does."""
+    """Return when the application on ``port`` answered with ``name``; None after the deadline."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        # Short: what is sent before the application listens is answered late or never.
+        # A short limit, because a request sent before the application listens may get no answer.
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(1):
                 if await _request(port) == name:

@@ -1,4 +1,4 @@
-"""The demo's result as a table, as JSON, and as a picture (SVG)."""
+"""Formats the demo's result as a table, as JSON, and as an SVG image."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ HEADINGS = (
     "OF IT PRIVATE RAM",
 )
 NOTES = (
-    "UNTIL ALL ANSWER: from the first start until every guest's HTTP service has answered with its "
-    "own name. PER GUEST: that, divided by the number of guests.",
-    "HOST MEMORY PER GUEST: the kernel's Pss of all their QEMU processes, by the number of guests "
-    "(pages that several share count once in all), and page tables.",
-    "PRIVATE RAM: pages of RAM that no other guest shares.",
+    "UNTIL ALL ANSWER: time from the first start until every guest's HTTP service has answered "
+    "with its own name. PER GUEST: that time divided by the number of guests.",
+    "HOST MEMORY PER GUEST: Pss of all QEMU processes (shared pages count once) and their page "
+    "tables, divided by the number of guests.",
+    "PRIVATE RAM: RAM of a guest that no other guest shares.",
 )
 
 
 def rows(batches: Sequence[Measured]) -> list[list[str]]:
-    """One row per kind of guest."""
+    """Return one row for each kind of guest."""
     return [
         [
-            {"cold": "booted cold", "saved": "from the saved system"}[batch.kind],
+            {"cold": "booted", "saved": "cloned"}[batch.kind],
             str(batch.guests),
             f"{batch.seconds:.2f} s",
             f"{batch.per_guest:.3f} s",
@@ -44,7 +44,7 @@ def rows(batches: Sequence[Measured]) -> list[list[str]]:
 
 
 def as_json(accel: str, batches: Sequence[Measured]) -> dict[str, Any]:
-    """docs/json.md; seconds and bytes."""
+    """Return the fields of docs/json.md; times in seconds, sizes in bytes."""
     cold, saved = batches
     return {
         "guests": saved.guests,
@@ -66,15 +66,15 @@ def as_json(accel: str, batches: Sequence[Measured]) -> dict[str, Any]:
 
 
 def picture(accel: str, batches: Sequence[Measured]) -> str:
-    """Three pairs of bars as an SVG document."""
+    """Draw three pairs of bars as an SVG document."""
     cold, saved = batches
     panels = [
         ("Until the application answers, per guest", "s", cold.per_guest, saved.per_guest, 3),
         ("Host memory per guest", "MiB", cold.host / MIB, saved.host / MIB, 1),
-        ("Of it private RAM", "MiB", cold.ram_private / MIB, saved.ram_private / MIB, 2),
+        ("Private RAM per guest", "MiB", cold.ram_private / MIB, saved.ram_private / MIB, 2),
     ]
     body = "".join(_panel(number, *panel) for number, panel in enumerate(panels))
-    title = f"onecopy: {saved.guests} guests from one saved system, {cold.guests} booted cold"
+    title = f"onecopy: {saved.guests} clones of one saved system, {cold.guests} booted guests"
     note = f"{platform.machine()}, {os.cpu_count()} cores, under {accel.partition(':')[0].upper()}"
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" font-family="sans-serif">'
@@ -90,7 +90,7 @@ def _panel(number: int, title: str, unit: str, cold: float, saved: float, digits
     parts = [f'<text x="20" y="{top}" font-size="13">{title}</text>']
     largest = max(cold, saved) or 1
     for line, (name, value, color) in enumerate(
-        (("cold", cold, "#b0b7c3"), ("saved", saved, "#2463eb"))
+        (("booted", cold, "#b0b7c3"), ("cloned", saved, "#2463eb"))
     ):
         y = top + 8 + line * 24
         width = max(500 * value / largest, 1)

@@ -1,7 +1,8 @@
-"""What the memory of a range is made of, by its page class: a blob, or a copy that someone shares.
+"""Finds or makes the file that backs a range in a guest, by the range's page class.
 
-Copies are memory files (linux/memfd.py): their size is sealed, and the kernel drops them with the
-last VMM that has them, however it ends. Not here: how QEMU is told (vmm/argv.py).
+The backing is a blob, or a copy of it in a memory file (linux/memfd.py). A memory file has a sealed
+size, and the kernel frees it with the last VMM that has it open. Not here: QEMU's arguments
+(vmm/argv.py).
 """
 
 from __future__ import annotations
@@ -34,46 +35,50 @@ _COMMON = (PageClass.SW, PageClass.SN)
 
 
 class BackingRequest(msgspec.Struct, frozen=True):
-    """One range that is about to be mapped."""
+    """A range that is about to be mapped."""
 
     page_class: PageClass
     size: int
     """Bytes."""
     layer: Layer | None
-    """Its stored content; None for the classes without."""
+    """The stored content; None for classes without it."""
     segment: str
-    """Digest of its segment's manifest."""
+    """Digest of the segment's manifest."""
     number: int
-    """Its place in the segment."""
+    """Index of the range in its segment."""
 
     @property
     def memory_name(self) -> str:
-        """What its memory file, if it is one, is called in /proc/PID/fd and maps."""
+        """The name of the range's memory file in /proc/PID/fd and maps."""
         return f"onecopy-{self.segment.removeprefix('sha256:')}.{self.number}"
 
 
 def live_file(store: Store, needed: BackingRequest) -> Path:
-    """What the host writes to and guests read, of an SC range; raise InsufficientResources."""
+    """Return the file of an SC range, which the host writes and guests read.
+
+    Raises:
+        InsufficientResources: The disk has no room for it.
+    """
     return store.live(_blob(needed), needed.segment, needed.number, needed.size)
 
 
 def map_mode(page_class: PageClass) -> MapMode:
-    """How QEMU maps a range of that class."""
+    """Return how QEMU maps a range of that class."""
     return _MODES[page_class]
 
 
 class Backing(msgspec.Struct, frozen=True):
-    """What one range is mapped from."""
+    """The backing of a range."""
 
     slot: Slot
     mapped: str
-    """As the VMM's /proc/PID/maps has it."""
+    """The path in the VMM's /proc/PID/maps."""
     file: str
-    """The file of the store whose pages it shows, at least until it is written to; "" if none."""
+    """The file of the store whose pages the range shares until it is written; "" for none."""
 
 
 class Backings:
-    """Makes and finds what ranges are mapped from."""
+    """The backings of a guest's ranges."""
 
     def __init__(self, host: Runtime, ends: ExitStack, lease: Lease | None, *, late: bool) -> None:
         self._host = host
@@ -82,12 +87,17 @@ class Backings:
         self._late = late
 
     def back(self, needed: BackingRequest) -> Backing:
-        """Back a range; raise InsufficientResources (memory), NotPermitted, StoreDamaged."""
+        """Find or make the backing of a range.
+
+        Raises:
+            InsufficientResources: There is too little memory for a copy.
+            NotPermitted, StoreDamaged: The blob cannot be used.
+        """
         match needed.page_class:
             case PageClass.SR:
                 return self._file(needed, _blob(needed).path, linked=self._late)
             case PageClass.EW:
-                # Under a name of its own: what its guest writes is found by it.
+                # Accounting finds the pages that the guest writes by this separate name.
                 return self._file(needed, _blob(needed).path, linked=True)
             case PageClass.SC:
                 return self._file(needed, live_file(self._host.store, needed), linked=self._late)
@@ -104,7 +114,7 @@ class Backings:
         return self._lease
 
     def _file(self, needed: BackingRequest, path: Path, *, linked: bool) -> Backing:
-        """A file of the store; a VMM that runs already may only open what is linked for it."""
+        """Back a range by a file of the store; a running VMM can only open files linked for it."""
         mapped = path
         if linked:
             mapped = self._holder.files / needed.memory_name
@@ -117,17 +127,20 @@ class Backings:
         return Backing(_slot(needed, Path(f"/proc/self/fd/{fd}")), f"/memfd:{name}", "")
 
     def common(self, needed: BackingRequest) -> int:
-        """Open the copy of the present users, or a new one.
+        """Open the copy that the segment's users share, or make a new one.
 
-        Who has unloaded the segment still has the device, and so the copy, but is no user: if
-        there is no other, it starts again from the saved content.
+        A guest that has unloaded the segment may still hold the device, and with it the copy. If no
+        other guest uses the copy, its content is reset to the saved one.
+
+        Returns:
+            A descriptor that the caller closes.
         """
         left, unloaded = None, self._host.unloaded(needed.segment)
         for guest, pid in self._host.vmms(self._host.store.users(needed.segment)):
             fd = memfd.find(pid, needed.memory_name, needed.size)
             if fd is None:
                 continue
-            # There is one copy: who comes after the first has the same.
+            # All guests hold the same copy.
             if left is not None:
                 os.close(left)
             if guest not in unloaded:
@@ -152,9 +165,16 @@ def _copy(needed: BackingRequest, name: str, *, sealed: bool = False) -> int:
 async def backings(
     host: Runtime, ranges: Iterable[PageClass], lease: Lease | None, *, late: bool = False
 ) -> AsyncIterator[Backings]:
-    """Where ranges of these classes get their memory from; a VMM must have it before the end.
+    """Yield the backings for ranges of these classes.
 
-    ``late``: the VMM runs already. Nobody else makes or looks for a copy in common meanwhile.
+    The VMM must have opened the files before the block ends. Within the block no other process
+    makes or looks for a common copy.
+
+    Args:
+        host: The runtime of the guest.
+        ranges: The classes of the ranges.
+        lease: The guest's lease.
+        late: Whether the VMM is running already.
     """
     async with contextlib.AsyncExitStack() as waits:
         if any(each in _COMMON for each in ranges):

@@ -1,8 +1,8 @@
-"""Why a guest that nobody stopped has ended, from what is left of it.
+"""Finds the reason why a guest ended that nobody stopped, from its two logs. Pure functions.
 
-QEMU's word comes first: whether it ended in an orderly way, and who had it end (vmm/end_traces.py).
-Only then does the console count, on which a guest can lie about nobody but itself. Pure. Not here:
-where ended guests are kept (ended_guests.py).
+QEMU's log has priority: whether QEMU exited in order, and what made it exit (vmm/end_traces.py).
+The console comes second. A guest can forge its console, but then lies only about itself. Not here:
+the records of ended guests (ended_guests.py).
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from onecopy.printable import printable
 from onecopy.vmm import end_traces
 from onecopy.vmm.end_traces import LoggedEnd
 
-#: Characters of a reason.
-_MOST = 160
+#: The longest reason in characters.
+_MAX_TEXT = 160
 _SIGKILL_CODE = 128 + 9
 
 
 class Cause(StrEnum):
-    """What kind of end it was."""
+    """The kind of an end."""
 
     POWERED_OFF = "powered-off"
     REBOOTED = "rebooted"
-    """Or its machine was reset in another way: QEMU ends then."""
+    """The guest rebooted, or its machine was reset, on which QEMU exits."""
     HALTED = "halted"
     PANIC = "kernel-panic"
     COMMAND = "command-ended"
-    """The command that it ran under the minimal init (`--run`)."""
+    """The guest's command under the minimal init ended (`--run`)."""
     OUT_OF_MEMORY = "out-of-memory"
-    """In the guest, so that its kernel panicked or its command was killed."""
+    """Out of memory in the guest: its kernel panicked or killed its command."""
     KILLED = "killed"
-    """Its QEMU was."""
+    """QEMU was killed."""
     HOST_OUT_OF_MEMORY = "host-out-of-memory"
     """The host's kernel killed its QEMU."""
     FAILED = "qemu-failed"
@@ -44,31 +44,31 @@ class Cause(StrEnum):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """How a guest ended that nobody stopped."""
+    """The end of a guest that nobody stopped."""
 
     at: float | None
-    """Seconds since the epoch; None if QEMU could not note it."""
+    """Time of the end, in seconds since 1970; None if QEMU did not log it."""
     found: float
-    """When a command found out."""
+    """Time at which a command found the guest ended, in seconds since 1970."""
     cause: Cause
     reason: str
-    """In words."""
+    """The reason as text."""
     exit_code: int | None
-    """Of its command, if it ended with that."""
+    """Exit code of the guest's command, if that ended the guest."""
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """Why, and in words."""
+    """The reason of an end."""
 
     cause: Cause
     text: str
     exit_code: int | None = None
-    """Of its command, if it is that which ended."""
+    """Exit code of the guest's command, if that ended the guest."""
     noted: bool = False
-    """Whether QEMU wrote to its log when it ended."""
+    """Whether QEMU logged its end."""
 
 
-#: Each is the last word of a guest, as its kernel, our watcher or minimal init prints it.
+#: The last lines of a guest, as its kernel, the watcher or the minimal init prints them.
 _WORDS = re.compile(
     r"Kernel panic - not syncing: (?P<panic>[^\r\n]*)"
     r"|onecopy: the command ended with exit code (?P<code>[0-9]{1,3})\b"
@@ -93,14 +93,14 @@ _SAID = {
 }
 _OOM_KILL = re.compile(r"ut of memory: Killed process [0-9]")
 _OOM_PANIC = re.compile(r"deadlocked on memory|[Oo]ut of memory|panic_on_oom")
-#: QEMU's own last word; others are warnings, or what it dumps.
+#: QEMU's last error; other lines are warnings or dumps.
 _FAILURE = re.compile(
     r"^(?:\S*qemu-system-x86_64: (?!warning:|info:|terminating on )(?P<said>.*)"
     r"|(?P<lib>KVM internal error.*|ERROR:.*|.*: Assertion .*|.*(?:corrupted|double free|"
     r"invalid pointer|stack smashing|out of memory).*))$",
     re.MULTILINE,
 )
-# QEMU, confined, cannot know what process that is.
+# QEMU is confined and cannot name the process.
 _SIGNAL = re.compile(r"terminating on (signal [0-9]+(?: from pid [0-9]+)?)", re.MULTILINE)
 
 
@@ -112,11 +112,15 @@ def find(
     death: Callable[[], str] = str,
     oom: Callable[[], bool] = bool,
 ) -> Reason:
-    """Find why a guest has ended, from its two logs.
+    """Find the reason of an end.
 
-    ``traced`` says that its QEMU notes how it ends. Only if it did not, the host's kernel is asked:
-    ``death`` is what it says of the process (linux/kmsg.py), ``oom`` whether it has killed one of
-    the guest's control group for memory.
+    Args:
+        qemu: The end of QEMU's log.
+        console: The end of the console's log.
+        traced: Whether this QEMU logs how it ends.
+        death: Asks the host's kernel for the reason of the process's death (linux/kmsg.py); called
+            only if QEMU did not exit in order.
+        oom: Asks whether the kernel killed a process of the guest's control group for memory.
     """
     noted = end_traces.read(qemu)
     if noted.in_order:
@@ -128,8 +132,8 @@ def find(
     if failed:
         return replace(_reason(Cause.FAILED, f"QEMU failed: {failed[-1]}"), noted=True)
     if traced:
-        return _reason(Cause.KILLED, "QEMU was killed (SIGKILL), or crashed without a word")
-    return _last_word(console) or _reason(Cause.UNKNOWN, "unknown: this QEMU does not note its end")
+        return _reason(Cause.KILLED, "QEMU was killed (SIGKILL), or crashed without a message")
+    return _last_word(console) or _reason(Cause.UNKNOWN, "unknown: this QEMU does not log its end")
 
 
 def _in_order(noted: LoggedEnd, console: str) -> Reason:
@@ -137,7 +141,7 @@ def _in_order(noted: LoggedEnd, console: str) -> Reason:
         return _reason(Cause.KILLED, f"QEMU was ended by {by[-1]}")
     match noted.cause:
         case end_traces.Cause.HOST_QMP_QUIT:
-            return _reason(Cause.KILLED, "QEMU was told to quit at its monitor")
+            return _reason(Cause.KILLED, "QEMU got a quit command on its monitor")
         case end_traces.Cause.HOST_ERROR:
             return _reason(Cause.FAILED, f"QEMU failed: {[*_failures(noted), 'host error'][0]}")
     otherwise = {
@@ -163,11 +167,11 @@ def _last_word(console: str) -> Reason | None:
     if not found:
         return None
     panics = [each["panic"] for each in found if each["panic"] is not None]
-    # Our watcher says which end it is, and then resets the machine.
+    # The watcher prints the kind of end, then resets the machine. Its line overrides the kernel's.
     ours = [each for each in found if not (each["kernel"] or each["sysrq"])]
     last = (ours or found)[-1]
     if last["panic"] is not None:
-        # The first one is it: the end of the trace says it again.
+        # The first line has the reason. The kernel repeats it after the trace.
         if _OOM_PANIC.search(panics[0]):
             return _reason(Cause.OUT_OF_MEMORY, f"out of memory: kernel panic: {panics[0]}")
         return _reason(Cause.PANIC, f"kernel panic: {panics[0]}")
@@ -187,4 +191,5 @@ def _of_command(code: int, console: str) -> Reason:
 
 def _reason(cause: Cause, text: str, exit_code: int | None = None) -> Reason:
     shown = printable(text.strip())
-    return Reason(cause, shown if len(shown) <= _MOST else f"{shown[:_MOST]}...", exit_code)
+    cut = shown if len(shown) <= _MAX_TEXT else f"{shown[:_MAX_TEXT]}..."
+    return Reason(cause, cut, exit_code)

@@ -1,13 +1,13 @@
-"""Guests that ended by themselves stay known: their record, why, and what was printed last.
+"""Keeps the records of guests that ended on their own: the reason, and the end of their logs.
 
 ::
 
-    RUN/.ended/NAME/    guest.json, which says why; console.log and qemu.log (vmm/logs.py)
-    RUN/.ended/.new     one in the making
+    RUN/.ended/NAME/    guest.json with the reason; console.log and qemu.log (vmm/logs.py)
+    RUN/.ended/.new     a record that is being written
 
-All of it is ours, and small: nothing of the guest's user is left. The oldest go when there are too
-many, each with the next guest of its name, all with the host's next boot. Who changes something
-here has the host's lock (Host.locked). Not here: which guests ended by themselves (sweep.py).
+The invoking user owns all files, and they are small. The oldest records are removed when there are
+more than `MOST`. A new guest replaces the record of its name. A boot of the host removes all.
+Writers hold the host's lock (Runtime.locked). Not here: finding guests that ended (sweep.py).
 """
 
 from __future__ import annotations
@@ -33,34 +33,35 @@ from onecopy.vmm import logs
 
 _FOLDER = ".ended"
 _NEW = ".new"
-#: How many are kept, and how many bytes of each of their two logs.
+#: The number of records, and the bytes of each log.
 MOST, KEPT = 100, 64 << 10
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Left(msgspec.Struct, frozen=True):
-    """What is to be kept of one guest."""
+    """The record and logs of an ended guest."""
 
     record: GuestRecord
-    """With its end."""
+    """The record, with its ``ended``."""
     said: dict[str, logs.Tail]
+    """Name of a log -> its end."""
 
 
 class Deaths:
-    """What the host's kernel says of processes that it ended; it is asked once, if at all."""
+    """The host kernel's log of processes that it killed; read once, on the first question."""
 
     @cached_property
     def _found(self) -> list[Death]:
         return kmsg.deaths()
 
     def why(self, record: GuestRecord, uid: int) -> str:
-        """Why the VMM of a guest, which ran as ``uid``, was killed or crashed; "" if unknown."""
+        """Return why a guest's VMM, run by ``uid``, was killed or crashed; "" if unknown."""
         death = kmsg.of(self._found, record.pid, uid, record.start_ticks / _TICKS)
         return death.why if death else ""
 
 
 def look(folder: RunDirectory, uid: int, deaths: Deaths) -> Left | None:
-    """What is to be kept of a guest whose VMM has ended; None if it was never handed out."""
+    """Collect the record and logs of a guest whose VMM has ended; None if it was never ready."""
     try:
         record = folder.record()
     except (NotFound, Incompatible):
@@ -85,9 +86,12 @@ def look(folder: RunDirectory, uid: int, deaths: Deaths) -> Left | None:
 
 
 def keep(run: Path, left: Left) -> None:
-    """Keep it, in place of an earlier guest of its name. Raises OSError.
+    """Store the record of an ended guest; replace an earlier one of its name.
 
-    Not in the run folder of another user, who could neither read nor remove it.
+    Nothing is stored in another user's run directory: that user could not read or remove it.
+
+    Raises:
+        OSError: The record cannot be written.
     """
     if run.stat().st_uid != os.geteuid():
         return
@@ -116,21 +120,21 @@ def _trim(folder: Path) -> None:
 
 
 def names(run: Path) -> list[str]:
-    """Those that are known; not those whose name a running guest has."""
+    """List the names of ended guests, without those that a running guest has taken."""
     found = _entries(run)
     known = found - {_NEW} - {name for name in _others(run, found) if _is_replaced(run, name)}
     return sorted(known, key=in_order)
 
 
 def _entries(run: Path) -> set[str]:
-    # Each command asks: no time for paths.
+    # Every command calls this. os.listdir is faster than Path.iterdir.
     with contextlib.suppress(FileNotFoundError):
         return set(os.listdir(run / _FOLDER))  # noqa: PTH208
     return set()
 
 
 def _others(run: Path, found: set[str]) -> set[str]:
-    """Those of them whose name a run folder has."""
+    """Return the names in ``found`` that also have a run directory."""
     return found and found.intersection(os.listdir(run))  # noqa: PTH208
 
 
@@ -139,12 +143,12 @@ def _is_replaced(run: Path, name: str) -> bool:
 
 
 def records(run: Path) -> list[GuestRecord]:
-    """All of them, by name."""
+    """Return the records of all ended guests, by name."""
     return [record for name in names(run) if (record := find(run, name))]
 
 
 def find(run: Path, name: str) -> GuestRecord | None:
-    """The record of one; None if there is none, or another version of onecopy wrote it."""
+    """Return an ended guest's record; None if there is none or another version wrote it."""
     with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError, RecursionError):
         text = (path(run, name) / "guest.json").read_bytes()
         record = msgspec.json.decode(text, type=GuestRecord)
@@ -153,12 +157,12 @@ def find(run: Path, name: str) -> GuestRecord | None:
 
 
 def path(run: Path, name: str) -> Path:
-    """The folder with its logs."""
+    """Return the directory of an ended guest's record and logs."""
     return run / _FOLDER / name
 
 
 def forget(run: Path, *gone: str) -> None:
-    """Remove some of them, and their folder with the last."""
+    """Remove records, and their common directory with the last one."""
     for name in gone:
         remove_tree(path(run, name))
     with contextlib.suppress(OSError):
@@ -166,7 +170,7 @@ def forget(run: Path, *gone: str) -> None:
 
 
 def sweep(run: Path) -> None:
-    """Remove those whose name has another guest, which was handed out, and what was cut off."""
+    """Remove records whose name a ready guest has taken, and incomplete ones."""
     found = _entries(run)
     replaced = {name for name in _others(run, found) if _has_been_replaced(run, name)}
     if gone := replaced | found & {_NEW}:
@@ -183,9 +187,9 @@ def _has_been_replaced(run: Path, name: str) -> bool:
 
 
 def no_more(record: GuestRecord) -> NotFound:
-    """The error for who wants something of a guest that has ended."""
+    """Return the error for a request to a guest that has ended."""
     return NotFound(
         f"{record.name} has ended: {record.ended.reason if record.ended else 'unknown'}",
-        hint=f"`onecopy logs {record.name}` shows what it printed last; "
-        f"`onecopy rm {record.name}` removes it",
+        hint=f"see `onecopy logs {record.name}` for its last output; "
+        f"remove it with `onecopy rm {record.name}`",
     )

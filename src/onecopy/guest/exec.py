@@ -1,8 +1,9 @@
-"""Running a program in a guest, with its streams.
+"""Runs a program in a guest, with its standard streams.
 
-QEMU's guest agent starts it and tells its exit code. The agent itself keeps output back until the
-end and cuts it at 16 MiB, so the streams take virtio ports plugged in for the one program: raw
-bytes, with the back-pressure of a pipe, that vanish with it (docs/architecture.md, "exec").
+QEMU's guest agent starts the program and reports its exit code. The agent returns output only at
+the end, and cuts it at 16 MiB. Therefore each program gets virtio ports of its own for its streams:
+raw bytes, with the back-pressure of a pipe (docs/architecture.md, "exec"). Not here: the ports
+(exec_ports.py), sources and sinks (exec_streams.py).
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from onecopy.images.initramfs import TOOLS_MOUNTPOINT
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.guest_reply import Nothing, shown
 
-#: Seconds an agent may say nothing while a program runs: other guests or the program itself may let
-#: it wait, and only that the program has ended without a word is asked.
+#: Seconds for the agent to answer while a program runs. The agent may be slow under load, and the
+#: question is only whether the program was killed.
 _PATIENCE = 300.0
-#: Seconds after the end of a program's output within which it ends.
+#: Seconds for a program to exit after the end of its output.
 _ENDING = 60.0
-#: Exit code that a program gets whose time was up, as timeout(1) has it.
+#: Exit code of a program that exceeded its time limit, as for timeout(1).
 TIMED_OUT = 124
 
 _BUSYBOX = f"{TOOLS_MOUNTPOINT}/bin/busybox"
-#: BUSYBOX TAG: ends the wrapper of that tag, and all in its session, of which we have not heard.
-#: Of a command line, whose words end in zeros, the shell reads all but the zeros.
+#: BUSYBOX TAG: kills the session of the wrapper with that tag, whose pid is unknown. Words of a
+#: command line end with zero bytes, which the shell's read drops.
 _KILL = """\
 for at in /proc/[0-9]*; do
     line=
@@ -47,13 +48,13 @@ done 2>/dev/null"""
 
 
 class _Started(msgspec.Struct, frozen=True):
-    """guest-exec: a process id of Linux."""
+    """The answer of guest-exec."""
 
     pid: Annotated[int, msgspec.Meta(ge=1, le=1 << 22)]
 
 
 class _Status(msgspec.Struct, frozen=True):
-    """guest-exec-status."""
+    """The answer of guest-exec-status."""
 
     exited: bool
     exitcode: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
@@ -64,13 +65,13 @@ class Completed(msgspec.Struct, frozen=True):
     """A program that ended in a guest."""
 
     exit_code: int
-    """128 + n if signal n ended it, 127 if there is no such program, 124 if its time was up."""
+    """128 + n if signal n killed it, 127 if it does not exist, 124 if its time limit expired."""
     stdout: bytes = b""
     stderr: bytes = b""
 
     @property
     def text(self) -> str:
-        """What it printed on standard output, as text."""
+        """Standard output as text; invalid UTF-8 is replaced."""
         return self.stdout.decode(errors="replace")
 
 
@@ -82,9 +83,18 @@ async def run_captured(
     timeout: float | None = None,
     limit: int = SAID,
 ) -> Completed:
-    """Run a program and keep what it prints, of its errors the end.
+    """Run a program and capture its output, and the end of its error output.
 
-    Raises TooLarge if it prints more than ``limit`` bytes; and as `run_streaming`.
+    Args:
+        folder: The guest's run directory.
+        argv: The program and its arguments.
+        stdin: The input; None for an empty one.
+        timeout: Time limit in seconds; None for none.
+        limit: The most bytes of output.
+
+    Raises:
+        TooLarge: The program printed more than ``limit`` bytes.
+        OnecopyError: Any error of `run_streaming`.
     """
     out, err = Kept(limit), Tail()
     code = await run_streaming(folder, argv, Streams(out, err, stdin), timeout=timeout)
@@ -94,12 +104,22 @@ async def run_captured(
 async def run_streaming(
     folder: Path, argv: Sequence[str], streams: Streams, *, timeout: float | None = None
 ) -> int:
-    """Run a program in the guest of a run folder and return its exit code.
+    """Run a program in a guest, and pass its streams on as they come.
 
-    ``timeout`` is in seconds; when it is up the program and all in its session are killed and 124
-    is returned. Raises AgentFailed when the agent does not answer, or not as it should, and then
-    also when nobody can tell that the program was killed; NoSlot when it waited in vain for other
-    programs to end; GuestFailed when the guest ends.
+    Args:
+        folder: The guest's run directory.
+        argv: The program and its arguments.
+        streams: The source and the sinks.
+        timeout: Time limit in seconds; None for none. When it expires, the program's session is
+            killed.
+
+    Returns:
+        The exit code; 124 if the time limit expired.
+
+    Raises:
+        AgentFailed: The agent failed or did not answer, or the kill could not be confirmed.
+        NoSlot: No port became free in time.
+        GuestFailed: The guest ended.
     """
     deadline, program = Deadline.after(timeout), _Program(folder, argv, streams)
     scope = deadline.scope()
@@ -108,13 +128,13 @@ async def run_streaming(
         async with scope, ports as plugged_in:
             await program.run(plugged_in)
     except TimeoutError:
-        if not scope.expired():  # then it is one of whoever takes the output
+        if not scope.expired():  # a sink raised it
             raise
     return program.outcome(timeout or 0)
 
 
 class _Program:
-    """One program, from its start to its end."""
+    """A program, from its start to its end."""
 
     def __init__(self, folder: Path, argv: Sequence[str], streams: Streams) -> None:
         self.tag = secrets.token_hex(8)
@@ -128,30 +148,30 @@ class _Program:
         self._pid: int | None = None
 
     async def run(self, ports: Ports) -> None:
-        """Run it; whatever ends that leaves it to `end`."""
+        """Start the program, move its streams, and wait for its exit code."""
         self._begun = True
         self._pid = await self._spawn()
         await _transfer(ports, self.tag, self._streams, self._agent, self._pid)
         self._code = await _exit_code(self._agent, self._pid)
 
     async def end(self) -> None:
-        """Kill it if it may still run, in vain if the guest has ended."""
+        """Kill the program if it may still run; ignore errors, for example of an ended guest."""
         if self._begun and self._code is None:
             with contextlib.suppress(OnecopyError):
                 await self._kill()
                 self._killed = True
 
     def outcome(self, timeout: float) -> int:
-        """Its exit code; raise AgentFailed if nobody knows what it did when its time was up."""
+        """Return the exit code; raise AgentFailed if the time expired and the kill failed."""
         if self._code is not None:
             return self._code
         if self._killed:
             return TIMED_OUT
-        known = "it may still run" if self._begun else "it was not started"
+        known = "the program may still run" if self._begun else "the program was not started"
         raise AgentFailed(
-            f"{self._folder.name} did not answer within {timeout:g} s, the time of "
+            f"{self._folder.name} did not answer within {timeout:g} s, the time limit of "
             f"{shown(self._argv[0])}: {known}",
-            hint="`onecopy logs` shows its console; `onecopy stop` ends it all the same",
+            hint=f"see `onecopy logs {self._folder.name}`, or end the guest with `onecopy stop`",
         )
 
     async def _spawn(self) -> int:
@@ -177,24 +197,26 @@ async def _exit_code(agent: Agent, pid: int) -> int:
             return status.exitcode
         await asyncio.sleep(delay)
         delay = min(delay * 2, 0.1)
-    raise AgentFailed(f"the exit code of process {pid} did not come within {_ENDING:g} s")
+    raise AgentFailed(
+        f"the guest agent did not report the exit code of process {pid} within {_ENDING:g} s"
+    )
 
 
 async def _status(agent: Agent, pid: int) -> _Status:
     try:
         return await agent.call("guest-exec-status", _Status, pid=pid)
     except AgentFailed as error:
-        # QEMU's qga/commands.c: it has no such child.
+        # QEMU's qga/commands.c: the agent has no such child.
         if "Invalid parameter 'pid'" not in error.message:
             raise
         raise AgentFailed(
-            "the guest agent was restarted while the program ran, whose exit code is lost",
+            "the guest agent restarted while the program ran, so its exit code is lost",
             hint="run the program again",
         ) from error
 
 
 async def _transfer(ports: Ports, tag: str, streams: Streams, agent: Agent, pid: int) -> None:
-    """Move all streams until both outputs are at their end, or the wrapper is gone."""
+    """Move all streams until both outputs end, or the wrapper is gone."""
     feed = asyncio.ensure_future(_feed(ports.get("in"), streams.stdin))
     feed.add_done_callback(lambda _: _failed(feed) and outputs.cancel())
     drains = [
@@ -209,7 +231,7 @@ async def _transfer(ports: Ports, tag: str, streams: Streams, agent: Agent, pid:
         if _failed(feed):
             feed.result()
         if not outputs.done():
-            # The wrapper was killed and can write no end: take what is still on its way.
+            # A killed wrapper cannot write the end mark. Take the data that is still on its way.
             await asyncio.wait({outputs}, timeout=1)
         if outputs.done():
             outputs.result()
@@ -226,13 +248,13 @@ def _failed(task: asyncio.Future[Any]) -> bool:
 
 
 async def _watch(agent: Agent, pid: int) -> None:
-    """Return when the program has ended; raise AgentFailed when the guest does not tell."""
+    """Return when the program has ended; raise AgentFailed when the agent does not answer."""
     pause = 1.0
     while True:
         await asyncio.sleep(pause)
-        # Others have something to ask, too.
+        # Poll less often over time, because other commands need the agent, too.
         pause = min(pause * 1.5, 10.0)
-        # The status of an ended program can be asked for once only: look for the process instead.
+        # The agent reports the status of an ended program only once. Look for the process instead.
         try:
             handle = await agent.call(
                 "guest-file-open", int, timeout=_PATIENCE, path=f"/proc/{pid}/stat", mode="r"
@@ -245,7 +267,7 @@ async def _watch(agent: Agent, pid: int) -> None:
 
 
 async def _drain(port: socket.socket, end: bytes, sink: Sink) -> None:
-    """Pass on what comes, until ``end``, which may arrive in pieces."""
+    """Pass on data until the end mark ``end``, which may arrive in pieces."""
     loop = asyncio.get_running_loop()
     held = b""
     while True:
@@ -262,7 +284,7 @@ async def _drain(port: socket.socket, end: bytes, sink: Sink) -> None:
 
 
 def _overlap(data: bytes, end: bytes) -> int:
-    """How many last bytes of ``data`` may be the beginning of ``end``."""
+    """Return the length of the longest suffix of ``data`` that is a prefix of ``end``."""
     return next((n for n in range(len(end) - 1, 0, -1) if data.endswith(end[:n])), 0)
 
 
@@ -270,12 +292,12 @@ async def _feed(port: socket.socket | None, source: asyncio.StreamReader | bytes
     if port is None or source is None:
         return
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(ConnectionError):  # the program does not read all of its input
+    with contextlib.suppress(ConnectionError):  # the program did not read all of its input
         if isinstance(source, bytes):
             await loop.sock_sendall(port, source)
         else:
             while data := await source.read(1 << 16):
                 await loop.sock_sendall(port, data)
                 await asyncio.sleep(0)
-        # Not close(): QEMU drops what it has not read yet when its peer hangs up.
+        # Not close(): then QEMU would drop the data that it has not read yet.
         port.shutdown(socket.SHUT_WR)

@@ -1,7 +1,7 @@
-"""The virtio ports that a program in a guest has for its streams, plugged in for it alone.
+"""Plugs in virtio ports for the streams of a program in a guest, and unplugs them after it.
 
-A machine has a fixed number of them: who finds none left waits until another program ends. Not
-here: what goes over them (exec.py).
+A machine has a fixed number of ports. If none is free, a program waits until another one ends. Not
+here: the data on the ports (exec.py).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from onecopy.linux.lock import is_held, locked
 from onecopy.vmm.monitor import Monitor, connect
 from onecopy.vmm.pmem_hotplug import EXEC_PORT
 
-#: Seconds that taking the ports of a program out may take, and when it is time for nothing else.
+#: Time limits for unplugging ports in seconds: as a rule, and after an error or a cancellation.
 _PATIENCE, HURRY = 10.0, 1.5
-#: Seconds between looks for a port that has become free: the first ones, and the later ones.
+#: Seconds between attempts to get a port: at first, and at most.
 _SOON, _LATER = 0.05, 1.0
-#: QEMU's words when there is none (hw/char/virtio-serial-bus.c).
+#: QEMU's error messages when no port is free (hw/char/virtio-serial-bus.c).
 _FULL = ("Maximum port limit", "Out-of-range port id")
 _LABEL = re.compile(r"(exec\.[0-9a-f]{16})\.(?:in|out|err)", re.ASCII)
 
@@ -41,70 +41,81 @@ class _Chardev(msgspec.Struct, frozen=True):
 async def plugged(
     folder: Path, tag: str, stdin: bool, deadline: Deadline, ending: Ending
 ) -> AsyncIterator[Ports]:
-    """Plug in one port for each stream, and take them out again, while ``ending`` is done.
+    """Plug in a port for each stream, and unplug them at the end.
 
-    Meanwhile the file of this tag is locked: that tells its ports from those of a killed command.
-    Raises NoSlot when ``deadline`` comes before there is a port, GuestFailed.
+    In the block the file ``exec.TAG`` is locked. The lock distinguishes its ports from those that a
+    killed command left.
+
+    Args:
+        folder: The guest's run directory.
+        tag: A random tag, unique to the program.
+        stdin: Whether the program needs a port for its input.
+        deadline: When to stop waiting for a free port.
+        ending: Called while the ports are unplugged.
+
+    Raises:
+        NoSlot: No port became free before the deadline.
+        GuestFailed: QEMU failed or ended.
     """
     names = [f"{tag}.{name}" for name in (["in"] if stdin else []) + ["out", "err"]]
-    mark, ours, patience = folder / f"exec.{tag}", Ports(), _PATIENCE
+    mark, sockets, patience = folder / f"exec.{tag}", Ports(), _PATIENCE
     async with locked(mark):
         try:
-            await _plug_all(folder, names, ours, deadline)
-            yield {name.rpartition(".")[2]: port for name, port in ours.items()}
+            await _plug_all(folder, names, sockets, deadline)
+            yield {name.rpartition(".")[2]: port for name, port in sockets.items()}
         except BaseException:
             patience = HURRY
             raise
         finally:
             try:
-                await asyncio.gather(_take_out(folder, list(ours), patience), ending())
+                await asyncio.gather(_unplug_all(folder, list(sockets), patience), ending())
             finally:
                 mark.unlink(missing_ok=True)
-                for port in ours.values():
+                for port in sockets.values():
                     port.close()
 
 
-async def _plug_all(folder: Path, names: Sequence[str], ours: Ports, deadline: Deadline) -> None:
-    """Have all of ``names`` in ``ours``, or none of them: half of them would help nobody."""
+async def _plug_all(folder: Path, names: Sequence[str], sockets: Ports, deadline: Deadline) -> None:
+    """Plug in all ports of ``names``, and wait until they fit; add them to ``sockets``."""
     delay, found_none = _SOON, False
     try:
-        while not await _try(folder, names, ours):
+        while not await _try_plug(folder, names, sockets):
             found_none = True
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LATER)
     except asyncio.CancelledError:
         if not found_none or deadline.left() != 0:
             raise
-        # Its time is up, and this is why.
+        # The deadline ended the wait for a port.
         raise NoSlot(
-            f"{folder.name} has no port left for the streams of a program: other programs run in "
-            "it by exec, and none of them ended in time",
-            hint="wait for them, or give a longer --timeout",
+            f"{folder.name} has no free port for the program's streams: other `onecopy exec` "
+            "programs use all, and none ended in time",
+            hint="wait for them to end, or give a longer --timeout",
         ) from None
 
 
-async def _try(folder: Path, names: Sequence[str], ours: Ports) -> bool:
-    """Whether there was room for all."""
+async def _try_plug(folder: Path, names: Sequence[str], sockets: Ports) -> bool:
+    """Plug in all ports or none; return whether they fit."""
     async with connect(folder / "monitor.sock") as monitor:
         await _remove_abandoned(monitor, folder)
         try:
             for name in names:
-                await _plug(monitor, name, ours)
+                await _plug(monitor, name, sockets)
         except GuestFailed as error:
             if not any(words in error.message for words in _FULL):
                 raise
-            await _unplug(monitor, list(ours))
-            while ours:
-                ours.popitem()[1].close()
-    return bool(ours)
+            await _unplug(monitor, list(sockets))
+            while sockets:
+                sockets.popitem()[1].close()
+    return bool(sockets)
 
 
-async def _plug(monitor: Monitor, name: str, ours: Ports) -> None:
-    ours[name], theirs = socket.socketpair()
-    ours[name].setblocking(False)
+async def _plug(monitor: Monitor, name: str, sockets: Ports) -> None:
+    sockets[name], peer = socket.socketpair()
+    sockets[name].setblocking(False)
     identity = f"exec.{name}"
-    with theirs:
-        await monitor.give_fd(theirs.fileno(), identity)
+    with peer:
+        await monitor.give_fd(peer.fileno(), identity)
     address = {"type": "fd", "data": {"str": identity}}
     backend = {"type": "socket", "data": {"addr": address, "server": False}}
     await monitor.execute("chardev-add", {"id": identity, "backend": backend})
@@ -112,8 +123,8 @@ async def _plug(monitor: Monitor, name: str, ours: Ports) -> None:
     await monitor.execute("device_add", {**device, "chardev": identity, "name": name})
 
 
-async def _take_out(folder: Path, names: Sequence[str], seconds: float) -> None:
-    """In vain if QEMU is gone, or does not answer; the next command does what is left then."""
+async def _unplug_all(folder: Path, names: Sequence[str], seconds: float) -> None:
+    """Unplug ports; ignore a QEMU that is gone or does not answer. The next command retries."""
     if names:
         with contextlib.suppress(GuestFailed, TimeoutError):
             async with asyncio.timeout(seconds), connect(folder / "monitor.sock") as monitor:
@@ -129,7 +140,7 @@ async def _unplug(monitor: Monitor, names: Sequence[str]) -> None:
 
 
 async def _remove_chardev(monitor: Monitor, label: str) -> None:
-    """QEMU lets go of it some milliseconds after its device (util/rcu.c)."""
+    """Remove a character device, which QEMU releases milliseconds after its port (util/rcu.c)."""
     for _ in range(50):
         try:
             await monitor.execute("chardev-remove", {"id": label})
@@ -142,9 +153,9 @@ async def _remove_chardev(monitor: Monitor, label: str) -> None:
 
 
 async def _remove_abandoned(monitor: Monitor, folder: Path) -> None:
-    """Take out the ports of commands that were killed."""
+    """Unplug the ports of killed commands."""
     chardevs = await monitor.ask("query-chardev", list[_Chardev])
-    # A label becomes the name of a file of ours: no other than we give is one.
+    # A label becomes a file name, so only labels of onecopy's own form are accepted.
     found = {each.label: found[1] for each in chardevs if (found := _LABEL.fullmatch(each.label))}
     gone = {label: mark for label, mark in found.items() if not is_held(folder / mark)}
     await _unplug(monitor, [label.removeprefix("exec.") for label in gone])

@@ -1,7 +1,7 @@
-"""Where the streams of a program in a guest come from, and what keeps them.
+"""The sources and sinks of a program's streams.
 
-A guest may print without end. So what is kept has a limit, and what takes it away in pieces may let
-the guest wait. Not here: how they come and go (exec.py).
+A guest may print without end. Therefore a sink that captures output has a limit, and a sink that
+passes output on can make the guest wait. Not here: moving the data (exec.py).
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from onecopy.errors import OutputFailed, TooLarge
 from onecopy.model import MIB, format_size
 from onecopy.vmm.port_pipe import writable
 
-#: Bytes of a program's output that are kept unless more is asked for, and of what a script of ours
-#: has to say in a guest.
+#: Default limits of captured output in bytes: of a program, and of a script of onecopy's.
 KEPT, SAID = 64 * MIB, MIB
-#: Bytes of the end of an error output that are kept, and those that it may have in all.
+#: Bytes of an error output's end that are kept, and the limit of the whole error output.
 _TAIL, _ALL = 64 << 10, 16 * MIB
 
 Sink = Callable[[bytes], object]
-"""Takes a piece; if it returns an awaitable the program's next piece waits for that."""
+"""Takes a chunk; if it returns an awaitable, the next chunk waits for that."""
 
 
 class Streams(msgspec.Struct, frozen=True):
-    """Where a program's streams go; ``stdin`` None means an empty one.
+    """The streams of a program; ``stdin`` None means an empty input.
 
-    What reading one or writing the others raises ends the program.
+    An exception of a source or sink ends the program.
     """
 
     stdout: Sink
@@ -40,28 +39,28 @@ class Streams(msgspec.Struct, frozen=True):
 
 
 class Kept(bytearray):
-    """A sink that keeps all, up to ``limit`` bytes; raises TooLarge beyond."""
+    """A sink that captures up to ``limit`` bytes, and raises TooLarge beyond."""
 
     def __init__(self, limit: int = KEPT) -> None:
         super().__init__()
         self._limit = limit
 
     def __call__(self, data: bytes) -> None:
-        """Take a piece."""
+        """Append a chunk."""
         if len(self) + len(data) > self._limit:
             raise _endless(self._limit)
         self.extend(data)
 
 
 class Tail(bytearray):
-    """A sink that keeps the end of what it is given; raises TooLarge when that is far too much."""
+    """A sink that keeps the last 64 KiB, and raises TooLarge beyond 16 MiB in all."""
 
     def __init__(self) -> None:
         super().__init__()
         self._all = 0
 
     def __call__(self, data: bytes) -> None:
-        """Take a piece."""
+        """Append a chunk."""
         self._all += len(data)
         if self._all > _ALL:
             raise _endless(_ALL)
@@ -70,10 +69,10 @@ class Tail(bytearray):
 
 
 def to_file(fd: int) -> Sink:
-    """A sink that writes to a descriptor, and lets the program wait for who reads it.
+    """Return a sink that writes to a descriptor and makes the program wait for its reader.
 
-    Nothing else waits for them: neither other tasks, nor the end of the program's time. It raises
-    OutputFailed when nobody takes what is written.
+    Other tasks and the program's time limit do not wait for the reader. The sink raises
+    OutputFailed if the descriptor cannot be written.
     """
     poll, alone = select.poll(), asyncio.Lock()
     poll.register(fd, select.POLLOUT)
@@ -81,8 +80,8 @@ def to_file(fd: int) -> Sink:
     async def write(data: bytes) -> None:
         async with alone:
             while data:
-                # A descriptor that others have, too, must go on to block. What is ready takes at
-                # least so much (pipe(7)); files, which event loops do not take, always are.
+                # Other processes may share the descriptor, so it must stay blocking. A ready pipe
+                # accepts PIPE_BUF bytes without blocking (pipe(7)). Files are always ready.
                 if not poll.poll(0):
                     await writable(fd)
                 data = data[_some(fd, data[: select.PIPE_BUF]) :]
@@ -100,16 +99,16 @@ def _some(fd: int, data: bytes) -> int:
 
 
 async def give(sink: Sink, data: bytes) -> None:
-    """Pass a piece on, waiting for who takes it; other tasks have run by then."""
+    """Pass a chunk to a sink, wait for it, and let other tasks run."""
     taken = sink(data)
     if isinstance(taken, Awaitable):
         await taken
-    # What comes all the time would keep deadlines from being seen.
+    # Without this a steady stream would keep deadlines from firing.
     await asyncio.sleep(0)
 
 
 def _endless(limit: int) -> TooLarge:
     return TooLarge(
-        f"a program in the guest printed more than {format_size(limit)}, and was ended",
-        hint="`onecopy exec`, and in Python stdout= and stderr=, pass on any amount in pieces",
+        f"a program in the guest printed more than {format_size(limit)} and was ended",
+        hint="use `onecopy exec`, or stdout= and stderr= in Python: both pass on any amount",
     )

@@ -1,7 +1,9 @@
-"""The time that a guest gets for something, which it may not use while it waits for processors.
+"""A time limit for a guest that does not count the time in which it waits for host processors.
 
-On a host with more to do than it can, a guest's seconds are few: what its threads waited for the
-host's processors (proc_pid_schedstat, run_delay) is not counted, or only a tenth of it.
+On an overloaded host a guest's threads wait long to be scheduled. The limit excludes that time
+(run_delay), but counts at least a tenth of the time that passes.
+
+Source: Linux Documentation/scheduler/sched-stats.rst, /proc/PID/schedstat.
 """
 
 from __future__ import annotations
@@ -12,19 +14,19 @@ from pathlib import Path
 
 from onecopy.linux.files import ROOT
 
-#: Seconds between two looks, and from which on it can be told whether a guest rests.
+#: Seconds between two samples, and before the first decision whether a guest is idle.
 _LOOK, _BEGINNING = 0.25, 1.0
-#: The least share of time that is counted.
+#: The smallest share of elapsed time that counts.
 _LEAST = 0.1
-#: Share of the time counted below which a guest waits for something else than processors.
+#: A guest that runs for less than this share of its time is idle.
 _RESTING = 0.5
 
 
 class FairTime:
-    """A guest's time, beginning now."""
+    """A guest's time limit, which starts now."""
 
     def __init__(self, pid: int, seconds: float, root: Path = ROOT) -> None:
-        """Give the VMM ``pid`` so many seconds."""
+        """Start a limit of ``seconds`` for the VMM ``pid``."""
         self._tasks = root / f"proc/{pid}/task"
         self._left = seconds
         self._passed = 0.0
@@ -33,7 +35,7 @@ class FairTime:
         self._share = 1.0
 
     def pause(self) -> float:
-        """Seconds, not many, to wait before the next look; 0 when the time is over."""
+        """Take a sample; return the seconds until the next one, 0 when the time has expired."""
         now, used = time.monotonic(), self._read()
         wall = now - self._at
         old = [(thread, before) for thread, before in self._used.items() if thread in used]
@@ -48,11 +50,11 @@ class FairTime:
         return max(min(self._left, _LOOK), 0.0)
 
     def rests(self) -> bool:
-        """Whether it has other things to wait for than processors."""
+        """Return whether the guest is idle: it waits, but not for processors."""
         return self._passed > _BEGINNING and self._share < _RESTING
 
     def _read(self) -> dict[str, tuple[float, float]]:
-        """(seconds run, seconds waited) of each thread; none where this kernel does not tell."""
+        """Return (seconds run, seconds waited) of each thread; none without kernel support."""
         found = {}
         with contextlib.suppress(OSError):
             for task in self._tasks.iterdir():

@@ -1,4 +1,4 @@
-"""The scripts by which a guest does its part with what it is given (images/files: segment, fit)."""
+"""Runs onecopy's scripts in a guest: segment and fit of images/files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,21 @@ from onecopy.vmm.guest_reply import shown
 
 
 async def segment(folder: Path, *words: str, timeout: float) -> Completed:
-    """Run it in the guest of a run folder, for up to ``timeout`` seconds; raises as `exec` does."""
+    """Run the script that links, mounts and freezes segments (images/files/segment).
+
+    Args:
+        folder: The guest's run directory.
+        words: The arguments.
+        timeout: Time limit in seconds.
+
+    Raises:
+        OnecopyError: Any error of `run_captured`.
+    """
     return await _run(folder, "segment", *words, timeout=timeout)
 
 
 async def fit(folder: Path, *words: str, timeout: float) -> Completed:
-    """The same for what a guest gets at its start."""
+    """Run the script that brings added RAM, vCPUs and disks online (images/files/fit)."""
     return await _run(folder, "fit", *words, timeout=timeout)
 
 
@@ -24,7 +33,7 @@ async def _run(folder: Path, name: str, *words: str, timeout: float) -> Complete
 
 
 def said(done: Completed) -> str:
-    """What a script that failed says of it, without the id."""
+    """Return the error text of a failed script, without its ID."""
     last = (done.stderr or done.stdout).strip().rpartition(b"\n")[2]
     text = shown(last.partition(b": ")[2] or last)
     return text or f"exit code {done.exit_code}"

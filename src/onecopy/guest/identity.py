@@ -1,14 +1,15 @@
-"""What makes a clone a machine of its own; nothing is handed out without.
+"""Gives a clone its own identity, and requires the guest to confirm it.
 
-Name and machine-id, in the kernel and in files; address of its network card and of IP, clock,
-random numbers; SSH host keys if the image has some; and what clone hooks do
-(guest/lifecycle/clone_hooks.py). Not through the guest agent: its first answer alone makes a clone
-run some ten thousand blocks of code that it has not run yet, which under TCG takes longer than all
-the rest of a start. A small program of ours that already waits in the saved system
-(images/files/identity.c) needs a fraction of that.
+The identity is: hostname and machine-id, MAC and IP address, clock, random numbers, SSH host keys
+if the image has any, and the state that clone hooks renew (guest/lifecycle/clone_hooks.py). A small
+program that waits in the saved system does this (images/files/identity.c). The guest agent would be
+slower: for its first answer alone a clone runs ten thousand new blocks of code, which under TCG
+takes longer than the rest of the start.
 
-The kernel's random numbers are re-seeded by the vmgenid device when the guest runs on (Linux
-drivers/virt/vmgenid.c); the guest waits until its kernel has said so (drivers/char/random.c).
+The vmgenid device makes the kernel re-seed its random generator when the clone starts. The guest
+waits until its kernel has logged that.
+
+Source: Linux drivers/virt/vmgenid.c, drivers/char/random.c.
 """
 
 from __future__ import annotations
@@ -28,50 +29,62 @@ from onecopy.vmm.argv import Nic
 from onecopy.vmm.guest_reply import address, decimal, shown
 from onecopy.vmm.port_pipe import Pipe
 
-#: Seconds a guest may take to answer.
+#: Seconds for an answer of the guest.
 TIMEOUT = 60.0
-#: Seconds that new SSH host keys and the clone hooks may take.
+#: Seconds for new SSH host keys and the clone hooks.
 HOOK_TIMEOUT = 300.0
-#: Bytes that an answer may have.
+#: The longest answer in bytes.
 _LIMIT = 4096
-#: Seconds by which the clock that the guest reads back may differ.
+#: The largest error of the guest's clock in seconds.
 _CLOCK = 5
-#: Answers that may be left of commands that were interrupted, and how many at most.
+#: Answers that interrupted commands may have left, and how many of them to skip.
 _ANSWERS, _STALE = ("prepared", "calm", "frozen", "thawed"), 16
-#: What it is asked for besides its identity.
-_DOING = {"freeze": "let its programs stand still", "calm": "stop its calendar timers"}
-#: What the guest says could not be done.
+#: Request -> its text in messages; any other request sets the identity.
+_DOING = {"freeze": "freeze its programs", "calm": "stop its calendar timers"}
+#: The guest's word for a failed step -> its text in messages.
 _FAILURES = {
     "files": "write its name, or machine-id, into a file",
     "network": "set up its network card",
     "clock": "set its clock",
-    "random": "re-seed its kernel's random numbers",
+    "random": "re-seed its kernel's random generator",
     "timers": "stop its calendar timers: its systemd does not answer",
-    "freeze": "let its programs stand still",
+    "freeze": "freeze its programs",
     "keys": "make SSH host keys of its own",
     "hook": "run its clone hooks",
-    "renew": "run what makes it another machine",
+    "renew": "run a step of its new identity",
 }
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """Who a guest is to be."""
+    """The identity of a guest."""
 
     name: str
+    """Name and hostname."""
     machine_id: str | None
+    """machine-id(5), 32 hexadecimal digits; None for a guest without one."""
     card: Nic | None
+    """The network card; None for none."""
 
 
 def new_identity(name: str, card: Nic | None, *, machine_id: bool) -> Identity:
-    """Who a new clone is to be."""
+    """Return the identity of a new clone, with a random machine-id if it needs one."""
     return Identity(name, secrets.token_hex(16) if machine_id else None, card)
 
 
 async def become(folder: Path, wanted: Identity, connect: Callable[[], None] = lambda: None) -> str:
-    """Make the clone who it is to be; raise AgentFailed unless it confirms all of it.
+    """Give a clone its identity.
 
-    Returns its IP address, "" without a network. ``connect`` connects its card to a network where
-    it asks for an address, once it sends nothing more as who was saved.
+    Args:
+        folder: The clone's run directory.
+        wanted: Its identity.
+        connect: Connects the card to its bridge. Called once the clone no longer uses the saved
+            addresses, before it asks for an address by DHCP.
+
+    Returns:
+        The clone's IP address; "" without a network.
+
+    Raises:
+        AgentFailed: The guest does not confirm the identity.
     """
     with Pipe(folder, "identity") as pipe:
         asked = time.time()
@@ -87,27 +100,35 @@ async def become(folder: Path, wanted: Identity, connect: Callable[[], None] = l
 
 
 async def rehearse(folder: Path, mine: Identity) -> None:
-    """Let a guest that is about to be saved become what it is already, and get ready again.
+    """Make a guest that is about to be saved set the identity it has already.
 
-    What this touches for the first time is then in the saved system, and not each clone's own.
-    It sets its clock, name and network card: that is for a guest of which nobody knows yet. Raises
-    AgentFailed.
+    The pages that this touches for the first time are then part of the saved system, and not each
+    clone's own. It sets clock, hostname and network card. Therefore it is only for a guest that is
+    not in use yet.
+
+    Raises:
+        AgentFailed: The guest does not confirm the identity.
     """
     with Pipe(folder, "identity") as pipe:
         pipe.drain()
-        # A machine-id may have come into being since the guest last got ready.
+        # The guest may have made a machine-id since it last prepared.
         await _prepare(pipe, card=mine.card is not None)
         asked = time.time()
         _confirmed(await _ask(pipe, _line("rehearse", mine), TIMEOUT), mine, asked)
         await _prepare(pipe, card=mine.card is not None)
-        # So that it can come to rest after that.
+        # Without calendar timers the guest becomes idle.
         await ask(pipe, "calm", "calm", HOOK_TIMEOUT)
 
 
 async def prepare(folder: Path, *, card: bool) -> None:
-    """Let a guest get ready to be saved, of which nothing else changes.
+    """Prepare a guest for a save, without changing its identity.
 
-    It must have a network card if the machine has one (``card``). Raises AgentFailed.
+    Args:
+        folder: The guest's run directory.
+        card: Whether the machine has a network card.
+
+    Raises:
+        AgentFailed: The guest cannot be saved, or does not answer.
     """
     with Pipe(folder, "identity") as pipe:
         pipe.drain()
@@ -119,9 +140,15 @@ async def _prepare(pipe: Pipe, *, card: bool) -> None:
 
 
 async def ask(pipe: Pipe, line: str, answer: str, timeout: float) -> str:
-    """Have the guest answer ``answer``, and return what else that line says; raise AgentFailed.
+    """Send a request, and wait for the answer that begins with ``answer``.
 
-    Answers to what an interrupted command has asked are passed over.
+    Answers to requests of interrupted commands are skipped.
+
+    Returns:
+        The rest of the answer.
+
+    Raises:
+        AgentFailed: The guest reports a failure or does not answer in time.
     """
     said = await _ask(pipe, line, timeout)
     for _ in range(_STALE):
@@ -135,7 +162,7 @@ async def ask(pipe: Pipe, line: str, answer: str, timeout: float) -> str:
                 else _failed(said)
             )
         said = await _ask(pipe, "", timeout)
-    raise AgentFailed(f"asked to {line} the guest says {shown(said)!r}")
+    raise AgentFailed(f"the guest answered the request {line!r} with {shown(said)!r}")
 
 
 def _line(verb: str, wanted: Identity) -> str:
@@ -146,9 +173,9 @@ def _line(verb: str, wanted: Identity) -> str:
 
 
 def _confirmed(said: str, wanted: Identity, asked: float) -> str:
-    """The address of what the guest was to become; raise AgentFailed if it is not that.
+    """Check that the guest has the wanted identity; return its IP address, "" without a network.
 
-    It was ``asked`` to (time.time()) with the time of then, which a busy host lets it set late.
+    ``asked`` is the time of the request (time.time()). A guest of a busy host sets its clock late.
     """
     name, machine_id, mac, where, now = [*said.split(), *[""] * 5][:5]
     if name == "failed":
@@ -156,27 +183,29 @@ def _confirmed(said: str, wanted: Identity, asked: float) -> str:
     expected = (wanted.name, wanted.machine_id or "-", wanted.card.mac if wanted.card else "-")
     if (name, machine_id, mac) != expected:
         raise AgentFailed(
-            f"the guest should be {' '.join(expected)} but says it is {shown(said)!r}"
+            f"the guest reports the identity {shown(said)!r}, not {' '.join(expected)!r}"
         )
     clock = decimal(now, f"the clock of {wanted.name}", most=1 << 48)
     if not asked - _CLOCK <= clock / 1000 <= time.time() + _CLOCK:
-        raise AgentFailed(f"the clock of {wanted.name} is not right: it says {clock}")
+        raise AgentFailed(
+            f"the clock of {wanted.name} is wrong by more than {_CLOCK} s: it is at {clock} ms"
+        )
     return "" if where == "-" else address(where, f"the address of {wanted.name}")
 
 
 def _failed(said: str) -> AgentFailed:
-    """The error for ``failed WHAT DETAILS``."""
+    """Return the error for an answer ``failed WHAT DETAILS``."""
     _, what, details = [*said.split(" ", 2), "", ""][:3]
-    doing = _FAILURES.get(what, f"become what it should ({shown(said)!r})")
+    doing = _FAILURES.get(what, f"take its new identity ({shown(said)!r})")
     return AgentFailed(
         f"the guest could not {doing}{': ' if details else ''}{shown(details)}",
-        hint="a clone is handed out, and a guest saved, only if it can: `onecopy run --cold` its "
-        "root segment to see what is wrong",
+        hint="saving and cloning need this step: boot the root segment with `onecopy run --cold` "
+        "and correct the cause there",
     )
 
 
 async def _ask(pipe: Pipe, line: str, timeout: float) -> str:
-    """The next line of the guest's, after ``line`` if there is one."""
+    """Send ``line`` unless it is empty; return the guest's next line."""
     try:
         async with asyncio.timeout(timeout):
             if line:
@@ -185,6 +214,6 @@ async def _ask(pipe: Pipe, line: str, timeout: float) -> str:
     except TimeoutError:
         raise AgentFailed(
             f"the guest did not {_DOING.get(line, 'confirm its identity')} within {timeout:g} s",
-            hint="its console tells more: see above, or `onecopy logs GUEST`; "
-            "save the system again if this goes on",
+            hint="look at its console, above or with `onecopy logs GUEST`; "
+            "save the system again if the error persists",
         ) from None

@@ -1,8 +1,8 @@
-"""VMMs that run though not all of them is there: without their lease's lock, run folder or store.
+"""Finds running VMMs that have lost their lease, run directory or store.
 
-Only a VMM that misbehaves lets go of its lease; folders are removed behind onecopy's back. Such a
-VMM is shown, and can be ended, by its record (linux/vmm_registry.py); root's also by their user
-numbers, which nothing else has, if the records are gone, too.
+Only a malicious VMM releases its lease. Directories may be removed without onecopy. Such a VMM is
+found by its registry entry (linux/vmm_registry.py), so that it can be listed and ended. Root's VMMs
+are also found by their user IDs, which only guests have, even without an entry.
 """
 
 from __future__ import annotations
@@ -25,24 +25,28 @@ from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.model import check_name, in_order
 from onecopy.vmm.vmm_user import GUESTS
 
-#: The kind of a guest of which no more than its process is known.
+#: The kind of a guest of which only the process is known.
 LOST = "lost"
 _GUEST = re.compile("\0-name\0guest=([^,\0]{1,63})")
-#: A VMM has a mount namespace of its own.
+#: Namespaces that a VMM shares with the host. Its mount namespace is its own.
 _NAMESPACES = ("root", "ns/pid")
 
 
 def shown(host: Runtime) -> list[GuestRecord]:
-    """All that run, by name, each with what is wrong with it in its ``note``.
+    """Return the records of all running guests, by name.
 
-    A guest of which only the VMM is left is of the kind ``lost``.
+    ``note`` describes a guest's damage. A guest of which only the VMM is left is of kind ``lost``.
     """
-    guests = [_noted(host, record) for record in host.guests()]
+    guests = [_with_note(host, record) for record in host.guests()]
     return sorted(guests + lost(host), key=lambda record: in_order(record.name))
 
 
 def find(host: Runtime, name: str) -> GuestRecord:
-    """A running guest, whatever is left of it; raise NotFound."""
+    """Return the record of a running guest, even a damaged one.
+
+    Raises:
+        NotFound: There is no such guest.
+    """
     try:
         return host.guest(name).record()
     except (NotFound, Incompatible):
@@ -53,7 +57,7 @@ def find(host: Runtime, name: str) -> GuestRecord:
 
 
 def lost(host: Runtime) -> list[GuestRecord]:
-    """What runs and is no guest any more: its run folder, store or record is gone."""
+    """Return the VMMs that run without a run directory, store or record."""
     with host.locked():  # nothing is renamed meanwhile
         known = vmm_registry.entries()
         found = [(each, note) for each in known if (note := _what_is_lost(host, each))]
@@ -65,19 +69,19 @@ def lost(host: Runtime) -> list[GuestRecord]:
     return records
 
 
-def _noted(host: Runtime, record: GuestRecord) -> GuestRecord:
+def _with_note(host: Runtime, record: GuestRecord) -> GuestRecord:
     if host.store.is_locked(record.name) or not record.process.lives():
         return record
-    return replace(record, note="QEMU has let go of its lease: do not trust this guest")
+    return replace(record, note="QEMU has released its lease: do not trust this guest")
 
 
 def _what_is_lost(host: Runtime, entry: Entry) -> str:
-    """What a VMM on record is without; "" if it is as it should be, or another store's."""
+    """Describe what a registered VMM lacks; "" if nothing, or if it belongs to another store."""
     if entry.store != host.run.name:
         return f"its store {entry.root} was removed" if entry.is_orphan else ""
     folder = RunDirectory(host.run / entry.holder)
     if not folder.path.exists():
-        return "its run folder was removed"
+        return "its run directory was removed"
     try:
         folder.record()
     except NotFound:
@@ -88,45 +92,45 @@ def _what_is_lost(host: Runtime, entry: Entry) -> str:
 
 
 def _strays(known: set[Process]) -> list[GuestRecord]:
-    """Processes of root's guests that are not on record."""
+    """Return the processes of root's guests that are not registered."""
     return [
-        _record(name, stray, "it is on no record: the run folders were removed")
+        _record(name, stray, "it is not registered: the run directories were removed")
         for name, stray in _of_guests()
         if stray not in known
     ]
 
 
 def _of_guests() -> Iterator[tuple[str, Process]]:
-    """(name, process) of what runs as a user that only guests of this host have."""
+    """Yield (name, process) of the processes that run with a user ID of guests."""
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError, OnecopyError):
             pid = int(folder.name)
             uid = folder.stat().st_uid
             if uid in GUESTS and _is_here(folder) and not _has_run_folder(folder):
                 name, began = _name_of(pid), process.stat(pid).start_ticks
-                # Programs that read what guests wrote are such users, too, but somebody's children.
+                # Confined tools have such user IDs, too, but their parent is not process 1.
                 if name or b"\nPPid:\t1\n" in (folder / "status").read_bytes():
                     yield name or f"uid-{uid}", Process(pid, began)
 
 
 def _is_here(folder: Path) -> bool:
-    """Whether a process is no container's, which may give out the same numbers."""
+    """Return whether a process is not in a container, which may use the same user IDs."""
     return all(
         (folder / name).readlink() == Path("/proc/self", name).readlink() for name in _NAMESPACES
     )
 
 
 def _has_run_folder(folder: Path) -> bool:
-    """Whether a process works in a run folder that is there: then a store knows it.
+    """Return whether a process's working directory is an existing run directory.
 
-    Only a VMM of that folder can be in it: nobody else but root reaches it.
+    Then it is the VMM of that directory, and its store knows it: only that VMM and root can enter.
     """
     where = (folder / "cwd").readlink()
     return where.is_relative_to(run_base()) and where.is_dir()
 
 
 def _name_of(pid: int) -> str:
-    """What a VMM was started as; "" if it says no name that one can have."""
+    """Return the guest name on a VMM's command line; "" if there is no valid one."""
     match = _GUEST.search("\0".join(process.cmdline(pid)))
     with contextlib.suppress(OnecopyError):
         return check_name(match[1]) if match else ""
@@ -153,6 +157,6 @@ def _record(name: str, lost_: Process, note: str) -> GuestRecord:
 
 
 def _started(of: Process) -> float:
-    """Seconds since the epoch."""
+    """Return the start time of a process in seconds since 1970."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return booted + of.start_ticks / os.sysconf("SC_CLK_TCK")

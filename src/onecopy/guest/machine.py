@@ -1,6 +1,6 @@
-"""What a guest is made of: the segments it maps and the hardware that QEMU shows it.
+"""The parts of a guest: the segments that it maps and its hardware.
 
-The record of a saved system (SystemConfig) is here, too, since it is the same list.
+The record of a saved system (SystemConfig) is here, because it lists the same parts.
 """
 
 from __future__ import annotations
@@ -20,58 +20,60 @@ from onecopy.store.artifact import decode_config
 from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
 
 #: 3: the state has no section about the machine; the guest has a card with an address of its own.
-#: 4: the machine has room for more processors.
-#: 5: its programs are frozen, and its clones tell when their network card may be connected.
+#: 4: the machine has free CPU slots.
+#: 5: programs are frozen; clones report when their network card may be connected.
 _SCHEMA = 5
 _FILE = "system.json"
 
 
 class MappedSegment(msgspec.Struct, frozen=True):
-    """A range of a segment in its place in a guest."""
+    """A range of a segment, as a guest maps it."""
 
     name: str
-    """NAME, or NAME.1 and so on for further ranges."""
+    """NAME; NAME.1 and so on for further ranges."""
     digest: str
-    """Of the blob; "" for a range without stored content."""
+    """Digest of the blob; "" for a range without stored content."""
     size: int
-    """Bytes that are mapped."""
+    """Mapped bytes."""
     fs: str
+    """File system; "" for none."""
     mountpoint: str
-    """"" if it is not mounted."""
+    """Mount point; "" for a range that is not mounted."""
     page_class: PageClass = PageClass.SR
     ref: str = ""
-    """``NAME:VERSION`` of the segment at the time."""
+    """``NAME:VERSION`` of the segment when it was mapped."""
     segment: str = ""
     """Digest of the segment's manifest."""
     number: int = 0
-    """Its place in the segment."""
+    """Index of the range in its segment."""
 
 
 class Generator(msgspec.Struct, frozen=True):
-    """A program with a random generator of its own, which all clones have in the same state."""
+    """A program with a random generator of its own, whose saved state all clones share."""
 
     program: str
     unit: str
-    """Of systemd, that it runs in; "" if none."""
+    """The program's systemd unit; "" for none."""
     source: str
-    """The library, or the program, that the generator is part of."""
+    """The library or program that contains the generator."""
     secrets: bool
-    """Whether keys and tokens come from it; else it is for numbers alone."""
+    """Whether it is used for keys and tokens."""
     processes: int
+    """Number of processes."""
     hook: str
-    """The ready hook for it; "" if there is none."""
+    """The ready hook for it; "" for none."""
     covered: str
-    """What seeds it again in each clone; "" if nothing does."""
+    """The hook or step that re-seeds it in each clone; "" for none."""
 
 
 class SystemConfig(msgspec.Struct, frozen=True):
-    """Config record of a saved system: what must hold again when it is started."""
+    """Config record of a saved system: the machine that each clone must have."""
 
     machine: str
     cpu: str
     cpus: int
     memory: int
-    """Bytes."""
+    """Bytes of RAM."""
     network: bool
     accel: str
     qemu: str
@@ -79,59 +81,69 @@ class SystemConfig(msgspec.Struct, frozen=True):
     kernel: str
     """Release of its kernel."""
     root: str
-    """Reference of its root segment, at the time."""
+    """Reference of its root segment when it was saved."""
     command: str | None
+    """The command under the minimal init; None if the image's init runs."""
     machine_id: bool
-    """Whether the guest had a machine-id(5), so that each clone needs one of its own."""
+    """Whether the guest had a machine-id(5); then each clone gets one of its own."""
     segments: tuple[MappedSegment, ...]
     on_clone: str | None = None
-    """What each clone runs before it is handed out."""
+    """The user's command that each clone runs before it is ready."""
     agent: bool = True
-    """Whether our agent is in its guests: not in bare machines (guest/lifecycle/bootplan.py)."""
+    """Whether its guests have an agent; bare machines have none."""
     cpu_room: int = 0
-    """Processors that its kernel can have: those that it has, and places for more. 0: unknown."""
+    """The most vCPUs that its kernel supports; 0 if unknown."""
     clone_hooks: tuple[str, ...] = ()
-    """What each clone runs before it is handed out, in that order and before ``on_clone``."""
+    """Hooks that each clone runs before it is ready, in order, before ``on_clone``."""
     generators: tuple[Generator, ...] = ()
-    """Programs whose random generators clones have in common."""
+    """Programs whose random generators clones share."""
     schema: int = _SCHEMA
 
     @classmethod
     def of(cls, artifact: Artifact) -> SystemConfig:
-        """The config of a saved system; raise StoreDamaged, or Incompatible if it is too old."""
+        """Read the config record of a saved system.
+
+        Raises:
+            StoreDamaged: The record is malformed.
+            Incompatible: Another version of onecopy saved the system.
+        """
         config = decode_config(artifact, cls, "then save it again")
         if config.schema != _SCHEMA:
             raise Incompatible(
-                f"{artifact.ref} was saved by another version of onecopy, whose machines differ",
-                hint="save it again",
+                f"{artifact.ref} has record schema {config.schema}, this onecopy needs {_SCHEMA}",
+                hint="save it again with this version",
             )
         return config
 
     def write(self, folder: Path) -> None:
-        """Note in a run folder what its guest would be saved as."""
+        """Write the record that a save of the guest would have into its run directory."""
         (folder / _FILE).write_bytes(msgspec.json.encode(self))
 
     @classmethod
     def read(cls, folder: Path) -> SystemConfig:
-        """What the guest of a run folder would be saved as; raise Incompatible."""
+        """Read the record that a save of the guest would have from its run directory.
+
+        Raises:
+            Incompatible: The record is missing or malformed.
+        """
         try:
             return msgspec.json.decode((folder / _FILE).read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise Incompatible(
                 f"another version of onecopy started {folder.name}",
-                hint="start it anew with this one",
+                hint="end it, and start it again with this version",
             ) from error
 
 
 class Placed(msgspec.Struct, frozen=True):
-    """A range and its place in a guest; ``layer`` is its stored content, if it has any."""
+    """A range in a guest; ``layer`` is its stored content, if any."""
 
     layer: Layer | None
     segment: MappedSegment
 
     @property
     def needed(self) -> BackingRequest:
-        """What it has to be mapped from."""
+        """The request for its backing."""
         item = self.segment
         return BackingRequest(item.page_class, item.size, self.layer, item.segment, item.number)
 
@@ -139,7 +151,18 @@ class Placed(msgspec.Struct, frozen=True):
 def place(
     root: Artifact, tools: Artifact, kernel: Artifact, extra: Sequence[tuple[Artifact, str]]
 ) -> list[Placed]:
-    """All ranges of a new guest, in slot order; raise InvalidInput."""
+    """List all ranges of a new guest in slot order.
+
+    Args:
+        root: The root segment.
+        tools: The tools segment.
+        kernel: The kernel, whose modules the guest maps.
+        extra: Further segments and their mount points; "" to leave one unmounted.
+
+    Raises:
+        InvalidInput: The segments do not go together.
+        NoSlot: There are more ranges than slots.
+    """
     _require_root(root)
     placed = [*ranges_of(root, "/"), *ranges_of(tools, TOOLS_MOUNTPOINT), _modules(kernel)]
     for artifact, mountpoint in extra:
@@ -148,9 +171,9 @@ def place(
     _require_unique([item.segment.name for item in placed])
     if len(placed) > MAX_SEGMENTS:
         raise NoSlot(
-            f"a guest boots with {MAX_SEGMENTS - 3} ranges besides its root, and these are "
-            f"{len(placed) - 3}",
-            hint="`onecopy attach` the rest once it runs",
+            f"the guest has {len(placed) - 3} ranges besides its root; "
+            f"the limit at boot is {MAX_SEGMENTS - 3}",
+            hint="attach the rest with `onecopy attach` when the guest runs",
         )
     return placed
 
@@ -159,8 +182,8 @@ def _require_root(root: Artifact) -> None:
     ranges = SegmentConfig.of(root).ranges
     if len(ranges) > 1 or ranges[0].page_class is not PageClass.SR or not ranges[0].fs:
         raise InvalidInput(
-            f"{root.ref} is no root segment: that is one SR range with a file system",
-            hint="make one with `onecopy build`",
+            f"{root.ref} is not a root segment, which is one SR range with a file system",
+            hint="build one with `onecopy build`",
         )
 
 
@@ -168,33 +191,44 @@ def _require_unique(texts: Sequence[str]) -> None:
     for text in texts:
         if texts.count(text) > 1:
             raise InvalidInput(
-                f"{text} is there twice", hint="a guest has each name and mount once"
+                f"{text} is used twice", hint="give each segment and mount point only once"
             )
 
 
 def check_mountpoint(mountpoint: str) -> str:
-    """Return what can be a mount point of a segment; raise InvalidInput."""
+    """Return ``mountpoint`` if it can be a segment's mount point.
+
+    Raises:
+        InvalidInput: It is not absolute, or contains blanks or "..".
+    """
     plain = mountpoint.isprintable() and " " not in mountpoint
     whole = mountpoint.startswith("/") and mountpoint != "/" and ".." not in mountpoint.split("/")
     if not plain or not whole:
         raise InvalidInput(
             f"{mountpoint!r} is not a mount point",
-            hint="give an absolute path without blanks and ..",
+            hint="give an absolute path without blanks and without ..",
         )
     return mountpoint
 
 
 def ranges_of(artifact: Artifact, mountpoint: str, *, exclusive: bool = False) -> list[Placed]:
-    """The ranges of a segment, the first one mounted if ``mountpoint`` is not "".
+    """List the ranges of a segment for a guest.
 
-    With ``exclusive`` the guest has what others only read as a copy of its own, to write to (what
-    z/VM calls a non-shared load). Raises InvalidInput, StoreDamaged.
+    Args:
+        artifact: The segment.
+        mountpoint: Mount point of the first range; "" to leave it unmounted.
+        exclusive: Map shared read-only ranges as the guest's own writable copy (z/VM calls this a
+            non-shared load).
+
+    Raises:
+        InvalidInput: The first range has no file system to mount.
+        StoreDamaged: The segment's record is malformed.
     """
     ranges = SegmentConfig.of(artifact).ranges
     if mountpoint and not ranges[0].fs:
         raise InvalidInput(
             f"{artifact.ref} has no file system to mount on {mountpoint}",
-            hint=f"leave the mount point out: guests find it as /dev/onecopy/{artifact.name}",
+            hint=f"omit the mount point: the guest gets the device /dev/onecopy/{artifact.name}",
         )
     return [
         _placed(artifact, number, item, "" if number else mountpoint, exclusive=exclusive)
@@ -231,18 +265,22 @@ def _modules(kernel: Artifact) -> Placed:
 
 
 def saved_places(artifact: Artifact, config: SystemConfig) -> list[Placed]:
-    """The segments of a saved system, whose blobs are layers of its artifact."""
+    """Return the ranges of a saved system, whose blobs are layers of its artifact.
+
+    Raises:
+        StoreDamaged: A layer is missing.
+    """
     layers = {layer.digest: layer for layer in artifact.layers}
     try:
         return [Placed(layers[segment.digest], segment) for segment in config.segments]
     except KeyError as error:
         raise StoreDamaged(
-            f"{artifact.ref} lacks its segment {error}", hint="save it again"
+            f"{artifact.ref} lacks the layer of its segment {error}", hint="save it again"
         ) from error
 
 
 def mounts(placed: Sequence[Placed]) -> list[Mount]:
-    """What the guest's first stage finds and mounts."""
+    """Return the mounts for the guest's first stage."""
     return [
         Mount(
             slot=FIRST_SEGMENT_SLOT + number,
@@ -261,7 +299,7 @@ def _segment_name(item: MappedSegment) -> str:
 
 
 def hardware_of(config: SystemConfig) -> Hardware:
-    """The machine that a saved system must find again, but for its segments."""
+    """Return the machine of a saved system, without its segments."""
     return Hardware(
         machine=config.machine,
         cpu=config.cpu,

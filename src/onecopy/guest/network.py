@@ -1,8 +1,8 @@
-"""The network card of a guest: an address of hardware and of IP that no other guest has.
+"""Gives a guest a network card with a MAC and IP address that no other guest has.
 
-In a user-mode network (each guest's own) the address is drawn here; in a bridge its network gives
-one by DHCP. Not here: forwarded ports (ports.py), how QEMU is told (vmm/argv.py), how the guest is
-(identity.py, images/files/start).
+In a user-mode network, which each guest has for itself, this module assigns the IP address. In a
+bridge the guest gets one by DHCP. Not here: published ports (ports.py), QEMU's arguments
+(vmm/argv.py), the settings in the guest (identity.py, images/files/start).
 """
 
 from __future__ import annotations
@@ -24,38 +24,37 @@ from onecopy.vmm import closed_network, router
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Nic
 from onecopy.vmm.vmm_user import User, have_own_numbers
 
-#: How many user-mode guests there can be before an address comes a second time.
+#: The number of addresses for user-mode guests; after that many they repeat.
 _ADDRESSES = int(NETWORK.broadcast_address) - int(FIRST_ADDRESS)
 
 
 class Network(msgspec.Struct, frozen=True):
-    """What a user asks for of a guest's network."""
+    """The network options of a guest."""
 
     card: bool = True
-    """False: the guest has none."""
+    """Whether the guest has a network card."""
     bridge: str = ""
-    """Of the host, to be a port of; "" for a user-mode network."""
+    """The host's bridge to connect to; "" for a user-mode network."""
     publish: Ports = ()
     allow_host: bool = False
-    """Whether a user-mode network reaches what listens on the host."""
+    """Whether the guest reaches the host's listening ports from a user-mode network."""
 
     def require_sense(self) -> None:
-        """Raise InvalidInput for what does not go together."""
+        """Raise InvalidInput for options that exclude each other."""
         if not self.card and (self.bridge or self.publish or self.allow_host):
             raise InvalidInput(
                 "the guest has no network card",
-                hint="leave out --bridge, -p and --allow-host; or save it again without "
-                "--no-network",
+                hint="omit --bridge, -p and --allow-host, or save it again without --no-network",
             )
         if self.bridge and self.publish:
             raise InvalidInput(
-                "ports are forwarded to a user-mode network, and not into a bridge",
-                hint="leave -p out: guests in a bridge have addresses of its network",
+                "ports can be published from a user-mode network only, not from a bridge",
+                hint="omit -p: a guest in a bridge has an address of the bridge's network",
             )
         if self.bridge and self.allow_host:
             raise InvalidInput(
-                "--allow-host opens a user-mode network, and not a bridge",
-                hint="leave it out: a guest in a bridge reaches what its network lets it reach",
+                "--allow-host applies to a user-mode network only, not to a bridge",
+                hint="omit it: the bridge's network decides what the guest reaches",
             )
 
 
@@ -63,10 +62,17 @@ class Network(msgspec.Struct, frozen=True):
 def new_nic(
     host: Runtime, folder: Path, wanted: Network, *, connected: bool = True
 ) -> Iterator[Nic | None]:
-    """A card for a new guest with this run folder; None if it has none.
+    """Yield a network card for a new guest; None for a guest without one.
 
-    One of a bridge is ``connected`` to it, or to be so later (linux/tap.py, connect_tap). Raises
-    NotFound, NotPermitted, InvalidInput, Incompatible.
+    Args:
+        host: The runtime of the guest.
+        folder: Its run directory.
+        wanted: Its network options.
+        connected: Whether to connect the card to its bridge now, or later with `connect_tap`.
+
+    Raises:
+        InvalidInput: The options exclude each other.
+        NotFound, NotPermitted, Incompatible: The bridge or the user-mode network cannot be used.
     """
     wanted.require_sense()
     if not wanted.card:
@@ -88,7 +94,11 @@ def new_nic(
 
 
 def display_nic(wanted: Network) -> Nic | None:
-    """The same, as a command line shows it that is not run; raise InvalidInput."""
+    """Return a placeholder card for a dry run's command line.
+
+    Raises:
+        InvalidInput: The options exclude each other.
+    """
     wanted.require_sense()
     if not wanted.card:
         return None
@@ -101,24 +111,28 @@ def _has_router(wanted: Network) -> bool:
 
 
 def can_be_closed(host: Runtime, record: GuestRecord) -> bool:
-    """Whether a prepared guest, which an older onecopy may have prepared, is kept from the host."""
+    """Return whether a standby guest, perhaps of an older onecopy, is closed off from the host."""
     there = router.is_there(host.run / record.name)
     return there or not record.mac or closed_network.is_closed(User.of(record.pid))
 
 
 def require_closed(record: GuestRecord, folder: Path) -> None:
-    """Have in force what keeps a guest that is woken from this host; raise Incompatible."""
+    """Apply the rules that close a standby guest off from this host.
+
+    Raises:
+        Incompatible: The rules cannot be applied.
+    """
     if record.mac and not router.is_there(folder):
         closed_network.require(User.of(record.pid), "")
 
 
 def inherited(card: Nic | None) -> Sequence[int]:
-    """The descriptors that the VMM needs for its card."""
+    """Return the descriptors that the VMM inherits for its card."""
     return [fd for fd in (card.tap, card.life) if isinstance(fd, int)] if card else []
 
 
 def settings(card: Nic | None) -> str:
-    """What the guest sets: address, mask, gateway and name server; "dhcp"; or "-" for none."""
+    """Return the guest's settings: "ADDRESS MASK GATEWAY NAME-SERVER", "dhcp", or "-" for none."""
     if card is None:
         return "-"
     if not card.address:
@@ -127,6 +141,6 @@ def settings(card: Nic | None) -> str:
 
 
 def _mac() -> str:
-    """Locally administered, unicast, else random (IEEE 802c: the second digit is 2, 6, a or e)."""
+    """Return a random MAC address, locally administered and unicast (IEEE 802c)."""
     first, *rest = secrets.token_bytes(6)
     return ":".join(f"{byte:02x}" for byte in ((first & 0xFC) | 0x02, *rest))

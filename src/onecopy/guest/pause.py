@@ -1,8 +1,8 @@
-"""Letting a guest stand still for a moment, in a state that can be copied.
+"""Pauses a guest for a moment, in a state that can be copied.
 
-First the file systems of a segment are frozen (FIFREEZE: what is written is on the device, and
-whoever writes waits), then the processors are stopped. Whoever is killed meanwhile leaves a mark;
-the next command lets the guest go on (resume.py), and its own watchdog thaws the file systems.
+First the guest freezes the file systems of a segment: FIFREEZE writes all data to the device and
+blocks writers. Then QEMU stops the vCPUs. If the command is killed, its mark stays. Then the next
+command resumes the guest (resume.py), and a watchdog in the guest thaws the file systems.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from onecopy.guest.run_directory import RunDirectory
 from onecopy.linux.lock import locked_within
 from onecopy.vmm.monitor import GRACE, TIMEOUT, Monitor, connect
 
-#: Seconds after which the guest thaws by itself.
+#: Seconds after which the guest thaws on its own.
 _WATCHDOG = 60
 _TIMEOUT = 30.0
-#: Seconds that thawing may take for who does not want to wait: the guest would do it by itself.
+#: Seconds for a thaw after an interrupt. The watchdog does it otherwise.
 _THAWING = 1.0
-#: Seconds that another command may let the guest stand still.
+#: Seconds to wait while another command has the guest paused.
 _WAITING = 60.0
 
 
 class _Run(msgspec.Struct, frozen=True):
-    """query-status."""
+    """The answer of query-status."""
 
     running: bool
 
 
 @contextlib.asynccontextmanager
 async def paused(folder: RunDirectory, segment: str) -> AsyncIterator[None]:
-    """Let the guest stand still; raises GuestFailed, AgentFailed.
+    """Pause the guest in the block, with the file systems of ``segment`` frozen.
 
-    It also raises GuestFailed at the end if the file systems were not frozen all the time.
+    Raises:
+        GuestFailed: The guest cannot be paused, or a file system thawed before the end.
+        AgentFailed: The agent failed or did not answer.
     """
     frozen = await guest_script.segment(
         folder.path, "freeze", segment, str(_WATCHDOG), timeout=_TIMEOUT
@@ -50,7 +52,7 @@ async def paused(folder: RunDirectory, segment: str) -> AsyncIterator[None]:
         async with stopped(folder):
             yield
     except BaseException as error:
-        # If the guest is gone there is nothing to thaw, and the first error is the one to tell.
+        # A guest that is gone needs no thaw. The first error matters.
         seconds = _TIMEOUT if isinstance(error, Exception) else _THAWING
         with contextlib.suppress(OnecopyError):
             await guest_script.segment(folder.path, "thaw", segment, timeout=seconds)
@@ -58,21 +60,28 @@ async def paused(folder: RunDirectory, segment: str) -> AsyncIterator[None]:
     thawed = await guest_script.segment(folder.path, "thaw", segment, timeout=_TIMEOUT)
     if thawed.exit_code:
         raise GuestFailed(
-            f"{folder.name} did not keep {segment} frozen; nothing was stored: "
+            f"{folder.name} did not keep {segment} frozen, so nothing was stored: "
             f"{guest_script.said(thawed)}",
-            hint="try again when the guest has less to do",
+            hint="try again when the guest is less busy",
         )
 
 
 @contextlib.asynccontextmanager
 async def stopped(folder: RunDirectory, *, go_on: bool = True) -> AsyncIterator[Monitor]:
-    """Let the guest's processors stand still, and no other command speak to its VMM.
+    """Stop the guest's vCPUs in the block, and keep other commands from its monitor.
 
-    Raises GuestFailed. If the guest cannot be told to go on the next command does that.
+    If QEMU does not resume the guest at the end, the next command does.
+
+    Args:
+        folder: The guest's run directory.
+        go_on: Whether to resume the guest at the end.
+
+    Raises:
+        GuestFailed: QEMU failed, or another command has the guest paused.
     """
     async with _marked(folder) as mark, connect(folder.path / "monitor.sock") as monitor:
         running = (await monitor.ask("query-status", _Run)).running
-        went_on, seconds = True, TIMEOUT
+        resumed, seconds = True, TIMEOUT
         try:
             await monitor.execute("stop")
             yield monitor
@@ -81,13 +90,13 @@ async def stopped(folder: RunDirectory, *, go_on: bool = True) -> AsyncIterator[
             raise
         finally:
             if running and go_on:
-                went_on = await _told(monitor, seconds)
-            if not went_on:
+                resumed = await _resume(monitor, seconds)
+            if not resumed:
                 mark.pop_all()
 
 
-async def _told(monitor: Monitor, seconds: float) -> bool:
-    """Let a guest go on; whether QEMU has taken that."""
+async def _resume(monitor: Monitor, seconds: float) -> bool:
+    """Resume a guest; return whether QEMU confirmed it."""
     with contextlib.suppress(GuestFailed):
         await monitor.execute("cont", timeout=seconds)
         return True
@@ -96,14 +105,14 @@ async def _told(monitor: Monitor, seconds: float) -> bool:
 
 @contextlib.asynccontextmanager
 async def _marked(folder: RunDirectory) -> AsyncIterator[contextlib.ExitStack]:
-    """Have the mark of a guest that is to go on, and that no other command has; gone at the end.
+    """Hold the mark of a paused guest; remove it at the end.
 
-    What this yields is to be emptied if the mark has to stay.
+    The caller empties the stack that this yields to leave the mark, so that the guest is resumed.
     """
     mark = folder.path / "paused"
     late = GuestFailed(
-        f"another command has let {folder.name} stand still for {_WAITING:g} s",
-        hint="try again when it has ended",
+        f"another command has kept {folder.name} paused for {_WAITING:g} s",
+        hint="try again when that command has ended",
     )
     async with locked_within(mark, _WAITING, late):
         with contextlib.ExitStack() as removal:
@@ -113,10 +122,11 @@ async def _marked(folder: RunDirectory) -> AsyncIterator[contextlib.ExitStack]:
 
 @contextlib.contextmanager
 def copying(name: str) -> Iterator[None]:
-    """Raise GuestFailed if the guest ends while its memory is copied (linux/cow_pages.py)."""
+    """Turn NotFound into GuestFailed: the guest ended while its memory was copied."""
     try:
         yield
     except NotFound as error:
         raise GuestFailed(
-            f"{name} ended meanwhile; nothing was stored", hint="`onecopy ps`"
+            f"{name} ended during the copy, so nothing was stored",
+            hint="see `onecopy ps --all` for the reason",
         ) from error

@@ -1,4 +1,4 @@
-"""Published ports: 127.0.0.1 of the host to a guest in a network of its own."""
+"""Publishes a guest's ports on 127.0.0.1 of the host, from a user-mode network."""
 
 from __future__ import annotations
 
@@ -13,26 +13,39 @@ from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.vmm_user import port_capabilities
 
 Ports = tuple[tuple[int, int], ...]
-"""(port on 127.0.0.1, port of the guest) pairs; 0 for any free port of the host."""
+"""Pairs (port on 127.0.0.1, port of the guest); 0 stands for any free port of the host."""
 
 _FORWARD = re.compile(r"TCP\[HOST_FORWARD\]\s+\d+\s+\S+\s+(\d{1,5})\s+\S+\s+(\d{1,5})\b")
 
 
 def numbered(publish: Ports, number: int) -> Ports:
-    """The ports of guest ``number`` of several, from 0: the host's count up; raise InvalidInput."""
+    """Return the ports of guest ``number`` (from 0) of several; each has the next host ports.
+
+    Raises:
+        InvalidInput: A host port exceeds 65535.
+    """
     ports = tuple((host + number if host else 0, guest) for host, guest in publish)
     if any(host > 65535 for host, _ in ports):
-        raise InvalidInput("there are not that many ports", hint="give a lower one, or 0 for any")
+        highest = max(host for host, _ in ports)
+        raise InvalidInput(
+            f"guest {number + 1} would need host port {highest}; the limit is 65535",
+            hint="give a lower port, or 0 for any free port",
+        )
     return ports
 
 
 def need_rights(publish: Ports) -> bool:
-    """Whether only root may publish one of them (ip(7): ip_unprivileged_port_start)."""
+    """Return whether a port needs root (ip(7), ip_unprivileged_port_start)."""
     return bool(port_capabilities(host for host, _ in publish))
 
 
 def require_free(publish: Ports) -> None:
-    """Raise InUse for a port that is taken, or NotPermitted; QEMU does not say which one."""
+    """Check that the host ports are free, because QEMU's error does not name the port.
+
+    Raises:
+        InUse: A port is taken.
+        NotPermitted: A port needs root.
+    """
     for port, _ in publish:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -40,34 +53,42 @@ def require_free(publish: Ports) -> None:
                 probe.bind(("127.0.0.1", port))
             except PermissionError:
                 raise NotPermitted(
-                    f"port {port} of the host may be published by root only",
-                    hint="give a higher one, or 0 for any free one",
+                    f"only root can publish port {port} of the host",
+                    hint="give a higher port, or 0 for any free port",
                 ) from None
             except OSError:
                 raise InUse(
                     f"port {port} on 127.0.0.1 is taken",
                     users=(),
-                    hint="give another port, or 0 for any free one",
+                    hint="give another port, or 0 for any free port",
                 ) from None
 
 
 async def forward(monitor: Monitor, folder: Path, publish: Ports) -> None:
-    """Publish ports of a guest that has been started without; raise InUse."""
+    """Publish ports of a running guest.
+
+    Raises:
+        InUse: QEMU cannot listen on a port.
+    """
     if router.is_there(folder):
         return  # published() does it
     for host, guest in publish:
-        # QMP has no command for this; it says nothing if all is well.
-        said = await monitor.human(f"hostfwd_add net tcp:127.0.0.1:{host}-:{guest}")
-        if said.strip():
+        # QMP has no command for this. The human monitor prints nothing on success.
+        reply = await monitor.human(f"hostfwd_add net tcp:127.0.0.1:{host}-:{guest}")
+        if reply.strip():
             raise InUse(
-                f"port {host} on 127.0.0.1 cannot be published: {said.strip()}",
+                f"cannot publish port {host} on 127.0.0.1: {reply.strip()}",
                 users=(),
-                hint="give another port, or 0 for any free one",
+                hint="give another port, or 0 for any free port",
             )
 
 
 async def published(monitor: Monitor, folder: Path, publish: Ports) -> Ports:
-    """The published ports, with those that were left to the kernel; raise InUse."""
+    """Return the published ports, with the numbers that the kernel chose for 0.
+
+    Raises:
+        InUse: The router cannot listen on a port.
+    """
     if router.is_there(folder):
         return await asyncio.to_thread(router.publish, folder, publish)
     if all(port for port, _ in publish):

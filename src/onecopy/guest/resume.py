@@ -1,7 +1,7 @@
-"""Letting guests go on that stand still for a command that was killed (pause.py).
+"""Resumes guests that a killed command left paused (pause.py).
 
-Done by the next command of any kind, so it must cost that nothing: all at once, for a moment, and a
-QEMU that does not answer is not asked again by each command.
+Every command does this at its start, so it must be quick. All guests are resumed at once with a
+short time limit. A QEMU that did not answer is not asked again for a while.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from onecopy.errors import GuestFailed
 from onecopy.linux.lock import take_over
 from onecopy.vmm.monitor import connect
 
-#: Seconds that a QEMU gets, and after which one that did not answer is asked again.
+#: Seconds for a QEMU to answer, and until one that did not answer is asked again.
 _MOMENT, _AGAIN = 1.0, 30.0
 
 
 def go_on(folders: Sequence[Path]) -> None:
-    """Let the guests of these run folders go on; also from within an event loop."""
-    # The thread is a daemon, so that a moment is all that it takes, whatever a QEMU does.
+    """Resume the guests of these run directories; works inside an event loop, too."""
+    # A daemon thread: a QEMU that hangs delays this command only for a moment.
     thread = threading.Thread(target=_all_go_on, args=(folders,), daemon=True)
     thread.start()
     thread.join(2 * _MOMENT)
@@ -39,7 +39,7 @@ def _all_go_on(folders: Sequence[Path]) -> None:
 
 async def _go_on(folder: Path) -> None:
     mark = folder / "paused"
-    # Not while another command does, or lets it stand still again.
+    # Skip a mark that another command holds: it resumes the guest, or has paused it anew.
     with take_over(mark) as fd:
         if fd is None or _was_asked(fd):
             return
@@ -51,6 +51,6 @@ async def _go_on(folder: Path) -> None:
 
 
 def _was_asked(fd: int) -> bool:
-    """Whether a command has just asked in vain, as the mark notes."""
+    """Return whether a command has tried in the last seconds, as the mark records."""
     found = os.fstat(fd)
     return found.st_size > 0 and time.time() - found.st_mtime < _AGAIN

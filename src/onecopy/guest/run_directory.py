@@ -1,36 +1,36 @@
-"""Run folders: what a running guest has on the host, and how a dead one is swept.
+"""Run directories: the files of a running guest on the host, and its record.
 
     RUN/NAME/
-        guest.json      what it is; written once the guest is up
-        prepared.json   the same, of a VMM that waits to become a guest (guest/lifecycle/pool.py)
-        system.json     what a saved system's record says of it (machine.py)
-        starting        link to the mark of the command that starts it; leads nowhere afterwards
-        owner           link to the mark of the process that it ends with; only if it does
-        ending          link to the mark of the command that ends it; leads nowhere afterwards
-        monitor.sock    QMP; monitor.lock is held by the command that speaks it
-        agent.in .out   pipes to the guest agent, agent.lock beside them
+        guest.json      the guest's record; written once the guest is ready
+        prepared.json   the record of a standby VMM (guest/lifecycle/pool.py)
+        system.json     the record that a save of the guest would have (machine.py)
+        starting        link to the mark of the command that starts it; dangling afterwards
+        owner           link to the mark of the process that it ends with, if any
+        ending          link to the mark of the command that ends it; dangling afterwards
+        monitor.sock    QMP; the command that uses it holds monitor.lock
+        agent.in .out   pipes to the guest agent, with agent.lock
         identity.in .out  pipes to the guest's identity program
         segment.in .out   pipes to the guest's onecopy-segment
-        attach.lock     held by the command that changes which segments the guest has
-        paused          locked by the command that lets the guest stand still
-        exec.TAG        locked by the command that runs a program in the guest
-        console.sock    the serial console; console.log keeps the newest that it said
-        qemu.log        what QEMU itself said
-        console.cut     there if some of console.log was dropped (vmm/logs.py); qemu.cut alike
+        attach.lock     locked by a command that changes the guest's segments
+        paused          locked by a command that has the guest paused
+        exec.TAG        locked by a command that runs a program in the guest
+        console.sock    the serial console; console.log has its newest output
+        qemu.log        QEMU's own output
+        console.cut     exists if console.log was truncated (vmm/logs.py); likewise qemu.cut
 
-    What QEMU opens there by itself (pipes, console.log) is its user's; the folder and all else is
-    ours, so that QEMU makes and replaces nothing (vmm/confine.py).
+    QEMU's user owns the files that QEMU opens itself (pipes, console.log). The invoking user owns
+    the directory and all other files: QEMU can neither make nor replace files (vmm/confine.py).
 
-    RUN/.starting-ID    locked by a command that starts guests; gone when they are handed out
-    RUN/.owner-ID       locked by a process as long as it wants its guests (Host.owner)
+    RUN/.starting-ID    locked by a command that starts guests; removed when they are ready
+    RUN/.owner-ID       locked by a process as long as it needs its guests (Runtime.owner)
     RUN/.ending-ID      locked by a command that ends guests, until they are gone
-    RUN/.ended          what is left of guests that ended by themselves (ended_guests.py)
+    RUN/.ended          records of guests that ended on their own (ended_guests.py)
 
     RUN/.store          the path of the store
 
-A guest exists as long as its VMM lives, which holds its lease in the store (store/lease.py) and is
-on record (linux/vmm_registry.py). A folder without a live lease is a leftover; so is a VMM whose
-mark nobody locks any more: both are swept by the next command.
+A guest exists as long as its VMM lives. The VMM holds its lease in the store (store/lease.py) and
+is registered (linux/vmm_registry.py). The next command sweeps directories without a live lease,
+and VMMs whose mark nobody locks.
 """
 
 from __future__ import annotations
@@ -56,44 +56,44 @@ from onecopy.model import PageClass
 from onecopy.store import Store
 
 _MARKS = ("starting", "owner", "ending")
-#: How the run folders of VMMs begin that wait to become guests: no guest's name has a dot.
+#: Prefix of the run directories of standby VMMs. A guest's name has no dot.
 POOL = "pool."
 
 
 class Device(msgspec.Struct, frozen=True):
-    """One range of a segment, as a guest has it."""
+    """A range of a segment, as a device of a guest."""
 
     page_class: PageClass
     size: int
     """Bytes."""
     fs: str
     address: str
-    """Bus and slot on PCI, in hexadecimal: ``00:10``."""
+    """PCI bus and slot in hexadecimal: ``00:10``."""
     path: str
-    """What the VMM maps, as /proc/PID/maps has it."""
+    """The mapped file, as in the VMM's /proc/PID/maps."""
     file: str
-    """The file of the store whose pages these are, at least until written to; "" if none."""
+    """The file of the store whose pages the range shares until it is written; "" for none."""
 
 
 class Attached(msgspec.Struct, frozen=True):
-    """A segment in a guest. Its lease is kept until the guest ends, also when it is unloaded."""
+    """A segment in a guest; its lease lasts until the guest ends, even after an unload."""
 
     name: str
     ref: str
-    """``NAME:VERSION``, at the time."""
+    """``NAME:VERSION`` when it was loaded."""
     digest: str
-    """Its manifest."""
+    """Digest of its manifest."""
     devices: tuple[Device, ...]
     mountpoint: str
-    """"" if it is not mounted."""
+    """Mount point; "" for a segment that is not mounted."""
     state: str
-    """``loaded``; ``loading``; or ``kept``: unloaded, but QEMU cannot take its device away."""
+    """``loading``; ``loaded``; ``kept``: unloaded, but QEMU could not remove its devices."""
     exclusive: bool = False
-    """Loaded as a copy of the guest's own, to write to, of what others only read."""
+    """Whether it is the guest's own writable copy of a shared segment."""
 
 
 class GuestDisk(msgspec.Struct, frozen=True):
-    """A disk of a guest, whose content stays when it ends."""
+    """A persistent disk of a guest."""
 
     name: str
     """/dev/onecopy/NAME in the guest."""
@@ -102,17 +102,17 @@ class GuestDisk(msgspec.Struct, frozen=True):
     form: str
     """``raw`` or ``qcow2``."""
     own: bool
-    """Whether it is the guest's own, found again by the guest's name."""
+    """Whether the disk belongs to the guest's name, and its next guest gets it again."""
     mountpoint: str
-    """"" if it is not mounted."""
+    """Mount point; "" for a disk that is not mounted."""
     address: str
-    """Bus and slot on PCI, in hexadecimal: ``01:05``."""
+    """PCI bus and slot in hexadecimal: ``01:05``."""
     made: bool = False
-    """Whether it was made for this guest, at its start."""
+    """Whether it was created at this guest's start."""
 
 
 class GuestRecord(msgspec.Struct, frozen=True):
-    """guest.json: one running guest."""
+    """guest.json: the record of a running guest."""
 
     name: str
     kind: str
@@ -120,79 +120,79 @@ class GuestRecord(msgspec.Struct, frozen=True):
     source: str
     """Reference of the saved system or root segment."""
     digest: str
-    """Its manifest."""
+    """Digest of its manifest."""
     accel: str
     accel_reason: str
     pid: int
     start_ticks: int
-    """Clock ticks from the host's boot to QEMU's start: with the pid, its identity."""
+    """Start time of QEMU in clock ticks since the host's boot; identifies the process with pid."""
     started: float
-    """Seconds since the epoch."""
+    """Start time in seconds since 1970."""
     start_seconds: float
-    """From starting QEMU until the guest was handed out."""
+    """Seconds from the start of QEMU until the guest was ready."""
     memory: int
     """Bytes of RAM."""
     ram_path: str | None
     """The file that RAM is mapped from; None for anonymous RAM."""
     publish: tuple[tuple[int, int], ...] = ()
-    """(port on 127.0.0.1, port of the guest) pairs."""
+    """Pairs (port on 127.0.0.1, port of the guest)."""
     attached: tuple[Attached, ...] = ()
     """The segments that it has now."""
     domain: str = ""
     """Its trust domain; "" is the default one."""
     mac: str = ""
-    """Of its network card; "" if it has none."""
+    """MAC address; "" without a network card."""
     address: str = ""
-    """Of IP, when it was handed out: in a network of its own, or in that of the bridge."""
+    """IP address when the guest became ready, in its user-mode network or in the bridge's."""
     bridge: str = ""
-    """Of the host, that it is a port of; "" for user-mode network."""
+    """The host's bridge; "" for a user-mode network."""
     allow_host: bool = False
-    """Whether its user-mode network reaches what listens on the host (vmm/closed_network.py)."""
+    """Whether it reaches the host's listening ports (vmm/closed_network.py)."""
     listener: int | None = None
-    """Descriptor of QEMU's where it asks for files (vmm/open_notify.py); None if it needs not."""
+    """QEMU's descriptor for opening files later (vmm/open_notify.py); None if not needed."""
     agent: bool = True
-    """Whether our agent is in it: not in a bare machine (guest/lifecycle/bootplan.py)."""
+    """Whether it has an agent; a bare machine has none."""
     cpus: int = 1
-    """Processors."""
+    """Number of vCPUs."""
     added: int = 0
-    """Bytes of ``memory`` that came after the saved system was loaded."""
+    """Bytes of ``memory`` that were added to the saved system's RAM."""
     disks: tuple[GuestDisk, ...] = ()
-    """Whose content stays when it ends."""
+    """Persistent disks."""
     traced: bool = False
-    """Whether its QEMU notes in its log how it ends (vmm/end_traces.py)."""
+    """Whether its QEMU logs how it ends (vmm/end_traces.py)."""
     ended: Ended | None = None
-    """How it ended, if it has, by itself (ended_guests.py)."""
+    """How it ended on its own (ended_guests.py); None for a running guest."""
     note: str = ""
-    """What is wrong with it now (lost_vmms.py); "" as a rule, and always in the file."""
+    """Damage of a running guest (lost_vmms.py); "" for none, and always "" in the file."""
     schema: int = 3
 
     @property
     def process(self) -> Process:
-        """Its VMM."""
+        """The VMM's process."""
         return Process(self.pid, self.start_ticks)
 
 
 def no_guest(name: str) -> NotFound:
-    """The error for a name that no guest has."""
-    return NotFound(f"there is no guest {name!r}", hint="`onecopy ps` lists the running guests")
+    """Return the error for a name that no guest has."""
+    return NotFound(f"there is no guest {name!r}", hint="list the guests with `onecopy ps`")
 
 
 def no_agent(name: str) -> AgentFailed:
-    """Why nothing can be done inside a bare machine."""
+    """Return the error for a request that needs an agent, to a bare machine."""
     return AgentFailed(
-        f"{name} is a bare machine: no agent of onecopy is in it",
-        hint="without one there are ps, report, logs, console and stop",
+        f"{name} is a bare machine and has no agent",
+        hint="commands without an agent are ps, report, logs, console and stop",
     )
 
 
 def run_root(store: Store) -> Path:
-    """The run folders of the guests of a store."""
-    # Short, since socket paths must be (unix(7): 108 bytes), and one for each store.
+    """Return the directory of the run directories of a store's guests."""
+    # Short, because socket paths have at most 108 bytes (unix(7)), and unique to the store.
     return run_base() / store_id(store.root)
 
 
 class RunDirectory:
-    """The run folder of one guest."""
+    """The run directory of a guest."""
 
     def __init__(self, path: Path, batch: Batch | None = None) -> None:
         self.path = path
@@ -200,9 +200,11 @@ class RunDirectory:
         self._batch = batch
 
     def record(self) -> GuestRecord:
-        """Read guest.json; raise NotFound while the guest is not handed out, or Incompatible.
+        """Read guest.json.
 
-        Who starts it, as one of its ``batch``, sees it before.
+        Raises:
+            NotFound: There is no such guest, or it is not ready and another command starts it.
+            Incompatible: Another version of onecopy wrote the record.
         """
         try:
             text = (self.path / "guest.json").read_bytes()
@@ -214,36 +216,35 @@ class RunDirectory:
             return msgspec.json.decode(text, type=GuestRecord)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise Incompatible(
-                f"{self.path}/guest.json cannot be read: another version of onecopy started "
+                f"cannot decode {self.path}/guest.json: another version of onecopy started "
                 f"{self.name}",
-                hint=f"`onecopy stop` it with that version, or end its QEMU: "
-                f"kill {self.find_vmm() or 'PID'}",
+                hint=f"stop it with that version, or end its QEMU: kill {self.find_vmm() or 'PID'}",
             ) from error
 
     def require_agent(self) -> GuestRecord:
-        """The record of a guest that our agent is in; raise AgentFailed of a bare machine."""
+        """Return the record; raise AgentFailed for a bare machine."""
         record = self.record()
         if not record.agent:
             raise no_agent(self.name)
         return record
 
     def write(self, record: GuestRecord) -> None:
-        """Note what the guest is, now that it is up."""
+        """Write the record of a guest that is up."""
         self._write("guest.json", record)
 
     def set_aside(self, record: GuestRecord) -> None:
-        """Note what it will be, when somebody wants a guest."""
+        """Write the record of a standby VMM."""
         self._write("prepared.json", record)
 
     def prepared(self) -> GuestRecord | None:
-        """What was set aside; None if nothing was, or by another version of onecopy."""
+        """Return the record of a standby VMM; None without one, or of another version."""
         with contextlib.suppress(OSError, msgspec.MsgspecError, ValueError, RecursionError):
             text = (self.path / "prepared.json").read_bytes()
             return msgspec.json.decode(text, type=GuestRecord)
         return None
 
     def is_of(self, record: GuestRecord) -> bool:
-        """Whether it is the folder of that guest, and not of a later one of the name."""
+        """Return whether the directory is that guest's, and not a later guest's of its name."""
         for name in ("guest.json", "prepared.json"):
             with contextlib.suppress(OSError, msgspec.MsgspecError):
                 found = msgspec.json.decode((self.path / name).read_bytes(), type=Process)
@@ -252,12 +253,12 @@ class RunDirectory:
 
     @property
     def is_starting(self) -> bool:
-        """Whether a command that lives is starting it."""
+        """Whether a living command is starting the guest."""
         mark = _target(self._mark)
         return mark is not None and is_held(mark)
 
     def belongs_to(self, mark: Path) -> bool:
-        """Whether it is of the batch or of the owner with that mark."""
+        """Return whether the guest belongs to the batch or owner with that mark."""
         return mark in (_target(self._mark), self.owner)
 
     def _write(self, name: str, record: GuestRecord) -> None:
@@ -265,37 +266,37 @@ class RunDirectory:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the command that was starting it, or the process that it ends with, is gone."""
+        """Whether the command that was starting the guest, or its owner, is gone."""
         mark = _target(self._mark)
         if mark and is_left(mark):
             return True
         owner = self.owner
-        # Looked at once more: it may have been kept (`keep`) before its owner let go.
+        # Read the owner again: `keep` may have detached the guest before its owner ended.
         return owner is not None and not is_held(owner) and self.owner is not None
 
     @property
     def owner(self) -> Path | None:
-        """The mark of the process that it ends with, if it does."""
+        """The mark of the process that the guest ends with; None for none."""
         return _target(self.path / "owner")
 
     def ends_by(self, mark: Path) -> None:
-        """Its VMM is about to be ended, or has been asked to end, by the command with this mark."""
+        """Record that the command with this mark is ending the guest."""
         (self.path / "ending").unlink(missing_ok=True)
         (self.path / "ending").symlink_to(mark)
 
     @property
     def is_being_ended(self) -> bool:
-        """Whether a command is ending it: it does not end by itself, then."""
+        """Whether a living command is ending the guest, so that it does not end on its own."""
         mark = _target(self.path / "ending")
         return mark is not None and is_held(mark)
 
     def keep(self) -> None:
-        """From now on it does not end with the process that started it."""
+        """Detach the guest from its owner, so that it outlives that process."""
         (self.path / "owner").unlink(missing_ok=True)
 
     @property
     def left_paused(self) -> bool:
-        """Whether the command that let it stand still (pause.py) is gone."""
+        """Whether a command that paused the guest (pause.py) was killed."""
         return is_left(self.path / "paused")
 
     @property
@@ -307,34 +308,34 @@ class RunDirectory:
         return self.path / "starting"
 
     def remove(self) -> None:
-        """Remove the folder; its VMM must be gone."""
+        """Remove the directory; its VMM must have ended."""
         remove_tree(self.path)
 
     def find_vmm(self) -> int | None:
-        """Process id of the VMM; None if there is none."""
+        """Return the pid of the VMM; None if there is none."""
         found = find_vmms([self.path])
         return found[0][1].pid if found else None
 
 
 def _target(link: Path) -> Path | None:
-    """Where a link leads; None if there is none, or none any more: folders go at any time."""
+    """Return the target of a link; None if the link or its directory is gone."""
     with contextlib.suppress(FileNotFoundError):
         return link.readlink()
     return None
 
 
 def find_vmms(folders: Iterable[Path]) -> list[tuple[str, Process]]:
-    """(guest, process) of VMMs of these run folders that are not on record (linux/vmm_registry.py).
+    """Return (guest, process) of unregistered VMMs of these run directories (vmm_registry.py).
 
-    Their command was killed right after it had started them, and a VMM that runs guest code is on
-    record. It is the process that was started as a guest and works in its folder, which nobody else
-    can enter. It may have been started under another name (guest/lifecycle/pool.py).
+    Their command was killed right after it started them; a VMM that runs guest code is registered.
+    Such a VMM has a guest's command line and works in a run directory, which no other user can
+    enter. It may have been started under another name (guest/lifecycle/pool.py).
     """
     wanted, found = set(folders), []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             pid = int(entry.name)
-            # What cannot be read of it, or ends meanwhile, is none.
+            # Skip a process that cannot be read or has ended.
             with contextlib.suppress(OnecopyError, OSError):
                 began = process.stat(pid).start_ticks
                 if folder := _guest_of(pid, wanted):
@@ -350,26 +351,26 @@ def _guest_of(pid: int, wanted: Container[Path]) -> Path | None:
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """Guests that one command starts: they become the user's all at once, or none of them does.
+    """Guests that one command starts: all become ready together, or none does.
 
-    Made while no sweeper runs.
+    Created under the host's lock, so that no sweep sees it without its lock.
     """
 
     mark: Path
     owner: Path | None = None
-    """The mark of the process that they end with, if they do."""
+    """The mark of the process that they end with; None for none."""
 
     def add(self, path: Path) -> RunDirectory:
-        """A new run folder for one of them; the caller ends its VMM and removes it if it fails."""
-        if path.exists():  # its lease was free: what is here is a leftover
+        """Make a run directory for a guest; on failure the caller ends its VMM and removes it."""
+        if path.exists():  # its lease is free, so this is a leftover
             remove_tree(path)
         path.mkdir()
-        # Its VMM may be another user, who has no more than the way to what is made for it there.
+        # The VMM may be another user, who must reach the files made for it and list nothing.
         path.chmod(0o711)
         return self.join(path)
 
     def join(self, path: Path) -> RunDirectory:
-        """A run folder as one of them."""
+        """Make an existing run directory part of the batch."""
         for kind, mark in (("owner", self.owner), ("starting", self.mark)):
             (path / kind).unlink(missing_ok=True)
             if mark:
@@ -377,17 +378,17 @@ class Batch(msgspec.Struct, frozen=True):
         return RunDirectory(path, self)
 
     def hand_out(self) -> None:
-        """From now on the guests are the user's, and outlive the command, if they have no owner."""
+        """Publish the guests: they are ready, and outlive the command unless they have an owner."""
         self.mark.unlink()
 
 
 def is_mark(path: Path) -> bool:
-    """Whether ``path``, in the folder of the run folders, is the mark of a batch or of an owner."""
+    """Return whether ``path``, beside the run directories, is a mark."""
     return path.name.startswith(tuple(f".{kind}-" for kind in _MARKS))
 
 
 def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
-    """A new mark, ``starting``, ``owner`` or ``ending``, and the descriptor that locks it."""
+    """Make a mark of kind ``starting``, ``owner`` or ``ending``; return it and its locked file."""
     mark = run / f".{kind}-{secrets.token_hex(8)}"
     fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)

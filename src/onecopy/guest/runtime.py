@@ -1,4 +1,4 @@
-"""The host as guests see it: its store, its QEMU, and the run folders of its guests."""
+"""A store with its guests: finds, claims, ends and sweeps their run directories."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from onecopy.vmm.qemu import Qemu, probe
 
 
 class Runtime(msgspec.Struct, frozen=True, dict=True):
-    """One store and the guests that run from it."""
+    """A store and the guests that run from it."""
 
     store: Store
     run: Path
     batch_seen: Batch | None = None
-    """Guests that are being started, and that this host shows all the same."""
+    """A batch whose guests are visible before they are ready."""
 
     @classmethod
     def open(cls, root: Path | None = None) -> Runtime:
-        """Open the store (default: store.default_root()) and sweep what dead commands left."""
+        """Open the store (default: store.default_root()) and sweep the leftovers of commands."""
         make_run_base()
         store = Store(root)
         host = cls(store, run_root(store))
@@ -59,22 +59,31 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         return probe(self.store.cache)
 
     def guest(self, name: str) -> RunDirectory:
-        """The folder of a running guest; raise NotFound."""
+        """Return the run directory of a running guest.
+
+        Raises:
+            NotFound: There is no such guest; the message has the reason if it has ended.
+        """
         folder = RunDirectory(self.run / name, self.batch_seen)
-        with self._knowing_ended(name):
+        with self._explain_end(name):
             folder.record()
         return folder
 
     def guest_with_agent(self, name: str) -> RunDirectory:
-        """The same, if something is to be done inside it; raise AgentFailed of a bare machine."""
+        """Return the run directory of a running guest with an agent.
+
+        Raises:
+            NotFound: There is no such guest.
+            AgentFailed: It is a bare machine.
+        """
         folder = RunDirectory(self.run / name, self.batch_seen)
-        with self._knowing_ended(name):
+        with self._explain_end(name):
             folder.require_agent()
         return folder
 
     @contextlib.contextmanager
-    def _knowing_ended(self, name: str) -> Iterator[None]:
-        """Say of a guest that is not there that it has ended, and why, if that is known."""
+    def _explain_end(self, name: str) -> Iterator[None]:
+        """Replace NotFound by the reason of the guest's end, if there is a record of it."""
         try:
             yield
         except NotFound:
@@ -83,32 +92,32 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
             raise
 
     def ended(self) -> list[GuestRecord]:
-        """The guests that ended by themselves and are still known, by name."""
+        """Return the records of guests that ended on their own, by name."""
         return ended_guests.records(self.run)
 
     def forget(self, *names: str) -> None:
-        """Remove what is kept of guests that ended by themselves."""
+        """Remove the records of guests that ended on their own."""
         with self.locked():
             ended_guests.forget(self.run, *names)
 
     def seeing(self, batch: Batch) -> Runtime:
-        """This host for who starts guests, and does with one of them what others do later."""
+        """Return a runtime that sees the guests of ``batch`` before they are ready."""
         return replace(self, batch_seen=batch)
 
     def guests(self) -> list[GuestRecord]:
-        """All guests that were handed out and whose VMM lives, by name."""
+        """Return the records of all ready guests whose VMM lives, by name."""
         return self._records(self.folders())
 
     def owned(self, owner: Path) -> list[GuestRecord]:
-        """The guests that end with an owner."""
+        """Return the records of the guests that end with an owner."""
         return self._records(path for path in self.folders() if RunDirectory(path).owner == owner)
 
     def vmms(self, names: Iterable[str]) -> list[tuple[str, int]]:
-        """(guest, process id of its VMM) of those of ``names`` that run or are being started."""
+        """Return (guest, pid of its VMM) for those of ``names`` that run or are being started."""
         return [(name, process.pid) for name, process in self.processes(names)]
 
     def processes(self, names: Iterable[str]) -> list[tuple[str, Process]]:
-        """The same, with the processes."""
+        """Return (guest, VMM process) for those of ``names`` that run or are being started."""
         wanted = set(names)
         known = [
             (each.holder, each.process)
@@ -119,7 +128,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         return known + find_vmms((self.run / name).resolve() for name in rest) if rest else known
 
     def on_record(self, name: str = "") -> list[Entry]:
-        """The VMMs of this store that were started, and some that have ended; or one guest's."""
+        """Return the registered VMMs of this store, or of one guest; some may have ended."""
         return (
             vmm_registry.of_holder(self.run.name, name)
             if name
@@ -127,7 +136,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         )
 
     def unloaded(self, segment: str) -> set[str]:
-        """The guests that have a segment (digest of its manifest) but have unloaded it."""
+        """Return the guests that still hold a segment (manifest digest) that they unloaded."""
         return {
             record.name
             for record in self.guests()
@@ -137,18 +146,18 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     @contextlib.contextmanager
     def batch(self, owner: Path | None = None) -> Iterator[Batch]:
-        """What the guests that are started meanwhile belong to; the caller hands them out.
+        """Yield a batch for guests to start; the caller publishes it when they are ready.
 
-        Killed before, the command leaves guests that the next one ends. So it does later with those
-        of an ``owner``.
+        At the end, guests of an unpublished batch are ended. If this process is killed, the next
+        command ends them, and later those of an ``owner`` that has ended.
         """
         with self._marked("starting") as mark:
             yield Batch(mark, owner)
 
     def owner(self) -> AbstractContextManager[Path]:
-        """What guests belong to that are not to outlive this process, however that ends.
+        """Yield the mark of an owner: its guests end with the block.
 
-        The next command ends those that are left.
+        If this process is killed, the next command ends them.
         """
         return self._marked("owner")
 
@@ -161,14 +170,14 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         finally:
             try:
                 if mark.exists():
-                    # Whatever was interrupted, and wherever: none of them is left.
+                    # The batch was not published. Leave no guest, wherever the error came from.
                     self._end_all(mark)
             finally:
                 mark.unlink(missing_ok=True)
                 os.close(fd)
 
     def _end_all(self, mark: Path) -> None:
-        """End what belongs to a batch that was not handed out, or to an owner."""
+        """End the guests of an unpublished batch or of an owner."""
         theirs = [
             folder for path in self.folders() if (folder := RunDirectory(path)).belongs_to(mark)
         ]
@@ -178,7 +187,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     @contextlib.contextmanager
     def starting(self, batch: Batch | None) -> Iterator[Batch]:
-        """``batch``, or one for a single guest, which is handed out at the end."""
+        """Yield ``batch``, or a new batch for one guest, which is published at the end."""
         if batch:
             yield batch
             return
@@ -190,9 +199,12 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     def claim(
         self, name: str, digests: Sequence[str], batch: Batch
     ) -> Iterator[tuple[RunDirectory, Lease]]:
-        """A new guest's run folder and lease; raise AlreadyExists if the name is taken.
+        """Claim a name for a new guest; yield its run directory and lease.
 
-        Our copy of the lease is closed at the end. If that is an error nothing is left behind.
+        The lease's descriptor is closed at the end. After an error nothing is left.
+
+        Raises:
+            AlreadyExists: The name is taken.
         """
         with contextlib.ExitStack() as stack:
             with self.locked():
@@ -207,7 +219,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
                 raise
 
     def prepared(self) -> list[GuestRecord]:
-        """What waits to become guests (guest/lifecycle/pool.py), by name."""
+        """Return the records of the standby VMMs (guest/lifecycle/pool.py), by name."""
         found = (
             RunDirectory(path).prepared()
             for path in self.folders()
@@ -223,9 +235,17 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         batch: Batch,
         suits: Callable[[GuestRecord], bool] = lambda _: True,
     ) -> Iterator[tuple[RunDirectory, GuestRecord] | None]:
-        """What was prepared from ``digest``, and suits, in the run folder of a new guest, or None.
+        """Take a standby VMM for a new guest; after an error nothing is left.
 
-        If that ends in an error nothing is left behind.
+        Args:
+            digest: Manifest digest of its saved system.
+            name: The guest's name.
+            batch: The guest's batch.
+            suits: Selects the VMM by its record.
+
+        Yields:
+            The run directory, moved to the guest's name, and the VMM's record; None if no VMM
+            suits or the name is taken.
         """
         with self.locked():
             suiting = (each for each in self.prepared() if each.digest == digest and suits(each))
@@ -242,7 +262,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     ) -> tuple[RunDirectory, GuestRecord] | None:
         if not record or self.store.is_held(name):
             return None
-        # Killed after this, we leave it to the next command, by whatever name it goes then.
+        # From here on the next command ends the VMM if this one is killed, under either name.
         batch.join(self.run / record.name)
         self.store.rename_holder(record.name, name)
         RunDirectory(self.run / name).remove()
@@ -250,12 +270,12 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         return RunDirectory(self.run / name, batch), record
 
     def end(self, *records: GuestRecord) -> None:
-        """End the VMMs of guests, unasked; remove their folders, and leases that nobody holds.
+        """Kill the VMMs of guests; remove their run directories and stale leases.
 
-        What is to be known of those that have ended by themselves is kept.
+        The records of guests that had ended on their own are kept.
         """
         with self.ending(*records):
-            # Not by their command lines: these are their own memory, which they may change.
+            # By pid and start time. A VMM can change its command line, which is in its memory.
             vmm_registry.end(each.process for each in records)
             gone = {each.process for each in records if not each.process.lives()}
             with self.locked():
@@ -270,12 +290,12 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         self.store.sweep()
 
     def _folders_of(self, records: Iterable[GuestRecord]) -> list[RunDirectory]:
-        """The folders of these guests: another one may have the name of one by now."""
+        """Return the run directories that still belong to these guests, not to later ones."""
         found = [(RunDirectory(self.run / each.name), each) for each in records]
         return [folder for folder, record in found if folder.is_of(record)]
 
     def ending(self, *records: GuestRecord) -> AbstractContextManager[None]:
-        """Guests that run, and end meanwhile, do so because they are told to."""
+        """Mark running guests: an end within the block is not an end on their own."""
         return self._ending(self._folders_of(each for each in records if each.process.lives()))
 
     @contextlib.contextmanager
@@ -292,7 +312,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
             os.close(fd)
 
     def sweep(self) -> None:
-        """Remove what no living command or VMM owns: folders, and guests never handed out."""
+        """Remove run directories and guests that no living command or VMM owns."""
         sweep(self)
         for path in self.folders():
             self.keep_logging(RunDirectory(path))
@@ -300,13 +320,13 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         name_servers.refresh(self.run)
 
     def keep_logging(self, folder: RunDirectory) -> None:
-        """Let the logs of a guest go on, without what is oldest, if they are full."""
+        """Truncate the logs of a guest at their start if they are almost full."""
         if logs.are_filling(folder.path):
             with self.locked(), contextlib.suppress(NotFound, OSError):
                 logs.make_room(folder.path, folder.record().pid)
 
     def drop(self, *folders: RunDirectory) -> None:
-        """Remove run folders of the caller's; what is left of their VMMs is ended first."""
+        """Kill the VMMs of run directories that the caller owns, and remove the directories."""
         theirs = [each for folder in folders for each in self.on_record(folder.name)]
         with self._ending(folders):
             vmm_registry.end(each.process for each in theirs)
@@ -314,11 +334,11 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
                 self.remove(*folders)
 
     def remove(self, *folders: RunDirectory) -> None:
-        """Remove run folders, and with the last what was noted at the first start; under lock."""
+        """Remove run directories, and with the last one the host's notes; requires the lock."""
         for folder in folders:
             folder.remove()
         for entry in [each for folder in folders for each in self.on_record(folder.name)]:
-            # Only now may its user number be given out again.
+            # This frees the VMM's user ID, so its files must be gone.
             if not entry.process.lives():
                 entry.forget()
         if not self.folders():
@@ -327,11 +347,11 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     @property
     def memory_before(self) -> Path:
-        """Where the host's memory is noted when the first guest starts (sharing/cross_check.py)."""
+        """The record of the host's memory before the first guest (sharing/cross_check.py)."""
         return self.run / ".before"
 
     def next_number(self) -> int:
-        """A number that no guest has had since the host was booted."""
+        """Return the next number of a sequence that starts at the host's boot."""
         with self.locked() as lock:
             number = int(os.pread(lock, 20, 0) or b"0")
             os.pwrite(lock, str(number + 1).encode(), 0)
@@ -340,22 +360,22 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     def _records(self, folders: Iterable[Path]) -> list[GuestRecord]:
         records = []
         for path in folders:
-            # What another version of onecopy has written is told by `lost`.
+            # `lost_vmms.lost` reports records of other versions.
             with contextlib.suppress(NotFound, Incompatible):
                 records.append(RunDirectory(path).record())
         return sorted(records, key=lambda record: in_order(record.name))
 
     def folders(self) -> list[Path]:
-        """The run folders that there are."""
+        """Return all run directories."""
         found = (path for path in self.run.iterdir() if not path.name.startswith("."))
         return [path for path in found if path.is_dir() and not path.is_symlink()]
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[int]:
-        """Between claiming a name and having its folder nobody may sweep.
+        """Hold the host's lock, which keeps sweeps from a name that is being claimed.
 
-        The lock's file, whose descriptor this yields, has the number of the next guest. Nothing
-        waits for another process under it.
+        Yields the descriptor of the lock file, which contains the next guest's number. No code
+        waits for another process while it holds this lock.
         """
         while True:
             with contextlib.ExitStack() as ends:
@@ -368,7 +388,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
                 return
 
     def make_run(self) -> None:
-        """Make the folder of all run folders, which somebody may have removed."""
+        """Make the directory of the run directories if it is missing."""
         if not self.run.parent.exists():
             make_run_base()
         make_own(self.run)

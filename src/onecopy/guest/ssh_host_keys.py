@@ -1,6 +1,6 @@
-"""SSH host keys that clones could not make new: why a guest that has one is not saved.
+"""The reasons why a guest's SSH host key prevents a save: its clones could not replace the key.
 
-Not here: how the guest finds that out (images/files/keys).
+Not here: finding such keys in the guest (images/files/keys).
 """
 
 from __future__ import annotations
@@ -8,42 +8,42 @@ from __future__ import annotations
 from onecopy.errors import AgentFailed
 from onecopy.vmm.guest_reply import shown
 
-#: How the guest says it: ``failed key-REASON DETAILS``.
+#: Prefix of the guest's answer ``failed key-REASON DETAILS``.
 FAILED = "failed key-"
-#: Reason -> what is the matter, and a way out. The details are a path, and more.
+#: Reason -> message and hint. The details are a path, perhaps with more text.
 _REASONS = {
     "certificate": (
-        "a host certificate certifies the SSH host key of this guest, and clones get other keys",
-        "remove the certificate, and let --on-clone get one for each clone; or take "
-        "HostCertificate out of sshd_config(5)",
+        "the guest's SSH host key has a host certificate, which clones' new keys would not match",
+        "remove the certificate and get one for each clone with --on-clone, or remove "
+        "HostCertificate from sshd_config(5)",
     ),
     "keygen": (
-        "there is an SSH host key, but no ssh-keygen to make others with",
-        "install it in the guest (Debian: openssh-client), or remove the key",
+        "the guest has an SSH host key but no ssh-keygen, which clones need to make new keys",
+        "install ssh-keygen in the guest (Debian: openssh-client), or remove the key",
     ),
     "passphrase": (
-        "an SSH host key has a passphrase, which nobody could give for the keys of clones",
-        "take it out of the key (ssh-keygen -p -N '' -f KEY), or remove the key",
+        "an SSH host key has a passphrase, which clones cannot enter for new keys",
+        "remove the passphrase (ssh-keygen -p -N '' -f KEY), or remove the key",
     ),
     "dropbear": (
-        "Dropbear has an SSH host key, and takes no other while it runs",
-        "remove it and run `dropbear -R`, with which each clone makes its own when it is needed",
+        "Dropbear has an SSH host key, which it cannot replace while it runs",
+        "remove the key and run `dropbear -R`, which makes a key in each clone on demand",
     ),
     "hardware": (
-        "an SSH host key is in a security key, of which clones have none",
-        "remove it, and its HostKey from sshd_config(5)",
+        "an SSH host key is on a security key, which clones do not have",
+        "remove the key, and its HostKey from sshd_config(5)",
     ),
     "unreadable": (
         "the guest's ssh-keygen cannot read an SSH host key",
-        "make it anew (ssh-keygen -A), or remove it",
+        "remove the key, or make a new one with ssh-keygen -A",
     ),
 }
 
 
 def refusal(said: str) -> AgentFailed:
-    """The error for what a guest said that begins with `FAILED`."""
+    """Return the error for a guest's answer that begins with `FAILED`."""
     reason, _, details = said.removeprefix(FAILED).partition(" ")
-    unknown = f"an SSH host key cannot be made anew ({shown(reason)})", ""
+    unknown = f"clones could not replace an SSH host key ({shown(reason)})", ""
     why, hint = _REASONS.get(reason, unknown)
     details = shown(details.strip())
     return AgentFailed(f"{why}: {details}" if details else why, hint=hint)

@@ -1,8 +1,8 @@
-"""Sweeping: what killed commands and ended VMMs left in the run folders goes, by the next command.
+"""Removes the leftovers of killed commands and ended VMMs from the run directories.
 
-A VMM is ended before anything of it is removed. Nothing here waits for a guest or for another
-command while it holds a lock, and what cannot be removed is told, once, and stays for the next
-sweep. Not here: the store's own leftovers (store/collect.py).
+Every command sweeps at its start. A VMM is killed before its files are removed. No code waits for a
+guest or another command while it holds a lock. A file that cannot be removed is reported once, and
+left to the next sweep. Not here: leftovers in the store (store/collect.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _log = logging.getLogger("onecopy")
 
 
 class Swept(Protocol):
-    """What is swept: guest/runtime.py."""
+    """The part of `Runtime` that a sweep needs."""
 
     @property
     def store(self) -> Store: ...
@@ -42,7 +42,7 @@ class Swept(Protocol):
 
 
 def sweep(host: Swept) -> None:
-    """Remove what no living command or VMM owns; let guests go on that stand still for nobody."""
+    """Remove what no living command or VMM owns, and resume guests that were left paused."""
     with host.locked():
         unwanted = _unwanted(host)
     if unwanted:
@@ -50,7 +50,7 @@ def sweep(host: Swept) -> None:
     with host.locked():
         _sweep_folders(host)
     if unwanted:
-        # Their leases are stale only now.
+        # Only now their leases are stale.
         host.store.sweep()
     left = [path for path in host.folders() if RunDirectory(path).left_paused]
     if left:
@@ -59,10 +59,10 @@ def sweep(host: Swept) -> None:
 
 
 def _unwanted(host: Swept) -> list[Process]:
-    """VMMs that nobody will ever want: of killed commands, and of owners that are gone."""
+    """Return the VMMs of killed commands and ended owners."""
     abandoned = [path.name for path in host.folders() if RunDirectory(path).abandoned]
     found = [process for _, process in host.processes(abandoned)] if abandoned else []
-    # Without its folder nobody can take it any more.
+    # A standby VMM without its run directory cannot be used.
     return found + [
         entry.process
         for entry in host.on_record()
@@ -94,21 +94,21 @@ def _sweep_folders(host: Swept) -> None:
 
 
 def preserve(host: Swept, deaths: Deaths, folder: RunDirectory) -> None:
-    """Keep what is to be known of a guest that has ended, whose folder is removed next; under lock.
+    """Keep the record and logs of an ended guest before its directory is removed; needs the lock.
 
-    That is nothing of one that a command ended, or that was never handed out.
+    A guest that a command ended, or that was never ready, leaves no record.
     """
     if folder.is_being_ended or not (left := ended_guests.look(folder, _uid(host, folder), deaths)):
         return
     if _kept(host.run, left):
-        # What it printed may be what fills the disk.
+        # Its own logs may fill the disk. Free them and try again.
         folder.remove()
         if why := _kept(host.run, left):
-            _log.warning("onecopy: what %s printed is lost: %s", folder.name, why)
+            _log.warning("onecopy: the logs of %s are lost: %s", folder.name, why)
 
 
 def _kept(run: Path, left: ended_guests.Left) -> str:
-    """Keep something of a guest; why not, else ""."""
+    """Store the record of an ended guest; return the reason of a failure, else ""."""
     try:
         ended_guests.keep(run, left)
     except OSError as error:
@@ -122,15 +122,15 @@ def _uid(host: Swept, folder: RunDirectory) -> int:
 
 def _remove(host: Swept, folder: RunDirectory) -> None:
     if any(each.process.lives() for each in host.on_record(folder.name)):
-        warn(folder.path, "its QEMU does not end")
+        warn(folder.path, "its QEMU cannot be killed")
         return
     host.remove(folder)
     if folder.path.exists():
-        warn(folder.path, "something in it stays")
+        warn(folder.path, "a file in it cannot be removed")
 
 
 def _sweep_stores(run: Path) -> None:
-    """Remove the run folders of stores that are there no more, with no VMM left."""
+    """Remove the run directories of stores that no longer exist and have no VMM left."""
     for store in vmm_registry.stores() - {run.name}:
         if not (run.parent / store).exists():
             _forget_dead(vmm_registry.of_store(store))

@@ -1,7 +1,7 @@
-"""A source -> a segment in the store, or a kernel by itself: `onecopy build`.
+"""Builds a segment or a bare kernel from a source: `onecopy build`.
 
-Not here: the sources (source.py, images/sources/bare_kernel.py), the image (fs_image.py), what else
-guests boot with (initramfs.py).
+Not here: the sources (source.py, images/sources), the file system image (fs_image.py), the guests'
+initramfs (initramfs.py).
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ if TYPE_CHECKING:
 
 
 class BuildOptions(msgspec.Struct, frozen=True):
-    """What goes into a segment beside its source, and how guests map it."""
+    """Options of a segment build."""
 
     include: tuple[str, ...] = ()
-    """Debian packages."""
+    """Debian packages to install."""
     fs: str = "erofs"
     """File system: ``erofs`` or ``ext2``."""
     page_class: PageClass = PageClass.SR
+    """How guests map the segment."""
     room: int = 0
-    """Bytes that ext2 has free for later changes."""
+    """Bytes to leave free in an ext2 image for later changes."""
 
 
 _DEFAULTS = BuildOptions()
@@ -54,24 +55,35 @@ def build_segment(
     access: Access | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Artifact:
-    """Build ``source`` (see `open_source`, `build_bare`) into ``ref``, and return it.
+    """Build ``source`` and store it as ``ref``.
 
-    The same source and ``options`` give the same digest. A new name gets ``access``. ``progress``
-    is told each step. A build that fails, or is interrupted before ``ref`` is named, leaves nothing
-    behind. Raises InvalidInput, BadSource, InsufficientResources, NotPermitted, MissingProgram, and
-    what `Store.put` raises.
+    The same source and options give the same digest. A build that fails or is interrupted leaves
+    nothing in the store.
+
+    Args:
+        store: The store to put the segment into.
+        ref: The name and version to give.
+        source: The source as text: see `open_source` and `build_bare`.
+        options: Packages, file system, page class and free space.
+        access: Access rights of a new name.
+        progress: Called with one line of text for each step.
+
+    Raises:
+        InvalidInput: The source or the options are malformed.
+        BadSource: The source cannot be read or stored.
+        OnecopyError: Any other error of the source, the image tools or `Store.put`.
     """
     bare = source.startswith(PREFIX)
     store.require_free("kernel" if bare else "segment", ref, access)
     if bare:
         if options != _DEFAULTS:
             raise InvalidInput(
-                "a kernel by itself has no packages, no file system and no class",
-                hint="leave --include, --fs, --class and --room out",
+                "a bare kernel takes no packages, file system, page class or free space",
+                hint="omit --include, --fs, --class and --room",
             )
         path = source.removeprefix(PREFIX)
         return build_bare(store, ref, path, access=access, progress=progress)
-    _require_sense(options)
+    _check_options(options)
     opened = open_source(source, options.include, store=store)
     with store.workspace() as work:
         lost: list[str] = []
@@ -82,16 +94,18 @@ def build_segment(
         layer = NewLayer(path=image, media_type=kind, annotations={ROLE: role(0)}, size=size)
         built = store.put("segment", ref, config.encode(), [layer], access=access)
     if left_out := [*opened.left_out, *lost]:
-        progress(f"left out: {'; '.join(left_out)}")
+        progress(f"skipped: {'; '.join(left_out)}")
     return built
 
 
-def _require_sense(options: BuildOptions) -> None:
-    """Raise InvalidInput unless there can be such an image."""
+def _check_options(options: BuildOptions) -> None:
+    """Raise InvalidInput for options that exclude each other."""
     check_fs(options.fs)
     check([Range(options.page_class, HUGE_PAGE_SIZE, options.fs)])
     if options.room and options.fs == "erofs":
-        raise InvalidInput("an EROFS image has no free room", hint="use --fs ext2")
+        raise InvalidInput(
+            "an EROFS image is read-only and cannot have free space", hint="use --fs ext2"
+        )
 
 
 def _write(
@@ -101,7 +115,7 @@ def _write(
     lost: list[str],
     progress: Callable[[str], None],
 ) -> tuple[SegmentConfig, Path]:
-    """Unpack ``source`` and make its image; ``lost`` gets what the image cannot hold."""
+    """Unpack ``source`` and write its image; add what the image cannot hold to ``lost``."""
     into = work / "tree"
     into.mkdir()
     tree = source.unpack(into, progress)

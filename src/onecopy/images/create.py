@@ -1,4 +1,7 @@
-"""Segments made range by range: `onecopy create`. Not here: made from a folder (build.py)."""
+"""Creates a segment range by range: `onecopy create`.
+
+Not here: segments built from a source (build.py).
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,21 @@ _HAS_JOURNAL, _EXTENTS = 0x4, 0x40
 
 
 class NewRange(msgspec.Struct, frozen=True):
-    """A range to be: its class, size (bytes) and what it holds at first; zeroes without a file."""
+    """A range to create."""
 
     page_class: PageClass
     size: int
+    """Bytes."""
     file: Path | None = None
+    """The initial content; None for zeroes."""
 
     @classmethod
     def parse(cls, text: str) -> NewRange:
-        """Parse ``CLASS:SIZE[:FILE]``; raise InvalidInput."""
+        """Parse ``CLASS:SIZE[:FILE]``.
+
+        Raises:
+            InvalidInput: The class or the size is malformed.
+        """
         name, _, rest = text.partition(":")
         size, _, file = rest.partition(":")
         if name.upper() not in PageClass.__members__:
@@ -47,11 +56,22 @@ def create_segment(
     access: Access | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Artifact:
-    """Make the segment ``ref`` of ``ranges``, and return it; whole or not at all.
+    """Create the segment ``ref`` from ``ranges``, atomically.
 
-    A file that is an EROFS, ext2 or ext4 image can be mounted by guests. A new name gets
-    ``access``. Raises InvalidInput (ranges that cannot be), BadSource (a file that cannot be used),
-    InsufficientResources, NotPermitted, and what `Store.put` raises.
+    Guests can mount a range whose file is an EROFS, ext2 or ext4 image.
+
+    Args:
+        store: The store to put the segment into.
+        ref: The name and version to give.
+        ranges: The ranges, in order.
+        access: Access rights of a new name.
+        progress: Called with one line of text for each step.
+
+    Raises:
+        InvalidInput: A range is malformed, or the ranges do not go together.
+        BadSource: A file cannot be read or is larger than its range.
+        InsufficientResources, NotPermitted: As their names say.
+        OnecopyError: Any error of `Store.put`.
     """
     store.require_free("segment", ref, access)
     described = tuple(_describe(number, item) for number, item in enumerate(ranges))
@@ -75,31 +95,38 @@ def _describe(number: int, item: NewRange) -> Range:
         return Range(item.page_class, item.size)
     if not item.page_class.saved:
         raise InvalidInput(
-            f"range {number} ({item.page_class}) is never saved, so it cannot start with a file",
-            hint="leave the file out, or use SW or EW",
+            f"range {number} has class {item.page_class}, which has no stored content, and a file",
+            hint="omit the file, or use class SW or EW",
         )
     if not item.file.is_file():
-        raise BadSource(f"{item.file} is not a file", hint="give a regular file, or none")
+        raise BadSource(
+            f"{item.file} is not a regular file", hint="give a regular file, or omit it for zeroes"
+        )
     size = item.file.stat().st_size
     if size > item.size:
         raise BadSource(
-            f"{item.file} has {size} bytes, more than range {number} with {item.size}",
+            f"{item.file} has {size} bytes, but range {number} has only {item.size}",
             hint="make the range larger",
         )
     return Range(item.page_class, item.size, file_system(item.file))
 
 
 def file_system(path: Path) -> str:
-    """``erofs``, ``ext2``, ``ext4`` or "", by what stands where their superblocks are.
+    """Return ``erofs``, ``ext2`` or ``ext4`` by the superblock's magic; "" for any other content.
 
-    Linux Documentation/filesystems/ext4/super.rst, fs/erofs/erofs_fs.h.
+    Raises:
+        BadSource: The file cannot be read.
+
+    Source: Linux Documentation/filesystems/ext4/super.rst; fs/erofs/erofs_fs.h.
     """
     try:
         with path.open("rb") as file:
             file.seek(1024)
             head = file.read(1024).ljust(1024, b"\0")
     except OSError as error:
-        raise BadSource(f"{path} cannot be read: {error.strerror}") from error
+        raise BadSource(
+            f"cannot read {path}: {error.strerror}", hint="give a file that you may read"
+        ) from error
     if struct.unpack_from("<I", head)[0] == _EROFS:
         return "erofs"
     if struct.unpack_from("<H", head, 56)[0] != _EXT:
@@ -113,7 +140,7 @@ def _blocks(path: Path) -> int:
 
 
 def _write(item: NewRange, out: Path) -> None:
-    """The content of a range; what is zeroes takes no room."""
+    """Write the content of a range as a sparse file."""
     if item.file:
         run(["cp", "--sparse=always", "--reflink=auto", "--no-preserve=all", item.file, out])
     else:

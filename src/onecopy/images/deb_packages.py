@@ -1,7 +1,7 @@
-"""Single Debian packages, fetched and unpacked but never installed on this host.
+"""Fetches and unpacks single Debian packages; never installs them on this host.
 
-mmdebstrap brings its own apt state, so this host's package lists, configuration and release do not
-matter. Not here: whole Debian roots (images/sources/debian.py).
+mmdebstrap keeps its own apt state. This host's package lists, apt configuration and release do not
+matter. Not here: Debian root file systems (images/sources/debian.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from onecopy.errors import BadSource, CommandFailed
 from onecopy.linux.removal import remove_tree
 from onecopy.subprocesses import run
 
-#: Where this host is not Debian itself.
+#: The suite of guests on a host that is not Debian.
 DEFAULT_SUITE = "trixie"
-_HINT = "check the network, and that the suite exists (mmdebstrap needs a Debian mirror)"
+_HINT = "check the network and the suite's name: mmdebstrap needs a Debian mirror"
 
-# Runs in mmdebstrap, for the first of $ONECOPY_PACKAGES that there is.
+# mmdebstrap runs this hook. It downloads the first of $ONECOPY_PACKAGES that the suite has.
 _DOWNLOAD = """
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
 cd "$ONECOPY_DOWNLOADS"
@@ -34,7 +34,7 @@ exit 1
 
 
 def host_suite() -> str:
-    """Debian suite of this host, for the kernel and the tools: ``bookworm``, ``trixie``..."""
+    """Return this host's Debian suite, for example ``trixie``; `DEFAULT_SUITE` if not Debian."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -45,7 +45,11 @@ def host_suite() -> str:
 
 
 def extract_packages(names: Sequence[str], suite: str, into: Path) -> None:
-    """Unpack packages and all they depend on into ``into``; raise BadSource."""
+    """Unpack packages and their dependencies into the directory ``into``.
+
+    Raises:
+        BadSource: The suite or a package cannot be fetched.
+    """
     argv = [*_mmdebstrap("extract"), f"--include={','.join(names)}"]
     try:
         run([*argv, suite, into])
@@ -54,7 +58,7 @@ def extract_packages(names: Sequence[str], suite: str, into: Path) -> None:
 
 
 def _mmdebstrap(variant: str) -> list[str]:
-    # Nothing is run of what is unpacked, so no chroot is needed, which only root could make.
+    # No unpacked program runs, so no chroot is needed. Only root could make one.
     mode = [] if os.geteuid() == 0 else ["--mode=chrootless"]
     return ["mmdebstrap", "--quiet", *mode, f"--variant={variant}"]
 
@@ -62,17 +66,22 @@ def _mmdebstrap(variant: str) -> list[str]:
 def fetch_package(
     candidates: Sequence[str], suite: str, into: Path, progress: Callable[[str], None]
 ) -> Path:
-    """Download the first of ``candidates`` that the suite has; return its .deb file.
+    """Download the first of ``candidates`` that the suite has.
 
-    A candidate that is a metapackage stands for the first package it depends on.
-    Raises BadSource.
+    For a metapackage of a kernel, the image package that it depends on is downloaded.
+
+    Returns:
+        The path of the .deb file, below ``into``.
+
+    Raises:
+        BadSource: The suite cannot be reached, or has none of the candidates.
     """
     progress(f"fetching {candidates[-1]} from {suite}")
     root = into / "apt"
     downloads = into / "downloads"
     downloads.mkdir()
     argv = [*_mmdebstrap("custom"), f"--customize-hook={_DOWNLOAD}"]
-    # By the environment: a hook is shell text, and no path belongs in there.
+    # A hook is shell text. Paths go through the environment, so they need no quoting.
     env = {"ONECOPY_DOWNLOADS": os.fspath(downloads), "ONECOPY_PACKAGES": " ".join(candidates)}
     try:
         run([*argv, suite, root], env=env)

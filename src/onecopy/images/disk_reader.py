@@ -1,8 +1,8 @@
-"""Asking a reader: a guest of our own in which a disk image is mounted (files/reader).
+"""Sends requests to a reader: onecopy's own guest that mounts a disk image (files/reader).
 
-Whoever made the image may have taken the guest over with it, so nothing that it says is believed:
-answers are bounded, parsed strictly, and have deadlines. Not here: its QEMU (vmm/reader_vm.py),
-what is asked in which order (images/sources/disk.py).
+A malicious image may control the guest, so its replies are not trusted. Replies are bounded, parsed
+strictly, and have deadlines. Not here: the reader's QEMU (vmm/reader_vm.py), the sequence of
+requests (disk_files.py).
 """
 
 from __future__ import annotations
@@ -22,38 +22,44 @@ from onecopy.errors import BadSource, CommandFailed
 from onecopy.images.partitions import shown
 from onecopy.vmm.reader_vm import Disk, Parts, Running, reading
 
-#: Seconds that it may take to boot, and for all answers together: journals may have to be replayed.
+#: Seconds for the boot, and for all answers together: mounting may replay a journal.
 _BOOT, _PATIENCE = 300.0, 1800.0
-#: Seconds in which something must come while files are sent.
+#: Seconds without data after which a copy fails.
 _STALL = 120.0
+#: The longest answer in bytes.
 _ANSWER = 1 << 20
-#: Seconds from the beginning of an answer to its end.
+#: Seconds for the answer that ends a copy.
 _REST = 30.0
 _PLAIN = [(chr(b).isalnum() and b < 128) or chr(b) in "/._-=,@:+" for b in range(256)]
 _HEAD = re.compile(rb"([0-9]{1,3}) ([0-9]{1,7})\n")
 _TOTAL = re.compile(r"^Total bytes written: ([0-9]{1,20}) ", re.MULTILINE)
-#: What a line of the console has that tells why the guest's kernel gave up.
+#: Console lines that explain a failure of the guest's kernel.
 _TELLING = re.compile(r"panic|EXT[234]-fs|JBD2|XFS|BTRFS|I/O error|BUG|Oops|onecopy:|qemu", re.I)
 _T = TypeVar("_T")
 _HINT = "check and repair the image with its own tools (e2fsck, xfs_repair, btrfs check)"
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What the reader said."""
+    """An answer of the reader."""
 
     ok: bool
     text: str
-    """At most a MiB; bytes that are no UTF-8 are replaced."""
+    """At most 1 MiB; invalid UTF-8 is replaced."""
 
     @property
     def lines(self) -> list[str]:
-        """Its lines."""
+        """The lines of ``text``."""
         return self.text.splitlines()
 
 
 @contextmanager
 def reader(parts: Parts, disk: Disk) -> Iterator[Reader]:
-    """A reader that has booted; raises BadSource if it does not, MissingProgram, Incompatible."""
+    """Boot a reader for ``disk``, and end it on leaving the block.
+
+    Raises:
+        BadSource: The reader does not boot.
+        MissingProgram, Incompatible: This host cannot run it.
+    """
     with reading(parts, disk) as running:
         found = Reader(running)
         found.ask("hello", patience=_BOOT)
@@ -61,7 +67,7 @@ def reader(parts: Parts, disk: Disk) -> Iterator[Reader]:
 
 
 class Reader:
-    """A reader that runs."""
+    """A running reader."""
 
     def __init__(self, running: Running) -> None:
         self._tool = running.tool
@@ -70,7 +76,16 @@ class Reader:
         self._left = _PATIENCE
 
     def ask(self, command: str, *words: str, patience: float = _PATIENCE) -> Answer:
-        """What it answers; raise BadSource if it ends instead, or does not within ``patience``."""
+        """Send a request and wait for the answer.
+
+        Args:
+            command: A command of files/reader.
+            words: Its arguments, any text.
+            patience: Seconds to wait; the limit for all answers together applies, too.
+
+        Raises:
+            BadSource: The reader ends or does not answer in time.
+        """
         begin = time.monotonic()
         self._request(command, words)
         answer = self._answer(begin + min(patience, self._left))
@@ -78,18 +93,31 @@ class Reader:
         return answer
 
     def files(self, leave_out: Sequence[str], patience: float) -> Files:
-        """The tree's files, which come as a tar archive; in ``patience`` seconds, or never."""
+        """Request all files below the mounted root as a tar archive.
+
+        Args:
+            leave_out: Paths to exclude, relative to the root.
+            patience: Seconds until reading the archive fails.
+        """
         self._request("copy", leave_out)
         return Files(self, time.monotonic() + patience)
 
     def receive(self, buffer: Any, until: float) -> int | Answer:
-        """Wait for files, which go into ``buffer``, or for the answer to what was asked.
+        """Wait for archive data or for the answer that ends the copy.
 
-        Raises BadSource if neither comes until then.
+        Args:
+            buffer: Receives the data.
+            until: Deadline on the monotonic clock, in seconds.
+
+        Returns:
+            The number of bytes received, or the answer.
+
+        Raises:
+            BadSource: Neither comes in time, or the reader ends.
         """
         ready = _ready((self._data, self._control), until)
         if not ready:
-            raise self.broken("it sends no more")
+            raise self.broken(f"it sent nothing for {_STALL:g} s")
         if self._data not in ready:
             return self._answer(time.monotonic() + _REST)
         try:
@@ -103,7 +131,10 @@ class Reader:
     def _request(self, command: str, words: Sequence[str]) -> None:
         line = " ".join([command, *map(_word, words)]) + "\n"
         if len(line) > 32 << 10:
-            raise BadSource("names in it are too long", hint=_HINT)
+            raise BadSource(
+                f"its paths are too long: a request of {len(line)} bytes, limit {32 << 10}",
+                hint=_HINT,
+            )
         self._control.setblocking(True)
         self._control.settimeout(30)
         try:
@@ -117,7 +148,7 @@ class Reader:
         head = self._until(lambda: _HEAD.match(self._buffer), deadline)
         code, size = int(head[1]), int(head[2])
         if size > _ANSWER:
-            raise self.broken("its answer is too long")
+            raise self.broken(f"its answer has {size} bytes, limit {_ANSWER}")
         begin, end = head.end(), head.end() + size
         self._until(lambda: len(self._buffer) >= end or None, deadline)
         text = self._buffer[begin:end].decode(errors="replace")
@@ -127,11 +158,11 @@ class Reader:
     def _until(self, found: Callable[[], _T | None], deadline: float) -> _T:
         while (result := found()) is None:
             if len(self._buffer) > _ANSWER + 64:
-                raise self.broken("its answer is too long")
+                raise self.broken(f"its answer has more than {_ANSWER} bytes")
             if not _HEAD.match(self._buffer) and len(self._buffer) > 16:
-                raise self.broken("its answer makes no sense")
+                raise self.broken("its answer is malformed")
             if not _ready((self._control,), deadline):
-                raise self.broken("it does not answer")
+                raise self.broken("it did not answer in time")
             try:
                 data = self._control.recv(64 << 10)
             except BlockingIOError:
@@ -144,7 +175,11 @@ class Reader:
         return result
 
     def broken(self, what: str) -> BadSource:
-        """End it; the error says ``what`` is wrong, and what its kernel or QEMU said last."""
+        """End the reader, and return an error with the last lines of its kernel or QEMU.
+
+        Args:
+            what: The reason, as a clause.
+        """
         self._control.close()
         if what != "it ended":
             self._tool.end()
@@ -155,55 +190,57 @@ class Reader:
             text = error.output
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         telling = [line for line in lines if _TELLING.search(line)] or lines
-        said = "\n".join(f"  {shown(line)}" for line in telling[-6:])
-        return BadSource(
-            f"the guest that reads it failed ({what}); its last words were:\n{said}", hint=_HINT
-        )
+        last = "\n".join(f"  {shown(line)}" for line in telling[-6:])
+        return BadSource(f"the reader guest failed ({what}); its last lines:\n{last}", hint=_HINT)
 
 
 class Files(io.RawIOBase):
-    """A tar archive as it comes, up to its end."""
+    """The tar archive that the reader sends, as a stream."""
 
     def __init__(self, guest: Reader, deadline: float) -> None:
         self._guest, self._deadline = guest, deadline
         self._sent = 0
         self._total: int | None = None
         self.answer: Answer | None = None
-        """What tar said, once it has ended."""
+        """The messages and status of tar, after its end."""
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for what comes next; raise BadSource if nothing does, or it takes too long."""
+        """Wait for data and read it into ``buffer``; return 0 at the end of the archive.
+
+        Raises:
+            BadSource: The reader stalls, fails, or exceeds its time limit.
+        """
         while self._total is None or self._sent < self._total:
             now = time.monotonic()
             if now > self._deadline:
-                raise self._guest.broken("it takes too long")
+                raise self._guest.broken("the copy exceeded its time limit")
             got = self._guest.receive(buffer, min(self._deadline, now + _STALL))
             if isinstance(got, int):
                 self._sent += got
                 return got
             if self.answer:
-                raise self._guest.broken("it answers twice")
+                raise self._guest.broken("it answered twice")
             self.answer = got
             found = _TOTAL.search(got.text)
-            # Where tar failed before it could say: what has come.
+            # A tar that failed early reports no total; then the archive ends here.
             self._total = int(found[1]) if found else self._sent
         if self._sent > self._total:
-            raise self._guest.broken("it sends more than it says")
+            raise self._guest.broken(f"it sent {self._sent} bytes, but reported {self._total}")
         return 0
 
 
 def _word(text: str) -> str:
-    """``text`` as one word for the reader: an argument of printf(1)'s %b."""
+    """Encode ``text`` as one word of a request, as an argument of printf(1)'s %b."""
     data = text.encode(errors="surrogateescape") or b"\0"
     return "".join(chr(b) if _PLAIN[b] else f"\\0{b:03o}" for b in data)
 
 
 def _ready(ends: Sequence[socket.socket], until: float) -> list[socket.socket]:
-    """Those of ``ends`` at which something has come, once it has; none if nothing does by then."""
+    """Wait for input on ``ends``; return those that are readable, none at the deadline."""
     poll = select.poll()
     for end in ends:
         poll.register(end, select.POLLIN)

@@ -1,9 +1,9 @@
-"""The image as ext2: 4 KiB blocks, so that DAX works, and the same bytes for the same tree.
+"""Writes ext2 images with 4 KiB blocks, as DAX requires; the same tree gives the same bytes.
 
-`mke2fs -d` numbers inodes in the order in which readdir(3) names them, which on most file systems
-is anything. So it reads a copy, written in order of names to a scratch ext2 without hashed folders,
-which gives names back in the order they came. That one is ours, just made and empty: a kernel may
-mount it. Not here: EROFS (fs_image.py).
+`mke2fs -d` numbers inodes in readdir(3) order, which most file systems do not define. Therefore
+mke2fs reads a copy of the tree in a scratch ext2 file system. The copy is written in order of
+names, and ext2 without hashed directories returns names in the order of their creation. Mounting
+the scratch file system is safe: onecopy has just made it. Not here: EROFS (fs_image.py).
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from onecopy.model import PAGE_SIZE, align_up
 from onecopy.subprocesses import find_program
 from onecopy.vmm.confined_tool import named
 
-#: The latest time (seconds since 1970) that an ext2 can hold for Linux.
+#: The latest time (seconds since 1970) that Linux can store in an ext2 inode.
 _NEWEST = 0x7FFF_FFFF
+#: Blocks of a block group.
 _GROUP = 32768
+#: Bytes of an inode.
 _INODE = 256
 
 
 def image_size(facts: Facts) -> int:
-    """Bytes that an image of such a tree takes at most; a multiple of 2 MiB."""
+    """Return an upper bound of the image's size in bytes; a multiple of 2 MiB."""
     blocks = facts.blocks + _inodes(facts) * _INODE // PAGE_SIZE
-    # Bitmaps, copies of the superblock and rounding, by group.
+    # Each block group adds bitmaps, a copy of the superblock, and rounding.
     blocks += (blocks // _GROUP + 1) * 32 + blocks // 64
     return align_up(blocks * PAGE_SIZE)
 
@@ -42,18 +44,28 @@ def _inodes(facts: Facts) -> int:
 
 
 def make_ext2(tree: Path, out: Path, facts: Facts, uuid: str) -> None:
-    """Write an ext2 image of ``tree`` to ``out``; whole seconds are all that ext2 keeps of times.
+    """Write an ext2 image of ``tree`` to ``out``.
 
-    Sockets are left out. Raises NotPermitted (it mounts, so only root can), BadSource (attributes
-    larger than a block, times after 2038), CommandFailed, MissingProgram, OSError.
+    ext2 keeps times in whole seconds. Sockets are skipped.
+
+    Args:
+        tree: The directory to read.
+        out: The file to write.
+        facts: The result of `scan` on ``tree``.
+        uuid: The UUID of the file system.
+
+    Raises:
+        NotPermitted: The user is not root, who alone can mount the scratch file system.
+        BadSource: An attribute is larger than a block, or a time is after 2038.
+        CommandFailed, MissingProgram, OSError: mke2fs or the disk failed.
     """
     if os.geteuid() != 0:
-        raise NotPermitted("ext2 images can be built by root only", hint="use --fs erofs")
+        raise NotPermitted("only root can build ext2 images", hint="use --fs erofs")
     if facts.newest > _NEWEST:
         raise BadSource(
-            f"{facts.newest_path!r} has a time that ext2 cannot keep: {facts.newest} s from 1970, "
-            f"of 0 to {_NEWEST}",
-            hint="give it another time with touch(1), or use --fs erofs",
+            f"the time of {facts.newest_path!r} is {facts.newest} s since 1970; "
+            f"the limit of ext2 is {_NEWEST}",
+            hint="set another time with touch(1), or use --fs erofs",
         )
     for program in ("mke2fs", "debugfs"):
         find_program(program)
@@ -62,7 +74,7 @@ def make_ext2(tree: Path, out: Path, facts: Facts, uuid: str) -> None:
     with make_file(out, size) as image:
         with make_file(scratch, size) as work:
             scratch.unlink()
-            # Reserved now: behind a loop device a full disk would be noticed by nobody.
+            # Reserve the blocks now. A full disk behind a loop device would cause no error.
             os.posix_fallocate(work, 0, size)
             _format(work, facts, uuid)
             with mounted(work, ("ext2", "ext4")) as root:
@@ -82,24 +94,24 @@ def _copy(tree: Path, root: int, scratch: Path) -> None:
     except BadMember as error:
         raise BadSource(
             f"ext2 cannot hold {os.fsdecode(error.name[:4096])!r}: {error.what}",
-            hint="leave it out, or use --fs erofs",
+            hint="remove it from the source, or use --fs erofs",
         ) from error
 
 
 def _format(image: int, facts: Facts, uuid: str, tree: int | None = None) -> None:
-    """Make an ext2 in an open file, of what is in the open folder ``tree``."""
+    """Make an ext2 file system in an open file, with the files of the directory ``tree``."""
     features = "none,sparse_super,large_file,filetype,ext_attr"
     argv = ["mke2fs", "-q", "-F", "-t", "ext2", "-b", "4096", "-I", str(_INODE), "-m", "0"]
     argv += ["-N", str(_inodes(facts)), "-O", features, "-U", uuid, "-E", f"hash_seed={uuid}"]
     if tree is not None:
-        # Of the name itself, which is a link, it would read the attributes.
+        # The name is a link in /proc. Without "/." mke2fs would read the link's attributes.
         argv += ["-d", f"{named(tree)}/."]
     run_maker(argv, facts, image, tree)
 
 
 def _remove_lost_and_found(image: int, facts: Facts) -> None:
     ran = run_maker(["debugfs", "-w", "-R", "rmdir lost+found"], facts, image)
-    # Beside its version it says what failed, and exits with 0.
+    # debugfs exits with 0 even if the command failed. Then it prints more than its version line.
     if len(ran.err.strip().splitlines()) > 1:
         raise CommandFailed("debugfs", ran.code, ran.err)
 
@@ -113,10 +125,11 @@ def _exists(name: str, folder: int) -> bool:
 
 
 def _fix_inodes(image: Path, root: os.stat_result) -> None:
-    """Set ctime and atime to mtime, and give the root inode the owner and mode of the tree's.
+    """Set ctime and atime to mtime, and set the root inode's owner and mode to the tree's.
 
-    mke2fs copies the former two from the scratch copy, and the latter two not at all. The layout
-    is Linux's Documentation/filesystems/ext4 (super, group_descr, inodes).
+    mke2fs takes ctime and atime from the scratch copy, and does not copy the root's owner and mode.
+
+    Source: Linux Documentation/filesystems/ext4 (super, group_descr, inodes).
     """
     with image.open("r+b") as file:
         file.seek(1024)

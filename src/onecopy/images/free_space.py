@@ -1,6 +1,6 @@
-"""Room on the disk: asked for before, and recognised when it ends in the middle.
+"""Checks free disk space before a step, and recognises a full disk during it.
 
-Not here: making room (the store's garbage collection).
+Not here: freeing space (the store's garbage collection).
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from pathlib import Path
 
 from onecopy.errors import CommandFailed, InsufficientResources
 
-_HINT = "`onecopy rm` what is not needed, or put the store elsewhere with ONECOPY_HOME"
+_HINT = "remove unused segments with `onecopy rm`, or set ONECOPY_HOME to a larger disk"
 _SIGNS = ("No space left on device", "You don't have enough free space")
 
 
 @contextmanager
 def disk_space(folder: Path, needed: int) -> Iterator[None]:
-    """Run the block if ``folder`` has room for ``needed`` bytes.
+    """Run the block if the disk of ``folder`` has ``needed`` bytes free.
 
-    Raises InsufficientResources: at once, or when the block fails because the disk is full.
+    Raises:
+        InsufficientResources: At once, or when the block fails because the disk is full.
     """
     if shutil.disk_usage(folder).free < needed:
         raise not_enough(folder, needed)
@@ -38,11 +39,11 @@ def disk_space(folder: Path, needed: int) -> Iterator[None]:
 
 
 def disk_is_full(error: CommandFailed) -> bool:
-    """Whether the program failed because the disk is full."""
+    """Return whether a program failed because the disk is full."""
     return any(sign in error.output for sign in _SIGNS)
 
 
 def not_enough(folder: Path, needed: int) -> InsufficientResources:
-    """What to raise if the disk of ``folder`` has no room for ``needed`` bytes."""
+    """Return the error for a disk of ``folder`` that has fewer than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     return InsufficientResources("disk", needed=needed, available=free, hint=_HINT)

@@ -1,8 +1,8 @@
-"""A folder tree -> a file system image that guests map with DAX, the same bytes for the same tree.
+"""Writes a directory tree as a file system image that guests map with DAX.
 
-Owners, modes, times, links, devices, attributes and ACLs are kept. All times that a file system
-adds of its own are the newest modification time in the tree. Not here: where the tree comes from
-(source.py), ext2's details (ext2.py).
+The same tree gives the same bytes. Owners, modes, times, links, devices, attributes and ACLs are
+kept. The file system's own timestamps are the newest modification time in the tree. Not here: the
+origin of the tree (source.py), the details of ext2 (ext2.py).
 """
 
 from __future__ import annotations
@@ -24,24 +24,34 @@ from onecopy.linux.syscall import open_without_devices
 from onecopy.model import PAGE_SIZE, align_up
 from onecopy.vmm.confined_tool import named
 
-#: One for all images: nothing mounts a segment by it, and it must not differ from build to build.
+#: All images share one UUID. Builds must be reproducible, and nothing mounts a segment by UUID.
 IMAGE_UUID = "6f6e6563-6f70-4079-8000-000000000001"
 
 
 def make_image(
     tree: Path, out: Path, fs: str, room: int = 0, *, left_out: list[str] | None = None
 ) -> int:
-    """Write the image of ``tree`` to the new file ``out`` and return its size in bytes.
+    """Write the image of ``tree`` to the new file ``out``.
 
-    ``fs`` is one of `FILE_SYSTEMS`; the size is a multiple of 2 MiB. ``room`` bytes stay free in
-    it, if it is one that can be written to. ``left_out`` gets what such an image cannot hold.
-    Raises BadSource (unreadable, changed meanwhile, or more than the file system can hold),
-    InsufficientResources, NotPermitted, InvalidInput, MissingProgram.
+    Args:
+        tree: The directory to read.
+        out: The file to write.
+        fs: One of `FILE_SYSTEMS`.
+        room: Bytes to leave free in a writable file system.
+        left_out: Receives a text for each kind of file that the image cannot hold.
+
+    Returns:
+        The size of the image in bytes; a multiple of 2 MiB.
+
+    Raises:
+        BadSource: The tree cannot be read, changed, or exceeds a limit of the file system.
+        InvalidInput: ``fs`` is unknown.
+        InsufficientResources, NotPermitted, MissingProgram: As their names say.
     """
     check_fs(fs)
     facts = scan(tree)
     roomy = replace(facts, blocks=facts.blocks + room // PAGE_SIZE)
-    # ext2 goes through a scratch copy.
+    # ext2 needs a scratch copy of the same size.
     with disk_space(out.parent, image_size(roomy) * (2 if fs == "ext2" else 1)):
         try:
             FILE_SYSTEMS[fs](tree, out, roomy)
@@ -49,8 +59,8 @@ def make_image(
             if disk_is_full(error):
                 raise
             _require_unchanged(tree, facts)
-            said = "\n".join(error.output.strip().splitlines()[-8:])
-            raise BadSource(f"cannot make an {fs} image of {tree}:\n{said}") from error
+            last = "\n".join(error.output.strip().splitlines()[-8:])
+            raise BadSource(f"cannot make an {fs} image of {tree}:\n{last}") from error
         size = align_up(out.stat().st_size)
         os.truncate(out, size)
     _require_unchanged(tree, facts)
@@ -60,21 +70,28 @@ def make_image(
 
 
 def check_fs(fs: str) -> None:
-    """Raise InvalidInput if ``fs`` is none of `FILE_SYSTEMS`."""
+    """Raise InvalidInput unless ``fs`` is one of `FILE_SYSTEMS`."""
     if fs not in FILE_SYSTEMS:
-        raise InvalidInput(f"no such file system: {fs!r}", hint=f"use {' or '.join(FILE_SYSTEMS)}")
+        raise InvalidInput(f"unknown file system {fs!r}", hint=f"use {' or '.join(FILE_SYSTEMS)}")
 
 
 def _require_unchanged(tree: Path, facts: Facts) -> None:
     if scan(tree).fingerprint != facts.fingerprint:
-        raise BadSource(f"{tree} changed while it was read", hint="build again when it is quiet")
+        raise BadSource(
+            f"{tree} changed while it was read", hint="stop what writes to it, then build again"
+        )
 
 
 def make_erofs(tree: Path, out: Path, facts: Facts) -> None:
-    """Write an uncompressed EROFS image: inlined or compressed data cannot be mapped.
+    """Write an EROFS image without compression or inline data, which DAX cannot map.
 
-    SOURCE_DATE_EPOCH (mkfs.erofs(1)) fixes the build time; files keep theirs. Raises BadSource,
-    CommandFailed, MissingProgram.
+    SOURCE_DATE_EPOCH fixes the build time. Files keep their times.
+
+    Raises:
+        BadSource: mkfs.erofs cannot store names of 255 bytes, and the tree has one.
+        CommandFailed, MissingProgram, InsufficientResources: mkfs.erofs cannot run or failed.
+
+    Source: mkfs.erofs(1).
     """
     require_memory(facts)
     with make_file(out) as image, _opened(tree) as root:
@@ -84,10 +101,10 @@ def make_erofs(tree: Path, out: Path, facts: Facts) -> None:
 
 
 def _run_mkfs(image: int, tree: int, facts: Facts) -> None:
-    """Run it on an open folder: by the path to that, which mkfs.erofs looks for.
+    """Run mkfs.erofs on an open directory, named by its path in /proc.
 
-    Whoever may read files of any owner could read the host's disks by the devices in a tree: so
-    there it has the tree as a mount in which no device opens.
+    As root, mkfs.erofs may read files of any owner, and could read the host's disks through device
+    nodes in the tree. Then it gets the tree as a mount with nodev.
     """
     options = ["-Enoinline_data", "-U", IMAGE_UUID, "--quiet"]
     argv = ["mkfs.erofs", *options]
@@ -98,8 +115,8 @@ def _run_mkfs(image: int, tree: int, facts: Facts) -> None:
         safe = open_without_devices(Path(named(tree)))
     except OSError as error:
         raise Incompatible(
-            f"devices of a tree cannot be kept from mkfs.erofs: {error.strerror}",
-            hint="that takes Linux 5.12 and the right to mount; or use --fs ext2",
+            f"cannot mount {named(tree)} without access to its device nodes: {error.strerror}",
+            hint="use Linux 5.12 or newer with the right to mount, or use --fs ext2",
         ) from error
     try:
         run_maker(
@@ -119,7 +136,7 @@ def _opened(folder: Path) -> Iterator[int]:
 
 
 def _require_long_names(scratch: Path, facts: Facts) -> None:
-    """Raise BadSource if this mkfs.erofs cuts names of 255 bytes to 254, as 1.5 does."""
+    """Raise BadSource if mkfs.erofs truncates names of 255 bytes, as version 1.5 does."""
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         (folder / "in").mkdir()

@@ -1,7 +1,7 @@
-"""Checking the file systems of stored images, by their own checkers.
+"""Checks the file systems of stored images with fsck.erofs and e2fsck.
 
-A right digest says that an image is as it was stored, not that it was a sound file system then. Not
-here: digests (store/loading.py).
+A correct digest shows that an image is unchanged since it was stored. It does not show that the
+file system was sound. Not here: digests (store/loading.py).
 """
 
 from __future__ import annotations
@@ -14,21 +14,26 @@ from onecopy.store import Artifact, Layer
 from onecopy.vmm.confined_tool import run_on_file
 from onecopy.vmm.passed_files import READ
 
-#: File system -> a command that writes nothing and fails if anything is wrong.
+#: File system -> a command that writes nothing and fails on any error.
 _CHECKERS = {
     "erofs": ("fsck.erofs",),
     "ext2": ("e2fsck", "-f", "-n"),
     "ext4": ("e2fsck", "-f", "-n"),
 }
 
-#: Of what a checker says.
+#: Lines of a checker's output that an error quotes.
 _LINES = 12
 
 
 def check_images(artifact: Artifact) -> list[str]:
-    """Check every image of ``artifact`` that has a known file system; return which these have.
+    """Check each image of ``artifact`` that has a known file system.
 
-    Raises StoreDamaged with what the checker said, MissingProgram.
+    Returns:
+        The file systems checked, one for each image.
+
+    Raises:
+        StoreDamaged: A checker found an error; the message quotes its output.
+        MissingProgram: A checker is not installed.
     """
     found = []
     for layer in artifact.layers:
@@ -40,7 +45,7 @@ def check_images(artifact: Artifact) -> list[str]:
 
 
 def file_system(layer: Layer) -> str:
-    """What the media type of a layer says; "" if it is no image."""
+    """Return the file system in a layer's media type; "" if the layer is not an image."""
     kind, _, form = layer.media_type.partition("+")
     return form if kind == MEDIA_TYPE else ""
 
@@ -49,16 +54,16 @@ def _check(artifact: Artifact, path: Path, fs: str) -> None:
     wrong = _complaint(fs, path)
     if wrong:
         raise StoreDamaged(
-            f"the {fs} of {artifact.ref} in {path} is damaged: {_beginning(wrong)}",
-            hint=f"its digest is right, so it was stored like this: `onecopy rm {artifact.ref}`, "
-            "then build or save it again",
+            f"the {fs} file system of {artifact.ref} in {path} is damaged: {_first_lines(wrong)}",
+            hint="the digest is correct, so the image was damaged when it was stored: "
+            f"run `onecopy rm {artifact.ref}`, then build or save it again",
         )
 
 
 def _complaint(fs: str, path: Path) -> str:
-    """What the checker says is wrong; "" if nothing is.
+    """Return the checker's error output; "" if the file system is sound.
 
-    It reads what a guest, or somebody else's registry, may have written: it is confined.
+    The checker runs confined, because a guest or another registry may have written the image.
     """
     try:
         with path.open("rb") as file:
@@ -66,11 +71,11 @@ def _complaint(fs: str, path: Path) -> str:
     except CommandFailed as error:
         return error.message if error.limit else error.output or error.message
     output = f"{ran.err}\n{ran.out}"
-    # fsck.erofs 1.5 says that the superblock is wrong, and exits with 0 (fsck/main.c).
+    # fsck.erofs 1.5 reports a damaged superblock but exits with 0 (fsck/main.c).
     return output if "<E>" in output else ""
 
 
-def _beginning(output: str) -> str:
-    """What was wrong first; the rest mostly follows from it."""
+def _first_lines(output: str) -> str:
+    """Return the first errors; later ones mostly follow from them."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return "\n".join(lines[:_LINES] + ["..."] * (len(lines) > _LINES))

@@ -1,6 +1,8 @@
-"""Where a machine mounts what: its /etc/fstab, and which of that its own disk holds (fstab(5)).
+"""Parses a machine's /etc/fstab and finds its entries' partitions on the machine's disk.
 
-Not here: mounting it (images/sources/disk.py).
+Not here: mounting them (disk_files.py).
+
+Source: fstab(5).
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import msgspec
 
 from onecopy.images.partitions import Partition, shown
 
-#: Kernel file systems, and others whose content is nobody's files.
+#: File systems without stored files.
 _VIRTUAL = {
     *("proc", "sysfs", "tmpfs", "devtmpfs", "devpts", "cgroup", "cgroup2", "debugfs", "tracefs"),
     *("securityfs", "efivarfs", "configfs", "hugetlbfs", "mqueue", "binfmt_misc", "fusectl"),
 }
-_MOST = 64
+_MAX_ENTRIES = 64
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 _DISK = re.compile(r"/dev/(?:[sxvh]|xv)da(\d{1,3})?|/dev/(?:nvme0n1|mmcblk0)(?:p(\d{1,3}))?")
 _BY = {
@@ -34,11 +36,11 @@ _BY = {
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One line."""
+    """An entry of fstab."""
 
     device: str
     target: str
-    """Normal and absolute; "" for swap."""
+    """Mount point, absolute and normalised; "" for swap."""
     kind: str
     options: tuple[str, ...]
 
@@ -47,14 +49,14 @@ class Entry(msgspec.Struct, frozen=True):
 
     @property
     def subvolume(self) -> str:
-        """The option that names a subvolume of a btrfs; "" if none does."""
+        """The mount option that selects a btrfs subvolume; "" without one."""
         return next((o for o in self.options if o.startswith(("subvol=", "subvolid="))), "")
 
 
 def parse_fstab(text: str) -> list[Entry]:
-    """The lines of an fstab that mean files or swap, in the order in which to mount them.
+    """Parse the entries for stored files and swap, in the order in which to mount them.
 
-    What is no line of an fstab, kernel file systems, the root, and binds are left out.
+    Malformed lines, kernel file systems, the root and bind mounts are skipped.
     """
     found = []
     for line in text.splitlines():
@@ -68,12 +70,12 @@ def parse_fstab(text: str) -> list[Entry]:
         target = posixpath.normpath(target) if target.startswith("/") else ""
         if target not in ("/", "//") and (target or kind == "swap"):
             found.append(Entry(device, target.replace("//", "/"), kind, options))
-    # What lies deeper comes later.
-    return sorted(found, key=lambda entry: entry.target.count("/"))[:_MOST]
+    # Parent directories must be mounted first.
+    return sorted(found, key=lambda entry: entry.target.count("/"))[:_MAX_ENTRIES]
 
 
 def find_partition(device: str, partitions: Sequence[Partition]) -> Partition | None:
-    """The one of ``partitions`` that ``device`` of an fstab means; None if it is not among them."""
+    """Return the partition that ``device`` of an fstab entry names; None if no single one does."""
     if match := _DISK.fullmatch(device):
         number = int(match[1] or match[2] or 0)
         return next((each for each in partitions if each.number == number), None)

@@ -1,7 +1,7 @@
-"""Programs that make images: each confined to the tree that it reads and the image that it writes.
+"""Runs the programs that make images, confined to the tree they read and the image they write.
 
-Their faults are known (mke2fs 1.47.0 writes past its heap), and a tree is anybody's. Not here: how
-they are confined (vmm/confined_tool.py).
+These programs have memory errors (mke2fs 1.47.0 writes past its heap), and a source tree may be
+malicious. Not here: the confinement itself (vmm/confined_tool.py).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from onecopy.vmm.confined_tool import READ_ANY, READ_TREE, Limits, Task, ToolRes
 from onecopy.vmm.passed_files import READ, WRITE
 from onecopy.vmm.vmm_user import capabilities
 
-#: CAP_SYS_ADMIN: see attributes named trusted.*.
+#: CAP_SYS_ADMIN, which reading attributes named trusted.* requires.
 _SEE_TRUSTED = 1 << 21
-#: Seconds that making an image takes at most, and so many for each MiB and each thousand files.
-_PATIENCE, _EACH = 1800, 1
-#: Bytes of memory that it takes at most, and for each file (mkfs.erofs 1.5 keeps a path of 4 KiB
-#: of each) and each MiB.
-_MEMORY, _FOR_FILE, _FOR_MIB = 1 << 30, 5000, 1024
+#: Time limit in seconds: a constant, and more for each MiB and each thousand files.
+_SECONDS, _SECONDS_EACH = 1800, 1
+#: Memory limit in bytes: a constant, and more for each file and each MiB. mkfs.erofs 1.5 keeps a
+#: path of 4 KiB for each file.
+_MEMORY, _MEMORY_PER_FILE, _MEMORY_PER_MIB = 1 << 30, 5000, 1024
 
 
 def run_maker(
@@ -37,11 +37,19 @@ def run_maker(
     behind: Sequence[str] = (),
     over: Mapping[int, Path] | None = None,
 ) -> ToolResult:
-    """Run a program that writes the open file ``image``, its last argument but for ``behind``.
+    """Run a confined program that writes an image.
 
-    It reads below the open folder ``tree``, whose `Facts` bound what it may take; ``over`` is a
-    task's (vmm/confined_tool.py). Raises
-    CommandFailed, MissingProgram, Incompatible.
+    Args:
+        argv: The command line; the name of ``image`` and ``behind`` are appended.
+        facts: The result of `scan`, which sets the limits.
+        image: Descriptor of the file to write.
+        tree: Descriptor of the directory to read.
+        behind: Arguments after the image's name.
+        over: As in `Task`.
+
+    Raises:
+        CommandFailed: The program failed or exceeded a limit.
+        MissingProgram, Incompatible: It is not installed, or cannot be confined.
     """
     mib = facts.blocks * PAGE_SIZE >> 20
     proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -58,9 +66,9 @@ def run_maker(
                 capabilities=wanted & capabilities() if tree is not None else 0,
                 environment=_environment(facts),
                 limits=Limits(
-                    seconds=_PATIENCE + _EACH * (mib + facts.inodes // 1000),
-                    memory=_MEMORY + _FOR_FILE * facts.inodes + _FOR_MIB * mib,
-                    # Threads, that is.
+                    seconds=_SECONDS + _SECONDS_EACH * (mib + facts.inodes // 1000),
+                    memory=_MEMORY + _MEMORY_PER_FILE * facts.inodes + _MEMORY_PER_MIB * mib,
+                    # The kernel counts threads as processes.
                     processes=16,
                     file_size=2 * facts.blocks * PAGE_SIZE + (8 << 30),
                 ),
@@ -71,30 +79,30 @@ def run_maker(
 
 
 def _environment(facts: Facts) -> Mapping[str, str]:
-    """What makes images the same whenever they are made."""
+    """Return the variables that make images independent of the time and the host."""
     return {
         "MKE2FS_CONFIG": "/dev/null",
-        # To e2fsprogs 0 is no time: it would look at the clock.
+        # e2fsprogs takes 0 as unset and reads the clock.
         "E2FSPROGS_FAKE_TIME": str(max(1, facts.newest)),
         "SOURCE_DATE_EPOCH": str(facts.newest),
     }
 
 
 def require_memory(facts: Facts) -> None:
-    """Raise InsufficientResources if mkfs.erofs needs more memory for its files than is there."""
-    needed, available = _FOR_FILE * facts.inodes, meminfo.read().available
+    """Raise InsufficientResources if mkfs.erofs needs more memory than this host has available."""
+    needed, available = _MEMORY_PER_FILE * facts.inodes, meminfo.read().available
     if available is not None and needed > available:
         raise InsufficientResources(
             "memory",
             needed=needed,
             available=available,
-            hint=f"mkfs.erofs keeps something of each of {facts.inodes:,} files: use --fs ext2",
+            hint=f"mkfs.erofs keeps {facts.inodes:,} files in memory: use --fs ext2",
         )
 
 
 @contextmanager
 def make_file(path: Path, size: int = 0) -> Iterator[int]:
-    """An empty file of that size, open for reading and writing."""
+    """Create a file of ``size`` zero bytes, and yield its descriptor for reading and writing."""
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o644)
     try:

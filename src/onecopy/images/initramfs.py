@@ -1,8 +1,10 @@
-"""What a cold guest is started with besides the segments: its initramfs.
+"""Writes the initramfs of a booted guest.
 
-The initramfs is two archives in a row (Linux Documentation/driver-api/early-userspace/
-buffer-format.rst): the kernel's boot modules, kept in the store with it, and a small one with
-busybox, the first stage (files/init) and what this guest is to do.
+The initramfs is two concatenated cpio archives. The first holds the kernel's boot modules and lies
+in the store with the kernel. The second holds busybox, the first stage (files/init) and this
+guest's configuration.
+
+Source: Linux Documentation/driver-api/early-userspace/buffer-format.rst.
 """
 
 from __future__ import annotations
@@ -23,36 +25,36 @@ TOOLS_MOUNTPOINT = "/run/onecopy/tools"
 
 
 class Mount(msgspec.Struct, frozen=True):
-    """A range of a segment as the guest finds it."""
+    """A range of a segment, as the guest's first stage mounts it."""
 
     slot: int
     """PCI slot of its virtio-pmem device."""
     fstype: str
-    """"" if it has no file system."""
+    """File system; "" for none."""
     mountpoint: str
-    """"" if it is not mounted."""
+    """Mount point; "" to leave the range unmounted."""
     segment: str
     """Name of its segment."""
     name: str
-    """Of the link to its device, /dev/onecopy/NAME."""
+    """Name of the link to its device, /dev/onecopy/NAME."""
     writable: bool = False
 
 
 class Boot(msgspec.Struct, frozen=True):
-    """What a cold guest is to do."""
+    """The configuration of a booted guest."""
 
     hostname: str
     mounts: Sequence[Mount]
     modules: Sequence[str]
     """File names in the boot module archive, in loading order."""
     network: str
-    """Its address and what goes with it, or "dhcp"; "-" for no network (guest/network.py)."""
+    """Address, gateway and name servers, or "dhcp"; "-" for no network (guest/network.py)."""
     command: str | None
-    """None: start the image's own init. Else run this with a minimal init; "" just stays up."""
+    """A command to run under a minimal init; "" to run none; None to start the image's init."""
 
 
 def cpio(folder: Path) -> bytes:
-    """The folder as an initramfs archive, the same for the same content."""
+    """Pack the directory as an initramfs archive; the same content gives the same bytes."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
@@ -67,7 +69,14 @@ def cpio(folder: Path) -> bytes:
 
 
 def write_initrd(out: Path, boot: Boot, modules: Layer, busybox: Layer) -> None:
-    """Write the initramfs for ``boot`` to ``out``; ``modules`` is the boot module archive."""
+    """Write the initramfs for ``boot`` to ``out``.
+
+    Args:
+        out: The file to write.
+        boot: The guest's configuration.
+        modules: The boot module archive.
+        busybox: The busybox program.
+    """
     folder = out.with_name(out.name + ".d")
     (folder / "bin").mkdir(parents=True)
     (folder / "onecopy").mkdir()
@@ -84,7 +93,7 @@ def write_initrd(out: Path, boot: Boot, modules: Layer, busybox: Layer) -> None:
 
 
 def _content(layer: Layer) -> bytes:
-    # Not what follows in the blobs of a trust domain.
+    # A blob of a trust domain has padding after its content.
     return layer.path.read_bytes()[: layer.size]
 
 
@@ -107,10 +116,10 @@ def _line(mount: Mount) -> str:
 
 
 def files() -> Traversable:
-    """The folder images/files/."""
+    """Return the directory images/files."""
     return resources.files("onecopy.images").joinpath("files")
 
 
 def resource(name: str) -> bytes:
-    """A file of images/files/: what onecopy runs inside guests."""
+    """Read a file of images/files, which holds the programs that onecopy runs in guests."""
     return files().joinpath(name).read_bytes()

@@ -1,7 +1,7 @@
-"""The guests' kernel, as an artifact: image, boot modules, and all modules as a segment.
+"""Stores the guests' kernel: its image, an archive of boot modules, and a segment of all modules.
 
-By default it is the distribution's own cloud kernel package, unpacked and not installed. Modules
-are kept uncompressed, so that the guest maps them in place too.
+The default is the distribution's cloud kernel package, unpacked but not installed. Modules are
+stored uncompressed, so that guests map them in place.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from onecopy.store.artifact import decode_config
 from onecopy.subprocesses import run
 
 KERNEL_NAME = "onecopy-kernel"
-#: Newest first; the first that the suite has is taken.
+#: Candidates in order of preference; the first that the suite has is used.
 DEBIAN_PACKAGES = ("linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64")
-#: What a guest needs before its root is mounted; built-in ones are simply not found.
+#: Modules that a guest needs to mount its root. Those built into the kernel are skipped.
 BOOT_MODULES = (
     "virtio_pmem",
     "nd_pmem",
@@ -38,8 +38,8 @@ BOOT_MODULES = (
     "virtio_net",
 )
 
-#: Folders of modules in one another, at most.
-_MOST_LEVELS = 64
+#: The deepest nesting of module directories.
+_MAX_LEVELS = 64
 _UNPACKERS = {".xz": "xz", ".zst": "zstd", ".gz": "gzip"}
 
 
@@ -47,18 +47,23 @@ class KernelConfig(msgspec.Struct, frozen=True):
     """Config record of a kernel artifact."""
 
     release: str
-    """As ``uname -r`` says it in the guest."""
+    """The output of ``uname -r`` in the guest."""
     modules: tuple[str, ...]
     """Files of the boot module archive, in loading order."""
     package: str = ""
+    """File name of the Debian package; "" for a kernel given as a file."""
     bare: bool = False
-    """A kernel by itself (images/sources/bare_kernel.py)."""
+    """Whether it is a bare kernel (images/sources/bare_kernel.py)."""
     schema: int = 1
 
     @classmethod
     def of(cls, artifact: Artifact) -> KernelConfig:
-        """The config of a kernel artifact; raise StoreDamaged."""
-        return decode_config(artifact, cls, "then run what needs it: it is fetched again")
+        """Read the config record of a kernel artifact.
+
+        Raises:
+            StoreDamaged: The record cannot be read.
+        """
+        return decode_config(artifact, cls, "then repeat the command, which fetches it again")
 
 
 def ensure_kernel(
@@ -69,13 +74,20 @@ def ensure_kernel(
     suite: str = "",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Artifact:
-    """The kernel to boot guests with: from the store, or built into it.
+    """Return the kernel to boot guests with; fetch it into the store if it is missing.
 
-    It is that of Debian ``suite`` (default: this host's). ``kernel`` (a bzImage) and ``modules``
-    (its ``lib/modules/RELEASE`` folder) name another one. Raises BadSource when they do not fit.
+    Args:
+        store: The store to look in and put into.
+        kernel: A bzImage to use in place of the distribution's kernel.
+        modules: The ``lib/modules/RELEASE`` directory of ``kernel``.
+        suite: The Debian suite to fetch from; "" for this host's.
+        progress: Called with one line of text for each step.
+
+    Raises:
+        BadSource: The package cannot be fetched, or the given files are not a kernel's.
     """
     if (kernel is None) != (modules is None):
-        raise BadSource("--kernel and --modules go together", hint="give both, or neither")
+        raise BadSource("--kernel and --modules need each other", hint="give both or neither")
     if kernel is not None and modules is not None:
         return _custom(store, kernel, modules, progress)
     suite = suite or host_suite()
@@ -94,22 +106,24 @@ def ensure_kernel(
 
 def _custom(store: Store, kernel: Path, modules: Path, progress: Callable[[str], None]) -> Artifact:
     if not kernel.is_file():
-        raise BadSource(f"{kernel} is not a file", hint="give the kernel image, e.g. vmlinuz")
+        raise BadSource(
+            f"the kernel {kernel} is not a file", hint="give a kernel image, for example vmlinuz"
+        )
     if not (modules / "modules.order").is_file():
         raise BadSource(
-            f"{modules} is not a modules folder",
-            hint="give the folder lib/modules/RELEASE of that kernel",
+            f"{modules} is not a modules directory: it has no modules.order",
+            hint="give the directory lib/modules/RELEASE of that kernel",
         )
     _require_shallow(modules.resolve())
     with kernel.open("rb") as file:
         version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    # A release may hold what a version may not: Debian's have a "+".
+    # A release can contain characters that a version cannot: Debian's have a "+".
     release = re.sub(r"[^A-Za-z0-9._-]", "-", modules.resolve().name)
     ref = Reference(KERNEL_NAME, f"{release}-{version}")
     found = store.find(ref, "kernel")
     if found:
         return found
-    progress(f"taking in the kernel {modules.resolve().name}")
+    progress(f"storing the kernel {modules.resolve().name}")
     with store.workspace() as work:
         image = work / "vmlinuz"
         shutil.copyfile(kernel, image)
@@ -117,16 +131,18 @@ def _custom(store: Store, kernel: Path, modules: Path, progress: Callable[[str],
 
 
 def _require_shallow(modules: Path) -> None:
-    """Raise BadSource for a folder that is no kernel's: what reads it later recurses."""
+    """Raise BadSource for a tree that is too deep for the recursive programs that read it."""
     try:
         for path, _ in walk(modules):
-            if len(path.parts) - len(modules.parts) > _MOST_LEVELS:
+            if len(path.parts) - len(modules.parts) > _MAX_LEVELS:
                 raise BadSource(
-                    f"{modules} has more than {_MOST_LEVELS} folders in one another",
-                    hint="give the folder lib/modules/RELEASE of that kernel",
+                    f"{modules} has directories nested deeper than {_MAX_LEVELS} levels",
+                    hint="give the directory lib/modules/RELEASE of that kernel",
                 )
     except OSError as error:
-        raise BadSource(f"cannot read {modules}: {error.strerror}", hint="run as root") from error
+        raise BadSource(
+            f"cannot read {modules}: {error.strerror}", hint="give a directory that you may read"
+        ) from error
 
 
 def _put(
@@ -172,7 +188,7 @@ def _decompress(tree: Path) -> None:
 
 
 def _depmod(tree: Path) -> None:
-    """modules.dep for the files as they now are (a package makes it when it is installed)."""
+    """Write modules.dep, which a package's install script would do."""
     base = tree.parent.parent / "depmod"
     (base / "lib").mkdir(parents=True)
     (base / "lib/modules").symlink_to(tree.parent)
@@ -180,7 +196,7 @@ def _depmod(tree: Path) -> None:
 
 
 def _boot_modules(tree: Path, out: Path) -> list[str]:
-    """Copy the boot modules with all they need to ``out``; return the order to load them in."""
+    """Copy the boot modules and their dependencies to ``out``; return them in loading order."""
     needs: dict[str, list[str]] = {}
     for line in (tree / "modules.dep").read_text().splitlines():
         path, _, rest = line.partition(":")

@@ -1,8 +1,8 @@
-"""Takes out of a Debian root that was just installed what differs from build to build.
+"""Removes what differs from build to build from a newly installed Debian root.
 
-Times, caches, settings of the build's host; and secrets that an install script has drawn, which
-no two guests may share: they make their own at boot (files/keys), or their services do. Not here:
-the install itself (images/sources/debian.py).
+That is: times, caches, settings of the build's host, and secrets made by install scripts. Guests
+must not share secrets. Each makes its own at boot (files/keys), or its services do. Not here: the
+installation (images/sources/debian.py).
 """
 
 from __future__ import annotations
@@ -43,31 +43,41 @@ _REMOVED = (
     "var/lib/systemd/credential.secret",
     "var/lib/systemd/random-seed",
 )
-#: A file that differs in two builds -> which folder above it that is to be said of.
+#: A file that differs in two builds -> the parent directory to report, counted from the file.
 _VARYING = {
     "var/lib/postgresql/*/*/global/pg_control": 1,
     "var/lib/mysql/ibdata1": 0,
     "var/lib/ldap/data.mdb": 0,
 }
 _JAVA_KEYS = "etc/ssl/certs/java/cacerts"
-#: Of a Java keystore (JKS), and what its checksum begins with (sun.security.provider.JavaKeyStore).
+#: Magic and version of a Java keystore (JKS), and the salt of its checksum
+#: (sun.security.provider.JavaKeyStore).
 _JKS, _JKS_SALT = b"\xfe\xed\xfe\xed\x00\x00\x00\x02", b"Mighty Aphrodite"
 _JKS_PASSWORD = "changeit".encode("utf-16-be")
 _CERTIFICATE = 2
 
 
 def normalise(tree: Path, start: float) -> list[str]:
-    """Take out of ``tree`` what a run that began at ``start`` (seconds since 1970) left in it.
+    """Remove from ``tree`` what differs from build to build.
 
-    Files that come from packages keep their times, on which Python's .pyc files depend. Returns the
-    paths below ``tree`` that still differ from build to build. Raises OSError.
+    Files from packages keep their times, because Python's .pyc files depend on them.
+
+    Args:
+        tree: The root directory of the new installation.
+        start: The start of the installation, in seconds since 1970.
+
+    Returns:
+        The paths below ``tree`` that still differ from build to build.
+
+    Raises:
+        OSError: A file cannot be read or written.
     """
     for pattern in _REMOVED:
         for path in tree.glob(pattern):
             if path.is_symlink() or not path.is_dir():
                 path.unlink()
     _remove_links(tree / "etc/ssl/certs", "ssl-cert-snakeoil.pem")
-    # Empty, and not missing: systemd then makes a new one, but does not run its first-boot set-up.
+    # With an empty file systemd makes a new ID. With a missing one it also runs first-boot set-up.
     machine_id = tree / "etc/machine-id"
     machine_id.unlink(missing_ok=True)
     machine_id.touch(0o444)
@@ -79,7 +89,7 @@ def normalise(tree: Path, start: float) -> list[str]:
 
 
 def _remove_links(folder: Path, target: str) -> None:
-    """Remove what links to ``target`` from ``folder``: openssl's hash of a removed certificate."""
+    """Remove the links to ``target`` that openssl named after the hash of a removed certificate."""
     for path in folder.glob("*.[0-9]"):
         if path.is_symlink() and str(path.readlink()) == target:
             path.unlink()
@@ -92,14 +102,14 @@ def _varying(tree: Path) -> Iterator[Path]:
 
 
 def _set_password_days(shadow: Path, day: int) -> None:
-    """Set the day of the last change (shadow(5)) of all users, which else is the build's."""
+    """Set the day of the last password change (shadow(5)) of all users."""
     if shadow.is_file() and not shadow.is_symlink():
         users = [line.split(":") for line in shadow.read_text().splitlines()]
         shadow.write_text("".join(":".join([*u[:2], str(day), *u[3:]]) + "\n" for u in users))
 
 
 def _set_dates(keystore: Path, seconds: int) -> None:
-    """Give the certificates of a Java keystore one date; one of another form stays as it is."""
+    """Set the date of all certificates in a Java keystore; skip a file of any other format."""
     if keystore.is_symlink() or not keystore.is_file():
         return
     data = bytearray(keystore.read_bytes())
@@ -113,9 +123,10 @@ def _set_dates(keystore: Path, seconds: int) -> None:
 
 
 def _date_entries(data: bytearray, date: bytes) -> int:
-    """Put ``date`` into each entry of a JKS keystore that has only certificates; return their end.
+    """Write ``date`` into each entry of a JKS keystore that holds only certificates.
 
-    -1 if it is of another form. Raises IndexError, struct.error where it is cut off.
+    Returns the offset of the end of the entries; -1 for any other format. Raises IndexError or
+    struct.error if the data is truncated.
     """
     if not data.startswith(_JKS):
         return -1

@@ -1,7 +1,7 @@
-"""What a disk holds: a file system, or partitions, and what is in them.
+"""Parses what blkid and partx report of a disk: a file system, or a table of partitions.
 
-libblkid tells, by programs of util-linux that run in the reader. Not here: asking them
-(disk_reader.py), and which partition is the root (images/sources/disk.py).
+Both programs run in the reader guest. Not here: sending requests to the reader (disk_reader.py),
+choosing the root partition (disk_files.py).
 """
 
 from __future__ import annotations
@@ -14,54 +14,56 @@ import msgspec
 from onecopy.errors import BadSource
 from onecopy.model import format_size
 
-#: What the reader's kernel is asked to mount.
+#: File systems that the reader mounts.
 FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
-#: More than any disk of an operating system has.
-MOST = 128
-#: What else may be in the place of a file system, in a user's words.
+#: The largest number of partitions; a system's disk has fewer.
+MAX_PARTITIONS = 128
+#: Other types of blkid -> their names in messages.
 _OTHERS = {
     "crypto_LUKS": "encrypted (LUKS)",
     "BitLocker": "encrypted (BitLocker)",
     "LVM2_member": "LVM",
-    "linux_raid_member": "a part of a RAID",
-    "zfs_member": "a part of a ZFS pool",
+    "linux_raid_member": "a member of a RAID",
+    "zfs_member": "a member of a ZFS pool",
     "swap": "swap",
     "": "no file system",
 }
-_HINT = "the image may be truncated or damaged: compare it with where it came from"
+_HINT = "the image may be truncated or damaged: compare it with the original"
 _SECTOR = 512
-# What protects a GPT from programs that know none: alone if the GPT does not hold.
+# The protective MBR of a GPT. blkid reports it only if the GPT itself is invalid.
 _PROTECTIVE = "PMBR"
 _ROW = re.compile(r"partition (\d{1,5}) (\d{1,19}) (\d{1,19})(?: (\S+))?(?: (\S+))?(?: (\S+))?")
-#: Types of partitions that hold others, and nothing themselves.
+#: Types of extended partitions, which only contain other partitions.
 _EXTENDED = ("0x5", "0xf", "0x85")
 _KNOWN = re.compile(r"(ID_[A-Z_]{1,40})=(.{0,512})")
 _ESCAPED = re.compile(r"\\x([0-9a-fA-F]{2})")
 
 
 class Partition(msgspec.Struct, frozen=True):
-    """One partition, or the whole disk if it has none (number 0)."""
+    """A partition, or an unpartitioned disk (number 0)."""
 
     number: int
     size: int
     """Bytes."""
     fs: str
-    """As blkid(8) calls it; "" for nothing known."""
+    """The file system's type as blkid(8) names it; "" if unknown."""
     uuid: str = ""
-    """The file system's."""
+    """UUID of the file system."""
     label: str = ""
+    """Label of the file system."""
     part_uuid: str = ""
-    """The partition's own."""
+    """UUID of the partition."""
     part_label: str = ""
+    """Label of the partition."""
 
     @property
     def mountable(self) -> bool:
-        """Whether it has one of `FILE_SYSTEMS`."""
+        """Whether the partition has one of `FILE_SYSTEMS`."""
         return self.fs in FILE_SYSTEMS
 
     @property
     def device(self) -> str:
-        """The reader's name for it."""
+        """The device name in the reader."""
         return f"vda{self.number or ''}"
 
     def __str__(self) -> str:
@@ -70,9 +72,13 @@ class Partition(msgspec.Struct, frozen=True):
 
 
 def parse_table(lines: Sequence[str]) -> list[Partition]:
-    """The partitions that the reader found, in order of number.
+    """Parse the reader's report into partitions, in order of number.
 
-    Raises BadSource (nothing known, or cut off).
+    Args:
+        lines: Lines ``disk SIZE``, ``partition NUMBER START SIZE ...`` and ``ID_...=VALUE``.
+
+    Raises:
+        BadSource: The disk has no known content, or its table is damaged or too long.
     """
     size, blocks = _split(lines)
     whole, *rows = blocks
@@ -81,22 +87,24 @@ def parse_table(lines: Sequence[str]) -> list[Partition]:
         return [_known(0, size, whole[1])]
     kind = whole[1].get("ID_PART_TABLE_TYPE")
     if kind == _PROTECTIVE:
-        raise BadSource("its partition table (GPT) does not fit it: it is truncated", hint=_HINT)
+        raise BadSource(
+            "its partition table (GPT) does not match its size: it is truncated", hint=_HINT
+        )
     if kind is None:
         raise BadSource(
-            "there is neither a file system nor a partition table in it",
-            hint="name a disk image, or the image of a file system",
+            "it contains neither a file system nor a partition table",
+            hint="name the image of a disk or of a file system",
         )
     if not rows:
-        raise BadSource("its partition table is empty, or cannot be read", hint=_HINT)
-    if len(rows) > MOST:
-        raise BadSource(f"it has more than {MOST} partitions", hint=_HINT)
+        raise BadSource("its partition table is empty or unreadable", hint=_HINT)
+    if len(rows) > MAX_PARTITIONS:
+        raise BadSource(f"it has more than {MAX_PARTITIONS} partitions", hint=_HINT)
     found = [_partition(row, known, size) for row, known in rows]
     return [each for each in found if each]
 
 
 def _split(lines: Sequence[str]) -> tuple[int, list[tuple[str, dict[str, str]]]]:
-    """The disk's size, and what is known of it and of each partition."""
+    """Split the report into the disk's size and the properties of the disk and each partition."""
     size, blocks = 0, [("", dict[str, str]())]
     for line in lines:
         if match := _KNOWN.fullmatch(line):
@@ -109,10 +117,10 @@ def _split(lines: Sequence[str]) -> tuple[int, list[tuple[str, dict[str, str]]]]
 
 
 def _partition(row: str, known: Mapping[str, str], whole: int) -> Partition | None:
-    """The partition of one row; None if it does but hold others."""
+    """Parse the partition of one row; return None for an extended partition."""
     match = _ROW.fullmatch(row.strip())
     if not match:
-        raise BadSource("its partition table cannot be read", hint=_HINT)
+        raise BadSource("its partition table is malformed", hint=_HINT)
     number, start, size = int(match[1]), int(match[2]) * _SECTOR, int(match[3])
     if start + size > whole:
         raise BadSource(
@@ -139,10 +147,10 @@ def _known(
 
 
 def unescape(text: str) -> str:
-    r"""``text`` with what libblkid wrote as \xNN as it was."""
+    r"""Decode libblkid's \xNN escapes in ``text``."""
     return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
 
 
 def shown(text: str) -> str:
-    """What an image says, fit for a terminal, and cut."""
+    """Make text from an image safe to print, and cut it to 300 characters."""
     return "".join(char if char.isprintable() else "?" for char in text[:300])

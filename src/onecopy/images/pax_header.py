@@ -1,4 +1,4 @@
-"""What the extended headers of a tar archive say: pax, and what GNU tar, star and libarchive add.
+"""Parses the extended headers of tar archives: pax, with the keywords of GNU tar, star, libarchive.
 
 Not here: the members (tar_format.py).
 """
@@ -15,8 +15,8 @@ from onecopy.images.acl import ACLS, encode_acl
 
 _DECIMAL = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 _WHOLE = re.compile(rb"[0-9]{1,20}")
-#: Read elsewhere, or of no consequence for what is unpacked: other times, names of owners (their
-#: numbers count), the archive's own encoding, inode numbers.
+#: Keywords that need no warning. Some are read elsewhere. Others do not affect the unpacked files:
+#: access and change times, names of owners (numbers are used), encodings, inode numbers.
 _KNOWN = {
     *(b"path", b"linkpath", b"size", b"uid", b"gid", b"mtime", b"SCHILY.devmajor"),
     *(b"SCHILY.devminor", b"atime", b"ctime", b"uname", b"gname", b"comment", b"charset"),
@@ -27,7 +27,7 @@ _ATTRIBUTES = ("user.", "trusted.", "security.")
 
 
 class BadMember(Exception):
-    """A member that cannot be read or kept; ``name`` is b"" if it is the archive."""
+    """A member that cannot be read or stored; ``name`` is b"" if the archive itself is at fault."""
 
     def __init__(self, name: bytes, what: str) -> None:
         super().__init__(what)
@@ -44,7 +44,7 @@ class Headers:
         self._map: list[bytes] = []
 
     def add(self, records: Sequence[tuple[bytes, bytes]]) -> None:
-        """Let further records apply; an empty value takes one away."""
+        """Apply further records; an empty value removes a keyword."""
         self.own = True
         for key, value in records:
             if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
@@ -56,22 +56,22 @@ class Headers:
 
     @property
     def name(self) -> bytes:
-        """The name that the member of a sparse file has."""
+        """The real name of a sparse file; b"" without one."""
         return self.records.get(b"GNU.sparse.name", b"")
 
     @property
     def mtime(self) -> int:
-        """Nanoseconds since 1970; raise BadMember."""
+        """Modification time in nanoseconds since 1970; raise BadMember."""
         text = self.records[b"mtime"]
         match = _DECIMAL.fullmatch(text)
         if not match:
-            raise BadMember(b"", f"its time is none: {text[:40]!r}")
+            raise BadMember(b"", f"its time {text[:40]!r} is malformed")
         value = int(match[2]) * 10**9 + int((match[3] or b"").ljust(9, b"0")[:9])
         return -value if match[1] else value
 
     @property
     def pieces(self) -> list[tuple[int, int]] | None:
-        """A sparse file's map as formats 0.0 and 0.1 have it; raise BadMember."""
+        """The map of a sparse file of format 0.0 or 0.1; raise BadMember."""
         if self._map:
             return parse_map(self._map)
         text = self.records.get(b"GNU.sparse.map")
@@ -79,17 +79,17 @@ class Headers:
 
     @property
     def has_map_in_data(self) -> bool:
-        """Whether it is a sparse file of format 1.0; raise BadMember for one yet unknown."""
+        """Whether the member is a sparse file of format 1.0; raise BadMember for an unknown one."""
         major, minor = (self.records.get(b"GNU.sparse." + w) for w in (b"major", b"minor"))
         if major is None or major == b"0":
             return False
         if (major, minor) != (b"1", b"0"):
-            raise BadMember(b"", "it is a sparse file of a format that is not known")
+            raise BadMember(b"", "it is a sparse file of an unknown format")
         return True
 
     @property
     def real_size(self) -> int | None:
-        """Bytes that a sparse file has."""
+        """The size of a sparse file in bytes, holes included."""
         for word in (b"GNU.sparse.realsize", b"GNU.sparse.size"):
             if word in self.records:
                 return parse_whole(self.records[word])
@@ -97,7 +97,7 @@ class Headers:
 
     @property
     def unknown(self) -> list[str]:
-        """Keywords that are not read."""
+        """Keywords that are ignored."""
         return [
             key.decode(errors="backslashreplace")[:80]
             for key in self.records
@@ -105,7 +105,11 @@ class Headers:
         ]
 
     def attributes(self) -> dict[str, bytes]:
-        """The member's extended attributes and ACLs (xattr(7)); raise BadMember."""
+        """Return the member's extended attributes and ACLs (xattr(7)).
+
+        Raises:
+            BadMember: An attribute is malformed, unsupported or contradictory.
+        """
         found: dict[str, bytes] = {}
         for key, value in self.records.items():
             if not _keeps(key):
@@ -113,12 +117,16 @@ class Headers:
             name, content = _attribute(key.decode(errors="surrogateescape"), value)
             require_whole(name.encode(errors="surrogateescape"))
             if found.setdefault(name, content) != content:
-                raise BadMember(b"", f"it has two values of {name!a}")
+                raise BadMember(b"", f"it has two values for the attribute {name!a}")
         return found
 
 
 def parse_records(data: bytes) -> list[tuple[bytes, bytes]]:
-    """The records of a header, "LENGTH KEY=VALUE" and a newline each; raise BadMember."""
+    """Parse the records of a header, each ``LENGTH KEY=VALUE`` and a newline.
+
+    Raises:
+        BadMember: A record is malformed.
+    """
     found, at = [], 0
     while at < len(data):
         space = data.find(b" ", at, at + 21)
@@ -126,7 +134,7 @@ def parse_records(data: bytes) -> list[tuple[bytes, bytes]]:
         record = data[at : at + length]
         key, equals, value = record[space + 1 - at : -1].partition(b"=")
         if len(record) != length or not record.endswith(b"\n") or not equals or not key:
-            raise BadMember(b"", "an extended header is broken")
+            raise BadMember(b"", "an extended header is malformed")
         if key in (b"path", b"linkpath", b"GNU.sparse.name"):
             require_whole(value)
         found.append((key, value))
@@ -135,24 +143,31 @@ def parse_records(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def require_whole(name: bytes) -> bytes:
-    """Return a name that Linux can have; raise BadMember."""
+    """Return ``name`` unless it contains a zero byte; raise BadMember."""
     if b"\0" in name:
-        raise BadMember(name[:255], "a name with a zero byte")
+        raise BadMember(name[:255], "its name contains a zero byte")
     return name
 
 
 def parse_map(numbers: Sequence[bytes]) -> list[tuple[int, int]]:
-    """A sparse file's map: offsets and sizes in turn; raise BadMember."""
+    """Parse a sparse file's map of alternating offsets and sizes.
+
+    Returns:
+        Pairs of offset and size, in bytes.
+
+    Raises:
+        BadMember: The map is malformed.
+    """
     if len(numbers) % 2:
-        raise BadMember(b"", "its sparse map is broken off")
+        raise BadMember(b"", "its sparse map is incomplete")
     values = [parse_whole(number) for number in numbers]
     return list(zip(values[::2], values[1::2], strict=True))
 
 
 def parse_whole(text: bytes) -> int:
-    """A number that is not negative and fits 63 bits; raise BadMember."""
+    """Parse a non-negative number below 2**63; raise BadMember."""
     if not _WHOLE.fullmatch(text) or int(text) >= 1 << 63:
-        raise BadMember(b"", f"a number in an extended header cannot be: {text[:40]!r}")
+        raise BadMember(b"", f"a number in an extended header is invalid: {text[:40]!r}")
     return int(text)
 
 
@@ -167,7 +182,7 @@ def _attribute(key: str, value: bytes) -> tuple[str, bytes]:
         try:
             return ACLS[key], encode_acl(value.decode())
         except ValueError as error:
-            raise BadMember(b"", f"its ACL cannot be kept: {error}") from error
+            raise BadMember(b"", f"its ACL cannot be stored: {error}") from error
     for prefix in ("SCHILY.xattr.", "LIBARCHIVE.xattr."):
         name = key.removeprefix(prefix)
         if name == key:
@@ -176,12 +191,12 @@ def _attribute(key: str, value: bytes) -> tuple[str, bytes]:
             name, value = urllib.parse.unquote(name), _from_base64(name, value)
         if name.startswith(_ATTRIBUTES) or name in ACLS.values():
             return name, value
-    raise BadMember(b"", f"its attribute {key[:80]!a} cannot be kept")
+    raise BadMember(b"", f"its attribute {key[:80]!a} cannot be stored")
 
 
 def _from_base64(name: str, value: bytes) -> bytes:
-    # libarchive leaves the padding out.
+    # libarchive omits the padding.
     try:
         return base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
     except binascii.Error as error:
-        raise BadMember(b"", f"the value of its attribute {name[:80]!a} is broken") from error
+        raise BadMember(b"", f"the value of its attribute {name[:80]!a} is malformed") from error

@@ -1,7 +1,7 @@
-"""What a reader boots with: its initramfs, made anew for each from what is trusted.
+"""Makes the initramfs of a reader guest from trusted parts, anew for each reader.
 
-Kernel, boot modules and busybox are those of all guests; tar, blkid and partx are this host's, with
-the libraries that they need. Not here: what the first stage does (files/reader).
+Kernel, boot modules and busybox are the same as in other guests. tar, blkid and partx are this
+host's, with their libraries. Not here: the reader's program (files/reader).
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ _LIBRARY = re.compile(r"^\s*\S+ => (/\S+) ", re.MULTILINE)
 
 
 def reader_parts(store: Store, work: Path, progress: Callable[[str], None]) -> Parts:
-    """What a reader is made of: from the store, or fetched into it; its initramfs is in ``work``.
+    """Collect the parts of a reader guest, and write its initramfs.
 
-    Raises BadSource (no network to fetch from), MissingProgram, Incompatible.
+    Args:
+        store: Holds kernel and tools; missing ones are fetched.
+        work: The directory for the initramfs.
+        progress: Called with one line of text for each step.
+
+    Raises:
+        BadSource: Kernel or tools cannot be fetched.
+        MissingProgram, Incompatible: This host cannot run a reader.
     """
     kernel, tools = ensure_kernel(store, progress=progress), ensure_tools(store, progress)
     qemu = probe(store.cache)
@@ -58,20 +65,20 @@ def _write_initrd(out: Path, names: tuple[str, ...], modules: Layer, busybox: La
     (folder / "onecopy/modules").write_text("".join(f"{name}\n" for name in names))
     shutil.copy(Path("/") / _LOADER, folder / _LOADER)
     for program in _PROGRAMS:
-        _take_along(find_program(program), folder / "tools")
+        _copy_program(find_program(program), folder / "tools")
     out.write_bytes(_content(modules) + cpio(folder))
-    # QEMU, another user, opens it anew.
+    # QEMU opens the file itself, as another user.
     out.chmod(0o644)
     shutil.rmtree(folder)
 
 
-def _take_along(program: str, into: Path) -> None:
-    """Copy a program of this host, with the libraries that it needs."""
+def _copy_program(program: str, into: Path) -> None:
+    """Copy a program of this host and its libraries."""
     shutil.copy(program, into)
     for library in _LIBRARY.findall(run([Path("/") / _LOADER, "--list", program])):
         shutil.copy(library, into)
 
 
 def _content(layer: Layer) -> bytes:
-    # Not what follows in the blobs of a trust domain.
+    # A blob of a trust domain has padding after its content.
     return layer.path.read_bytes()[: layer.size]

@@ -1,7 +1,6 @@
-"""Where a segment's content comes from, as typed: ``debian:SUITE``, ``dir:PATH``, ``tar:PATH``,
-``disk:FILE[#PARTITION]``.
+"""Opens a segment's source by its text: ``debian:``, ``dir:``, ``tar:`` or ``disk:``.
 
-Not here: how each is read (images/sources).
+Not here: reading each kind (images/sources).
 """
 
 from __future__ import annotations
@@ -13,39 +12,49 @@ from typing import Protocol
 
 from onecopy.errors import InvalidInput, NotPermitted
 from onecopy.images.sources.debian import open_debian
-from onecopy.images.sources.directory import open_folder
+from onecopy.images.sources.directory import open_directory
 from onecopy.images.sources.disk import open_disk
 from onecopy.images.sources.tar import open_archive
 from onecopy.store import Store
 
 
 class Source(Protocol):
-    """Something that a segment can be built from."""
+    """A source that a segment can be built from."""
 
     @property
     def label(self) -> str:
-        """What the segment's record says: the kind and, for Debian, the suite; no host paths."""
+        """The kind, and Debian's suite, for the segment's record; never a path of this host."""
         ...
 
     @property
     def left_out(self) -> Sequence[str]:
-        """What of it was not unpacked, once it is, in a user's words."""
+        """After `unpack`: one text for each kind of item that was skipped."""
         ...
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
-        """Return the tree to image: ``into`` (an empty folder), now filled, or one in place.
+        """Unpack the source into the empty directory ``into``, if it is not a directory itself.
 
-        Raises BadSource, NotPermitted, InsufficientResources, MissingProgram.
+        Returns:
+            The tree to image: ``into``, or the source's own directory.
+
+        Raises:
+            BadSource, NotPermitted, InsufficientResources, MissingProgram: As their names say.
         """
         ...
 
 
 def open_source(text: str, include: Sequence[str] = (), *, store: Store | None = None) -> Source:
-    """The source that ``text`` means; ``include`` are Debian packages.
+    """Open the source that ``text`` names.
 
-    What it takes to read one comes from ``store`` (default: this user's).
+    Args:
+        text: ``debian:SUITE``, ``dir:PATH``, ``tar:PATH`` or ``disk:FILE[#PARTITION]``.
+        include: Debian packages to install.
+        store: Holds the kernel of the reader guest for ``disk:``; default: this user's store.
 
-    Raises InvalidInput (not of a known form), BadSource (not there, not readable), NotPermitted.
+    Raises:
+        InvalidInput: The text is malformed, or packages do not apply to the kind.
+        BadSource: The source does not exist or cannot be read.
+        NotPermitted: Only root can build from this kind.
     """
     kind, _, rest = text.partition(":")
     if kind not in ("debian", "dir", "tar", "disk") or not rest:
@@ -57,13 +66,14 @@ def open_source(text: str, include: Sequence[str] = (), *, store: Store | None =
         return open_debian(rest, include)
     if include:
         raise InvalidInput(
-            f"packages cannot be added to {kind}:", hint="--include goes with --from debian:SUITE"
+            f"packages cannot be added to a {kind}: source",
+            hint="omit --include, or use --from debian:SUITE",
         )
     if kind == "dir":
-        return open_folder(rest)
+        return open_directory(rest)
     if os.geteuid() != 0:
         raise NotPermitted(
-            f"{kind}: can be built by root only, because it sets owners",
-            hint="run as root, or unpack it yourself and build from dir:PATH",
+            f"only root can build from a {kind}: source, because unpacking sets owners",
+            hint="unpack it yourself and build from dir:PATH, or run as root",
         )
     return open_disk(rest, store or Store()) if kind == "disk" else open_archive(rest)

@@ -1,4 +1,4 @@
-"""What a user typed as a source, and cannot be opened: one error for all kinds."""
+"""One error for a source that cannot be opened, whatever its kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from onecopy.errors import BadSource
 
 @contextmanager
 def opening(what: str, text: str, hint: str) -> Iterator[None]:
-    """Raise BadSource if ``text`` cannot be opened, for whatever reason of the file system's."""
+    """Turn any error of the file system in the block into BadSource.
+
+    Args:
+        what: The kind of the source, for the message.
+        text: The source as the user typed it.
+        hint: The error's hint.
+
+    Raises:
+        BadSource: The block raised an OSError, or RuntimeError for a loop of symbolic links.
+    """
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -1,9 +1,10 @@
-"""tar archives as they come, member by member: old ones, ustar, pax, and GNU's.
+"""Reads tar archives as a stream, member by member: v7, ustar, pax and GNU formats.
 
-Nothing is guessed and nothing passed over in silence: what cannot be read is refused, with the
-member's name, and what is not read is told. No archive takes more memory than its largest header.
-POSIX.1-2017 pax, GNU tar's manual ("Basic Tar Format", "Sparse Formats"). Not here: what pax
-headers say (pax_header.py), writing the members anywhere (unpack.py).
+The reader never guesses. It refuses what it cannot read, with the member's name, and reports what
+it skips. It needs no more memory than the largest header. Not here: pax headers (pax_header.py),
+writing the members (unpack.py).
+
+Source: POSIX.1-2017 pax; GNU tar's manual, "Basic Tar Format" and "Sparse Formats".
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from onecopy.images.pax_header import (
 
 _BLOCK = 512
 _ZERO = bytes(_BLOCK)
-#: Bytes of one extended header: names, attributes, a sparse file's map.
-_MOST_HEADER = 4 << 20
-#: Extended headers in a row, with no member.
-_MOST_IN_A_ROW = 16
+#: The largest extended header in bytes: names, attributes, a sparse file's map.
+_MAX_HEADER = 4 << 20
+#: The most extended headers in front of a member.
+_MAX_HEADERS = 16
 #: name mode uid gid size mtime checksum type link magic+version uname gname major minor prefix
 _HEADER = struct.Struct("100s8s8s8s12s12s8sc100s8s32s32s8s8s155s12x")
 _NUMBER = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
-#: How tar calls what, and how we do, as ls(1).
+#: Type flag of tar -> letter of ls(1); "h" for a hard link.
 _KINDS = {
     **dict.fromkeys((b"0", b"\0", b"7", b"S"), "-"),
     b"1": "h",
@@ -46,37 +47,40 @@ _KINDS = {
     b"6": "p",
     b"D": "d",
 }
-_LEFT_OUT = {b"V": "labels of volumes", b"D": "lists of a dump's folders"}
+_SKIPPED = {b"V": "volume labels", b"D": "directory lists of incremental dumps"}
 
 
 class Member(msgspec.Struct, frozen=True):
     """A member's header."""
 
     name: bytes
-    """As it is written."""
+    """The name as it stands in the archive."""
     kind: str
-    """``-`` file, ``d`` folder, ``l`` link, ``h`` hard link, ``c`` ``b`` device, ``p`` pipe."""
+    """``-`` file, ``d`` directory, ``l`` link, ``h`` hard link, ``c`` ``b`` device, ``p`` FIFO."""
     mode: int
     uid: int
     gid: int
     size: int
-    """Bytes that the file has."""
+    """Bytes of the file."""
     stored: int
-    """Bytes of it in the archive."""
+    """Bytes of the file's data in the archive."""
     mtime: int
     """Nanoseconds since 1970."""
     target: bytes = b""
+    """Target of a link."""
     device: int = 0
+    """Device number, as of `os.makedev`."""
     attributes: dict[str, bytes] = {}
+    """Extended attributes."""
     pieces: list[tuple[int, int]] | None = None
-    """Of a sparse file: offset and size of what is stored; the rest is holes."""
+    """For a sparse file: offset and size of each stored range; the rest is holes."""
 
 
 class Stream(Protocol):
-    """What an archive is read from."""
+    """A stream that an archive is read from."""
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; fewer at its end only."""
+        """Read ``size`` bytes; fewer only at the end."""
         ...
 
 
@@ -84,24 +88,28 @@ class TarReader:
     """The members of an archive, in order."""
 
     def __init__(self, stream: Stream, left_out: Callable[[str, bytes], None]) -> None:
-        """``left_out`` is told what is not read, and of which member."""
+        """Read from ``stream``; call ``left_out`` with the kind and name of each skipped item."""
         self._stream = stream
         self._left_out = left_out
         self._begun = False
-        #: Of the present member's data, and of what fills its last block.
+        #: Unread bytes of the current member's data, and of the padding behind it.
         self._left = self._filling = 0
         self._common = Headers()
 
     def next(self) -> Member | None:
-        """The next member, or None at the archive's end; raise BadMember."""
+        """Return the next member; None at the end of the archive.
+
+        Raises:
+            BadMember: The archive is damaged or has an unsupported feature.
+        """
         self._skip()
         own = Headers(self._common.records)
         names: dict[bytes, bytes] = {}
-        for _ in range(_MOST_IN_A_ROW):
+        for _ in range(_MAX_HEADERS):
             block = self._block()
             if block == _ZERO:
                 if own.own or names:
-                    raise BadMember(b"", "it ends after the header of a member that is not there")
+                    raise BadMember(b"", "it ends after an extended header, without its member")
                 self._require_end()
                 return None
             fields = self._fields(block)
@@ -114,15 +122,19 @@ class TarReader:
             elif kind in (b"L", b"K"):
                 names[kind] = require_whole(self._header(size).rstrip(b"\0"))
             elif kind == b"V":
-                self._left_out(_LEFT_OUT[kind], fields[0].rstrip(b"\0"))
+                self._left_out(_SKIPPED[kind], fields[0].rstrip(b"\0"))
                 self._begin(size)
                 self._skip()
             else:
                 return self._member(block, fields, own, names)
-        raise BadMember(b"", f"it has {_MOST_IN_A_ROW} headers in a row, and no member")
+        raise BadMember(b"", f"it has {_MAX_HEADERS} extended headers in a row without a member")
 
     def read(self, size: int) -> bytes:
-        """The next bytes of the present member; b"" after the last. Raises BadMember."""
+        """Read up to ``size`` bytes of the current member's data; return b"" at its end.
+
+        Raises:
+            BadMember: The archive is truncated.
+        """
         data = self._stream.read(min(size, self._left))
         if not data and size and self._left:
             raise _cut()
@@ -136,7 +148,7 @@ class TarReader:
         headers: Headers,
         names: dict[bytes, bytes],
     ) -> Member:
-        # In GNU's headers something else stands where others have the rest of the name.
+        # Only ustar headers have a name prefix. GNU headers hold other fields there.
         start = fields[14].partition(b"\0")[0] if fields[9][:6] == b"ustar\0" else b""
         name = fields[0].partition(b"\0")[0]
         name = names.get(b"L", start + b"/" + name if start else name)
@@ -145,7 +157,7 @@ class TarReader:
             member = _plain(name, fields, headers, names)
             size, kind = member.stored, fields[7]
             if kind in b"123456":
-                # Whatever size they tell: they have no data (as GNU tar, and Python's tarfile).
+                # Links and devices have no data, whatever their size says (as in GNU tar).
                 size, member = 0, replace(member, size=0, stored=0)
             pieces = self._old_map(block) if kind == b"S" else headers.pieces
             self._begin(size)
@@ -157,17 +169,17 @@ class TarReader:
             for word in headers.unknown:
                 self._left_out(f"pax keyword {word}", name)
             if kind == b"D":
-                self._left_out(_LEFT_OUT[kind], name)
+                self._left_out(_SKIPPED[kind], name)
         except BadMember as error:
             raise BadMember(error.name or name, error.what) from error
         return member
 
     def _fields(self, block: bytes) -> tuple[bytes, ...]:
         fields = _HEADER.unpack(block)
-        if not _is_right(block, fields[6]):
+        if not _is_valid(block, fields[6]):
             if not self._begun:
-                raise BadMember(b"", "it does not look like a tar archive")
-            raise BadMember(b"", "there is no header where the next member should begin")
+                raise BadMember(b"", "it is not a tar archive")
+            raise BadMember(b"", "the header of the next member is invalid")
         self._begun = True
         return fields
 
@@ -177,8 +189,8 @@ class TarReader:
         self._left, self._filling = size, -size % _BLOCK
 
     def _header(self, size: int) -> bytes:
-        if size > _MOST_HEADER:
-            raise BadMember(b"", f"a header has {size} bytes, more than {_MOST_HEADER}")
+        if size > _MAX_HEADER:
+            raise BadMember(b"", f"an extended header has {size} bytes; the limit is {_MAX_HEADER}")
         self._begin(size)
         data = b""
         while self._left:
@@ -187,7 +199,7 @@ class TarReader:
         return data
 
     def _skip(self) -> None:
-        """Go to the end of the present member's data."""
+        """Skip the rest of the current member's data and padding."""
         while self._left:
             self.read(1 << 20)
         if self._filling:
@@ -200,37 +212,37 @@ class TarReader:
         if len(block) == _BLOCK:
             return block
         if not self._begun:
-            raise BadMember(b"", "it does not look like a tar archive")
+            raise BadMember(b"", "it is not a tar archive")
         raise _cut()
 
     def _require_end(self) -> None:
-        # One block of zeroes is as good: nothing can follow it.
+        # POSIX requires two blocks of zeroes. One is accepted, as nothing may follow it.
         while data := self._stream.read(1 << 20):
             if data.count(0) != len(data):
-                raise BadMember(
-                    b"", "something follows its end: another archive that was put behind it?"
-                )
+                raise BadMember(b"", "it has data after its end, perhaps a second archive")
 
     def _old_map(self, block: bytes) -> list[tuple[int, int]]:
-        """The map of GNU's old format, in the header and in blocks behind it."""
+        """Read the sparse map of GNU's old format, in the header and the blocks behind it."""
         pieces, more = _entries(block[386:482]), block[482]
         while more:
             block = self._block()
             pieces += _entries(block[:504])
             more = block[504]
-            if len(pieces) * 24 > _MOST_HEADER:
-                raise BadMember(b"", "its sparse map is too long")
+            if len(pieces) * 24 > _MAX_HEADER:
+                raise BadMember(b"", f"its sparse map has more than {_MAX_HEADER} bytes")
         return pieces
 
     def _map_in_data(self) -> list[tuple[int, int]]:
-        """The map of GNU's format 1.0: lines of numbers, filled up to whole blocks."""
+        """Read the sparse map of GNU's format 1.0: lines of numbers, padded to whole blocks."""
         lines: list[bytes] = []
         rest, count, read = b"", 1, 0
         while len(lines) < count:
             block = self.read(_BLOCK)
             read += len(block)
-            if len(block) < _BLOCK or read > _MOST_HEADER:
-                raise BadMember(b"", "its sparse map is too long, or broken off")
+            if len(block) < _BLOCK or read > _MAX_HEADER:
+                raise BadMember(
+                    b"", f"its sparse map is incomplete or has more than {_MAX_HEADER} bytes"
+                )
             *whole, rest = (rest + block).split(b"\n")
             lines += whole
             if lines:
@@ -241,16 +253,16 @@ class TarReader:
 def _plain(
     name: bytes, fields: tuple[bytes, ...], headers: Headers, names: dict[bytes, bytes]
 ) -> Member:
-    """The member, but for holes."""
+    """Return the member, without the map of a sparse file."""
     kind = _KINDS.get(fields[7])
     if kind is None:
-        raise BadMember(b"", f"it is of a kind ({fields[7].decode('latin-1')!r}) that is not known")
+        raise BadMember(b"", f"its type {fields[7].decode('latin-1')!r} is unknown")
     records = headers.records
     size = parse_whole(records[b"size"]) if b"size" in records else _number(fields[4])
     if kind == "-" and name.endswith(b"/"):
-        # Before POSIX a folder was a file with such a name.
+        # In v7 archives a directory is a file whose name ends with a slash.
         if size:
-            raise BadMember(b"", "it is a folder by its name, but has content")
+            raise BadMember(b"", f"its name is a directory's, but it has {size} bytes of data")
         kind = "d"
     target = names.get(b"K", fields[8].partition(b"\0")[0])
     return Member(
@@ -274,9 +286,9 @@ def _device(headers: Headers, fields: tuple[bytes, ...]) -> int:
         parse_whole(records[word]) if word in records else _number(field)
         for word, field in ((b"SCHILY.devmajor", fields[12]), (b"SCHILY.devminor", fields[13]))
     )
-    # Linux's own limits (include/linux/kdev_t.h).
+    # Linux has 12 bits for the major number and 20 for the minor (include/linux/kdev_t.h).
     if not (0 <= major < 1 << 12 and 0 <= minor < 1 << 20):
-        raise BadMember(b"", f"Linux has no device {major}, {minor}")
+        raise BadMember(b"", f"its device number {major}, {minor} is out of Linux's range")
     return os.makedev(major, minor)
 
 
@@ -284,19 +296,19 @@ def _sparse(member: Member, pieces: list[tuple[int, int]], real: int | None, sto
     end = 0
     for offset, size in pieces:
         if offset < end or size < 0:
-            raise BadMember(b"", "its sparse map goes back")
+            raise BadMember(b"", "its sparse map is not in ascending order")
         end = offset + size
     if real is None or end > real or sum(size for _, size in pieces) != stored:
-        raise BadMember(b"", "its sparse map does not fit its size")
+        raise BadMember(b"", "its sparse map does not match its size")
     return replace(member, size=real, stored=stored, pieces=pieces)
 
 
-def _is_right(block: bytes, told: bytes) -> bool:
-    """Whether the header's checksum is right; old tars took bytes for signed."""
-    match = _NUMBER.fullmatch(told)
+def _is_valid(block: bytes, checksum: bytes) -> bool:
+    """Check a header's checksum; old tar programs summed bytes as signed numbers."""
+    match = _NUMBER.fullmatch(checksum)
     if not match or not match[1]:
         return False
-    found = sum(block) - sum(told) + 8 * 0x20
+    found = sum(block) - sum(checksum) + 8 * 0x20
     if int(match[1], 8) == found:
         return True
     return int(match[1], 8) == found - 256 * sum(b > 127 for b in block[:148] + block[156:])
@@ -311,27 +323,27 @@ def _entries(data: bytes) -> list[tuple[int, int]]:
 
 
 def _number(field: bytes) -> int:
-    """A number of a header: octal digits, or base 256 (GNU, star)."""
+    """Parse a number of a header: octal digits, or base 256 as in GNU tar and star."""
     if field[0] & 0x80:
         value = int.from_bytes(field, "big", signed=False)
         bits = 8 * len(field)
-        # 0xff in front is a sign, 0x80 is not.
+        # A leading 0xff marks a negative number, and 0x80 a positive one.
         value = value - (1 << bits) if field[0] == 0xFF else value & ((1 << bits - 1) - 1)
         if not -(1 << 63) <= value < 1 << 63:
             raise BadMember(b"", f"a number in its header is too large: {value}")
         return value
     match = _NUMBER.fullmatch(field)
     if not match:
-        raise BadMember(b"", f"a number in its header is none: {field!r}")
+        raise BadMember(b"", f"a number in its header is malformed: {field!r}")
     return int(match[1] or b"0", 8)
 
 
 def _id(value: int) -> int:
-    # -1 means nobody (chown(2)).
+    # chown(2) takes -1 as "leave unchanged".
     if not 0 <= value < (1 << 32) - 1:
-        raise BadMember(b"", f"there can be no owner {value}")
+        raise BadMember(b"", f"its owner {value} is out of range")
     return value
 
 
 def _cut() -> BadMember:
-    return BadMember(b"", "it ends without its end mark, so it was cut off")
+    return BadMember(b"", "it is truncated: it ends without its end mark")

@@ -1,6 +1,6 @@
-"""The tools segment: QEMU's guest agent with its libraries, busybox, and our programs.
+"""Builds the tools segment: QEMU's guest agent with its libraries, busybox, onecopy's programs.
 
-It is mapped into every guest, so images need none of our software and it costs one copy.
+Every guest maps it. Therefore images need no software of onecopy, and all guests share one copy.
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ from onecopy.store import Artifact, NewLayer, Store
 from onecopy.subprocesses import run
 
 TOOLS_NAME = "onecopy-tools"
-#: The compiler is for a program of ours, and no part of the segment.
+#: tcc compiles onecopy's programs and is not part of the segment.
 _PACKAGES = ("qemu-guest-agent", "busybox-static", "tcc")
 _SCRIPTS = (
     *("start", "session", "exec", "stop", "off", "programs", "unwatched"),
     *("names", "keys", "renew", "timers", "segment", "fit", "processes", "generators", "clone"),
 )
-#: In C. "quiet" is a library.
+#: C programs. "quiet" is a library, and built separately.
 _PROGRAMS = ("identity", "watcher", "keeper", "exec")
-#: Those that are called by their own names.
+#: Executable scripts.
 _COMMANDS = ("onecopy-segment", "dhcp")
 
 
 def ensure_tools(
     store: Store, progress: Callable[[str], None] = lambda _: None, *, suite: str = ""
 ) -> Artifact:
-    """The tools segment that goes with this onecopy: from the store, or built into it.
+    """Return the tools segment of this version of onecopy; build it if the store lacks it.
 
-    Its programs are those of Debian ``suite`` (default: this host's).
+    Args:
+        store: The store to look in and put into.
+        progress: Called with one line of text for each step.
+        suite: The Debian suite of its packages; "" for this host's.
+
+    Raises:
+        BadSource: The packages cannot be fetched.
     """
     suite = suite or host_suite()
     ref = Reference(TOOLS_NAME, f"{suite}-{_scripts_digest()}")
@@ -79,12 +85,12 @@ def _scripts_digest() -> str:
 
 
 def ready_hooks() -> list[str]:
-    """Return the names of the clone hooks that come with the tools (images/files/hooks)."""
+    """Return the names of the clone hooks in the tools segment (images/files/hooks)."""
     return sorted(entry.name for entry in files().joinpath("hooks").iterdir())
 
 
 def _assemble(debian: Path, tree: Path) -> None:
-    """bin/ (busybox, qemu-ga, ours), applets/, lib/ (ld.so and the libraries), the scripts."""
+    """Fill ``tree``: bin/ (programs), applets/ (of busybox), lib/ (ld.so, libraries), scripts."""
     for folder in ("bin", "lib", "applets"):
         (tree / folder).mkdir(parents=True)
     busybox = next(p for p in (debian / "usr/bin/busybox", debian / "bin/busybox") if p.is_file())
@@ -96,11 +102,11 @@ def _assemble(debian: Path, tree: Path) -> None:
     folders = ":".join(
         str(debian / f) for f in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")
     )
-    # By the unpacked loader nothing of this host gets into what is run.
+    # The unpacked loader ignores this host's libraries.
     unpacked: list[str | Path] = [loader, "--library-path", folders]
     for line in run([*unpacked, "--list", agent]).splitlines():
         name, arrow, rest = line.partition(" => ")
-        # The loader itself is listed by its absolute path: only plain names are libraries.
+        # The list names the loader by its absolute path, and libraries by plain names.
         if arrow and "/" not in name and str(debian) in rest:
             shutil.copy(rest.split(" (")[0], tree / "lib" / name.strip())
     compiler: list[str | Path] = [*unpacked, debian / "usr/bin/tcc", "-nostdlib", "-nostdinc"]
@@ -119,9 +125,9 @@ def _assemble(debian: Path, tree: Path) -> None:
 
 
 def _compile(compiler: Sequence[str | Path], name: str, out: Path) -> None:
-    """Compile a program that needs no library and no header but ours."""
+    """Compile a program that uses no libraries and no headers but onecopy's."""
     with tempfile.TemporaryDirectory(dir=out.parent) as sources:
-        # Parts of a program are files that it includes.
+        # A program includes its parts, so all sources must lie beside it.
         for part in files().iterdir():
             if part.name.endswith((".c", ".h")):
                 (Path(sources) / part.name).write_bytes(part.read_bytes())

@@ -1,7 +1,7 @@
-"""What a folder tree holds, found by reading its metadata; and times put right in one.
+"""Scans a directory tree's metadata, resolves paths inside a tree, and sets its times.
 
-Nothing here recurses, or keeps more of a tree than its folders' names. Not here: turning a tree
-into an image (fs_image.py).
+No function recurses or keeps more of a tree than the names of its directories. Not here: writing a
+tree as an image (fs_image.py).
 """
 
 from __future__ import annotations
@@ -17,42 +17,45 @@ import msgspec
 from onecopy.errors import BadSource
 from onecopy.model import PAGE_SIZE
 
-#: What is too much for the programs that make images: entries, folders in one another, bytes of a
-#: path below the root.
-MOST_ENTRIES, MOST_LEVELS, MOST_PATH = 4_000_000, 500, 3500
-#: The latest time (seconds since 1970) that ext4 can hold, on which stores mostly are.
-NEWEST = 0x3_7FFF_FFFF
-# path_resolution(7) gives up after as many links.
+#: Limits of the programs that make images: entries, nested directories, bytes of a path below the
+#: root.
+MAX_ENTRIES, MAX_LEVELS, MAX_PATH = 4_000_000, 500, 3500
+#: The latest time (seconds since 1970) that ext4 can store; most stores are on ext4.
+MAX_TIME = 0x3_7FFF_FFFF
+# path_resolution(7): the kernel follows at most 40 symbolic links.
 _MAX_LINKS = 40
 _OVERLAY = "trusted.overlay."
-_LAYER_HINT = "that is part of an overlay, not a root: mount the overlay, and build from dir:MOUNT"
+_LAYER_HINT = "this is a layer of an overlay: mount the overlay, and build from dir:MOUNTPOINT"
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What `scan` found.
-
-    ``newest`` is the newest modification time in whole seconds since 1970, and ``newest_path`` of
-    what; ``inodes`` and ``blocks`` (of `PAGE_SIZE`, holes counted as data) bound what an image of
-    it takes; ``longest_name`` is in bytes; ``sockets`` are how many there are; ``trusted`` says
-    whether there are attributes that only an administrator sees; ``devices`` whether there
-    are devices; ``fingerprint`` changes when anything in the tree does.
-    """
+    """The result of `scan`."""
 
     newest: int
+    """The newest modification time, in whole seconds since 1970."""
     newest_path: str
+    """The path with that time."""
     inodes: int
+    """Number of inodes."""
     blocks: int
+    """An upper bound of the blocks (of `PAGE_SIZE`) in an image; holes count as data."""
     longest_name: int
+    """Length of the longest file name in bytes."""
     sockets: int
+    """Number of sockets."""
     trusted: bool
+    """Whether an attribute is named trusted.*, which only an administrator can read."""
     devices: bool
+    """Whether the tree has device nodes."""
     fingerprint: str
+    """A digest that changes with any change of the tree."""
 
 
 def walk(tree: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Path and lstat(2) of ``tree`` and all below it, folders before what is in them.
+    """Yield the path and lstat(2) of ``tree`` and all entries below, directories before content.
 
-    Raises OSError.
+    Raises:
+        OSError: A directory cannot be read.
     """
     return ((Path(path), status) for path, status in _walk(tree))
 
@@ -73,8 +76,9 @@ def _walk(tree: Path) -> Iterator[tuple[str, os.stat_result]]:
 def scan(tree: Path) -> Facts:
     """Read the metadata of ``tree``.
 
-    Raises BadSource if something cannot be read, vanishes, cannot be kept in an image, or is a
-    folder of another file system (a mounted /proc has no business in an image).
+    Raises:
+        BadSource: An entry cannot be read, vanishes, exceeds a limit of images, or is on another
+            file system, such as a mounted /proc.
     """
     try:
         return _Scan(tree).facts()
@@ -83,12 +87,12 @@ def scan(tree: Path) -> Facts:
         where = where if len(where) <= 255 else f"{where[:64]}[...]"
         raise BadSource(
             f"cannot read {where!r}: {error.strerror}",
-            hint="nothing may change in it meanwhile; run as root if it belongs to others",
+            hint="stop what changes the tree; run as root if others own its files",
         ) from error
 
 
 class _Scan:
-    """One reading of a tree."""
+    """A scan of a tree."""
 
     def __init__(self, tree: Path) -> None:
         self._tree = tree
@@ -100,16 +104,20 @@ class _Scan:
         self._inodes = self._blocks = self._longest = self._names = self._sockets = 0
 
     def facts(self) -> Facts:
-        # Of all entries, in whatever order they come.
+        # A sum of the entries' digests does not depend on their order.
         digest = 0
         for count, (path, status) in enumerate(_walk(self._tree), start=1):
             raw = os.fsencode(path)
             record = repr((raw, *_identity(status))).encode()
             digest += int.from_bytes(hashlib.blake2b(record, digest_size=32).digest(), "big")
-            if count > MOST_ENTRIES:
-                raise _bad(path, f"is one of more than {MOST_ENTRIES:,} files", "leave some out")
+            if count > MAX_ENTRIES:
+                raise _bad(
+                    path,
+                    f"exceeds the limit of {MAX_ENTRIES:,} files in a tree",
+                    "build from fewer files",
+                )
             self._add(path, raw, status)
-        # Entries do not cross blocks, so each block may lose up to the longest entry.
+        # A directory entry does not cross blocks, so each block can lose the longest entry.
         return Facts(
             newest=self._newest,
             newest_path=self._newest_path,
@@ -124,13 +132,13 @@ class _Scan:
 
     def _add(self, path: str, raw: bytes, status: os.stat_result) -> None:
         seconds = status.st_mtime_ns // 10**9
-        self._require_fit(path, raw, status, seconds)
+        self._check_limits(path, raw, status, seconds)
         if seconds > self._newest or not self._newest_path:
             self._newest, self._newest_path = max(0, seconds), path
-        # The root's own name is no part of the tree.
+        # The name of the root itself does not count.
         name = len(raw) - raw.rfind(b"/") - 1 if len(raw) > self._above else 0
         self._longest = max(self._longest, name)
-        # A folder's entry is 8 bytes and the name, rounded up to 4.
+        # A directory entry has 8 bytes and the name, rounded up to 4.
         self._names += name + 11
         if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
             if status.st_ino in self._linked:
@@ -140,29 +148,31 @@ class _Scan:
         self._sockets += stat.S_ISSOCK(status.st_mode)
         self._inodes += 1
         attributes = os.listxattr(path, follow_symlinks=False)
-        _require_no_layer(path, status, attributes)
+        _refuse_overlay_layer(path, status, attributes)
         self._trusted |= any(name.startswith("trusted.") for name in attributes)
         self._blocks += _blocks(status) + bool(attributes)
 
-    def _require_fit(self, path: str, raw: bytes, status: os.stat_result, seconds: int) -> None:
+    def _check_limits(self, path: str, raw: bytes, status: os.stat_result, seconds: int) -> None:
         if stat.S_ISDIR(status.st_mode) and status.st_dev != self._device:
-            raise _bad(path, "is on another file system", "unmount it, or copy the folder first")
+            raise _bad(path, "is on another file system", "unmount it, or copy the directory first")
         inside = raw[self._above :]
-        if inside.count(b"/") >= MOST_LEVELS or len(inside) > MOST_PATH:
-            limit = f"may be {MOST_LEVELS} folders deep and have {MOST_PATH} bytes"
-            raise _bad(path, f"lies too deep: a path {limit}", "move it up, or leave it out")
-        if not 0 <= seconds <= NEWEST:
-            what = f"has a time that cannot be kept: {seconds} s from 1970, of 0 to {NEWEST}"
-            raise _bad(path, what, "give it another time with touch(1)")
+        levels = inside.count(b"/")
+        if levels >= MAX_LEVELS or len(inside) > MAX_PATH:
+            found = f"{levels} levels and {len(inside)} bytes"
+            limit = f"the limits are {MAX_LEVELS} and {MAX_PATH}"
+            raise _bad(path, f"has a path of {found}; {limit}", "move it up, or remove it")
+        if not 0 <= seconds <= MAX_TIME:
+            what = f"has a time of {seconds} s since 1970; the range is 0 to {MAX_TIME}"
+            raise _bad(path, what, "set another time with touch(1)")
 
 
-def _require_no_layer(path: str, status: os.stat_result, attributes: Iterable[str]) -> None:
-    """A guest's root is a layer of an overlay: there these would hide files, or spoil them."""
+def _refuse_overlay_layer(path: str, status: os.stat_result, attributes: Iterable[str]) -> None:
+    """Raise BadSource for an overlay's marks: a guest's root is a layer, and would obey them."""
     if stat.S_ISCHR(status.st_mode) and not status.st_rdev:
-        raise _bad(path, "is an overlay's mark of a removed file (device 0, 0)", _LAYER_HINT)
+        raise _bad(path, "is an overlay's whiteout (device 0, 0)", _LAYER_HINT)
     for name in attributes:
         if name.startswith(_OVERLAY):
-            raise _bad(path, f"has an overlay's attribute {name!a}", _LAYER_HINT)
+            raise _bad(path, f"has the overlay attribute {name!a}", _LAYER_HINT)
 
 
 def _bad(path: str, what: str, hint: str) -> BadSource:
@@ -184,7 +194,7 @@ def _identity(status: os.stat_result) -> tuple[int, ...]:
 
 
 def _blocks(status: os.stat_result) -> int:
-    """Blocks that the inode takes at most: content, and ext2's indirect blocks."""
+    """Return an upper bound of an inode's blocks: its content and ext2's indirect blocks."""
     if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
         data = -(-status.st_size // PAGE_SIZE)
         return data + (data // 1000 + 3 if data > 12 else 0)
@@ -192,7 +202,10 @@ def _blocks(status: os.stat_result) -> int:
 
 
 def resolve_inside(tree: Path, path: str) -> Path | None:
-    """Where ``path`` leads if ``tree`` is the root: links cannot lead out. None if in a circle."""
+    """Resolve ``path`` with ``tree`` as the root; return None for a loop of symbolic links.
+
+    Links cannot lead out of ``tree``.
+    """
     todo = path.split("/")[::-1]
     here: list[str] = []
     links = 0
@@ -215,7 +228,7 @@ def resolve_inside(tree: Path, path: str) -> Path | None:
 
 
 def find_init(tree: Path) -> str | None:
-    """The path, as the guest will see it, of the init that ``tree`` holds; None if it has none."""
+    """Return the path of the init program in ``tree``, as guests see it; None without one."""
     for path in ("/sbin/init", "/usr/lib/systemd/systemd"):
         found = resolve_inside(tree, path)
         if found and found.is_file() and found.stat().st_mode & 0o111:
@@ -224,21 +237,33 @@ def find_init(tree: Path) -> str | None:
 
 
 def clock(folder: Path) -> float:
-    """Now (seconds since 1970) by the clock that stamps files, a tick behind `time.time`.
+    """Return the time (seconds since 1970) of the clock that stamps files.
 
-    Sets the times of ``folder``. Raises OSError.
+    That clock is up to a tick behind `time.time`. The call sets the times of ``folder``.
+
+    Raises:
+        OSError: The times cannot be set.
     """
     os.utime(folder)
     return folder.stat().st_mtime
 
 
 def clamp_times(tree: Path, start: float) -> int:
-    """Give all that is not older than ``start`` (seconds since 1970) the newest time before it.
+    """Set the times of all files modified since ``start`` to the newest earlier time in the tree.
 
-    So what a build wrote itself gets a time that is a property of what it read. Returns that time
-    in whole seconds. Raises OSError.
+    Files that a build wrote itself then have a time that depends on its input only.
+
+    Args:
+        tree: The directory to change.
+        start: The start of the build, in seconds since 1970.
+
+    Returns:
+        The time set, in whole seconds since 1970.
+
+    Raises:
+        OSError: A file cannot be read or changed.
     """
-    # The clock may have been put back meanwhile; and nothing sets a change time but the clock.
+    # The clock may have been set back since. Only the clock sets a file's change time.
     start = min(start, *(s.st_ctime for _, s in walk(tree)))
     limit = max((int(s.st_mtime) for _, s in walk(tree) if s.st_mtime < start), default=0)
     for path, status in walk(tree):

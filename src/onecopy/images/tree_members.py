@@ -1,6 +1,6 @@
-"""A tree as members of an archive, in order of their names, to be written elsewhere (unpack.py).
+"""Copies a tree in order of names, as the members of an archive that never exists as a file.
 
-Not here: what is wrong with a tree (tree.py).
+Not here: writing the members (unpack.py), checking a tree (tree.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def copy_tree(tree: Path, unpacker: Unpacker) -> None:
-    """Write all of ``tree`` but sockets, the entries of each folder in order of their names.
+    """Copy ``tree`` except sockets; the entries of each directory in order of their names.
 
-    Raises BadMember, InsufficientResources, OSError.
+    Raises:
+        BadMember: A file cannot be stored, or changed while it was read.
+        InsufficientResources, OSError: The disk is full or fails.
     """
     linked: dict[int, bytes] = {}
     for path, status in _walk(tree):
@@ -75,7 +77,7 @@ def _member(
     if first != name:
         kind, target = "h", first
     else:
-        # As it is: Path.readlink() takes a slash at its end away.
+        # Path.readlink() would remove a trailing slash.
         target = os.readlink(os.fsencode(path)) if kind == "l" else b""  # noqa: PTH115
     return Member(
         name=name,
@@ -99,7 +101,7 @@ def _attributes(path: str) -> dict[str, bytes]:
 
 
 class _Content:
-    """What a file holds, from one piece of data to the next."""
+    """The data of a file, without its holes."""
 
     def __init__(self, fd: int, pieces: list[tuple[int, int]]) -> None:
         self._fd, self.pieces = fd, pieces
@@ -109,7 +111,7 @@ class _Content:
         offset, left = self._todo.pop()
         data = os.pread(self._fd, min(size, left), offset)
         if not data:
-            raise BadMember(b"", "it became shorter while it was read")
+            raise BadMember(b"", "it was truncated while it was read")
         if len(data) < left:
             self._todo.append((offset + len(data), left - len(data)))
         return data
@@ -128,7 +130,7 @@ def _content(path: str, kind: str) -> Iterator[_Content]:
 
 
 def _pieces(fd: int) -> Iterator[tuple[int, int]]:
-    """Where a file holds data, and how much."""
+    """Yield offset and size of each range of a file that holds data."""
     status = os.fstat(fd)
     if stat.S_ISREG(status.st_mode):
         for start, end in data_ranges(fd, status.st_size):

@@ -89,7 +89,7 @@ def test_what_a_guest_says(version: str, console: str, cause: Cause, text: str) 
         (shut_down(6), Cause.POWERED_OFF, "powered off"),
         (shut_down(7), Cause.REBOOTED, "rebooted"),
         (shut_down(8), Cause.PANIC, "kernel panic"),
-        (shut_down(2), Cause.KILLED, "QEMU was told to quit at its monitor"),
+        (shut_down(2), Cause.KILLED, "QEMU got a quit command on its monitor"),
         (f"{SIGTERM}{RESET['7.2']}", Cause.KILLED, "QEMU was ended by signal 15 from pid 5036"),
         # A later version's, unknown here.
         (shut_down(99), Cause.REBOOTED, "rebooted"),

@@ -160,7 +160,7 @@ def test_records_of_removed_blobs_go(store: Store, cold: Artifact) -> None:
     store.remove(Reference("app", "1"))
     other = put(store, "other:1", b"other")
     preload.record(store, other)
-    record = msgspec.json.decode(record_of(store).read_bytes(), type=access_record.Touched)
+    record = msgspec.json.decode(record_of(store).read_bytes(), type=access_record.AccessRecord)
     assert record.digest == other.layers[0].digest
 
 

@@ -38,10 +38,10 @@ def test_a_kernel_is_taken_in(tmp_path: Path, kernel: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "said"),
     [
-        ("kernel:", InvalidInput, "names no file"),
+        ("kernel:", InvalidInput, "no file name"),
         ("kernel:{}/missing", BadSource, "No such file"),
         ("kernel:{}", BadSource, "Is a directory"),
-        ("kernel:{}/text", BadSource, "no kernel that boots"),
+        ("kernel:{}/text", BadSource, "not a kernel"),
     ],
 )
 def test_what_is_no_kernel(

@@ -67,11 +67,11 @@ def test_zeroes_in_two_domains_are_two_segments(store: Store) -> None:
         ("SR", "is not a valid size"),
         ("SR:lots", "is not a valid size"),
         ("SR:0", "is empty"),
-        ("SR:3M", "no multiple of 2 MiB"),
-        ("SN:2M:FILE", "never saved"),
-        ("EN:2M:FILE", "never saved"),
-        ("EW:2M:EROFS", "nothing can write to an EROFS"),
-        ("SW:4M:EXT2", "several guests would write to at once"),
+        ("SR:3M", "not a multiple of 2 MiB"),
+        ("SN:2M:FILE", "no stored content"),
+        ("EN:2M:FILE", "no stored content"),
+        ("EW:2M:EROFS", "EROFS is read-only"),
+        ("SW:4M:EXT2", "guests that write to one copy"),
     ],
 )
 def test_what_cannot_be(store: Store, images: dict[str, Path], text: str, says: str) -> None:
@@ -84,7 +84,7 @@ def test_what_cannot_be(store: Store, images: dict[str, Path], text: str, says: 
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("SR:2M:BIG", "more than range 0"), ("SR:2M:NONE", "not a file")]
+    ("text", "says"), [("SR:2M:BIG", "but range 0 has only"), ("SR:2M:NONE", "not a regular file")]
 )
 def test_what_cannot_be_read(
     store: Store, images: dict[str, Path], tmp_path: Path, text: str, says: str

@@ -176,7 +176,7 @@ def test_sizes_beyond_reason(tmp_path: Path) -> None:
 def test_what_is_no_file_is_not_opened(tmp_path: Path, store: Store) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises(BadSource, match="is not a file") as caught:
+        with pytest.raises(BadSource, match="is not a regular file") as caught:
             open_disk(str(path), store)
         assert caught.value.hint
 
@@ -186,7 +186,7 @@ def test_an_image_that_becomes_a_pipe(tmp_path: Path, store: Store) -> None:
     source = open_disk(f"{tmp_path}/image", store)
     (tmp_path / "image").unlink()
     os.mkfifo(tmp_path / "image")
-    with pytest.raises(BadSource, match="is no file"):
+    with pytest.raises(BadSource, match="is not a regular file"):
         source.unpack(tmp_path / "tree", lambda _: None)
 
 
@@ -195,7 +195,7 @@ def test_a_machine_that_runs_from_it(tmp_path: Path, store: Store) -> None:
     path.write_bytes(bytes(MIB))
     with path.open("r+b") as file:
         assert lock(file.fileno())
-        with pytest.raises(BadSource, match="a running machine writes to it"):
+        with pytest.raises(BadSource, match="a running machine has it open"):
             open_disk(str(path), store).unpack(tmp_path / "tree", lambda _: None)
     with path.open("rb") as one, path.open("rb") as two, path.open("r+b") as writer:
         assert lock_for_reading(one.fileno())
@@ -216,7 +216,7 @@ def test_names_that_are_no_images(tmp_path: Path, store: Store) -> None:
     for name, said in (
         ("missing", "No such file"),
         ("missing#1", "No such file"),
-        (".", "not a file"),
+        (".", "not a regular file"),
     ):
         with pytest.raises(BadSource, match=said) as caught:
             open_source(f"disk:{tmp_path}/{name}", store=store)
@@ -256,9 +256,9 @@ def test_a_table() -> None:
     [
         ("disk 0", "neither a file system"),
         ("disk 100\nID_PART_TABLE_TYPE=PMBR", "truncated"),
-        ("disk 100\nID_PART_TABLE_TYPE=gpt", "is empty, or cannot be read"),
+        ("disk 100\nID_PART_TABLE_TYPE=gpt", "is empty or unreadable"),
         (TABLE.replace("67108864", "8388608"), "truncated: partition 2 ends at byte 23068672"),
-        (TABLE + "partition 6 many", "cannot be read"),
+        (TABLE + "partition 6 many", "malformed"),
         (TABLE + "partition 6 1 1\n" * 200, "more than 128"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_damaged_image_with_a_right_digest(
     artifact = stored(store, images, fs, damage)
     before = artifact.layers[0].path.read_bytes()
     store.verify(artifact)
-    with pytest.raises(StoreDamaged, match=f"the {fs} of {fs}:latest in ") as caught:
+    with pytest.raises(StoreDamaged, match=f"the {fs} file system of {fs}:latest in ") as caught:
         check_images(artifact)
     assert said in caught.value.message.lower()
     assert f"onecopy rm {fs}:latest" in caught.value.hint
@@ -131,7 +131,7 @@ def test_all(store: Store, images: Path, capsys: pytest.CaptureFixture[str]) -> 
         "erofs:latest is whole, its file systems are sound: erofs",
     ]
     assert f"{changed} does not match its digest" in err
-    assert "the ext2 of ext2:latest" in err
+    assert "the ext2 file system of ext2:latest" in err
 
 
 @pytest.mark.parametrize("line", ["verify", "verify --all app:1"])

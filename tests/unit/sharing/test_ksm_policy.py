@@ -128,9 +128,9 @@ def test_the_host_is_put_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_somebody_else_looks_after_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(root, 100)
     monkeypatch.setattr("time.sleep", sleeping(lambda: sysfs(root, "run").write_text("2")))
-    with pytest.raises(InvalidInput, match="somebody else"):
+    with pytest.raises(InvalidInput, match="another program"):
         ksm_auto.run(1, 0.2, lambda _: None, root)
     assert ksm.setting("run", root) == "2"
     sysfs(root, "run").write_text("1")
-    with pytest.raises(InvalidInput, match="runs already"):
+    with pytest.raises(InvalidInput, match="running already"):
         ksm_auto.run(1, 0.2, lambda _: None, root)

@@ -281,7 +281,7 @@ def test_who_finds_no_port_waits_for_one(tmp_path: Path) -> None:
             async with plugged(tmp_path, "f" * 16, False, Deadline(), nothing) as ports:
                 assert set(ports) == {"out", "err"}
             tries[:] = []
-            with pytest.raises(NoSlot, match="no port left"):
+            with pytest.raises(NoSlot, match="no free port"):
                 deadline = Deadline.after(1.5)
                 async with (
                     deadline.scope(),

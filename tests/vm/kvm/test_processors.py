@@ -1,4 +1,4 @@
-"""Clones with more processors than were saved; under TCG Linux takes none while it runs."""
+"""Clones with more vCPUs than were saved; under TCG a running Linux cannot add vCPUs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Positive proof that guests run under KVM, from QEMU and from the guests' own kernels.
+"""Proves that guests run under KVM, by QEMU and by the guests' kernels.
 
-It is kept in ``$ONECOPY_RESULTS/proof.json``: without it a run under KVM does not pass.
+The proof is written to ``$ONECOPY_RESULTS/proof.json``. A run under KVM without it does not pass.
 """
 
 from __future__ import annotations

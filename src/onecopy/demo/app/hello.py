@@ -1,4 +1,4 @@
-"""The demo's application: an HTTP service that answers every request with the guest's name."""
+"""The demo's application: an HTTP service that answers each request with the guest's hostname."""
 
 import socket
 

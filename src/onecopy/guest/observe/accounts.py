@@ -1,4 +1,4 @@
-"""From running guests to what sharing/ needs to know of them."""
+"""Converts running guests, and other QEMU processes, to the input of sharing/."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from onecopy.sharing.report import Report, collect
 from onecopy.vmm import external_qemu
 from onecopy.vmm.external_qemu import Vmm
 
-#: How often a report is checked when processes end meanwhile.
+#: Attempts at a consistent report while processes end.
 _TRIES = 10
 
 
 def report_all(host: Runtime) -> Report:
-    """The report of a host: its guests, what is prepared, and other QEMU processes."""
+    """Report the memory of a host's guests, standby VMMs and other QEMU processes."""
     maps = guest_maps([*host.guests(), *host.prepared()])
     others = external_qemu.find({each.pid for each in maps})
     return collect(maps, map(vmm_maps, others.vmms), left_out=others.left_out)
 
 
 def checked_report(host: Runtime) -> tuple[Report, Check]:
-    """The same, and whether its parts add up; taken anew while processes end meanwhile.
+    """Report as `report_all`, and check that the parts add up to the host's memory.
 
-    Raises what `check.read` and `check.check` do; NotFound if that goes on and on.
+    The report is taken again if a process ends during the check.
+
+    Raises:
+        NotFound: A process ended in each of several attempts.
+        OnecopyError: Any error of `cross_check.read` and `cross_check.check`.
     """
     before = cross_check.read(host.memory_before)
     for _ in range(_TRIES - 1):
@@ -41,7 +45,7 @@ def checked_report(host: Runtime) -> tuple[Report, Check]:
 
 
 def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
-    """One GuestMaps per guest."""
+    """Return one GuestMaps per guest."""
     return [
         GuestMaps(
             name=guest.name,
@@ -68,7 +72,7 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
 
 
 def vmm_maps(vmm: Vmm) -> GuestMaps:
-    """The GuestMaps of another's QEMU."""
+    """Return the GuestMaps of a QEMU process that onecopy did not start."""
     return GuestMaps(
         name=vmm.name,
         pid=vmm.pid,

@@ -1,6 +1,7 @@
-"""From guests, others' included, and files to advice, and to the commands that carry it out.
+"""Surveys guests and files for equal pages, and turns the advice into commands.
 
-Not here: what is compared and how (sharing/survey.py, sharing/ram_scan.py, sharing/advice.py).
+Other programs' QEMU processes are included. Not here: the comparison (sharing/survey.py,
+sharing/ram_scan.py) and the advice (sharing/advice.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from onecopy.guest.observe.accounts import guest_maps, vmm_maps
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.linux.files import Identity, open_regular
-from onecopy.model import Reference
+from onecopy.model import Reference, format_size
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.advice import Advice
 from onecopy.sharing.file_pages import Image
@@ -29,35 +30,35 @@ from onecopy.vmm.external_qemu import Vmm
 
 Tell = Callable[[str], None]
 
-#: What stands in a step where the user knows better.
+#: Placeholder for a mount point that the user chooses.
 _WHERE = "/MOUNTPOINT"
-#: Bytes of others' disks that are read: they can name what takes hours.
-_MOST_OF_DISKS = 256 << 30
+#: The most bytes of other QEMU processes' disks to read. They can be too large to read.
+_MAX_DISK_BYTES = 256 << 30
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One command that carries the advice out."""
+    """A command that carries out the advice."""
 
     argv: tuple[str, ...]
     why: str
     ref: str = ""
-    """The segment that it builds; empty if it builds none."""
+    """The segment that it builds; "" for none."""
     source: str = ""
-    """From what, as `onecopy build --from` has it."""
+    """The source of that segment, as for `onecopy build --from`."""
 
 
 class Advised(msgspec.Struct, frozen=True):
-    """What was found, and what to do."""
+    """A survey and the steps that it suggests."""
 
     survey: Survey
     steps: tuple[Step, ...]
     domain: str = ""
     """The trust domain of the guests; "" is the default one."""
     disks: Mapping[str, Identity] = {}
-    """Which files others' disks were, by what steps call them."""
+    """Source of a step -> identity of the disk's file when it was surveyed."""
 
     def to_json(self) -> dict[str, object]:
-        """As JSON values, all on one level (docs/json.md)."""
+        """Convert to JSON values, all on one level (docs/json.md)."""
         survey: dict[str, object] = msgspec.to_builtins(self.survey)
         advice: dict[str, object] = msgspec.to_builtins(self.survey.advice)
         del survey["advice"]
@@ -73,12 +74,22 @@ def look(
     name: str = "shared",
     tell: Tell = lambda _: None,
 ) -> Advised:
-    """Look at the guests of these ``names``, or at all, those of others included.
+    """Survey guests for pages that they could share.
 
-    ``roots`` are images and folders that guests' root file systems are made from, beside the disks
-    that others' QEMUs name; ``files`` are folders that a further segment could have, beside the
-    segments that are stored. ``name`` is what the steps call the new segment. Guests of a trust
-    domain are compared among themselves, when they are named. Raises NotFound, InvalidInput.
+    Guests of a trust domain are compared with each other only, and only if they are named.
+
+    Args:
+        host: The runtime of the guests.
+        names: The guests; default: all, with those of other programs.
+        roots: Images and directories of the guests' root file systems, in addition to the disks of
+            other QEMU processes.
+        files: Directories that a new segment could hold, in addition to stored segments.
+        name: The name of the new segment in the steps.
+        tell: Called with one line of text for each step.
+
+    Raises:
+        NotFound: There is no such guest or path.
+        InvalidInput: The named guests belong to several trust domains.
     """
     chosen = _choose(host, names)
     mine = [Image(str(path), path) for path in roots if not _is_folder(path)]
@@ -91,7 +102,7 @@ def look(
     found = survey(chosen.guests, sources, tell)
     found = replace(found, left_out=(*found.left_out, *chosen.left_out))
     roots_of = [f"{'dir' if _is_folder(path) else 'disk'}:{path}" for path in roots]
-    # What stands behind # is a partition's number: such a name would be that of another file.
+    # In a source, "#" separates a partition's number. A path with "#" would name another file.
     roots_of += [f"disk:{disk.path}" for disk in chosen.disks if "#" not in str(disk.path)]
     steps = _steps(found.advice, name, chosen.ours, roots_of, files)
     which = {f"disk:{disk.path}": disk.same_as for disk in chosen.disks if disk.same_as}
@@ -101,7 +112,9 @@ def look(
 def apply(host: Runtime, advised: Advised, tell: Tell = lambda _: None) -> list[Artifact]:
     """Build the segments of the steps, in the guests' trust domain.
 
-    Raises as `build_segment`, and NotFound if another file has the name of a disk by now.
+    Raises:
+        NotFound: The file of a disk was replaced since the survey.
+        OnecopyError: Any error of `build_segment`.
     """
     access = Access(domain=advised.domain)
     for step in advised.steps:
@@ -118,14 +131,14 @@ def apply(host: Runtime, advised: Advised, tell: Tell = lambda _: None) -> list[
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """The guests to look at, of one trust domain."""
+    """The guests to survey, of one trust domain."""
 
     guests: Sequence[GuestMaps]
     left_out: Sequence[LeftOut]
     ours: frozenset[str]
-    """Which of them can be saved."""
+    """Names of onecopy's guests, which can be saved."""
     disks: Sequence[Image]
-    """Of the others, each once."""
+    """Disks of the other guests, without duplicates."""
     domain: str
 
 
@@ -137,11 +150,11 @@ def _choose(host: Runtime, names: Sequence[str]) -> _Chosen:
     every = [*ours, *theirs]
     if unknown := set(names) - {each.name for each in every}:
         raise NotFound(
-            f"no guest {', '.join(sorted(unknown))}",
-            hint="`onecopy report` lists all, also those of other programs",
+            f"there is no guest {', '.join(sorted(unknown))}",
+            hint="list the guests, with those of other programs, with `onecopy report`",
         )
     domains = {each.pid: each.domain for each in records}
-    # Anybody can call a process as a guest of ours is called.
+    # Another program's process may use the name of one of onecopy's guests.
     known = {each.name for each in ours}
     wanted = [*ours, *(each for each in theirs if each.name not in known)] if names else every
     wanted = [each for each in wanted if not names or each.name in names]
@@ -161,14 +174,15 @@ def _choose(host: Runtime, names: Sequence[str]) -> _Chosen:
 
 
 def _disks(vmms: Sequence[Vmm]) -> tuple[list[Image], list[LeftOut]]:
-    """Their disks, each once, and those that are too much to read."""
-    images, left_out, room = dict[str, Image](), [], _MOST_OF_DISKS
+    """Return the VMMs' disks without duplicates, and those that exceed the limit."""
+    images, left_out, room = dict[str, Image](), [], _MAX_DISK_BYTES
     for vmm in vmms:
         for path in vmm.disks:
             with suppress(OSError):
                 size = Path(path).stat().st_blocks * 512
                 if size > room:
-                    reason = f"its disk {path} was not read: there are too many and large ones"
+                    limit = format_size(_MAX_DISK_BYTES)
+                    reason = f"its disk {path} was not read: all disks together exceed {limit}"
                     left_out.append(LeftOut(vmm.name, vmm.pid, reason))
                 elif path not in images:
                     images[path] = Image(path, Path(path), vmm.regular[path])
@@ -178,24 +192,26 @@ def _disks(vmms: Sequence[Vmm]) -> tuple[list[Image], list[LeftOut]]:
 
 def _is_folder(path: Path) -> bool:
     if not path.exists():
-        raise NotFound(f"there is no {path}", hint="name an image or a folder")
+        raise NotFound(f"{path} does not exist", hint="give an image or a directory")
     return path.is_dir()
 
 
 def _domain(domains: set[str]) -> str:
     if len(domains) > 1:
         raise InvalidInput(
-            "guests of several trust domains share nothing", hint="name guests of one of them"
+            f"the guests belong to {len(domains)} trust domains, which share nothing",
+            hint="name guests of one trust domain",
         )
     return domains.pop() if domains else ""
 
 
 def _of_domain(guest: GuestMaps) -> LeftOut:
-    return LeftOut(guest.name, guest.pid, "it is of a trust domain; name the guests of that one")
+    reason = "it belongs to another trust domain: name the guests of that domain"
+    return LeftOut(guest.name, guest.pid, reason)
 
 
 def _segments(host: Runtime, domain: str) -> list[Image]:
-    # By path: a segment may have several names, and is read once.
+    # Keyed by path, because a segment may have several names and is read once.
     names = {
         layer.path: each.ref
         for each in host.store.artifacts("segment")
@@ -209,36 +225,40 @@ def _steps(
     advice: Advice, name: str, ours: Container[str], roots: Sequence[str], files: Sequence[Path]
 ) -> list[Step]:
     steps = []
-    build = _build(name, roots[0] if roots else "", "the root file system, once")
+    build = _build(name, roots[0] if roots else "", "one copy of the root file system")
     from_guest = advice.best_guest if advice.best_guest in ours else None
     if "root" in advice.take or ("saved" in advice.take and not from_guest):
         steps.append(build)
     if "saved" in advice.take:
         options = ["--from", from_guest] if from_guest else ["--root", name]
-        why = "a guest as it is now" if from_guest else "booted once, with your options for `save`"
+        why = "this guest as it is now" if from_guest else "boot once, with your `save` options"
         steps.append(_step("save", f"{name}-system", *options, why=why))
-        steps.append(_step("run", f"{name}-system", "-n", "N", why="guests that share it"))
+        steps.append(
+            _step("run", f"{name}-system", "-n", "N", why="start guests that share its memory")
+        )
     elif "root" in advice.take:
-        steps.append(_step("run", "--cold", name, why="guests that execute it in place"))
+        steps.append(_step("run", "--cold", name, why="boot guests that map it in place"))
     if "extra" in advice.take:
         steps += _extra(advice, name, files)
     if "ksm" in advice.take:
-        steps.append(_step("ksm", "on", why="merges what is left"))
+        steps.append(_step("ksm", "on", why="merge the other equal pages"))
     return steps
 
 
 def _extra(advice: Advice, name: str, files: Sequence[Path]) -> list[Step]:
-    """The folder, or the stored segment, in which most was found."""
+    """Return the steps for the directory or stored segment with the most equal pages."""
     for found in advice.files:
         for folder in files:
             if Path(found.name).is_relative_to(folder):
                 new = f"{name}-files"
-                load = _step("attach", "GUEST", f"{new}:{_WHERE}", why="before they are read")
-                return [_build(new, f"dir:{folder}", "these files, once"), load]
+                load = _step(
+                    "attach", "GUEST", f"{new}:{_WHERE}", why="before the guest reads them"
+                )
+                return [_build(new, f"dir:{folder}", "one copy of these files"), load]
         if not found.name.startswith("/"):
             what = f"{found.name}:{_WHERE}"
-            return [_step("attach", "GUEST", what, why="in place of the guests' own files")]
-    raise InvalidInput("no file was found that a segment could have", hint="report this as a bug")
+            return [_step("attach", "GUEST", what, why="replaces the guests' own files")]
+    raise InvalidInput("the survey found no file for a segment", hint="report this as a bug")
 
 
 def _step(*argv: str, why: str) -> Step:
@@ -246,6 +266,6 @@ def _step(*argv: str, why: str) -> Step:
 
 
 def _build(name: str, source: str, why: str) -> Step:
-    """Without a ``source`` it is for the user to say, and `apply` does not build it."""
+    """Return a build step; without a ``source`` the user must give it, and `apply` skips it."""
     argv = ("onecopy", "build", name, "--from", source or "SOURCE")
     return Step(argv, why, name if source else "", source)

@@ -1,4 +1,4 @@
-"""What this host can do: programs, QEMU, the accelerator, the kernel's counters."""
+"""Checks what this host supports: programs, QEMU, the accelerator, the kernel's counters."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ from onecopy.vmm.qemu import Qemu
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One check; ``state`` is ok, limited (something works less well) or missing."""
+    """The result of a check."""
 
     check: str
     state: str
+    """``ok``, ``limited`` (works with restrictions) or ``missing``."""
     says: str
+    """The details, for a user."""
 
 
 def examine(host: Runtime, progress: Callable[[str], None] = lambda _: None) -> list[Finding]:
-    """All checks; raises nothing for what it finds."""
+    """Run all checks; a failed check is a finding, not an error."""
     return [
         *_programs(),
         *_virtualization(host, progress),
@@ -58,7 +60,7 @@ def _programs() -> Iterator[Finding]:
         install = as_root(f"apt-get install {' '.join(sorted(absent))}")
         yield Finding("programs", "missing", install)
     else:
-        yield Finding("programs", "ok", f"all {len(PACKAGES)} found")
+        yield Finding("programs", "ok", f"all {len(PACKAGES)} programs are installed")
 
 
 def _virtualization(host: Runtime, progress: Callable[[str], None]) -> Iterator[Finding]:
@@ -82,58 +84,60 @@ def _virtualization(host: Runtime, progress: Callable[[str], None]) -> Iterator[
 def _starting(qemu: Qemu) -> Finding:
     says = f"{qemu.version}, {qemu.machine}"
     if qemu.rom:
-        return Finding("qemu", "ok", f"{says}; it maps saved RAM from a read-only file")
+        return Finding("qemu", "ok", f"{says}; maps saved RAM from a read-only file")
     if open_notify.is_possible(qemu):
-        return Finding("qemu", "ok", f"{says}; it is given saved RAM read-only")
-    return Finding("qemu", "limited", f"{says}; it cannot start saved systems on this kernel")
+        return Finding("qemu", "ok", f"{says}; gets saved RAM as a read-only descriptor")
+    return Finding("qemu", "limited", f"{says}; cannot start saved systems on this kernel")
 
 
 def _confinement(accel: str) -> Finding:
     says, limits = ["seccomp"], []
     if os.geteuid() != 0:
-        says.append("QEMU runs as you")
+        says.append("QEMU runs as the invoking user")
     elif why_not := vmm_user.why_not(accel):
-        limits.append(f"QEMU runs as root, without capabilities: {why_not}")
+        limits.append(f"QEMU runs as root without capabilities: {why_not}")
     elif count := vmm_user.small_range_size():
         limits.append(
-            f"each guest's QEMU is a user of its own, of only {count} numbers, which others on "
-            "this host may have, too"
+            f"each guest's QEMU has its own user ID, but there are only {count}, and other "
+            "programs of this host may use them"
         )
     else:
-        says.append("each guest's QEMU is a user of its own")
+        says.append("each guest's QEMU has its own user ID")
     if version := landlock.abi():
         says.append(f"Landlock ABI {version}")
         if version < landlock.BINDS_SINCE:
-            limits.append("who publishes a port below 1024 has them all: that takes Linux 6.7")
+            limits.append(
+                "before Linux 6.7, publishing a port below 1024 lets a guest listen on all of them"
+            )
         if name_servers.opens_more() and not name_servers.can_hide():
-            says.append("what all may read in /etc is open to it, for the name servers' sake")
+            says.append("QEMU can read world-readable files in /etc, to find the name servers")
     else:
         limits.append(
-            "this kernel has no Landlock (LSM=landlock), so files are kept by rights only"
+            "this kernel has no Landlock (boot option lsm=), so only file permissions apply"
         )
     return Finding("confinement", "limited" if limits else "ok", "; ".join([*limits, *says]))
 
 
 def _limits() -> Finding:
-    """What one guest can take of the host at the most."""
+    """Check the limits on a guest's use of the host."""
     if why_not := cgroup.why_not():
-        says = f"memory, files and logs of each QEMU are limited, but by process alone: {why_not}"
+        says = f"limits on memory, files and logs hold per process, without a cgroup: {why_not}"
         if os.geteuid():
-            says += "; its threads are not"
+            says += "; threads are not limited"
         return Finding("limits", "limited", says)
-    says = "memory, threads, files and logs of each QEMU are limited, and it has a control group"
+    says = "memory, threads, files and logs of each QEMU are limited, by a control group"
     return Finding("limits", "ok", says)
 
 
 def _network(accel: str) -> Finding:
-    """Whether guests can be kept from the host: root's rules for it are in force afterwards."""
+    """Check that guests can be closed off from the host; as root this applies the rules."""
     if vmm_user.have_own_numbers():
         why_not = closed_network.why_not(vmm_user.new_user(accel), vmm_user.why_not(accel))
     else:
         why_not = router.why_not()
     if why_not:
         return Finding("network", "limited", f"guests need --allow-host or --no-network: {why_not}")
-    return Finding("network", "ok", "guests reach the outside, and nothing of this host")
+    return Finding("network", "ok", "guests reach the network, but no port of this host")
 
 
 def _memory() -> Iterator[Finding]:
@@ -143,9 +147,9 @@ def _memory() -> Iterator[Finding]:
     yield Finding("memory", "ok" if known else "limited", says if known else "unknown")
     merging = ksm.read()
     if merging is None:
-        yield Finding("KSM", "limited", "this kernel has none")
+        yield Finding("KSM", "limited", "this kernel has no KSM")
     else:
-        yield Finding("KSM", "ok", "running" if merging.run else "there, and off")
+        yield Finding("KSM", "ok", "running" if merging.run else "available, turned off")
 
 
 def _counters() -> Iterator[Finding]:
@@ -153,9 +157,9 @@ def _counters() -> Iterator[Finding]:
         start = id(object()) & ~0xFFF
         for entry in pagemap.read(os.getpid(), start, 1):
             pagemap.pfn(entry)
-        yield Finding("page counters", "ok", "pagemap shows physical pages")
+        yield Finding("page counters", "ok", "pagemap shows physical page numbers")
     except NotPermitted:
-        yield Finding("page counters", "limited", "physical pages are shown to root only")
+        yield Finding("page counters", "limited", "only root can read physical page numbers")
     except (NotFound, Unreadable) as error:
         yield Finding("page counters", "limited", error.message)
 
@@ -171,10 +175,10 @@ def _store(host: Runtime) -> Iterator[Finding]:
 def _read_ahead(size: int | None) -> Finding:
     if size is None:
         return Finding("read-ahead", "limited", "unknown")
-    says = f"the kernel reads {format_size(size)} around a page of a segment that a guest touches"
+    says = f"the kernel reads {format_size(size)} around each page of a segment that is accessed"
     if size <= MIB:
         return Finding("read-ahead", "ok", says)
-    says += ", which fills the page cache; read_ahead_kb of the store's disk sets it (Linux: 128)"
+    says += ", which fills the page cache: set read_ahead_kb of the store's disk (default: 128)"
     return Finding("read-ahead", "limited", says)
 
 
@@ -183,6 +187,6 @@ def _protection(host: Runtime) -> Finding:
         sample = work / "sample"
         sample.write_bytes(b"sample")
         if verity.enable(sample):
-            return Finding("blobs", "ok", "fs-verity guards new ones against change")
-    says = "the store's file system has no fs-verity: only `onecopy verify` finds a changed one"
+            return Finding("blobs", "ok", "fs-verity protects new blobs against changes")
+    says = "the store's file system has no fs-verity: only `onecopy verify` finds changed blobs"
     return Finding("blobs", "limited", says)

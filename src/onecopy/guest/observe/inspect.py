@@ -1,4 +1,4 @@
-"""What `ls` and `inspect` tell of an artifact."""
+"""Describes artifacts for `ls` and `inspect`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from onecopy.store import Access, Artifact, Layer, Store
 
 
 def describe(store: Store, artifact: Artifact, *, pending: bool = False) -> dict[str, Any]:
-    """One artifact as JSON values: sizes in bytes, null for unknown, ``users`` are guests.
+    """Describe an artifact as JSON values.
 
-    ``pending`` is one whose name was taken away while guests have it.
+    Args:
+        store: The store of the artifact.
+        artifact: The artifact.
+        pending: Whether it has lost its name while guests use it (pending purge).
+
+    Returns:
+        The fields of docs/json.md; sizes are bytes, None is unknown, ``users`` are guests.
     """
     access = store.access(artifact.name)
     resident = [_resident(layer) for layer in artifact.layers]
@@ -39,7 +45,7 @@ def describe(store: Store, artifact: Artifact, *, pending: bool = False) -> dict
 
 
 def describe_fully(store: Store, artifact: Artifact) -> dict[str, Any]:
-    """Also its config and its layers; ``disk`` counts the blocks that a blob really has."""
+    """Describe an artifact with its config and layers; ``disk`` is the blob's allocated bytes."""
     layers = [
         {
             "digest": layer.digest,
@@ -59,18 +65,18 @@ def describe_fully(store: Store, artifact: Artifact) -> dict[str, Any]:
 
 
 def _state(access: Access, *, pending: bool) -> str:
-    """As z/VM's QUERY NSS has it: available, restricted, or pending purge."""
+    """Return A (available), R (restricted) or P (pending purge), as z/VM's QUERY NSS."""
     return "P" if pending else "R" if access.restricted else "A"
 
 
 def _domain(artifact: Artifact, access: Access, *, pending: bool) -> str:
-    # What is pending may have lost its name to another domain.
+    # The name of a pending artifact may belong to another domain now.
     domains = {layer.domain for layer in artifact.layers}
     return domains.pop() if pending and domains else access.domain
 
 
 def _classes(artifact: Artifact) -> list[str] | None:
-    """The page classes of a segment's ranges; None if its record cannot be read."""
+    """Return the page classes of a segment's ranges; None if its record is damaged."""
     if artifact.kind != "segment":
         return []
     with contextlib.suppress(StoreDamaged):

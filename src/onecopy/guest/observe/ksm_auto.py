@@ -1,7 +1,7 @@
-"""`onecopy ksm auto`: looks at the host now and then, and lets KSM run or rest.
+"""Turns KSM on and off by the host's free memory: `onecopy ksm auto`.
 
-The host's settings are put back at the end, or by `onecopy ksm off` if it was killed
-(sharing/ksm_settings.py). Not here: what is decided (sharing/ksm_policy.py).
+At the end the host's settings are restored. If the command is killed, `onecopy ksm off` restores
+them (sharing/ksm_settings.py). Not here: the decision (sharing/ksm_policy.py).
 """
 
 from __future__ import annotations
@@ -23,15 +23,23 @@ _RUNS = "1"
 def run(
     interval: float, below: float, tell: Callable[[str], None], root: Path = files.ROOT
 ) -> None:
-    """Look every ``interval`` seconds until it is interrupted; then all is as it was found.
+    """Adjust KSM every ``interval`` seconds until interrupted, then restore its settings.
 
-    Raises Incompatible on a kernel without KSM, NotPermitted, and InvalidInput when KSM runs
-    already: somebody else uses it.
+    Args:
+        interval: Seconds between adjustments.
+        below: The share of free memory below which KSM runs.
+        tell: Called with one line of text for each change.
+        root: The root of /proc and /sys.
+
+    Raises:
+        Incompatible: The kernel has no KSM.
+        NotPermitted: This user may not change KSM's settings.
+        InvalidInput: KSM is running already, or another program changed its settings.
     """
     if ksm.required("run", root) == _RUNS:
         raise InvalidInput(
-            "KSM runs already: somebody else looks after it",
-            hint="`onecopy ksm status` shows it; if that was onecopy, `onecopy ksm off` first",
+            "KSM is running already, so another program may control it",
+            hint="see `onecopy ksm status`; if onecopy started it, run `onecopy ksm off` first",
         )
     state, advised = State(), ksm.setting("advisor_mode", root) is not None
     try:
@@ -41,7 +49,7 @@ def run(
     finally:
         left = ksm_settings.turn_off(root)
         for name in left:
-            tell(f"{name} was changed by somebody else, and is left")
+            tell(f"{name} was changed by another program and is not restored")
 
 
 def _step(
@@ -53,17 +61,17 @@ def _step(
         if ksm.setting(name, root) != value:
             ksm_settings.tune({name: value}, root)
     if (next_state.runs, next_state.why) != (state.runs, state.why):
-        tell(f"KSM {'runs' if next_state.runs else 'stands'}: {next_state.why}")
+        tell(f"KSM {'runs' if next_state.runs else 'is stopped'}: {next_state.why}")
     return next_state
 
 
 def _require_ours(state: State, root: Path) -> None:
-    """Raise InvalidInput if somebody else has stopped KSM, or let it run, since the last look."""
+    """Raise InvalidInput if another program has turned KSM on or off since the last step."""
     now = ksm.required("run", root)
     if (now == _RUNS) != state.runs:
         raise InvalidInput(
-            f"somebody else has set KSM's run to {now} meanwhile",
-            hint="only one can look after it: end the other, and start this again",
+            f"another program has set KSM's run to {now}",
+            hint="only one program can control KSM: end the other one, then start this again",
         )
 
 
@@ -77,7 +85,7 @@ def _settings(state: State, advised: bool) -> dict[str, str]:
 def _look(root: Path) -> Look:
     memory, now = meminfo.read(root), ksm.read(root)
     if now is None or memory.total is None or memory.available is None:
-        raise Incompatible("this kernel does not tell what KSM does, or how much memory there is")
+        raise Incompatible("this kernel does not report KSM's counters or the host's memory")
     saved = (now.pages_sharing or 0) * PAGE_SIZE
     profit = saved if now.general_profit is None else now.general_profit
     return Look(memory.total, memory.available, profit, now.full_scans or 0)

@@ -1,8 +1,8 @@
-"""Open a running guest's RAM to KSM, or close it.
+"""Allows or denies KSM to merge a running guest's RAM.
 
-QEMU offers RAM to KSM when the guest starts, and takes that back when its memory backend is told
-(property ``merge``; madvise(2), MADV_MERGEABLE). QEMU's own memory can be opened at the start only:
-there is no prctl(2) for another process. Not here: KSM itself (sharing/ksm_settings.py).
+QEMU's memory backends have a property ``merge``, which sets madvise(2) MADV_MERGEABLE or its
+opposite. QEMU's own memory can be allowed only at its start, because no prctl(2) applies to another
+process. Not here: KSM's settings (sharing/ksm_settings.py).
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ from onecopy.linux.counters import ksm, meminfo
 from onecopy.model import PAGE_SIZE
 from onecopy.vmm.monitor import connect
 
-#: The memory backends that RAM has (vmm/argv.py, vmm/ram_cpu_hotplug.py).
+#: IDs of the memory backends of RAM (vmm/argv.py, vmm/ram_cpu_hotplug.py).
 _RAM = {"ram", "added-memory"}
 
 
 async def set_mergeable(host: Runtime, name: str, *, mergeable: bool) -> None:
-    """Open the RAM of a running guest to KSM, or close it, which tears its merged pages apart.
+    """Allow or deny KSM to merge the RAM of a running guest.
 
-    Raises NotFound, InvalidInput for a guest of a trust domain, InsufficientResources when there is
-    no memory for pages of its own, GuestFailed.
+    Denying it breaks up the guest's merged pages.
+
+    Raises:
+        NotFound: There is no such guest.
+        InvalidInput: The guest belongs to a trust domain, whose memory must not be merged.
+        InsufficientResources: There is too little memory to break up the merged pages.
+        GuestFailed: QEMU failed.
     """
     record = host.guest(name).record()
     if mergeable and record.domain:
         raise InvalidInput(
-            f"{name} is of the trust domain {record.domain}, and KSM knows none: it would merge "
-            "its memory with that of others",
-            hint="what guests of one domain share are segments and saved systems of it",
+            f"{name} belongs to the trust domain {record.domain}, but KSM merges pages across "
+            "trust domains",
+            hint="share segments and saved systems of the domain instead",
         )
     if not mergeable:
         _require_memory(record.pid)
@@ -43,5 +48,8 @@ def _require_memory(pid: int) -> None:
     available = meminfo.read().available
     if available is not None and needed > available:
         raise InsufficientResources(
-            "memory", needed=needed, available=available, hint="stop some guests first"
+            "memory for separate copies of merged pages",
+            needed=needed,
+            available=available,
+            hint="stop some guests first",
         )

@@ -1,6 +1,6 @@
-"""Measure a few clones of a saved system, so that it can be said what many will take.
+"""Measures a few clones of a saved system, as the input of a forecast for many.
 
-Not here: the forecast itself (sharing/forecast.py).
+Not here: the forecast (sharing/forecast.py).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Tell = Callable[[str], None]
 
 
 class Size(msgspec.Struct, frozen=True):
-    """How much is measured."""
+    """The size of a measurement."""
 
     first: int = 4
-    """Clones for what all share."""
+    """Number of first clones, which show the memory that all share."""
     more: int = 32
-    """Clones beside them for what each has of its own."""
+    """Number of further clones, which show the memory of each."""
     settle: float = 15.0
-    """Seconds for which they are left alone before they are looked at, and while they are."""
+    """Seconds to wait before a measurement, and the length of the CPU measurement."""
 
 
 _USUAL = Size()
@@ -53,9 +53,11 @@ async def measure(
     tell: Tell = lambda _: None,
     work: Work = _NONE,
 ) -> Profile:
-    """Start clones, look at them and end them.
+    """Start clones, measure their memory, start time and CPU time, and end them.
 
-    Raises what starts do, Incompatible, InsufficientResources; GuestFailed if ``work`` fails.
+    Raises:
+        GuestFailed: ``work``, the command to run for each clone, fails.
+        OnecopyError: Any error of starting clones or reading their memory.
     """
     source = template(host, system)
     names = names_for("plan", None, size.first + size.more)
@@ -65,17 +67,17 @@ async def measure(
         try:
             tell(f"starting {size.first} clones")
             started += (await _start(host, source, names[: size.first], owner, work.port))[0]
-            await _do(work, started)
+            await _run_work(work, started)
             await asyncio.sleep(size.settle)
-            few = _look(host, started, before)
+            few = _check_memory(host, started, before)
             tell(f"starting {size.more} more")
             more, seconds = await _start(host, source, names[size.first :], owner, work.port)
             started += more
-            await _do(work, more)
-            tell("leaving them alone for a while")
+            await _run_work(work, more)
+            tell(f"waiting {size.settle:g} s for the clones to become idle")
             await asyncio.sleep(size.settle)
             idle = await _idle(started, size.settle)
-            many = _look(host, started, before)
+            many = _check_memory(host, started, before)
         finally:
             host.end(*started)
     own = many.parts - many.blobs - (few.parts - few.blobs)
@@ -98,7 +100,7 @@ async def measure(
 async def _start(
     host: Runtime, source: Template, names: list[str], owner: Path, port: int
 ) -> tuple[list[GuestRecord], float]:
-    """The guests, and how many seconds it took until they were handed out."""
+    """Start clones; return them and the seconds until all were ready."""
     need = admission.of_clones(source.accel.name, len(names))
     spec = CloneSpec(publish=((0, port),) if port else (), translated=need.translated)
 
@@ -110,36 +112,38 @@ async def _start(
     return list(done.guests), time.monotonic() - began
 
 
-async def _do(work: Work, guests: list[GuestRecord]) -> None:
-    """Work with each of them."""
+async def _run_work(work: Work, guests: list[GuestRecord]) -> None:
+    """Run the command of ``work`` for each guest."""
     turn = turns()
 
     async def one(guest: GuestRecord) -> None:
         async with turn:
-            await _command(work.command, guest)
+            await _run_command(work.command, guest)
 
     if work.command:
         await asyncio.gather(*map(one, guests))
 
 
-async def _command(command: str, guest: GuestRecord) -> None:
-    """Run it in a shell of the host; raise GuestFailed if it fails."""
+async def _run_command(command: str, guest: GuestRecord) -> None:
+    """Run a command in a shell of the host; raise GuestFailed if it fails."""
     known = {"GUEST": guest.name}
     if guest.publish:
         known["PORT"] = str(guest.publish[0][0])
-    code, said = await run_shell(command, known)
+    code, output = await run_shell(command, known)
     if code:
-        raise GuestFailed(f"{command!r} ended with exit code {code}: {said}")
+        raise GuestFailed(
+            f"the command {command!r} for {guest.name} ended with exit code {code}: {output}"
+        )
 
 
-def _look(host: Runtime, guests: list[GuestRecord], before: Before) -> Check:
+def _check_memory(host: Runtime, guests: list[GuestRecord], before: Before) -> Check:
     names = {guest.name for guest in guests}
     records = [each for each in host.guests() if each.name in names]
     return check(before, collect(guest_maps(records)))
 
 
 async def _idle(guests: list[GuestRecord], seconds: float) -> float:
-    """Share of a processor that each uses."""
+    """Return the mean share of a host CPU that an idle guest uses."""
     began, before = time.monotonic(), sum(process.cpu_seconds(each.pid) for each in guests)
     await asyncio.sleep(seconds)
     after = sum(process.cpu_seconds(each.pid) for each in guests)
@@ -147,7 +151,7 @@ async def _idle(guests: list[GuestRecord], seconds: float) -> float:
 
 
 def kept(host: Runtime, system: Artifact, work: Work = _NONE) -> Profile | None:
-    """What was measured before of this system and ``work``, with the QEMU that the host has now."""
+    """Return an earlier profile of this system with the same QEMU and ``work``; None without."""
     try:
         found = msgspec.json.decode(_path(host, system).read_bytes(), type=Profile)
     except (OSError, msgspec.DecodeError):
@@ -156,7 +160,11 @@ def kept(host: Runtime, system: Artifact, work: Work = _NONE) -> Profile | None:
 
 
 def keep(host: Runtime, system: Artifact, profile: Profile) -> None:
-    """Keep a profile for `kept`. Raises OSError."""
+    """Store a profile for `kept`.
+
+    Raises:
+        OSError: The profile cannot be written.
+    """
     files.replace(_path(host, system), msgspec.json.encode(profile))
 
 

@@ -1,8 +1,8 @@
-"""All guests of a host, looked at again and again, for `onecopy top`.
+"""Samples all guests of a host repeatedly, for `onecopy top`.
 
-What seldom changes is not read each time: which guests there are when the folder of run folders has
-not changed, others' QEMUs and files' pages in memory only now and then. Not here: what is read of
-one guest (sharing/live_figures.py).
+Not every sample reads everything. The list of guests is read when the run directory has changed.
+Other QEMU processes and the files' resident pages are read with every tenth sample. Not here: the
+figures of one guest (sharing/live_figures.py).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from onecopy.model import PAGE_SIZE, format_size
 from onecopy.sharing.live_figures import Row, Sample, rows, sample
 from onecopy.vmm import external_qemu
 
-#: Looks between two at what seldom changes.
+#: A full sample is taken once in this many.
 _SELDOM = 10
 
 
 class View(msgspec.Struct, frozen=True):
-    """One look; bytes, None is unknown."""
+    """A sample of a host; sizes are bytes, None is unknown."""
 
     rows: list[Row]
     cpu: float
-    """Share of one processor of all guests together."""
+    """CPU use of all guests together; 1.0 is one CPU."""
     total: int
     available: int
     merging: str
     """One line about KSM."""
     files: list[tuple[str, int | None, int | None, int]]
-    """Files that guests map: name, size, what is in memory, how many guests."""
+    """Files that guests map: name, size, resident bytes, number of guests."""
 
 
 class Watch:
-    """Looks at a host; the first look has no figures of CPU yet."""
+    """A sampler of a host; its first sample has no CPU figures."""
 
     def __init__(self, host: Runtime) -> None:
         self._host = host
@@ -55,7 +55,7 @@ class Watch:
         self._ksmd = ksm.thread()
 
     def look(self) -> View:
-        """All that there is now."""
+        """Take a sample."""
         seldom = self._looks % _SELDOM == 0
         self._looks += 1
         self._find(seldom)
@@ -71,7 +71,7 @@ class Watch:
             cpu=sum(row.cpu or 0.0 for row in found),
             total=memory.total or 0,
             available=memory.available or 0,
-            merging=_told(merging, share),
+            merging=_ksm_line(merging, share),
             files=self._files,
         )
 
@@ -105,15 +105,15 @@ def _sizes(path: Path) -> tuple[int | None, int | None]:
 
 
 def _merges(merging: ksm.Ksm | None) -> bool:
-    """Whether there can be merged pages: else they need not be asked for, process by process."""
+    """Return whether merged pages can exist; otherwise they need no read for each process."""
     return merging is not None and bool(merging.run or merging.pages_shared)
 
 
-def _told(merging: ksm.Ksm | None, cpu: float) -> str:
+def _ksm_line(merging: ksm.Ksm | None, cpu: float) -> str:
     if merging is None or merging.run is None:
-        return "KSM: this kernel has none"
-    state = {0: "stopped", 1: "runs", 2: "stopped, all pages torn apart"}.get(merging.run, "?")
+        return "KSM: this kernel has no KSM"
+    state = {0: "stopped", 1: "runs", 2: "stopped, all pages unmerged"}.get(merging.run, "?")
     saved = (merging.pages_sharing or 0) * PAGE_SIZE
     profit = "?" if merging.general_profit is None else format_size(merging.general_profit)
-    verb = "saves" if merging.run else "saved when it ran"
+    verb = "saves" if merging.run else "still saves"
     return f"KSM {state}, {verb} {format_size(saved)}, profit {profit}, CPU {cpu * 100:.1f}%"

@@ -1,7 +1,7 @@
-"""The pages of blobs that guests have touched: one record per blob, in the store's cache.
+"""Records which pages of a blob guests have accessed: one record per blob, in the store's cache.
 
-A record is a hint. One that is missing, damaged, of another version or of another file is none, and
-the folder may be emptied at any time. Not here: how they come into memory (preload.py).
+A record is a hint. A missing, damaged or outdated record is ignored, and the cache may be emptied
+at any time. Not here: loading the pages (preload.py).
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ from onecopy.store import Layer, Store
 
 _VERSION = 1
 _PREFIX, _SUFFIX = "touched-", ".json"
-#: Gaps of up to this many pages are read along: that takes less than another request.
+#: Gaps of up to this many pages are read, too, because that is faster than another request.
 _GAP = 4
 
 
-class Touched(msgspec.Struct, frozen=True):
-    """What a record says."""
+class AccessRecord(msgspec.Struct, frozen=True):
+    """A record."""
 
     version: int
     digest: str
-    """Of the blob."""
+    """Digest of the blob."""
     size: int
     """Bytes of the blob's file."""
     extents: tuple[tuple[int, int], ...]
-    """(first byte, bytes), in order."""
+    """Pairs (first byte, number of bytes), in order."""
 
 
 def extents_of(pages: bytes, size: int) -> list[Extent]:
-    """The parts of a file of ``size`` bytes whose page has a 1 in ``pages``, small gaps closed."""
+    """Convert a page map to extents, with small gaps closed.
+
+    Args:
+        pages: One byte per page, 1 for an accessed one.
+        size: Bytes of the file.
+    """
     found: list[Extent] = []
     for first, end in _runs(pages):
         start, stop = first * PAGE_SIZE, min(end * PAGE_SIZE, size)
@@ -45,7 +50,7 @@ def extents_of(pages: bytes, size: int) -> list[Extent]:
 
 
 def _runs(pages: bytes) -> Iterator[tuple[int, int]]:
-    """(first page, page behind the last) of each run of ones."""
+    """Yield (first page, page behind the last) of each run of ones."""
     first = pages.find(1)
     while first >= 0:
         end = pages.find(0, first)
@@ -55,16 +60,20 @@ def _runs(pages: bytes) -> Iterator[tuple[int, int]]:
 
 
 def write(store: Store, layer: Layer, extents: list[Extent]) -> None:
-    """Remember these parts of a blob, in place of what was remembered; raise OSError."""
-    record = Touched(_VERSION, layer.digest, layer.blob_size, tuple(extents))
+    """Write the record of a blob; replace an earlier one.
+
+    Raises:
+        OSError: The record cannot be written.
+    """
+    record = AccessRecord(_VERSION, layer.digest, layer.blob_size, tuple(extents))
     files.replace(store.cache / _name(layer.digest), msgspec.json.encode(record))
 
 
 def read(store: Store, layer: Layer) -> list[Extent] | None:
-    """The remembered parts of a blob; None if there is no record that can be used."""
+    """Return the recorded extents of a blob; None without a valid record."""
     try:
         data = (store.cache / _name(layer.digest)).read_bytes()
-        record = msgspec.json.decode(data, type=Touched)
+        record = msgspec.json.decode(data, type=AccessRecord)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError):
         return None
     if (record.version, record.digest, record.size) != (_VERSION, layer.digest, layer.blob_size):
@@ -77,7 +86,7 @@ def forget(store: Store, layer: Layer) -> None:
     (store.cache / _name(layer.digest)).unlink(missing_ok=True)
 
 
-def _fits(record: Touched) -> bool:
+def _fits(record: AccessRecord) -> bool:
     end = 0
     for start, length in record.extents:
         if start < end or length <= 0 or start % PAGE_SIZE:
@@ -87,7 +96,7 @@ def _fits(record: Touched) -> bool:
 
 
 def prune(store: Store, blobs: set[str]) -> None:
-    """Forget blobs that are not among ``blobs`` (digests)."""
+    """Remove the records of all blobs but ``blobs`` (digests)."""
     wanted = {_name(digest) for digest in blobs}
     for path in store.cache.glob(f"{_PREFIX}*"):
         if path.name not in wanted:

@@ -1,7 +1,7 @@
-"""Keep blobs in memory: a small process (linux/page_locker.py) locks them and has their lease.
+"""Pins blobs in memory: a small process (linux/page_locker.py) locks them and holds their lease.
 
-So they are in memory as long as that process lives, however it ends; `ls` shows it among the users,
-and `rm` refuses. Not here: loading what the kernel may drop again (preload.py).
+The blobs stay in memory as long as that process lives. `ls` lists it among the users, and `rm`
+refuses to remove the blobs. Not here: loading pages without a lock (preload.py).
 """
 
 from __future__ import annotations
@@ -34,53 +34,57 @@ from onecopy.store.lease import PIN
 from onecopy.subprocesses import Detached
 from onecopy.vmm.vmm_user import capabilities
 
-#: What is left to guests and to the host itself; bytes.
+#: Bytes of memory to leave to guests and the host.
 _RESERVE = 256 * MIB
 _IPC_LOCK = 1 << 14
-#: In the folder of the lease: which process it is.
+#: The record of the process, in the lease's directory.
 _RECORD = "pin.json"
-#: Seconds that a process has to end itself.
+#: Seconds for the process to exit after SIGTERM.
 _PATIENCE = 10.0
 
 
 class Pinned(msgspec.Struct, frozen=True):
-    """What is pinned now."""
+    """A pinned artifact."""
 
     name: str
     """``NAME:VERSION``."""
     holder: str
-    """Whom `ls` shows as its user."""
+    """The holder of its lease, which `ls` lists as a user."""
     pid: int
+    """The process that locks it."""
     locked: int
-    """Bytes, without holes."""
+    """Locked bytes, without holes."""
     huge: int
-    """Bytes of them that are mapped as huge pages."""
+    """Locked bytes in huge pages."""
     collapse: str
-    """Why the kernel made no huge pages of (some of) them; "" if it did."""
+    """Why the kernel did not make huge pages of all; "" if it did."""
 
 
 class _Process(msgspec.Struct, frozen=True):
-    """The record that the process makes of itself."""
+    """The record that the process writes of itself."""
 
     pid: int
     start_ticks: int
 
 
 def holder_of(artifact: Artifact) -> str:
-    """Who has the lease of what is pinned: one for each artifact."""
+    """Return the holder of a pinned artifact's lease; each artifact has its own."""
     return f"{PIN}{artifact.name[:40]}-{artifact.digest.removeprefix('sha256:')[:8]}"
 
 
 def pin(store: Store, artifact: Artifact) -> Pinned:
-    """Lock all blobs of ``artifact`` in memory; at return they are.
+    """Lock all blobs of ``artifact`` in memory; return when they are locked.
 
-    Raises AlreadyExists, InsufficientResources (memory, or what this user may lock), NotPermitted,
-    StoreDamaged, NotFound.
+    Raises:
+        AlreadyExists: It is pinned already.
+        InsufficientResources: There is too little memory, or this user may not lock as much.
+        NotPermitted, StoreDamaged, NotFound: The blobs cannot be locked.
     """
     holder = holder_of(artifact)
     if store.is_held(holder):
         raise AlreadyExists(
-            f"{artifact.ref} is pinned already", hint=f"`onecopy warm --unpin {artifact.ref}`"
+            f"{artifact.ref} is pinned already",
+            hint=f"unpin it with `onecopy warm --unpin {artifact.ref}`",
         )
     files = [(str(each.path), each.blob_size, data_of(each)) for each in blobs_of(artifact)]
     needed = sum(length for *_, extents in files for _, length in extents)
@@ -90,7 +94,12 @@ def pin(store: Store, artifact: Artifact) -> Pinned:
 
 
 def unpin(store: Store, artifact: Artifact) -> None:
-    """End the process that keeps ``artifact`` in memory; raise NotFound, NotPermitted."""
+    """End the process that locks ``artifact`` in memory.
+
+    Raises:
+        NotFound: It is not pinned.
+        NotPermitted: Another user pinned it.
+    """
     holder = holder_of(artifact)
     try:
         path = store.root / "leases" / f"{holder}.files" / _RECORD
@@ -98,20 +107,20 @@ def unpin(store: Store, artifact: Artifact) -> None:
     except (OSError, msgspec.MsgspecError):
         record = None
     if record is None or not store.is_held(holder):
-        raise NotFound(f"{artifact.ref} is not pinned", hint="`onecopy warm --pin` does it")
+        raise NotFound(f"{artifact.ref} is not pinned", hint="pin it with `onecopy warm --pin`")
     _end(record)
     store.sweep()
 
 
 def _require_memory(needed: int) -> None:
-    """Raise InsufficientResources before anything is begun."""
+    """Raise InsufficientResources unless ``needed`` bytes can be locked."""
     available = meminfo.read().available
     if available is not None and available < needed + _RESERVE:
         raise InsufficientResources(
             "memory",
             needed=needed + _RESERVE,
             available=available,
-            hint="stop guests, or unpin something: `onecopy ls` shows what is pinned",
+            hint="stop guests, or unpin segments, which `onecopy ls` lists",
         )
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
     if limit != resource.RLIM_INFINITY and limit < needed and not capabilities() & _IPC_LOCK:
@@ -119,50 +128,55 @@ def _require_memory(needed: int) -> None:
             "memory that this user may lock",
             needed=needed,
             available=limit,
-            hint="raise the hard limit (limits.conf, memlock), or do it as root",
+            hint="raise the hard limit of memlock in limits.conf(5), or pin as root",
         )
 
 
 def _start(lease: Lease, files: object, needed: int) -> dict[str, Any]:
-    """Start the process and wait until it is ready; it keeps the lease."""
+    """Start the process, pass it the lease, and wait until all pages are locked."""
     wanted = json.dumps({"files": files, "record": str(lease.files / _RECORD)})
     with Detached(
         [sys.executable, "-m", "onecopy.linux.page_locker"], pass_fds=[lease.fd]
     ) as child:
-        told = _told(child.ask(wanted.encode()))
-        if "errno" in told:
-            raise _error(told["errno"], told["error"], needed)
+        reply = _parse_reply(child.ask(wanted.encode()))
+        if "errno" in reply:
+            raise _error(reply["errno"], reply["error"], needed)
         child.keep()
-        return {"pid": child.pid, **told}
+        return {"pid": child.pid, **reply}
 
 
-def _told(answer: bytes) -> dict[str, Any]:
+def _parse_reply(answer: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(answer))
     except ValueError:
-        return {"errno": 0, "error": "it ended without a word"}
+        return {"errno": 0, "error": "the locking process ended without a message"}
 
 
 def _error(number: int, text: str, needed: int) -> OnecopyError:
     if number in (errno.ENOMEM, errno.EAGAIN):
         available = meminfo.read().available or 0
         return InsufficientResources(
-            "memory to lock", needed=needed, available=available, hint=f"the kernel said: {text}"
+            "memory to lock",
+            needed=needed,
+            available=available,
+            hint=f"stop guests or unpin segments; the kernel's error is: {text}",
         )
     if number in (errno.EPERM, errno.EACCES):
-        return NotPermitted(f"the blobs cannot be locked: {text}", hint="do it as root")
-    return StoreDamaged(f"the blobs cannot be locked: {text}", hint="`onecopy verify`; dmesg")
+        return NotPermitted(f"cannot lock the blobs in memory: {text}", hint="pin as root")
+    return StoreDamaged(
+        f"cannot lock the blobs in memory: {text}", hint="run `onecopy verify`, and look at dmesg"
+    )
 
 
 def _end(record: _Process) -> None:
-    """Ask the process to end, then make it; wait until it has. Raises NotPermitted."""
+    """End the process with SIGTERM, then SIGKILL, and wait for it; raise NotPermitted."""
     try:
         pidfd = os.pidfd_open(record.pid)
     except ProcessLookupError:
         return
     try:
         for number, patience in ((signal.SIGTERM, _PATIENCE), (signal.SIGKILL, None)):
-            # Looked at with the descriptor open: it cannot be another process from here on.
+            # With the pidfd open, the pid cannot be reused after this check.
             if not process.is_same(record.pid, record.start_ticks):
                 return
             signal.pidfd_send_signal(pidfd, number)

@@ -1,8 +1,8 @@
-"""Having blobs in the host's page cache before guests need them.
+"""Loads blobs into the host's page cache before guests need them.
 
-Guests map blobs, and wait for the disk at the first touch of each part that is not in memory. So a
-blob can be loaded beforehand: all of it, or what earlier guests touched (access_record.py). Not
-here: keeping it there (pin.py).
+Guests map blobs, and wait for the disk at the first access to a page that is not cached. Preloading
+reads a whole blob, or the pages that earlier guests accessed (access_record.py). Not here: locking
+pages in memory (pin.py).
 """
 
 from __future__ import annotations
@@ -28,46 +28,55 @@ from onecopy.store.oci import ROLE
 
 
 class Warmed(msgspec.Struct, frozen=True):
-    """What was done with one blob; all sizes are bytes, None is unknown."""
+    """The result for one blob; sizes are bytes, None is unknown."""
 
     name: str
-    """``NAME:VERSION`` of what it was asked for by."""
+    """``NAME:VERSION`` of the artifact."""
     role: str
     digest: str
     size: int
-    """Of the file, holes included."""
+    """Size of the file, holes included."""
     what: str
-    """``recorded``, ``whole`` or ``dropped``: what was asked of the kernel; or ``touched``, if what
-    was recorded is known from guests."""
+    """``whole`` or ``recorded``: the part that was loaded; ``dropped``; ``touched``: the pages that
+    guests accessed were recorded."""
     wanted: int
-    """How much was to be loaded, or was recorded."""
+    """Size of the part that was loaded or recorded."""
     before: int | None
-    """Resident before, of the whole file, whoever loaded it."""
+    """Resident size of the whole file before."""
     after: int | None
-    """Resident after that."""
+    """Resident size of the whole file after."""
 
 
 def warm(store: Store, artifact: Artifact, *, whole: bool = False) -> list[Warmed]:
-    """Load what earlier guests touched, or all if nothing is recorded, or with ``whole``.
+    """Load the pages that earlier guests accessed, or all without a record.
 
-    Raises NotFound, StoreDamaged.
+    Args:
+        store: The store of the artifact.
+        artifact: The artifact to load.
+        whole: Whether to load all pages in any case.
+
+    Raises:
+        NotFound, StoreDamaged: A blob is missing or cannot be read.
     """
     return [_warm(store, artifact, layer, whole) for layer in blobs_of(artifact)]
 
 
 def drop(store: Store, artifact: Artifact) -> list[Warmed]:
-    """Drop blobs from the page cache, but for what is mapped or pinned."""
+    """Drop blobs from the page cache, except mapped and pinned pages."""
     return [
-        _told(store, artifact, layer, "dropped", [], partial(prefetch.drop, layer.path))
+        _measure(store, artifact, layer, "dropped", [], partial(prefetch.drop, layer.path))
         for layer in blobs_of(artifact)
     ]
 
 
 def record(store: Store, artifact: Artifact, users: Users | None = None) -> list[Warmed]:
-    """Remember the pages that ``users`` have touched.
+    """Record the pages that ``users`` have accessed.
 
-    Of blobs that none of them maps it is those that are in the page cache now, whoever brought them
-    there. Raises NotPermitted where the kernel does not tell this user, NotFound.
+    For a blob that no user maps, all pages in the page cache are recorded.
+
+    Raises:
+        NotPermitted: The kernel does not show this user which pages are in memory.
+        NotFound: A blob is missing.
     """
     found = []
     for layer in blobs_of(artifact):
@@ -75,14 +84,14 @@ def record(store: Store, artifact: Artifact, users: Users | None = None) -> list
         pages = residency.resident_pages(layer.path) if mapped is None else mapped
         if pages is None:
             raise NotPermitted(
-                f"the kernel tells only the owner of {layer.path} which pages are in memory",
-                hint="become the user who owns the store",
+                f"the kernel shows only the owner of {layer.path} which pages are in memory",
+                hint="run the command as the store's owner",
             )
         extents = access_record.extents_of(pages, layer.blob_size)
         with file_errors(store.root):
             access_record.write(store, layer, extents)
         what = "recorded" if mapped is None else "touched"
-        found.append(_told(store, artifact, layer, what, extents, lambda: None))
+        found.append(_measure(store, artifact, layer, what, extents, lambda: None))
     _forget_removed(store, artifact)
     return found
 
@@ -94,20 +103,20 @@ def _forget_removed(store: Store, recorded: Artifact) -> None:
 
 
 def begin_aside(store: Store, layers: Iterable[Layer]) -> None:
-    """`begin`, without waiting for that either: for starts.
+    """Call `begin` in a thread, for starts of guests.
 
-    The kernel lets who asks for many reads wait until most of them are done: a tenth of a second
-    for 64 MiB.
+    The kernel blocks a process that requests many reads until most of them are done: 0.1 s for
+    64 MiB.
     """
-    # Gone with this process, if that ends before.
+    # A daemon thread ends with this process.
     threading.Thread(target=begin, args=(store, tuple(layers)), daemon=True).start()
 
 
 def begin(store: Store, layers: Iterable[Layer]) -> None:
-    """Let the kernel begin to read what is recorded of blobs that a guest will need.
+    """Start to read the recorded pages of the blobs that a guest will need.
 
-    It is help, no more: no error of it keeps a guest from starting, and where the disk's queue is
-    full a thread waits, not the start.
+    This is only an optimisation. Errors are ignored, and a thread waits if the disk's queue is
+    full.
     """
     recorded = [(layer.path, access_record.read(store, layer)) for layer in layers]
     wanted = [(path, extents) for path, extents in recorded if extents]
@@ -122,7 +131,7 @@ def _begin(wanted: list[tuple[Path, list[Extent]]]) -> None:
 
 
 def blobs_of(artifact: Artifact) -> list[Layer]:
-    """Its blobs, each once."""
+    """Return the layers of an artifact, without duplicates."""
     return list({layer.digest: layer for layer in artifact.layers}.values())
 
 
@@ -130,20 +139,27 @@ def _warm(store: Store, artifact: Artifact, layer: Layer, whole: bool) -> Warmed
     known = None if whole else access_record.read(store, layer)
     extents = data_of(layer) if known is None else known
     what = "whole" if known is None else "recorded"
-    return _told(store, artifact, layer, what, extents, partial(prefetch.load, layer.path, extents))
+    load = partial(prefetch.load, layer.path, extents)
+    return _measure(store, artifact, layer, what, extents, load)
 
 
 def data_of(layer: Layer) -> list[Extent]:
-    """All of a blob but its holes, which would fill memory with zeroes."""
+    """Return the extents of a blob without its holes, which would fill memory with zeroes.
+
+    Raises:
+        NotFound: The blob's file is missing.
+    """
     try:
         with layer.path.open("rb") as file:
             ranges = list(data_ranges(file.fileno(), layer.blob_size))
     except FileNotFoundError as error:
-        raise NotFound(f"no file {layer.path}", hint="`onecopy verify` says what else") from error
+        raise NotFound(
+            f"there is no file {layer.path}", hint="check the store with `onecopy verify`"
+        ) from error
     return [(start, end - start) for start, end in ranges]
 
 
-def _told(
+def _measure(
     store: Store,
     artifact: Artifact,
     layer: Layer,
@@ -151,6 +167,7 @@ def _told(
     extents: Iterable[Extent],
     work: Callable[[], None],
 ) -> Warmed:
+    """Do ``work``, and measure the blob's resident size before and after."""
     before = residency.resident_bytes(layer.path)
     with file_errors(store.root):
         work()

@@ -1,7 +1,7 @@
-"""Segments of a running guest: load them, and unload them.
+"""Loads segments into a running guest, and unloads them.
 
-Loading plugs memory devices into the machine (hotplug.py) and has the guest find, name and mount
-them (images/files/segment). Unloading unmounts; the devices, and the guest's lease, stay.
+Loading plugs memory devices into the machine (hotplug.py). Then the guest links and mounts them
+(images/files/segment). Unloading unmounts them. The devices and the guest's lease stay.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from onecopy.guest.segments.hotplug import confirm, plug, release, require_detac
 from onecopy.model import Reference
 from onecopy.vmm.guest_reply import shown
 
-#: Seconds that the guest may take to find, mount or unmount.
+#: Seconds for the guest to mount or unmount.
 _PATIENCE = 60.0
-#: Processes that hold a segment, of which no more are told.
-_TOLD = 20
+#: The most processes that an error lists.
+_MAX_HOLDERS = 20
 #: Exit code of the script's `unplugged` when a process holds the segment.
 _BUSY = 16
 
@@ -25,12 +25,24 @@ _BUSY = 16
 async def attach(
     host: Runtime, name: str, ref: Reference, mountpoint: str = "", *, exclusive: bool = False
 ) -> Attached:
-    """Load a segment into a running guest, mounted on ``mountpoint`` or as a device (``""``).
+    """Load a segment into a running guest.
 
-    With ``exclusive`` the guest gets a private copy, to write to, of what others only read. Raises
-    NotFound, Restricted, OtherDomain, AlreadyExists, InvalidInput, NoSlot, TooLarge,
-    InsufficientResources, GuestFailed, AgentFailed. What fails leaves at most a device in the
-    guest, marked as kept.
+    A failure leaves at most devices in the guest, in state ``kept``.
+
+    Args:
+        host: The runtime of the guest.
+        name: The guest.
+        ref: The segment.
+        mountpoint: Where to mount it; "" to leave it as a device.
+        exclusive: Whether the guest gets its own writable copy of a shared segment.
+
+    Returns:
+        The loaded segment.
+
+    Raises:
+        NotFound, Restricted, OtherDomain, AlreadyExists: The guest cannot have the segment.
+        InvalidInput, NoSlot, TooLarge, InsufficientResources: The segment does not fit the guest.
+        GuestFailed, AgentFailed: QEMU or the guest failed.
     """
     loading = await plug(host, name, ref, mountpoint, exclusive=exclusive)
     folder = host.guest(name)
@@ -42,21 +54,28 @@ async def attach(
         await release(host, name, loading.name)
         raise GuestFailed(
             f"{name} could not load {ref}: {guest_script.said(done)}",
-            hint=f"`onecopy exec {name} -- dmesg` may tell more",
+            hint=f"look at the kernel log: `onecopy exec {name} -- dmesg`",
         )
     return await confirm(host, name, loading.name, mountpoint)
 
 
 async def detach(host: Runtime, name: str, segment: str) -> Attached:
-    """Unload a segment: unmount it and take its name away. Its device, and the lease, stay.
+    """Unload a segment: unmount it and remove its links. Its devices and the lease stay.
 
-    Raises NotFound, InvalidInput, NotUnmounted (with the processes that hold it), AgentFailed.
+    Returns:
+        The segment, in state ``kept``.
+
+    Raises:
+        NotFound: The guest has not loaded it.
+        InvalidInput: The guest runs from it.
+        NotUnmounted: Processes in the guest hold it; the error lists them.
+        GuestFailed, AgentFailed: QEMU or the guest failed.
     """
     folder = host.guest_with_agent(name)
     require_detachable(folder.record(), segment)
     done = await guest_script.segment(folder.path, "unplugged", segment, timeout=_PATIENCE)
     if done.exit_code == _BUSY:
-        holders = [shown(line) for line in done.stdout.splitlines()[:_TOLD]]
+        holders = [shown(line) for line in done.stdout.splitlines()[:_MAX_HOLDERS]]
         raise NotUnmounted(
             f"{segment} is in use in {name} by {', '.join(holders) or 'a process'}",
             holders=holders,

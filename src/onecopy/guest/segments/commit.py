@@ -1,8 +1,8 @@
-"""A new version of a segment from what a guest has made of its own copy: `onecopy commit`.
+"""Stores a guest's changes to its own copy of a segment as a new version: `onecopy commit`.
 
-The guest's file system is frozen and its processors stand still while the pages that it wrote are
-copied; the rest is the stored blob's. Nothing has its name before it is on disk and was read back.
-Not here: which pages these are (linux/cow_pages.py), how the name moves (store/).
+The guest's file system is frozen and its vCPUs are stopped while the pages that it wrote are
+copied. All other pages come from the stored blob. The new version gets its name when it is on disk
+and its digests are verified. Not here: finding the pages (linux/cow_pages.py), names (store/).
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from onecopy.vmm.confined_tool import run_on_file
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """What a commit came to."""
+    """The result of a commit."""
 
     artifact: Artifact
+    """The new version."""
     written: int
-    """Bytes of pages that the guest had written."""
+    """Bytes of the pages that the guest wrote."""
     pause: float
-    """Seconds that its processors stood still."""
+    """Seconds for which its vCPUs were stopped."""
 
 
 async def commit(
@@ -49,13 +50,15 @@ async def commit(
     *,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Committed:
-    """Make what a guest has loaded EW the new version of ``segment``, or ``target``.
+    """Store a guest's EW copy of ``segment`` as a new version of ``target`` or its own name.
 
-    The guest goes on with its own copy; who has the old version keeps it. All or nothing: it
-    returns once the new version is on disk and its digests were verified. Raises NotFound,
-    InvalidInput (not loaded EW), NameConflict (the name means something else than what the guest
-    loaded), AlreadyExists, GuestFailed, AgentFailed, StoreDamaged (the guest has spoilt its file
-    system), InsufficientResources, NotPermitted.
+    The guest continues with its copy; others keep the old version. A failure stores nothing.
+
+    Raises:
+        NotFound, InvalidInput: The guest has not loaded the segment, or not as EW.
+        NameConflict: The name no longer means what the guest loaded.
+        StoreDamaged: The guest's file system is damaged.
+        OnecopyError: QEMU, the guest's agent or the store failed.
     """
     async with changing(host, name) as folder:
         record = folder.require_agent()
@@ -66,7 +69,7 @@ async def commit(
         host.store.require_free("segment", target)
         require_disk(host.store.root, sum(device.size for device in own.values()))
         with host.store.workspace() as work:
-            progress("copying what is stored")
+            progress("copying the stored version")
             for number in own:
                 _copy(old.layer(role(number)), own[number].size, work / role(number))
             progress("freezing the guest")
@@ -80,22 +83,22 @@ async def commit(
                 target,
                 config.encode(),
                 layers,
-                # A name must mean what the guest loaded by it.
+                # Replace the name only if it still means the version that the guest loaded.
                 replace=item.digest if str(target) == item.ref else False,
                 access=host.store.access(old.name),
             )
-            progress("reading it back")
+            progress("verifying the new version")
             _read_back(host, artifact)
     return Committed(artifact, sum(each.size for each in runs), pause)
 
 
 def _own(record: GuestRecord, item: Attached) -> dict[int, Device]:
-    """The ranges that the guest has a copy of its own of, by number; raise InvalidInput."""
+    """Return the ranges of which the guest has its own copy, by number; raise InvalidInput."""
     own = {n: d for n, d in enumerate(item.devices) if d.page_class is PageClass.EW}
     if not own:
         raise InvalidInput(
-            f"{record.name} has not loaded {item.ref} to write to it",
-            hint=f"`onecopy detach {record.name} {item.name}`, then attach it --exclusive",
+            f"{record.name} has no writable copy of {item.ref}",
+            hint=f"run `onecopy detach {record.name} {item.name}`, then attach it with --exclusive",
         )
     return own
 
@@ -113,7 +116,7 @@ async def _collect(
     own: dict[int, Device],
     work: Path,
 ) -> tuple[list[Run], float]:
-    """Write the guest's pages over the copies; returns them, and the seconds it stood still."""
+    """Write the guest's pages over the copies; return the pages and the seconds of the pause."""
     async with paused(folder, segment):
         began = time.monotonic()
         with copying(record.name):
@@ -133,26 +136,26 @@ def _overwrite(pid: int, own: dict[int, Device], work: Path, root: Path) -> list
 
 
 def _check(image: Path, fs: str, segment: str) -> None:
-    """Check the file system as after a crash of its machine; raise StoreDamaged."""
+    """Check the file system as after a crash; raise StoreDamaged."""
     if not fs:
         return
     try:
         with image.open("r+b") as file:
-            # 1: what a freeze leaves open (that it is mounted) was closed (e2fsck(8)).
+            # e2fsck(8): 1 means that it repaired errors. A freeze leaves the mounted flag set.
             run_on_file(["e2fsck", "-f", "-p"], file.fileno(), fine=(0, 1))
     except CommandFailed as error:
         output = error.message if error.limit else error.output
-        said = "\n".join(output.strip().splitlines()[-5:])
+        last = "\n".join(output.strip().splitlines()[-5:])
         raise StoreDamaged(
-            f"the guest's file system on {segment} is not whole; nothing was stored:\n{said}",
-            hint="repair it in the guest, or detach it and attach it anew",
+            f"the guest's file system on {segment} is damaged, so nothing was stored:\n{last}",
+            hint="repair it in the guest, or detach the segment and attach it again",
         ) from error
 
 
 def _new_version(
     old: Artifact, written: set[int], work: Path
 ) -> tuple[SegmentConfig, list[NewLayer]]:
-    """Record and layers of the version in which the guest has ``written`` these ranges."""
+    """Return record and layers of the new version; ``written`` are the changed ranges."""
     config = SegmentConfig.of(old)
     if written:
         config = msgspec.structs.replace(config, parent=old.digest)
@@ -167,7 +170,7 @@ def _new_version(
 
 
 def _read_back(host: Runtime, artifact: Artifact) -> None:
-    """Verify the digests of what is on the disk, not in memory."""
+    """Verify the digests of the blobs on disk, not of their cached pages."""
     for layer in artifact.layers:
         with layer.path.open("rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

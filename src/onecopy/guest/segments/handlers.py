@@ -1,6 +1,6 @@
-"""What the host does for a guest that asks for segments; the rules are those of `onecopy attach`.
+"""Handles the guests' requests for segments, by the rules of `onecopy attach`.
 
-Not here: how requests come and go (service.py), what they look like (protocol.py).
+Not here: receiving requests (service.py), their format (protocol.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onecopy.images.tools import TOOLS_NAME
 from onecopy.model import Reference, check_name
 from onecopy.store import Artifact
 
-#: What a guest is told in full.
+#: Errors whose message a guest gets. Other messages may describe the host.
 TOLD = (
     *(AlreadyExists, InvalidInput, NoSlot, InsufficientResources, NotFound),
     *(OtherDomain, Restricted, TooLarge),
@@ -37,7 +37,7 @@ TOLD = (
 
 
 async def answer(host: Runtime, guest: str, request: Request) -> bytes:
-    """All lines of the answer; raises nothing that the host can refuse."""
+    """Handle a request; return all lines of the answer. A refusal is an answer, too."""
     try:
         lines = [line async for line in _lines(host, guest, request)]
     except OnecopyError as error:
@@ -85,7 +85,7 @@ def _found(host: Runtime, guest: str, text: str) -> str:
 
 
 def _all(host: Runtime, record: GuestRecord) -> Iterator[str]:
-    """The segments that a guest may load."""
+    """Yield a description of each segment that the guest may load."""
     for artifact in host.store.artifacts("segment"):
         if artifact.name.partition(".")[0] == TOOLS_NAME:
             continue
@@ -97,7 +97,7 @@ def _all(host: Runtime, record: GuestRecord) -> Iterator[str]:
 
 
 def _described(artifact: Artifact, record: GuestRecord) -> str:
-    """NAME:VERSION CLASSES SIZE DIGEST ACCESS LOADED."""
+    """Return NAME:VERSION CLASSES SIZE DIGEST ACCESS LOADED."""
     ranges = SegmentConfig.of(artifact).ranges
     try:
         item = find(record, artifact.name)

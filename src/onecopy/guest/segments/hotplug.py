@@ -1,8 +1,8 @@
-"""The host's side of loading a segment into a running guest: devices, lease, record.
+"""The host's part of loading a segment into a running guest: devices, lease and record.
 
-A segment is ``loading`` from `plug` to `confirm`, then ``loaded``, and ``kept`` from `release` on:
-QEMU cannot take its devices away, and they are used again when the same segment comes back. Not
-here: the guest's side (attach.py; service.py for guests that do theirs by themselves).
+A segment is ``loading`` from `plug` to `confirm`, then ``loaded``, and ``kept`` after `release`.
+QEMU cannot remove the devices. They are used again when the same segment is loaded again. Not here:
+the guest's part (attach.py, or service.py for requests of a guest).
 """
 
 from __future__ import annotations
@@ -28,17 +28,26 @@ from onecopy.store import Artifact
 from onecopy.vmm import pmem_hotplug
 from onecopy.vmm.monitor import connect
 
-#: Seconds that another command on the guest may take: it may store all of its memory.
+#: Seconds to wait for another command on the guest, which may be storing its memory.
 _WAITING = 300.0
 
 
 async def plug(
     host: Runtime, name: str, ref: Reference, mountpoint: str = "", *, exclusive: bool = False
 ) -> Attached:
-    """Give the guest the devices of a segment; it is `loading` until `confirm` or `release`.
+    """Plug the devices of a segment into a guest; the segment is then ``loading``.
 
-    Raises NotFound, Restricted, OtherDomain, AlreadyExists, InvalidInput, NoSlot, TooLarge,
-    InsufficientResources, NotPermitted, StoreDamaged, GuestFailed.
+    Args:
+        host: The runtime of the guest.
+        name: The guest.
+        ref: The segment.
+        mountpoint: Where the guest will mount it; "" for a device.
+        exclusive: Whether the guest gets its own writable copy of a shared segment.
+
+    Raises:
+        NotFound, Restricted, OtherDomain, AlreadyExists: The guest cannot have the segment.
+        InvalidInput, NoSlot, TooLarge, InsufficientResources: The segment does not fit the guest.
+        NotPermitted, StoreDamaged, GuestFailed: The host cannot map it.
     """
     if mountpoint:
         check_mountpoint(mountpoint)
@@ -61,46 +70,56 @@ async def plug(
         else:
             _require_memory(record, placed)
             loading = await _plug(host, folder, record, artifact, placed, exclusive=exclusive)
-        _note(folder, loading)
+        _record(folder, loading)
         return loading
 
 
 async def confirm(host: Runtime, name: str, segment: str, mountpoint: str = "") -> Attached:
-    """The guest has what was plugged in; raise NotFound."""
+    """Record that the guest has loaded a segment; raise NotFound."""
     return await _change(host, name, segment, state="loaded", mountpoint=mountpoint)
 
 
 async def release(host: Runtime, name: str, segment: str) -> Attached:
-    """The guest uses a segment no more; raise NotFound."""
+    """Record that the guest no longer uses a segment; raise NotFound."""
     return await _change(host, name, segment, state="kept", mountpoint="")
 
 
 def find(record: GuestRecord, segment: str) -> Attached:
-    """A segment that the guest has loaded; raise NotFound."""
+    """Return a segment that the guest has loaded; raise NotFound."""
     for item in record.attached:
         if item.name == segment and item.state != "kept":
             return item
     names = sorted(item.name for item in record.attached if item.state != "kept")
-    raise NotFound(f"{record.name} has not loaded {segment}", hint=f"it has {', '.join(names)}")
+    raise NotFound(
+        f"{record.name} has not loaded {segment}", hint=f"it has loaded {', '.join(names)}"
+    )
 
 
 def require_detachable(record: GuestRecord, segment: str) -> Attached:
-    """A loaded segment that the guest can do without; raise NotFound, InvalidInput."""
+    """Return a loaded segment that can be unloaded.
+
+    Raises:
+        NotFound: The guest has not loaded it.
+        InvalidInput: The guest runs from it.
+    """
     item = find(record, segment)
     if item.mountpoint in ("/", TOOLS_MOUNTPOINT):
-        raise InvalidInput(f"{record.name} runs from {segment}", hint="`onecopy stop` the guest")
+        raise InvalidInput(
+            f"{record.name} runs from {segment}, which cannot be unloaded",
+            hint="stop the guest with `onecopy stop`",
+        )
     return item
 
 
 def _kept(record: GuestRecord, artifact: Artifact, placed: Sequence[Placed]) -> Attached | None:
-    """The devices that the guest already has for a segment; raise AlreadyExists."""
+    """Return the kept devices that fit a segment, if any; raise AlreadyExists if it is loaded."""
     found = None
     classes = [item.segment.page_class for item in placed]
     for item in record.attached:
         if item.name == artifact.name and item.state != "kept":
             raise AlreadyExists(
                 f"{record.name} has loaded {item.ref} already",
-                hint=f"`onecopy detach {record.name} {item.name}` it first",
+                hint=f"detach it first: `onecopy detach {record.name} {item.name}`",
             )
         same = [device.page_class for device in item.devices] == classes
         if item.digest == artifact.digest and same and item.state == "kept":
@@ -109,7 +128,7 @@ def _kept(record: GuestRecord, artifact: Artifact, placed: Sequence[Placed]) -> 
 
 
 def _require_memory(record: GuestRecord, placed: Sequence[Placed]) -> None:
-    """Raise TooLarge; what the guest has already, also if it is unloaded, is described, too."""
+    """Raise TooLarge unless the guest has RAM for these and all its present devices."""
     there = [device.size for item in record.attached for device in item.devices]
     require_room([*there, *(item.segment.size for item in placed)], record.memory)
 
@@ -132,7 +151,7 @@ async def _plug(
             numbers = pmem_hotplug.choose(
                 await pmem_hotplug.used_slots(monitor), len(placed), record.name
             )
-            # QEMU keeps it, and with it the lease, until it ends.
+            # QEMU keeps this descriptor, and with it the lease, until it ends.
             await monitor.give_fd(lease.fd, f"lease.{secrets.token_hex(4)}")
             ranges: list[tuple[Placed, Backing, str]] = []
             for number, item in zip(numbers, placed, strict=True):
@@ -145,7 +164,7 @@ async def _plug(
 
 
 def words(item: Attached, mountpoint: str) -> list[str]:
-    """What the script is told of a segment (images/files/segment)."""
+    """Return the arguments of the script in the guest (images/files/segment)."""
     devices = [
         f"{device.address}:{'rw' if device.page_class.writable else 'ro'}"
         for device in item.devices
@@ -159,12 +178,12 @@ async def _change(
     async with changing(host, name) as folder:
         item = find(folder.record(), segment)
         item = msgspec.structs.replace(item, state=state, mountpoint=mountpoint)
-        _note(folder, item)
+        _record(folder, item)
         return item
 
 
-def _note(folder: RunDirectory, item: Attached) -> None:
-    """Write ``item`` in place of what the record had of the same devices."""
+def _record(folder: RunDirectory, item: Attached) -> None:
+    """Write ``item`` into the guest's record, in place of the entry with the same devices."""
     record = folder.record()
     addresses = [device.address for device in item.devices]
     rest = [old for old in record.attached if [each.address for each in old.devices] != addresses]
@@ -173,14 +192,16 @@ def _note(folder: RunDirectory, item: Attached) -> None:
 
 @contextlib.asynccontextmanager
 async def changing(host: Runtime, name: str) -> AsyncIterator[RunDirectory]:
-    """The guest's folder, while nobody else changes what it has loaded.
+    """Hold the lock on a guest's segments; yield its run directory.
 
-    Raises NotFound, and GuestFailed if somebody does so for too long.
+    Raises:
+        NotFound: There is no such guest.
+        GuestFailed: Another command has held the lock for too long.
     """
     folder = host.guest(name)
     late = GuestFailed(
-        f"another command has changed what {name} has loaded for {_WAITING:g} s",
-        hint="try again when it has ended",
+        f"another command has been changing the segments of {name} for {_WAITING:g} s",
+        hint="try again when that command has ended",
     )
     async with locked_within(folder.path / "attach.lock", _WAITING, late):
         yield folder

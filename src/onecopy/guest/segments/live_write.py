@@ -1,4 +1,4 @@
-"""What the host writes and guests read: the SC ranges of segments (`onecopy write`)."""
+"""Writes to the SC ranges of segments, which guests read live: `onecopy write`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,29 @@ def write(
     offset: int = 0,
     number: int | None = None,
 ) -> int:
-    """Write to an SC range of a segment; all guests see it at once. Returns how many bytes.
+    """Write to an SC range of a segment; all guests see the data at once.
 
-    ``number`` is the range, by default the only one that is SC; ``offset`` is in bytes. What is
-    written stays until the segment goes. Two writers take turns; a guest that reads meanwhile may
-    see a part. Raises NotFound, InvalidInput (no such range, or it does not fit: then what came
-    before the end of the range is written), InsufficientResources, NotPermitted.
+    The data stays until the segment is removed. Writers exclude each other. A guest that reads
+    during a write may see part of it.
+
+    Args:
+        store: The store of the segment.
+        ref: The segment.
+        data: The chunks to write.
+        offset: Where to start, in bytes from the start of the range.
+        number: The range; default: the only SC range.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        InvalidInput: There is no such range, or the data exceeds it. Chunks that fit are written.
+        NotFound, InsufficientResources, NotPermitted: The segment cannot be written.
     """
     item = _range(store, ref, number)
     path = live_file(store, item.needed)
     if offset < 0:
-        raise InvalidInput(f"{offset} is before the range begins")
+        raise InvalidInput(f"the offset {offset} is negative", hint="give an offset from 0")
     with file_errors(store.root), path.open("r+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         at = offset
@@ -41,9 +53,9 @@ def write(
             room = item.segment.size - at
             if len(part) > max(room, 0):
                 raise InvalidInput(
-                    f"the data goes beyond the end of {item.segment.name} at "
-                    f"{item.segment.size} bytes",
-                    hint=f"{at - offset} bytes were written; write less, or at another --offset",
+                    f"the data ends at byte {at + len(part)}, beyond the {item.segment.size} bytes "
+                    f"of {item.segment.name}",
+                    hint=f"write less, or at another --offset; {at - offset} bytes were written",
                 )
             at += write_at(file.fileno(), part, at)
     return at - offset
@@ -57,9 +69,9 @@ def _range(store: Store, ref: Reference, number: int | None) -> Placed:
     if len(wanted) != 1:
         which = ", ".join(f"{n}: {item.page_class}" for n, item in enumerate(ranges))
         raise InvalidInput(
-            f"{ref} has no such range for the host to write to ({which})"
+            f"{ref} has no such SC range ({which})"
             if not wanted
             else f"{ref} has several SC ranges ({which})",
-            hint="say which with --range N; only SC ranges are the host's to write",
+            hint="name a range of class SC with --range N; the host writes no other class",
         )
     return ranges_of(artifact, "")[wanted[0]]

@@ -1,8 +1,8 @@
-"""What guests ask for, and are answered, as lines of text (images/files/onecopy-segment).
+"""The line protocol between guests and `onecopy serve` (images/files/onecopy-segment).
 
-A request is ``ID VERB ARGUMENTS...``, an answer ``ID item TEXT`` any number of times, then ``ID ok
-TEXT`` or ``ID error ERROR EXIT-CODE TEXT``. Guests are not trusted: whatever they send becomes a
-`Request` or a `MalformedRequest`, and takes no more memory than a line. Not here: the port
+A request is ``ID VERB ARGUMENTS...``. An answer is any number of lines ``ID item TEXT``, then
+``ID ok TEXT`` or ``ID error ERROR EXIT-CODE TEXT``. Guests are not trusted. Any input becomes a
+`Request` or a `MalformedRequest`, and takes no more memory than one line. Not here: the port
 (service.py).
 """
 
@@ -15,45 +15,45 @@ import msgspec
 
 from onecopy.errors import InvalidInput, OnecopyError
 
-#: Bytes that a line may have.
+#: The longest line in bytes.
 LIMIT = 1024
 _ID = re.compile(r"[0-9a-f]{1,32}")
-#: Verb -> how many arguments it takes.
+#: Verb -> number of its arguments.
 VERBS = {"load": 3, "loaded": 2, "failed": 2, "unload": 1, "find": 1, "list": 0}
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One request; its arguments are as many as the verb takes, and printable ASCII."""
+    """A request; its arguments are printable ASCII, and their number matches the verb."""
 
     id: str
     verb: str
     arguments: tuple[str, ...] = ()
 
     def line(self) -> bytes:
-        """As it goes over the port."""
+        """Encode the request as a line."""
         return (" ".join((self.id, self.verb, *self.arguments)) + "\n").encode()
 
 
 class MalformedRequest(msgspec.Struct, frozen=True):
-    """Something that is no request; ``id`` is - if it had none."""
+    """A line that is not a request; ``id`` is "-" if it has none."""
 
     why: str
     id: str = "-"
 
 
 class Lines:
-    """Cuts what comes into requests, keeping at most one line."""
+    """Splits a stream into requests, and keeps at most one line."""
 
     def __init__(self) -> None:
         self._rest = b""
         self._skipping = False
 
     def feed(self, data: bytes) -> Iterator[Request | MalformedRequest]:
-        """What is complete with ``data``; raises nothing."""
+        """Yield the requests that ``data`` completes; raise nothing."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if self._skipping:
-                # The end of a line that was given up already.
+                # The rest of a line that was rejected already.
                 self._skipping = False
             else:
                 yield parse(line)
@@ -64,18 +64,18 @@ class Lines:
 
 
 def parse(line: bytes) -> Request | MalformedRequest:
-    """One line, without its end."""
+    """Parse a line without its newline."""
     if len(line) > LIMIT:
         return MalformedRequest(f"a line has more than {LIMIT} bytes")
     try:
         text = line.decode("ascii")
     except UnicodeDecodeError:
-        return MalformedRequest("a request is printable ASCII")
+        return MalformedRequest("a request must be printable ASCII")
     if not text.isprintable():
-        return MalformedRequest("a request is printable ASCII")
+        return MalformedRequest("a request must be printable ASCII")
     id_, *words = text.split(" ")
     if not _ID.fullmatch(id_):
-        return MalformedRequest("a request begins with an ID of up to 32 hexadecimal digits")
+        return MalformedRequest("a request must begin with an ID of 1 to 32 hexadecimal digits")
     if not words or words[0] not in VERBS:
         return MalformedRequest(f"the requests are {', '.join(VERBS)}", id_)
     if len(words) - 1 != VERBS[words[0]] or "" in words:
@@ -84,35 +84,36 @@ def parse(line: bytes) -> Request | MalformedRequest:
 
 
 def mountpoint(text: str) -> str:
-    """Where a guest wants a segment; "" for nowhere."""
+    """Decode the mount point of a request; "" for none."""
     return "" if text == "-" else text
 
 
 def exclusive(text: str) -> bool:
-    """Whether a guest wants a copy of its own; raise InvalidInput."""
+    """Decode whether a guest wants its own copy; raise InvalidInput."""
     if text not in ("shared", "exclusive"):
-        raise InvalidInput("a segment is loaded shared or exclusive")
+        raise InvalidInput(f"{text!r} is neither shared nor exclusive")
     return text == "exclusive"
 
 
 def ok(id_: str, text: str = "") -> bytes:
-    """The last line of an answer."""
+    """Encode the last line of a successful answer."""
     return _line(id_, "ok", text)
 
 
 def item(id_: str, text: str) -> bytes:
-    """One line of an answer."""
+    """Encode an item of an answer."""
     return _line(id_, "item", text)
 
 
 def error(id_: str, error_id: str, exit_code: int, text: str) -> bytes:
-    """The answer to what cannot be done."""
+    """Encode the answer to a request that failed."""
     return _line(id_, "error", f"{error_id} {exit_code} {text}")
 
 
 def refusal(id_: str, refused: OnecopyError, told: tuple[type[OnecopyError], ...]) -> bytes:
-    """The answer to what the host refuses. Only errors in ``told`` are told in their own words:
-    the others may speak of what is the host's own.
+    """Encode the answer to a request that the host refuses.
+
+    Only errors of the classes ``told`` pass on their message. Others may describe the host.
     """
     text = refused.message if isinstance(refused, told) else "the host could not do it"
     return error(id_, refused.id, refused.exit_code, text)

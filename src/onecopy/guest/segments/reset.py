@@ -1,6 +1,6 @@
-"""Making memory that a guest has unloaded what it was at first: a segment that comes back is new.
+"""Resets the memory of an unloaded segment before a guest loads it again on the same devices.
 
-Not here: the memory of devices that are new (guest/backing.py).
+Not here: the memory of new devices (guest/backing.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ from onecopy.model import PageClass
 async def renew(
     host: Runtime, record: GuestRecord, kept: Attached, placed: Sequence[Placed]
 ) -> None:
-    """Drop what the guest has written to the devices that it kept of a segment.
+    """Discard what the guest wrote to the kept devices of a segment.
 
-    What guests have in common starts again if no other one has it loaded. Raises NotPermitted.
+    Memory that guests share is reset only if no other guest has it loaded.
+
+    Args:
+        host: The runtime of the guest.
+        record: The guest's record.
+        kept: The segment in state ``kept``.
+        placed: The segment's ranges, in the order of its devices.
+
+    Raises:
+        NotPermitted: This user may not access the VMM's memory.
     """
     classes = [device.page_class for device in kept.devices]
     async with backings(host, classes, None) as found:

@@ -1,9 +1,8 @@
-"""The service that answers guests who ask for segments by name: `onecopy serve`.
+"""Serves the guests' requests for segments: `onecopy serve`.
 
-One task for each guest, one request of a guest at a time. A guest that floods its port is read as
-slowly as it is served, so it waits for itself; one that does not read its answers loses them; what
-takes long runs in a thread, and a guest whose machine does not answer gets none for a while. Not
-here: what is done (handlers.py).
+Each guest has a task, which serves one request at a time. A guest that floods its port only delays
+itself. A guest that does not read its answers loses them. Slow work runs in threads. A guest whose
+QEMU does not answer is not served for a while. Not here: handling a request (handlers.py).
 """
 
 from __future__ import annotations
@@ -25,26 +24,31 @@ from onecopy.guest.segments.handlers import answer
 from onecopy.guest.segments.protocol import Lines, MalformedRequest, Request
 from onecopy.vmm.port_pipe import Pipe
 
-#: Seconds between looks for new guests.
+#: Seconds between two searches for new guests.
 _LOOK = 0.25
-#: Requests that a guest may make at once, and seconds until it may make another one.
+#: The rate limit of a guest: requests in a burst, and seconds between requests after it.
 _BURST, _PAUSE = 20, 0.2
-#: Requests of all guests that are worked on at once.
+#: Requests of all guests that are handled at the same time.
 _AT_ONCE = 4
-#: Seconds that one may take, for which a guest then rests whose machine took longer, and that it
-#: may take to make room for a line of its answer.
+#: Seconds to handle a request; to ignore a guest whose request took longer; and for a guest to
+#: read a line of its answer.
 _TIMEOUT, _REST, _READING = 60.0, 60.0, 2.0
-#: Seconds between two answers to lines that are no requests.
-_NONSENSE = 5.0
+#: Seconds between two answers to malformed requests.
+_MALFORMED = 5.0
 _CHUNK = 4096
 
 Tell = Callable[[str], None]
 
 
 async def serve(host: Runtime, tell: Tell = lambda _: None) -> None:
-    """Answer all guests of a store, those to come included, until cancelled.
+    """Serve all guests of a store, later ones included, until cancelled.
 
-    ``tell`` is told each request. Raises AlreadyExists if another one does.
+    Args:
+        host: The store's runtime.
+        tell: Called with one line of text for each request.
+
+    Raises:
+        AlreadyExists: Another process serves the store.
     """
     with _alone(host), ThreadPoolExecutor(_AT_ONCE) as workers:
         tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -67,7 +71,7 @@ def _follow(
     *,
     late: bool = False,
 ) -> None:
-    """Have a task for each run folder, and none for those that are gone."""
+    """Start a task for each new run directory, and cancel those of removed ones."""
     folders = dict(_folders(host.run))
     for key in tasks.keys() - folders.keys():
         tasks.pop(key).cancel()
@@ -76,7 +80,7 @@ def _follow(
 
 
 def _folders(run: Path) -> Iterator[tuple[tuple[str, int], Path]]:
-    """The run folders by name and by what tells one from a later one of that name."""
+    """Yield (key, path) of the run directories; the key differs for a later guest of the name."""
     for path in run.iterdir():
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             yield (path.name, (path / "segment.out").stat().st_ino), path
@@ -90,7 +94,8 @@ def _alone(host: Runtime) -> Iterator[None]:
         yield
     except BlockingIOError as error:
         raise AlreadyExists(
-            "another `onecopy serve` answers the guests of this store", hint="one is enough"
+            "another `onecopy serve` is running for this store",
+            hint="use that one, or end it first",
         ) from error
     finally:
         os.close(fd)
@@ -99,28 +104,28 @@ def _alone(host: Runtime) -> Iterator[None]:
 async def _guest(
     host: Runtime, folder: Path, workers: ThreadPoolExecutor, tell: Tell, *, late: bool
 ) -> None:
-    """Answer one guest."""
+    """Serve a guest."""
     lines, turns, rejected = Lines(), _Turns(), float("-inf")
     with contextlib.suppress(OSError, OnecopyError):
-        await _handed_out(folder)
+        await _wait_until_ready(folder)
         with Pipe(folder, "segment") as pipe:
             if late:
-                # Who asked before has given up.
+                # Requests from before this service started have timed out.
                 pipe.drain()
             while True:
                 await turns.next()
                 for found in lines.feed(await pipe.some(_CHUNK)):
                     if isinstance(found, Request):
                         await turns.next()
-                    elif time.monotonic() - rejected < _NONSENSE:
+                    elif time.monotonic() - rejected < _MALFORMED:
                         continue
                     else:
                         rejected = time.monotonic()
                     await _send(pipe, await _reply(host, folder.name, found, workers, tell))
 
 
-async def _handed_out(folder: Path) -> None:
-    """Wait until a guest that asks while it is started can be given something."""
+async def _wait_until_ready(folder: Path) -> None:
+    """Wait until a guest that is being started is ready, so that it can load segments."""
     while True:
         try:
             RunDirectory(folder).record()
@@ -131,9 +136,9 @@ async def _handed_out(folder: Path) -> None:
 
 
 async def _send(pipe: Pipe, reply: bytes) -> None:
-    """Whoever asks and does not listen has no answer, or the first lines of one.
+    """Send an answer, or its first lines if the guest does not read.
 
-    A pipe takes a line as a whole or not at all (pipe(7), PIPE_BUF).
+    A pipe accepts a line as a whole or not at all (pipe(7), PIPE_BUF).
     """
     with contextlib.suppress(TimeoutError):
         for line in reply.splitlines(keepends=True):
@@ -152,11 +157,11 @@ async def _reply(
         tell(f"{guest}: {found.why}")
         return protocol.error(found.id, "bad-request", 2, found.why)
     loop = asyncio.get_running_loop()
-    # Copying memory, and a VMM that does not answer, must hold up nobody else.
+    # A thread, because copying memory or a hanging VMM must not delay other guests.
     try:
         reply = await loop.run_in_executor(workers, _work, host, guest, found)
     except TimeoutError:
-        # Else a few such machines would have all workers, always.
+        # Without this pause a few hanging VMMs would occupy all workers.
         await asyncio.sleep(_REST)
         failed = GuestFailed
         reply = protocol.error(found.id, failed.id, failed.exit_code, "it took too long")
@@ -179,14 +184,14 @@ def _work(host: Runtime, guest: str, request: Request) -> bytes:
 
 
 class _Turns:
-    """A token bucket: ``_BURST`` at once, then one each ``_PAUSE`` seconds."""
+    """A token bucket: ``_BURST`` tokens, and a new one every ``_PAUSE`` seconds."""
 
     def __init__(self) -> None:
         self._tokens = float(_BURST)
         self._last = time.monotonic()
 
     async def next(self) -> None:
-        """Wait for a turn."""
+        """Wait for a token."""
         now = time.monotonic()
         self._tokens = min(_BURST, self._tokens + (now - self._last) / _PAUSE)
         self._last = now

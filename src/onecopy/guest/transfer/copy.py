@@ -1,8 +1,8 @@
-"""Files and folders into a guest, and out of it: `onecopy cp`.
+"""Copies files and directories into a guest and out of it: `onecopy cp`.
 
-A stream of a program that runs in the guest (guest/exec.py): its tar is busybox's, so the image
-needs none. Nothing is held in memory, and nothing has its final name before it is whole. Not here:
-the archive (tar.py).
+A program in the guest (guest/exec.py) sends or receives a tar stream. Its tar is busybox's, so the
+image needs none. No file is held in memory, and no copy gets its final name before it is complete.
+Not here: the archive (tar.py).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _BUSYBOX = f"{TOOLS_MOUNTPOINT}/bin/busybox"
 _RUN = (_BUSYBOX, "sh", "-c")
 #: Exit codes of the two scripts.
 _MISSING, _NO_FOLDER, _TAKEN, _SPECIAL = 3, 4, 5, 6
-#: What programs in guests say then.
+#: The message of a program in the guest whose disk is full.
 _FULL = "No space left on device"
-#: Seconds that a guest gets to look, and to remove what is left when it is time for nothing else.
+#: Seconds for a guest to report free space, and to remove an incomplete copy after an error.
 _PATIENCE, _TIDYING = 30.0, 1.0
-#: Bytes that a guest may print while it takes a copy.
+#: The most bytes that a guest may print while it receives a copy.
 _SAID = 1 << 16
-_SHOW = "`onecopy exec GUEST -- ls -l` shows what is there"
+_SHOW = "look at the file in the guest: `onecopy exec GUEST -- ls -l`"
 
-#: SOURCE -> its archive. A folder is archived from inside, so that its own name does not matter.
+#: SOURCE: writes its archive. A directory is archived from inside, without its own name.
 _SEND = f"""
 b={_BUSYBOX} source=$1
 if [ -d "$source" ]; then
@@ -56,7 +56,7 @@ case $source in */) exit {_NO_FOLDER} ;; esac
 [ -f "$source" ] || exit {_SPECIAL}
 cd "${{source%/*}}/" && exec $b tar -chf - "./${{source##*/}}"
 """
-#: TARGET NAME d|f TAG: the archive on standard input becomes TARGET, or NAME in the folder TARGET.
+#: TARGET NAME d|f TAG: unpacks the archive on stdin to TARGET, or to NAME in the directory TARGET.
 _RECEIVE = f"""
 b={_BUSYBOX} target=$1
 if [ -d "$target" ]; then
@@ -78,12 +78,21 @@ esac
 
 
 async def copy_in(folder: Path, source: StrPath, target: str) -> None:
-    """Copy a file or folder of the host into the guest of a run folder, to ``target``.
+    """Copy a file or directory of the host into a guest.
 
-    As cp(1) does: into ``target`` if that is a folder there, else under that name. Links in a
-    folder are copied as they are; all belongs to root there. A file that is there is replaced, a
-    folder never. Raises NotFound, InvalidInput, AlreadyExists, NotPermitted, InsufficientResources,
-    AgentFailed, GuestFailed; what fails leaves nothing of it.
+    As with cp(1), the copy goes into ``target`` if that is a directory, and otherwise gets that
+    name. Links in a directory are copied as links. Root owns the copy. An existing file is
+    replaced, an existing directory never. A failure leaves nothing in the guest.
+
+    Args:
+        folder: The guest's run directory.
+        source: The path on the host.
+        target: The path in the guest.
+
+    Raises:
+        NotFound, InvalidInput, AlreadyExists, NotPermitted: A path cannot be used.
+        InsufficientResources: The guest has too little free space.
+        AgentFailed, GuestFailed: The guest failed.
     """
     where, tag, err = _absolute(target), secrets.token_hex(8), Tail()
     with host_errors(source):
@@ -106,19 +115,30 @@ async def copy_in(folder: Path, source: StrPath, target: str) -> None:
 async def copy_out(
     folder: Path, source: str, target: StrPath, limits: Limits | None = None
 ) -> None:
-    """Copy a file or folder out of the guest of a run folder, to ``target`` of the host.
+    """Copy a file or directory out of a guest to the host.
 
-    As cp(1) does: into ``target`` if that is a folder, else under that name. What is made belongs
-    to this user; links must not lead out of the folder that is copied. A file that is there is
-    replaced, a folder never. Raises as `copy_in` does; also when this process is killed nothing
-    has the name that is not whole, and the next copy to that folder removes what was begun.
-    Raises TooLarge, too, beyond ``limits``.
+    As with cp(1), the copy goes into ``target`` if that is a directory, and otherwise gets that
+    name. This user owns the copy. Links must not lead out of the copied directory. An existing file
+    is replaced, an existing directory never. The copy gets its name when it is complete. If this
+    process is killed, the next copy to the same directory removes the rest.
+
+    Args:
+        folder: The guest's run directory.
+        source: The path in the guest.
+        target: The path on the host.
+        limits: Limits of the archive.
+
+    Raises:
+        TooLarge: The archive exceeds a limit.
+        NotFound, InvalidInput, AlreadyExists, NotPermitted: A path cannot be used.
+        InsufficientResources: The host's disk has too little free space.
+        AgentFailed, GuestFailed: The guest failed.
     """
     where, err = _absolute(source), Tail()
     with host_errors(target):
         final = place(target, posixpath.basename(where.rstrip("/")))
         with hidden(final.parent) as work:
-            # No link that a guest sends leads to a name that it cannot know.
+            # A random name: no link that the guest sends can point to it.
             content = work / secrets.token_hex(16)
             unpacker = Unpacker(content, limits)
             streams = Streams(unpacker.feed, err)
@@ -129,18 +149,18 @@ async def copy_out(
                 unpacker.finish()
             except Unusable as error:
                 raise GuestFailed(
-                    f"{where} of {folder.name} cannot be copied: {error}",
-                    hint="copy what is in it one by one, or run tar in the guest",
+                    f"cannot copy {where} of {folder.name}: {error}",
+                    hint="copy its files one by one, or run tar in the guest",
                 ) from error
             except TooLarge as error:
                 raise TooLarge(
-                    f"{where} of {folder.name} cannot be copied: {error.message}", hint=error.hint
+                    f"cannot copy {where} of {folder.name}: {error.message}", hint=error.hint
                 ) from error
             finish(content, final)
 
 
 class _Packed(asyncio.StreamReader):
-    """An archive, read as it is made, in larger pieces."""
+    """An archive that is generated as it is read, in larger chunks."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -158,34 +178,34 @@ class _Packed(asyncio.StreamReader):
 
 
 def _absolute(path: str) -> str:
-    """A path in a guest: relative ones begin at the root, as a program's do."""
+    """Return an absolute path in a guest; relative ones start at the root."""
     if not path or "\0" in path:
         raise InvalidInput("the path in the guest is empty", hint="write GUEST:PATH")
     return posixpath.join("/", path)
 
 
 def _found(source: StrPath) -> tuple[Path, str]:
-    """Where a source really lies, and its name; raise OSError or InvalidInput."""
+    """Return a source's resolved path and its name; raise OSError or InvalidInput."""
     path = os.fspath(source)
-    # Without a last /, about which Pythons differ.
+    # Without a trailing slash, which Python versions treat differently.
     real = Path(os.path.realpath(path.rstrip("/") or "/", strict=True))
     if path.endswith("/") and not real.is_dir():
-        raise InvalidInput(f"{source} is no folder", hint="leave the last / out")
+        raise InvalidInput(f"{source} is not a directory", hint="omit the trailing /")
     name = Path(source).absolute().name
     if not name:
-        raise InvalidInput("the host's root cannot be copied", hint="copy folders of it")
+        raise InvalidInput("the host's root directory cannot be copied", hint="copy parts of it")
     return real, name
 
 
 async def _tidy(folder: Path, where: str, tag: str) -> None:
-    """Remove what a program that was ended has begun; in vain if the guest is gone."""
+    """Remove the incomplete copy of a killed program; ignore an ended guest."""
     script = f'{_BUSYBOX} rm -rf "${{1%/}}/.onecopy-$2" "${{1%/*}}/.onecopy-$2"'
     with contextlib.suppress(OnecopyError):
         await run_captured(folder, [*_RUN, script, "cp", where, tag], timeout=_TIDYING)
 
 
 async def _full(folder: Path, where: str, source: Path) -> InsufficientResources:
-    """The guest has no room for ``source``: how much there would have to be."""
+    """Return the error for a guest without free space for ``source``."""
     script = f'{_BUSYBOX} df -Pk "$1" 2>/dev/null || {_BUSYBOX} df -Pk "${{1%/*}}/"'
     done = await run_captured(folder, [*_RUN, script, "cp", where], timeout=_PATIENCE)
     free = next(iter(done.stdout.split()[-3:]), b"")
@@ -194,31 +214,31 @@ async def _full(folder: Path, where: str, source: Path) -> InsufficientResources
         f"disk in {folder.name}",
         needed=sum(sizes),
         available=decimal(free, f"what {folder.name} has left", most=1 << 50) << 10,
-        hint="what guests write is in their memory: save the system with more --memory",
+        hint="guests write to RAM: save the system with more --memory",
     )
 
 
 def _sending(guest: str, code: int, where: str, said: str) -> OnecopyError:
     if code == _MISSING:
-        return NotFound(f"there is no {where} in {guest}", hint="paths in guests begin at /")
+        return NotFound(f"there is no {where} in {guest}", hint="paths in guests start at /")
     if code == _NO_FOLDER:
-        return InvalidInput(f"{where} is no folder in {guest}", hint="leave the last / out")
+        return InvalidInput(f"{where} is not a directory in {guest}", hint="omit the trailing /")
     if code == _SPECIAL:
-        return InvalidInput(f"{where} of {guest} is neither a file nor a folder", hint=_SHOW)
+        return InvalidInput(f"{where} of {guest} is neither a file nor a directory", hint=_SHOW)
     return GuestFailed(f"{guest} could not send {where}", output=said, hint=_SHOW)
 
 
 def _receiving(guest: str, code: int, where: str, said: str) -> OnecopyError:
     if code == _MISSING:
         return NotFound(
-            f"there is no folder {posixpath.dirname(where)} in {guest}",
-            hint=f"make it first: `onecopy exec {guest} -- mkdir -p FOLDER`",
+            f"there is no directory {posixpath.dirname(where)} in {guest}",
+            hint=f"make it first: `onecopy exec {guest} -- mkdir -p DIRECTORY`",
         )
     if code == _NO_FOLDER:
-        return InvalidInput(f"{where} is no folder in {guest}", hint="leave the last / out")
+        return InvalidInput(f"{where} is not a directory in {guest}", hint="omit the trailing /")
     if code == _TAKEN:
         return AlreadyExists(
-            f"{where} is there already in {guest}",
+            f"{where} already exists in {guest}",
             hint=f"remove it first: `onecopy exec {guest} -- rm -r PATH`",
         )
-    return GuestFailed(f"{guest} could not make {where}", output=said, hint=_SHOW)
+    return GuestFailed(f"{guest} could not write {where}", output=said, hint=_SHOW)

@@ -1,8 +1,8 @@
-"""Where a copy from a guest goes on the host: whole, or not at all.
+"""Places a copy from a guest on the host, complete or not at all.
 
-It is made in a hidden folder beside its place, locked meanwhile, and then renamed. A killed copy
-leaves that folder; the next one to the same place removes it. Others may write to that place, too:
-what they lock or link there is not looked at.
+The copy is made in a locked hidden directory beside its destination, and then renamed. A killed
+copy leaves that directory, and the next copy to the same place removes it. Other users may write to
+the same place. Their locks and links are ignored.
 """
 
 from __future__ import annotations
@@ -43,31 +43,38 @@ _ERRORS = {
 
 
 def place(target: StrPath, name: str) -> Path:
-    """The name that ``name`` gets when it is copied to ``target``: in it, if that is a folder.
+    """Return the path of a copy of ``name`` to ``target``: inside, if that is a directory.
 
-    Raises InvalidInput, NotFound, AlreadyExists (a folder is there).
+    Raises:
+        InvalidInput: ``target`` cannot be used.
+        NotFound: Its parent directory does not exist.
+        AlreadyExists: There is a directory at the path.
     """
     final = Path(target)
     if final.is_dir():
         if name in ("", ".", ".."):
-            raise InvalidInput(f"{target} is there already", hint="give the copy a name of its own")
+            raise InvalidInput(f"{target} already exists", hint="give the copy another name")
         final /= name
     elif os.fspath(target).endswith("/"):
-        raise InvalidInput(f"{target} is no folder", hint="make it first, or leave the last / out")
+        raise InvalidInput(
+            f"{target} is not a directory", hint="make it first, or omit the trailing /"
+        )
     if not final.parent.is_dir():
-        raise NotFound(f"there is no folder {final.parent}", hint="make it first")
+        raise NotFound(f"there is no directory {final.parent}", hint="make it first")
     if final.is_dir():
-        raise AlreadyExists(f"the folder {final} is there already", hint="remove it first")
+        raise AlreadyExists(f"the directory {final} already exists", hint="remove it first")
     return final
 
 
 @contextmanager
 def hidden(parent: Path) -> Iterator[Path]:
-    """A folder of ours in ``parent``, gone at the end; those of killed processes go first.
+    """Make a hidden directory in ``parent``, and remove it at the end.
 
+    Hidden directories of killed processes are removed first. The path that this yields goes through
+    a descriptor, so other users of ``parent`` cannot replace the directory.
 
-    It is named by its descriptor: whatever others do in ``parent``, it is this folder. Raises
-    OSError.
+    Raises:
+        OSError: The directory cannot be made.
     """
     way = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -88,7 +95,7 @@ def hidden(parent: Path) -> Iterator[Path]:
 
 
 def _sweep(parent: Path, way: int) -> None:
-    """Remove what killed copies of ours have left; nobody else's, and through no link."""
+    """Remove this user's hidden directories of killed copies; follow no link."""
     try:
         names = [path.name for path in parent.iterdir() if path.name.startswith(_HIDDEN)]
     except PermissionError:
@@ -104,14 +111,14 @@ def _sweep(parent: Path, way: int) -> None:
 
 
 def _remove(path: Path, fd: int) -> None:
-    """Remove the folder ``fd``, if that is what has the name."""
+    """Remove the directory open as ``fd``, if ``path`` still names it."""
     with suppress(FileNotFoundError):
         if os.path.samestat(path.lstat(), os.fstat(fd)):
             remove_tree(path)
 
 
 def _make(parent: Path, way: int) -> tuple[str, int]:
-    """A new folder in ``parent``, open as ``way``, and the descriptor that locks it."""
+    """Make a directory in ``parent``, open as ``way``; return its name and locked descriptor."""
     while True:
         name = f"{_HIDDEN}{secrets.token_hex(8)}"
         try:
@@ -119,7 +126,7 @@ def _make(parent: Path, way: int) -> tuple[str, int]:
         except OSError as error:
             error.filename = str(parent / name)
             raise
-        # Somebody who sweeps may have been faster.
+        # Another process's sweep may have removed it before the lock.
         with suppress(FileNotFoundError, BlockingIOError):
             fd = _locked(name, way)
             if os.fstat(fd).st_nlink:
@@ -128,7 +135,7 @@ def _make(parent: Path, way: int) -> tuple[str, int]:
 
 
 def _locked(name: str, way: int) -> int:
-    """Open a folder in the folder ``way``, and lock it, if nobody else has."""
+    """Open and lock a directory in the directory ``way``; raise OSError if it is locked."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, dir_fd=way)
     try:
@@ -140,17 +147,21 @@ def _locked(name: str, way: int) -> int:
 
 
 def finish(content: Path, final: Path) -> None:
-    """Give what is whole its name; raise OSError."""
+    """Rename a complete copy to its final path.
+
+    Raises:
+        OSError: The path cannot be replaced.
+    """
     if not content.is_dir() or content.is_symlink():
         content.rename(final)
         return
     mode = content.stat().st_mode & 0o777
-    # Who moves a folder must be able to write to it.
+    # Renaming a directory requires write permission to it.
     content.chmod(mode | 0o700)
     fd = os.open(content, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         content.rename(final)
-        # Not by its name, which others may have given to something else.
+        # By descriptor, because another user may have replaced the name.
         os.fchmod(fd, mode)
     finally:
         os.close(fd)
@@ -158,17 +169,22 @@ def finish(content: Path, final: Path) -> None:
 
 @contextmanager
 def host_errors(path: StrPath) -> Iterator[None]:
-    """Turn an OSError of files at ``path`` into one of ours."""
+    """Turn an OSError of the block into an OnecopyError that names the file or ``path``."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             available = free_bytes(Path(path).absolute().parent)
             raise InsufficientResources(
-                "disk", needed=available + 1, available=available, hint="nothing was copied"
+                "disk",
+                needed=available + 1,
+                available=available,
+                hint="free some space, then copy again: nothing was copied",
             ) from error
         kind = _ERRORS.get(error.errno or 0)
         if kind is None:
             raise
         about = error.filename or path
-        raise kind(f"{about}: {error.strerror}", hint="nothing was copied") from error
+        raise kind(
+            f"cannot use {about}: {error.strerror}", hint="give another path: nothing was copied"
+        ) from error

@@ -1,8 +1,8 @@
-"""A file or folder as a stream, and back: tar, in the form that busybox knows too (GNU's).
+"""Packs a file or directory as a tar stream, and unpacks one, in GNU format as busybox needs.
 
-What comes from a guest may be made to do harm. So `Unpacker` has the rules of tarfile's filter
-"data", which Python has from 3.11.4 only: it makes files, folders and links in folders that it has
-itself made, and no link leads out of them. Not here: how the stream comes and goes (copy.py).
+A guest's stream may be malicious. Therefore `Unpacker` follows the rules of tarfile's filter
+"data", which exists only since Python 3.11.4. It makes files, directories and links in directories
+that it made itself, and no link leads out. Not here: moving the stream (copy.py).
 """
 
 from __future__ import annotations
@@ -22,38 +22,41 @@ from onecopy.model import MIB, format_size
 
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 18
-#: Bytes that a path may have (limits.h, PATH_MAX); more in one record is no archive of ours.
+#: The longest path in bytes (limits.h, PATH_MAX).
 _LONGEST = 1 << 12
-#: Folders in one another that are made, on the host, of what a guest sends.
+#: The deepest nesting of directories from a guest.
 _DEEPEST = 256
-#: Of a disk this share is left to others, or as many bytes if that is less; it is looked at again
-#: after so many bytes.
+#: Free space to leave on the host's disk: 1/20 of it, at most 1 GiB. It is checked every 16 MiB.
 _SHARE, _RESERVE, _LOOK = 20, 1024 * MIB, 16 * MIB
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What an archive may come to."""
+    """Limits of an archive from a guest."""
 
     size: int = 16384 * MIB
-    """Bytes of the archive: what is in it, and 512 for each file and folder."""
+    """Bytes of the archive: all content, and 512 for each file and directory."""
     files: int = 1_000_000
-    """Files, folders and links."""
+    """Files, directories and links."""
 
 
 class Unusable(Exception):
-    """What came is not an archive, or holds what may not be made; says why."""
+    """The stream is not an archive, or has a member that must not be made."""
 
 
 def pack(path: Path, name: str) -> Iterator[bytes]:
-    """The archive of a file, or of a folder and all in it, as ``name``, owned by root.
+    """Pack a file or a directory tree as ``name``, owned by root.
 
-    Raises OSError with the file's name, also for what is no file, folder or link.
+    Yields:
+        Chunks of the archive.
+
+    Raises:
+        OSError: A file cannot be read, or is neither a file, a directory nor a link.
     """
     with tarfile.open(fileobj=io.BytesIO(), mode="w") as archive:
         for each, called in _walk(path, name):
             info = archive.gettarinfo(each, called)
             if info is None or not (info.isreg() or info.isdir() or info.islnk() or info.issym()):
-                what = "neither a file, a folder nor a link"
+                what = "neither a file, a directory nor a link"
                 raise OSError(errno.EINVAL, what, os.fspath(each))
             info.uid = info.gid = 0
             info.uname = info.gname = ""
@@ -64,7 +67,7 @@ def pack(path: Path, name: str) -> Iterator[bytes]:
 
 
 def _walk(path: Path, name: str) -> Iterator[tuple[Path, str]]:
-    """All in a folder, each folder before what is in it, however deep that is."""
+    """Yield (path, member name) of a tree, directories before their content, without recursion."""
     waiting = [(path, name)]
     while waiting:
         path, name = waiting.pop()
@@ -80,19 +83,23 @@ def _content(path: Path, size: int) -> Iterator[bytes]:
         while left:
             data = file.read(min(left, _CHUNK))
             if not data:
-                raise OSError(errno.EIO, "it became shorter while it was read", os.fspath(path))
+                raise OSError(errno.EIO, "it was truncated while it was read", os.fspath(path))
             left -= len(data)
             yield data
     yield bytes(-size % _BLOCK)
 
 
 class Unpacker:
-    """Makes the file or folder ``target``, which must not exist, of what it is fed.
+    """Unpacks a stream as the file or directory ``target``, which must not exist.
 
-    An archive of several members is one of a folder, whose first member is the folder itself. Modes
-    and times are kept, but for set-id bits; what is made is ours. Raises Unusable, OSError,
-    TooLarge beyond ``limits``, and InsufficientResources when the disk is nearly full; what is made
-    by then stays.
+    An archive of a directory has the directory itself as its first member. Modes without set-ID
+    bits and times are kept. This user owns all files. After an error the files made so far stay.
+
+    Raises:
+        Unusable: The stream is not an archive, or has a forbidden member.
+        TooLarge: It exceeds a limit.
+        InsufficientResources: The disk is almost full.
+        OSError: The disk fails.
     """
 
     def __init__(self, target: Path, limits: Limits | None = None) -> None:
@@ -108,7 +115,7 @@ class Unpacker:
         next(self._work)
 
     def feed(self, data: bytes) -> None:
-        """Take the next piece; what comes after the archive's end is left alone."""
+        """Unpack the next chunk; ignore data after the archive's end."""
         self._count(len(data))
         if not self._whole:
             self._held = memoryview(data)
@@ -121,7 +128,7 @@ class Unpacker:
         self._came += size
         if self._came > self._limits.size:
             raise TooLarge(
-                f"it is larger than {format_size(self._limits.size)}, with 512 bytes for each file",
+                f"it exceeds {format_size(self._limits.size)} (counting 512 bytes for each file)",
                 hint="give a larger --max-size, or copy parts of it",
             )
         if self._came >= self._looked:
@@ -129,13 +136,13 @@ class Unpacker:
             _require_room(self._target.parent)
 
     def finish(self) -> None:
-        """All was fed: set what folders get last, and make sure that no link leads out."""
+        """Check that the archive is complete and no link leads out; set modes of directories."""
         if not self._whole or not (self._files or self._folders):
             raise Unusable("the archive ends too early")
         root = Path(os.path.realpath(self._target))
         for link in self._links:
             if not Path(os.path.realpath(link)).is_relative_to(root):
-                raise Unusable(f"the link {link.relative_to(self._target)} leads out of it")
+                raise Unusable(f"the link {link.relative_to(self._target)} points outside")
         for folder, info in reversed(self._folders.items()):
             _set(folder, info)
 
@@ -148,9 +155,9 @@ class Unpacker:
             try:
                 info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
             except (tarfile.TarError, ValueError) as error:
-                raise Unusable(f"it is no archive: {error}") from error
+                raise Unusable(f"the stream is not a tar archive: {error}") from error
             if info.size < 0:
-                raise Unusable("it is no archive: a member has less than no size")
+                raise Unusable(f"the stream is not a tar archive: a member has {info.size} bytes")
             if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
                 long[info.type] = yield from self._long(info.size)
                 continue
@@ -163,7 +170,7 @@ class Unpacker:
         self._made += 1
         if self._made > self._limits.files:
             raise TooLarge(
-                f"it has more than {self._limits.files} files, folders and links",
+                f"it has more than {self._limits.files} files, directories and links",
                 hint="give a larger --max-files, or copy parts of it",
             )
         if info.isdir():
@@ -177,27 +184,27 @@ class Unpacker:
         elif info.islnk():
             known = self._place(info.linkname)
             if known not in self._files:
-                raise Unusable(f"{info.name} is a link to a file that did not come")
+                raise Unusable(f"{info.name} is a hard link to a file that is not in the archive")
             path.hardlink_to(known)
             self._files.add(path)
         else:
-            raise Unusable(f"{info.name} is neither a file, a folder nor a link")
+            raise Unusable(f"{info.name} is neither a file, a directory nor a link")
 
     def _path(self, name: str) -> Path:
-        """Where a member goes: a new place in a folder of ours."""
+        """Return the path of a new member, in a directory that was made before."""
         if not self._files and not self._folders:
             return self._target
         path = self._place(name)
         if path.parent not in self._folders:
-            raise Unusable(f"{name!r} is in no folder that came before it")
+            raise Unusable(f"{name!r} comes before its directory")
         return path
 
     def _place(self, name: str) -> Path:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
-            raise Unusable(f"{name!r} leads out of it")
+            raise Unusable(f"{name!r} points outside")
         if len(parts) > _DEEPEST:
-            raise Unusable(f"folders in it lie in one another, more than {_DEEPEST} deep")
+            raise Unusable(f"its directories are nested deeper than {_DEEPEST} levels")
         return self._target.joinpath(*parts)
 
     def _file(self, path: Path, info: tarfile.TarInfo) -> Generator[None, None, None]:
@@ -214,7 +221,7 @@ class Unpacker:
 
     def _long(self, size: int) -> Generator[None, None, str]:
         if size > _LONGEST:
-            raise Unusable("it is no archive: a name is too long")
+            raise Unusable(f"a name has {size} bytes; the limit is {_LONGEST}")
         data = yield from self._take(size + -size % _BLOCK)
         return data[:size].partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
@@ -236,14 +243,14 @@ def _require_room(folder: Path) -> None:
     free, reserve = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize // _SHARE
     if free < min(reserve, _RESERVE):
         raise InsufficientResources(
-            "disk to leave some to others",
+            "disk space beyond the reserve",
             needed=min(reserve, _RESERVE),
             available=free,
-            hint="nothing was copied",
+            hint="free some space, then copy again: nothing was copied",
         )
 
 
 def _set(path: Path, info: tarfile.TarInfo) -> None:
-    with contextlib.suppress(OverflowError, ValueError):  # a time that is none
+    with contextlib.suppress(OverflowError, ValueError):  # an invalid time
         os.utime(path, (info.mtime, info.mtime))
     path.chmod(info.mode & 0o777)

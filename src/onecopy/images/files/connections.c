@@ -1,13 +1,13 @@
 /*
- * Open TCP connections to others: in a clone they are the original's, and are reset.
+ * Resets open TCP connections to other hosts in a clone: they belong to the original guest.
  *
- * A part of identity.c. Linux sock_diag(7), include/uapi/linux/inet_diag.h: SOCK_DESTROY.
+ * Part of identity.c. Source: sock_diag(7); SOCK_DESTROY in include/uapi/linux/sock_diag.h.
  */
 
 enum { AF_INET6 = 10, AF_NETLINK = 16, SOCK_RAW = 3, NETLINK_SOCK_DIAG = 4, IPPROTO_TCP = 6 };
 enum { SOCK_DIAG_BY_FAMILY = 20, SOCK_DESTROY, NLMSG_ERROR = 2, NLMSG_DONE };
 enum { NLM_F_REQUEST = 1, NLM_F_ACK = 4, NLM_F_DUMP = 0x300, ALL_BUT_LISTEN = 0xffff & ~(1 << 10) };
-/* Connections may be passed over by a dump during which others go. */
+/* A dump may skip connections while others are destroyed, so several passes are needed. */
 enum { PASSES = 16 };
 
 struct nlmsghdr { unsigned int length; unsigned short type, flags; unsigned int sequence, port; };
@@ -29,7 +29,7 @@ struct inet_diag_msg {
     unsigned int rest[5];
 };
 
-/* Whether there were some when the system was saved. */
+/* Whether connections were open when the system was saved. */
 static int connected;
 
 static int to_itself(struct inet_diag_msg *found)
@@ -56,7 +56,7 @@ static long ask_kernel(int netlink, struct inet_diag_req_v2 *request)
     return call(SYS_write, netlink, request, sizeof *request);
 }
 
-/* Destroy one; return 1 if that was done. */
+/* Destroy a connection; return 1 on success. */
 static int destroy(int netlink, struct inet_diag_msg *found)
 {
     struct inet_diag_req_v2 request = {0};
@@ -67,12 +67,12 @@ static int destroy(int netlink, struct inet_diag_msg *found)
     request.id = found->id;
     ask_kernel(netlink, &request);
     long count = call(SYS_read, netlink, answer, sizeof answer);
-    /* struct nlmsgerr: what went wrong comes right after the header. */
+    /* struct nlmsgerr: the error number follows the header. */
     return count >= 20 && *(int *)(answer + 16) == 0;
 }
 
-/* Go through those of a family; return how many there are, or were destroyed if they are to be; -1 if
- * the kernel does not tell. */
+/* Count the connections of a family, or destroy them; return how many were counted or destroyed, and
+ * -1 if the kernel cannot list them. */
 static int each_connection(int family, int destroyed)
 {
     static char answer[16384];
@@ -104,7 +104,7 @@ static int each_connection(int family, int destroyed)
     return count;
 }
 
-/* Reset them. The address that they have is gone: nothing of this reaches their peers. */
+/* Reset all connections. Their address is gone already, so no packet reaches their peers. */
 static void reset_connections(void)
 {
     for (int pass = 0; pass < PASSES; pass++)
@@ -112,8 +112,8 @@ static void reset_connections(void)
             return;
 }
 
-/* Look whether there are any, which also has the kernel load its modules for that; return 0 if it
- * has none. */
+/* Find out whether connections are open; return 0 if the kernel cannot list them. This makes the
+ * kernel load its modules for it. */
 static int look_for_connections(void)
 {
     int count = each_connection(AF_INET, 0), others = each_connection(AF_INET6, 0);

@@ -1,10 +1,10 @@
 /*
- * exec TAG INPUT PROGRAM ARGUMENT...: runs PROGRAM with pipes as its standard streams, and moves what
- * goes through them to and from our own, which are virtio ports (INPUT is 1 if the input is one).
- * A port can be open once only, so a program could not open its /dev/stdout.
+ * exec TAG INPUT PROGRAM ARGUMENT...: runs PROGRAM with pipes as its standard streams, and copies
+ * data between the pipes and our own streams, which are virtio ports (INPUT is 1 if stdin is one).
+ * A port can be opened only once, so with ports a program could not open its /dev/stdout.
  *
- * It writes TAG to both outputs when PROGRAM has ended, and ends with its exit code, or 128 + n if
- * signal n ended it.
+ * When PROGRAM has ended, exec writes TAG to both outputs. It exits with the program's exit code, or
+ * with 128 + n if signal n ended the program.
  */
 
 #include "linux.h"
@@ -15,10 +15,11 @@ enum { O_WRONLY = 1, O_NONBLOCK = 04000, O_CLOEXEC = 02000000, FIONREAD = 0x541b
 enum { F_SETFD = 2, FD_CLOEXEC = 1, F_SETFL = 4 };
 enum { SIGPIPE = 13, ENOEXEC = 8, EAGAIN = 11, EACCES = 13, PIPE_BUF = 4096 };
 
-/* A stream on its way: what was read from one end and is not yet written to the other. */
+/* A stream between two descriptors, with the data that was read and is not yet written. */
 struct stream { int from, to; long size, room; char *data; };
 
-/* So much a pipe always takes at once when it takes any (pipe(7)), and a port (virtio_console.c). */
+/* A writable pipe accepts this much without blocking (pipe(7)), and so does a port
+ * (virtio_console.c). */
 static char input[PIPE_BUF], output[32768];
 static struct stream in = {-1, -1, 0, sizeof input, input};
 static struct stream out = {-1, -1, 0, sizeof output, output}, err = {-1, -1, 0, sizeof output, output};
@@ -35,15 +36,15 @@ static void say(char *text)
     call(SYS_write, 2, text, length(text));
 }
 
-/* Become the program, which is no part of the agent: neither its control group, nor what the kernel
- * spares when it is out of memory. It joins the group, which may be full, after it was forked. */
+/* Execute the program outside the agent's control group and without its OOM protection. It joins its
+ * group after the fork, because a full group would make the fork fail. */
 static void become(char **argv, char **env)
 {
     set(GROUP, "0");
     set("/proc/self/oom_score_adj", "0");
     long error = -call(SYS_execve, argv[0], argv, env);
     if (error == ENOEXEC) {
-        /* A script without "#!"; in front of it there is room in what we were called with. */
+        /* A script without "#!". The arguments have room in front for the shell's name. */
         argv[-1] = "sh";
         error = -call(SYS_execve, "/run/onecopy/tools/bin/busybox", argv - 1, env);
     }
@@ -52,7 +53,7 @@ static void become(char **argv, char **env)
     call(SYS_exit, error == EACCES ? 126 : 127);
 }
 
-/* Put a pipe between descriptor fd of ours and that of the program; return the program's end. */
+/* Connect our descriptor fd and the program's by a pipe; return the program's end. */
 static int piped(struct stream *stream, int fd)
 {
     int ends[2], reads = fd == 0;
@@ -64,7 +65,7 @@ static int piped(struct stream *stream, int fd)
     return ends[!reads];
 }
 
-/* Nothing more comes, or nobody takes it; the end of an output is yet to be written. */
+/* Close a stream at its end, or when its reader is gone. The tag of an output is still to come. */
 static void stop(struct stream *stream)
 {
     call(SYS_close, stream->from);
@@ -74,7 +75,7 @@ static void stop(struct stream *stream)
     stream->size = 0;
 }
 
-/* Write all of what was read; the stream ends if nobody takes it. */
+/* Write all data that was read; close the stream if its reader is gone. */
 static void pass(struct stream *stream)
 {
     for (long done = 0, count; done < stream->size; done += count)
@@ -94,8 +95,8 @@ static void take(struct stream *stream)
         stop(stream);
 }
 
-/* Pass on what is in a pipe, and TAG. A child of the program may still write to it: that is not
- * waited for. */
+/* Write what is left in a pipe, then the tag. A child of the program may hold the pipe open and write
+ * more; exec does not wait for that. */
 static void finish(struct stream *stream, char *tag)
 {
     int left = 0;

@@ -1,25 +1,25 @@
 /*
- * The freezer: all user space but ours stands still from right before the snapshot until a clone is
- * a machine of its own (Linux Documentation/admin-guide/cgroup-v2.rst, cgroup.freeze).
+ * Freezes all processes but onecopy's own, from just before the snapshot until the clone has its
+ * identity. onecopy's processes are in the group onecopy-guest/agent, which is never frozen.
  *
- * A part of identity.c. Ours is in the group onecopy-guest/agent, which is never frozen.
+ * Part of identity.c. Source: Linux Documentation/admin-guide/cgroup-v2.rst, cgroup.freeze.
  */
 
 #define GROUPS "/run/onecopy/cgroup/"
 
 enum { O_DIRECTORY = 0200000, DT_DIR = 4, SIGSTOP = 19, PID_DIGITS = 10 };
-/* Top-level groups: systemd makes five at most, users some. */
+/* The most top-level groups: systemd makes up to five, users a few. */
 enum { GROUPS_MOST = 64, CRONS_MOST = 8 };
-/* Milliseconds that programs get to stand still: one that waits for a disk does so when it has it. */
+/* Milliseconds until all programs must be frozen. One that waits for a disk freezes after that. */
 enum { FREEZING = 10000 };
 
-/* What is frozen: descriptors of cgroup.freeze; and of cgroup.events. */
+/* Descriptors of cgroup.freeze and cgroup.events of each frozen group. */
 static int freezers[GROUPS_MOST], events[GROUPS_MOST], groups;
-/* Daemons that would make up for the time that a clone has missed (timers). */
+/* Pids of cron daemons, which would run the jobs that a clone has missed (timers). */
 static long crons[CRONS_MOST];
 static int cron_count;
 
-/* Read a file of the kernel's from its start; return its length, at most size - 1. */
+/* Read a kernel file from its start; return its length, at most size - 1. */
 static long contents(int fd, char *text, long size)
 {
     long count = call(SYS_pread, fd, text, size - 1, 0);
@@ -44,7 +44,7 @@ static int open_in(char *group, char *file, int flags)
     return call(SYS_open, path, flags | O_CLOEXEC, 0);
 }
 
-/* Whether the events of a group have this line. */
+/* Return whether a group's cgroup.events has this line. */
 static int tells(int events_fd, char *line)
 {
     char text[64];
@@ -55,8 +55,8 @@ static int tells(int events_fd, char *line)
     return 0;
 }
 
-/* Begin to freeze a group, unless nobody is in it or somebody else has frozen it; return 0 if it
- * cannot be done. */
+/* Start to freeze a group, unless it is empty or already frozen by another program; return 0 on
+ * failure. */
 static int freeze_group(char *group)
 {
     char now[4];
@@ -75,7 +75,7 @@ static int freeze_group(char *group)
     return done;
 }
 
-/* Programs in the root group, which cannot be frozen, go into one that can. */
+/* Move programs out of the root group, which cannot be frozen. */
 static void move_strays(void)
 {
     static char list[65536];
@@ -87,7 +87,7 @@ static void move_strays(void)
         for (end = pid; *end && *end != '\n'; end++)
             ;
         *end = 0;
-        /* The kernel's own threads have no program. */
+        /* Kernel threads have no executable. */
         put(put(put(path, "/proc/"), pid), "/exe");
         if (end - pid > PID_DIGITS || call(SYS_readlink, path, target, sizeof target) < 0)
             continue;
@@ -101,7 +101,7 @@ static void move_strays(void)
         call(SYS_close, to);
 }
 
-/* Begin to freeze all groups that are there; return 0 if one cannot be. */
+/* Start to freeze all existing groups; return 0 if one fails. */
 static int freeze_all(void)
 {
     static char entries[4096];
@@ -123,7 +123,7 @@ static void doze(int milliseconds)
     call(SYS_poll, 0, 0, milliseconds);
 }
 
-/* Daemons to be stopped in clones: their process ids, one a line (timers). */
+/* Read the pids of the daemons to stop in clones, one a line (timers). */
 static void read_crons(void)
 {
     char list[128], *at = list;
@@ -139,7 +139,7 @@ static void read_crons(void)
     }
 }
 
-/* Wait until those from the first on are frozen. */
+/* Wait until all groups from index first on are frozen; return 0 on timeout. */
 static int wait_for(int first)
 {
     for (int waited = 0; first < groups; first++)
@@ -149,13 +149,13 @@ static int wait_for(int first)
     return 1;
 }
 
-/* Let all user space but ours stand still; if it does not, that has been said. */
+/* Freeze all processes but onecopy's own; report a failure to the host and return 0. */
 static int freeze(void)
 {
     int before;
     move_strays();
     do {
-        /* A program may have made another group meanwhile. */
+        /* A program may have made a group since the last pass. */
         before = groups;
         if (!freeze_all())
             return fail("freeze", "there are too many control groups");

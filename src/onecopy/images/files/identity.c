@@ -1,28 +1,27 @@
 /*
- * identity PORT: waits on the port until the host tells this machine who it is.
+ * identity PORT: gives a clone its identity, as requested by the host on the port. Requests:
  *
- * be NAME MACHINE-ID MILLISECONDS MAC NETWORK   become that, and answer "NAME MACHINE-ID MAC ADDRESS
- *     MILLISECONDS", all read back; then see to what takes longer (renew), and answer "ready".
- *     MILLISECONDS is the time since 1970; NETWORK is "ADDRESS MASK GATEWAY NAME-SERVER" or "dhcp";
- *     "-" stands for what there is not. What cannot be done is answered by "failed WHAT DETAILS", and
- *     nothing more. With "dhcp" the answer "apart" comes before: nothing of what was saved is left on
- *     the network card, which may be connected; any line lets it go on.
- * rehearse ...                                  the same, but nobody is waited for, no renew
- * prepare CARD                                  get ready for the next of these; answer "prepared".
- *     CARD is 1 if there must be a network card
- * calm                                          stop what begins by the calendar; answer "calm"
- * freeze                                        the same, and let all other programs stand still;
- *     answer "frozen", and what is lacking: "nothing" if there are no control groups, "connections" if
- *     the kernel cannot reset these
- * thaw                                          let them go on; answer "thawed"
+ * be NAME MACHINE-ID MILLISECONDS MAC NETWORK   set the identity, and answer "NAME MACHINE-ID MAC
+ *     ADDRESS MILLISECONDS", all read back; then do the slower steps (renew), and answer "ready".
+ *     MILLISECONDS is the time since 1970. NETWORK is "ADDRESS MASK GATEWAY NAME-SERVER" or "dhcp".
+ *     "-" stands for a missing value. A failure is answered by "failed WHAT DETAILS", and nothing
+ *     else. With "dhcp" the answer "apart" comes first: it says that the network card has no saved
+ *     address left and may be connected. Any line from the host lets the request continue.
+ * rehearse ...                                  the same, without waiting and without renew
+ * prepare CARD                                  prepare for the next request; answer "prepared".
+ *     CARD is 1 if a network card is required
+ * calm                                          stop calendar timers; answer "calm"
+ * freeze                                        the same, and freeze all other programs; answer
+ *     "frozen" and what is missing: "nothing" if there are no control groups, "connections" if the
+ *     kernel cannot reset connections
+ * thaw                                          thaw the programs; answer "thawed"
  *
- * What was frozen is thawed in a clone when it is a machine of its own. Elsewhere it is thawed after
- * some time if nobody does it.
+ * A clone thaws its programs once it has its identity. The saved guest thaws them after a time-out if
+ * the host does not.
  *
- * Each page that a clone touches for the first time costs it time and memory of its own, and under
- * TCG each piece of code that it runs for the first time. So this is one process, which starts no
- * other where it need not, opens its files ahead, and has no C library: it is built with tcc alone.
- * Structures and numbers are those of Linux on x86-64.
+ * The first touch of a page costs a clone time and memory, and under TCG so does the first run of each
+ * piece of code. Therefore this is one process. It avoids starting others, opens its files in advance,
+ * and has no C library: tcc alone builds it. Structures and numbers are those of Linux on x86-64.
  */
 
 #include "linux.h"
@@ -39,21 +38,21 @@ struct utsname { char sysname[65], nodename[65], rest[4][65]; };
 
 static char reseeded[] = "crng reseeded due to virtual machine fork";
 static int port, messages = -1;
-/* What renew has to do in a clone: end the keeper of a DHCP lease, make SSH host keys, run clone hooks. */
+/* Steps of renew in a clone: end the DHCP client, make SSH host keys, run clone hooks. */
 static int leased, keyed, hooked;
-/* Whether the kernel has said that it re-seeded its random numbers: this is a clone. */
+/* Whether the kernel has logged that it re-seeded its random generator: then this is a clone. */
 static int cloned;
-/* Whether nothing begins by the calendar; whether all others were told to stand still. */
+/* Whether calendar timers are stopped; whether all other programs are frozen. */
 static int calm, still;
-/* Whether timers were stopped for the save; and whether they are to be started in a clone. */
+/* Whether timers were stopped for the save; whether a clone must start them. */
 static int timers, renewing;
-/* Milliseconds that a clone is left alone before: not all of them begin at once. */
+/* Milliseconds until a clone starts its timers. It differs, so that clones do not start together. */
 static int lull;
-/* Milliseconds after which what is frozen is thawed if nobody says more; that a clone is left alone
- * at least; and that the kernel gets to notice that this is one. */
+/* Milliseconds until frozen programs are thawed without a request; the shortest delay of a clone's
+ * timers; the time for the kernel to notice that this is a clone. */
 enum { DEADLINE = 20000, REST = 20000, NOTICING = 2000 };
 
-/* The compiler calls it where a structure is copied: they are apart. */
+/* tcc calls it to copy structures, which never overlap. */
 void *memmove(void *to, void *from, unsigned long size)
 {
     for (unsigned long i = 0; i < size; i++)
@@ -94,7 +93,7 @@ static int run(char *verb, char *argument)
     return child > 0 ? status >> 8 | status & 127 : 127;
 }
 
-/* The same, for what is to be done; if it was not, that has been said. */
+/* Run a step of renew; report a failure to the host and return 0. */
 static int renew(char *verb, char *argument)
 {
     int code = run(verb, argument);
@@ -106,7 +105,7 @@ static int renew(char *verb, char *argument)
 #include "machine_files.c"
 #include "network.c"
 
-/* Whether there is something in a file. */
+/* Return whether a file exists and is not empty. */
 static int holds(char *path)
 {
     char first;
@@ -132,18 +131,18 @@ static void prepare(int card)
     keyed = holds("/run/onecopy/keys");
     hooked = holds("/run/onecopy/hooked");
     read_readers();
-    /* Not for its answer: the kernel loads modules for it, and has time to be done with that. */
+    /* The result does not matter: this makes the kernel load its modules in time. */
     look_for_connections();
     say("prepared\n");
 }
 
-/* Wait until the kernel says that vmgenid had it re-seed its random numbers; return whether it did. */
+/* Wait until the kernel logs that vmgenid re-seeded its random generator; return 0 on timeout. */
 static int random(int milliseconds)
 {
     char record[2048];
     struct pollfd ready = {messages, POLLIN};
     while (!cloned) {
-        /* One record each; EPIPE: some were lost. */
+        /* Each read returns one record. EPIPE means that records were lost. */
         long count = call(SYS_read, messages, record, sizeof record - 1);
         if (count > 0) {
             record[count] = 0;
@@ -190,7 +189,7 @@ static int become(char *rest, int wait)
     return 1;
 }
 
-/* The rest of becoming a machine of its own. */
+/* Do the slower steps of a clone's new identity. */
 static int finish(void)
 {
     if (keyed && !renew("keys", ""))
@@ -211,7 +210,7 @@ static void go_on(void)
         run("timers", "start");
 }
 
-/* Have nothing begin by the calendar. */
+/* Stop all calendar timers. */
 static int stop_timers(void)
 {
     int code = run("timers", "stop");
@@ -222,7 +221,7 @@ static int stop_timers(void)
     return calm = 1;
 }
 
-/* Have the system stand still as clones are to find it. */
+/* Freeze the system in the state that clones start from. */
 static void stand_still(void)
 {
     if (!still && ((!calm && !stop_timers()) || !freeze())) {
@@ -230,7 +229,7 @@ static void stand_still(void)
         return;
     }
     if (!still) {
-        /* What the kernel says from now on it says to a clone. */
+        /* Only later kernel messages can concern a clone. */
         call(SYS_lseek, messages, 0, SEEK_END);
         cloned = 0;
         still = 1;
@@ -260,11 +259,11 @@ static void obey(char *rest)
     }
 }
 
-/* Nobody has said anything for some time. */
+/* Act on a time-out of the port. */
 static void look_after(void)
 {
     if (!still) {
-        /* It is a clone, and what is not urgent comes now. */
+        /* In a clone: the delay of its timers is over. */
         renewing = 0;
         run("timers", "renew");
     } else if (!random(NOTICING)) {
@@ -272,7 +271,7 @@ static void look_after(void)
     }
 }
 
-/* Milliseconds that the host may say nothing; -1: as long as it likes. */
+/* Return the time-out of the port in milliseconds; -1 for none. */
 static int patience(void)
 {
     if (still)

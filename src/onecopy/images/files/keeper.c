@@ -1,9 +1,9 @@
 /*
- * keeper AGENT-PORT IDENTITY-PORT: runs QEMU's guest agent and identity on these ports, and runs them
- * again when they end. A twin of it takes its place when somebody kills it.
+ * keeper AGENT-PORT IDENTITY-PORT: runs QEMU's guest agent and identity on these ports, and restarts
+ * them when they end. When the keeper is killed, its twin takes its place.
  *
- * The agent has its own libraries: the image need not have any. Its port has a name of ours, so that
- * an agent of the image does not take it.
+ * The agent has its own libraries, so the image needs none. Its port has a name of onecopy's, so that
+ * an agent of the image does not open it.
  */
 
 #include "linux.h"
@@ -19,8 +19,8 @@ static char *agent[] = {
 static char *identity[] = {TOOLS "/bin/identity", 0, 0};
 static char **environment;
 
-/* What ends at once must not take the processor; and what all processes are told to end for (a
- * shutdown) comes to the twin, too, before it starts anything. */
+/* Wait a second before a restart. A program that ends at once must not use up the processor. And a
+ * signal to all processes, as in a shutdown, reaches the twin before it starts anything. */
 static void pause(void)
 {
     long second[] = {1, 0};

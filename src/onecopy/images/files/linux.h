@@ -1,6 +1,6 @@
 /*
- * What programs without a C library share: system calls, and _start, which calls
- * begin(argc and argv as the kernel left them). For tcc, and Linux on x86-64 (syscalls(2)).
+ * Shared by programs without a C library: system calls, and _start, which calls begin() with the
+ * address of argc and argv on the stack. For tcc and Linux on x86-64 (syscalls(2)).
  */
 
 enum {
@@ -23,7 +23,7 @@ asm(".globl _start\n"
     "call: mov %rdi, %rax\n mov %rsi, %rdi\n mov %rdx, %rsi\n mov %rcx, %rdx\n mov %r8, %r10\n"
     "mov %r9, %r8\n syscall\n ret\n");
 
-/* The compiler calls it where a structure is filled. */
+/* tcc calls it to initialise structures. */
 void *memset(void *at, int value, unsigned long size)
 {
     for (char *byte = at; size; size--)

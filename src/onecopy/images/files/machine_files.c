@@ -1,25 +1,25 @@
 /*
- * The files that name this machine, and the programs that read them.
+ * Writes the files that name this machine, and signals the programs that read them.
  *
- * A part of identity.c.
+ * Part of identity.c.
  */
 
-/* Our line in /etc/hosts (names). */
+/* Start and end of onecopy's line in /etc/hosts (names). */
 #define OURS_BEGIN "127.0.1.1\t"
 #define OURS_END "\t# onecopy"
 
-/* The files that say who this machine is; -1: it has none, or D-Bus's is a link to the other. */
+/* The files that name this machine; -1: the file is missing, or D-Bus's is a link to /etc's. */
 enum { HOSTNAME, HOSTS, MACHINE_ID, BUS_ID, FILES };
 static struct { char *path; int flags, fd; } files[FILES] = {
     {"/etc/hostname", 0, -1}, {"/etc/hosts", 0, -1}, {"/etc/machine-id", 0, -1},
     {"/var/lib/dbus/machine-id", O_NOFOLLOW, -1}
 };
-/* The end of /etc/hosts: our line in it (names), or where one goes; what is behind that; and the
- * domain in it, from its dot on. */
+/* The last part of /etc/hosts; the offset of our line, or where to add one; the text behind it; and
+ * the domain in it, from its dot on. */
 static char hosts[16384], *behind, domain[256];
 static long line_at, behind_length;
 static int line_missing;
-/* Who is to look at the host name again. */
+/* Processes that must read the hostname again. */
 static int readers[16], reader_count;
 
 static void reopen(int *fd, char *path, int flags)
@@ -35,7 +35,7 @@ static int ends(char *end, char *with)
     return starts(end - count, with);
 }
 
-/* Find our line in /etc/hosts, of which the end is looked at. */
+/* Find our line in the last part of /etc/hosts. */
 static void read_hosts(int fd)
 {
     long size = call(SYS_lseek, fd, 0, SEEK_END);
@@ -74,8 +74,8 @@ static void read_readers(void)
         readers[reader_count++] = number(&at, 10);
 }
 
-/* Open the files that name this machine. Opened for writing an overlay's file becomes one of this
- * guest's own. */
+/* Open the files that name this machine. Opening for writing copies a file up into the overlay now,
+ * not in the clone. */
 static int open_files(void)
 {
     char first;
@@ -95,7 +95,7 @@ static int open_files(void)
     return 1;
 }
 
-/* Let a file end with text, from a place on. */
+/* Write text at an offset, and truncate the file behind it. */
 static int write_file(int file, char *text, long size, long at)
 {
     int fd = files[file].fd;
@@ -104,7 +104,7 @@ static int write_file(int file, char *text, long size, long at)
     return fail("files", files[file].path);
 }
 
-/* Write name and machine-id into the files; they are not looked at by those who know them already. */
+/* Write name and machine-id into the files, and signal the programs that have read the hostname. */
 static int write_files(char *name, char *id)
 {
     char text[sizeof domain + 256], *end = put(put(text, name), "\n");

@@ -1,7 +1,7 @@
 /*
- * The network card eth0 and its addresses (netdevice(7)).
+ * Sets the MAC and IP addresses of eth0.
  *
- * A part of identity.c.
+ * Part of identity.c. Source: netdevice(7).
  */
 
 enum { ARPHRD_ETHER = 1, RTF_UP = 1, RTF_GATEWAY = 2 };
@@ -26,7 +26,7 @@ static void set_address(struct sockaddr *addr, char *text)
     addr->family = AF_INET;
     for (int i = 0; i < 14; i++)
         addr->data[i] = 0;
-    /* A port of two bytes comes first (struct sockaddr_in). */
+    /* struct sockaddr_in has a port of two bytes in front of the address. */
     for (int i = 2; i < 6; i++, text++)
         addr->data[i] = number(&text, 10);
 }
@@ -48,7 +48,7 @@ static int route(char *gateway)
     return error == 0 || error == -EEXIST;
 }
 
-/* Have nothing of what was saved on the network card: it may be connected then. */
+/* Remove the saved address and connections, and tell the host that the card may be connected. */
 static void part(struct ifreq *eth0, int wait)
 {
     char line[8];
@@ -61,7 +61,7 @@ static void part(struct ifreq *eth0, int wait)
     call(SYS_read, port, line, sizeof line);
 }
 
-/* Give eth0 its address of hardware and of IP, and read both back into the ends of two texts. */
+/* Set the MAC and IP address of eth0, and append both, read back, to two texts. */
 static int network(char *name, char *mac, char *settings, char *mac_end, char *address_end, int wait)
 {
     struct ifreq eth0 = {"eth0"};

@@ -1,7 +1,7 @@
 /*
- * Loaded into QEMU's guest agent alone: its log goes nowhere. It has a line for each call of the host,
- * which would wake and fill the guest's journal, and it cannot be told not to (slog() in QEMU's
- * qga/commands.c).
+ * Discards the log of QEMU's guest agent, into which alone it is loaded. The agent logs each request
+ * of the host. This would wake and fill the guest's journal, and no option turns it off (slog() in
+ * QEMU's qga/commands.c).
  */
 
 void openlog(void) {}

@@ -1,7 +1,7 @@
 /*
- * Words and numbers as text, without a C library.
+ * Parses and formats words and numbers without a C library.
  *
- * A part of identity.c.
+ * Part of identity.c.
  */
 
 static int starts(char *text, char *with)
@@ -17,7 +17,7 @@ static int same(char *text, char *other)
     return starts(text, other) && !text[length(other)];
 }
 
-/* Append text to what ends at end; return the new end. */
+/* Append text to the string that ends at end; return the new end. */
 static char *put(char *end, char *text)
 {
     while (*text)
@@ -56,7 +56,7 @@ static int digit(char c)
     return c >= 'a' && c <= 'f' ? c - 'a' + 10 : 16;
 }
 
-/* Read a number; it ends where no digit of its base is. */
+/* Parse a number up to the first character that is not a digit of its base. */
 static unsigned long number(char **text, int base)
 {
     unsigned long value = 0;

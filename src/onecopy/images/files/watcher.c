@@ -1,17 +1,17 @@
 /*
- * watcher: says on the console which end this guest comes to, and ends QEMU with it.
+ * watcher: prints on the console how this guest ends (power-off, reboot or halt), and ends QEMU.
  *
- * Left alone, the kernel first shuts all devices down. A clone would never be done with that: QEMU
- * does not carry the queue of a virtio-pmem device over to a started saved system, so that its last
- * flush is never answered. And a kernel that halts lets QEMU run on. So kprobes tell this process
- * (tracefs, kprobetrace.rst) when the kernel has begun, and it resets the machine, which QEMU is told
- * to end on (-no-reboot). Whoever asked for the end has written back and unmounted by then.
+ * By default the kernel first shuts all devices down. In a clone this hangs: QEMU does not migrate the
+ * queue of a virtio-pmem device, so the device never answers its last flush. And a halted kernel
+ * leaves QEMU running. Therefore kprobes (tracefs, kprobetrace.rst) wake this process when the kernel
+ * begins, and it resets the machine. QEMU exits on a reset (-no-reboot). The program that asked for
+ * the shutdown has written back and unmounted file systems by then.
  *
- * Until then it sleeps. Inits kill all processes before the end: systemd spares those whose name begins
- * with @, and otherwise the kernel starts it again (release_agent of a control group of version 1).
- * What happened meanwhile is read late. It mounts what it needs for itself alone (fsmount(2)).
+ * Inits kill all processes at the end. systemd spares those whose name begins with @. With others the
+ * kernel starts the watcher again (release_agent of a control group of version 1), and it then reads
+ * the missed events. It mounts what it needs privately (fsmount(2)).
  *
- * Where the kernel has no such means `unwatched` is run. No C library: see identity.c.
+ * On a kernel without kprobes it runs `unwatched`. It has no C library: see identity.c.
  */
 
 #include "linux.h"
@@ -22,7 +22,7 @@ enum { O_RDONLY, O_WRONLY, O_APPEND = 02000, O_CLOEXEC = 02000000, AT_FDCWD = -1
 enum { EEXIST = 17, SIGTERM = 15, SCHED_FIFO = 1, FSCONFIG_CMD_CREATE = 6 };
 struct sigaction { void *handler; unsigned long flags; void *restorer; unsigned long mask; };
 
-/* The second of each is said when the first begins; kexec calls kernel_restart_prepare alone. */
+/* Kernel function -> message when it is called; kexec calls only kernel_restart_prepare. */
 static char *const ends[][2] = {
     {"kernel_restart", "<0>onecopy: the guest was rebooted\n"},
     {"kernel_power_off", "<0>onecopy: the guest was powered off\n"},
@@ -54,7 +54,8 @@ static int put(int folder, char *path, int flags, char *text)
     return error < 0 ? error : 0;
 }
 
-/* Mount a file system nowhere; return its folder. That of control groups is found by its name. */
+/* Mount a file system without a mount point; return its directory. A name selects the hierarchy of
+ * control groups. */
 static int mounted(char *type, char *name)
 {
     int fs = call(SYS_fsopen, type, 1);
@@ -68,7 +69,7 @@ static int mounted(char *type, char *name)
     return folder;
 }
 
-/* Have the kernel start this program again when it was killed. */
+/* Make the kernel start this program again after a kill. */
 static void return_when_killed(void)
 {
     int groups = mounted("cgroup", "onecopy");
@@ -79,7 +80,7 @@ static void return_when_killed(void)
     call(SYS_close, groups);
 }
 
-/* Have it killed last, and run first. */
+/* Protect this process from SIGTERM and the OOM killer, and give it real-time priority. */
 static void guard(void)
 {
     struct sigaction ignored = {(void *)1, 0, 0, 0};
@@ -90,7 +91,7 @@ static void guard(void)
     call(SYS_sched_setscheduler, 0, SCHED_FIFO, &priority);
 }
 
-/* Return what is read when the guest ends, or -1. */
+/* Set up the kprobes; return the descriptor to read their events from, or -1. */
 static int trace(void)
 {
     int tracefs = mounted("tracefs", 0);
@@ -100,7 +101,7 @@ static int trace(void)
             return -1;
     }
     long error = call(SYS_mkdirat, tracefs, "instances/onecopy", 0700);
-    /* Before the first event: it is the size of each processor's buffer. */
+    /* The buffer size of each processor; it must be set before the first event. */
     if (!error)
         put(tracefs, "instances/onecopy/buffer_size_kb", 0, "4");
     if (put(tracefs, "instances/onecopy/events/onecopy/enable", 0, "1"))

@@ -1,7 +1,7 @@
-"""The source ``kernel:FILE``: a kernel by itself, for bare machines (guest/lifecycle/bootplan.py).
+"""The source ``kernel:FILE``: a bare kernel, booted without a root segment or an agent.
 
-Any that boots by Linux's protocol, which is not Linux's alone: memtest86+, or a Linux that brings
-its own root. Nothing is added to it. Not here: the kernel of all other guests (images/kernel.py).
+Any kernel that follows the Linux/x86 boot protocol works: memtest86+, or a Linux with its own root.
+It is stored unchanged. Not here: the kernel of all other guests (images/kernel.py).
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ def build_bare(
     access: Access | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Artifact:
-    """Take the kernel file ``text`` in as ``ref``, and return it.
+    """Store the kernel file ``text`` as ``ref``.
 
-    Raises InvalidInput (no name), BadSource, and what `Store.put` raises.
+    Raises:
+        InvalidInput: ``text`` is empty.
+        BadSource: The file cannot be read or is not a kernel.
+        OnecopyError: Any error of `Store.put`.
     """
     if not text:
-        raise InvalidInput("kernel: names no file", hint="write kernel:FILE")
+        raise InvalidInput("the source kernel: has no file name", hint="write kernel:FILE")
     path = Path(text)
     with opening("kernel", text, "write kernel:FILE with the path of a kernel image"):
         _require_kernel(path)
-    progress(f"taking in {path.name}")
+    progress(f"storing {path.name}")
     config = KernelConfig(release="", modules=(), bare=True)
     with store.workspace() as work:
         image = work / "kernel"
@@ -56,6 +59,6 @@ def _require_kernel(path: Path) -> None:
         magic = file.read(len(_MAGIC))
     if magic != _MAGIC:
         raise BadSource(
-            f"{path} is no kernel that boots by Linux's protocol (a bzImage)",
-            hint="memtest86+, for example, is one; a disk image is disk:FILE",
+            f"{path} is not a kernel with the Linux/x86 boot protocol (a bzImage)",
+            hint="give a bzImage, for example of memtest86+; for a disk image write disk:FILE",
         )

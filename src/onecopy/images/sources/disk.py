@@ -1,9 +1,9 @@
 """The source ``disk:FILE[#PARTITION]``: the files of a machine, from an image of its disk.
 
-The host's kernel mounts nothing of it: a reader does, a guest of our own (images/disk_reader.py),
-which sees the image through an overlay, so that a journal is replayed and the image stays as it is.
-What the machine's fstab mounts of the same disk is put in its place. Not here: the image's format
-(images/disk_format.py), its partitions (images/partitions.py), fstab's lines (images/fstab.py), the
+The host's kernel never mounts the image. A reader guest does (images/disk_reader.py). It sees the
+image through an overlay, so that it can replay a journal without changing the image. Other file
+systems that the machine's fstab mounts from the same disk are included. Not here: the image's
+format (images/disk_format.py), partitions (images/partitions.py), fstab (images/fstab.py),
 unpacking (images/unpack.py).
 """
 
@@ -33,22 +33,26 @@ _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class DiskSource(msgspec.Struct, frozen=True):
-    """The files of one partition of the disk image ``path``, and of what is mounted there."""
+    """The files of a partition of the disk image ``path``, and of its mounts on the same disk."""
 
     path: Path
     partition: int | None
-    """None: the one that holds a root."""
+    """Number of the root's partition; None to search for it."""
     store: Store
-    """Where the reader's kernel comes from."""
+    """Holds the reader's kernel."""
     label: str = "disk"
     left_out: list[str] = []
-    """What of the disk was not unpacked."""
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
-        """Copy the files into the empty folder ``into``, as root, and return it.
+        """Copy the files into the empty directory ``into``; only root can.
 
-        Raises BadSource (no disk image, in use, truncated, damaged, encrypted, LVM; no root, or
-        several), InsufficientResources, MissingProgram, Incompatible, OSError.
+        Returns:
+            ``into``.
+
+        Raises:
+            BadSource: The image is in use, damaged, encrypted or unsupported, or does not hold
+                exactly one root.
+            InsufficientResources, MissingProgram, Incompatible, OSError: As their names say.
         """
         try:
             with self._opened() as fd:
@@ -56,7 +60,7 @@ class DiskSource(msgspec.Struct, frozen=True):
                 self._read(fd, into, progress)
                 _require_unchanged(before, os.fstat(fd))
         except BadSource as error:
-            message = f"{self.path} cannot be a source: {error.message}"
+            message = f"{self.path} cannot be used as a source: {error.message}"
             raise BadSource(message, hint=error.hint) from error
         return into
 
@@ -69,7 +73,7 @@ class DiskSource(msgspec.Struct, frozen=True):
             parts = reader_parts(self.store, work, progress)
             ends.callback(parts.initrd.unlink)
             overlay = ends.enter_context(_overlay(work / "overlay", form))
-            progress(f"looking into {self.path.name}")
+            progress(f"reading {self.path.name}")
             guest = ends.enter_context(reader(parts, Disk(fd, form.driver, overlay)))
             tree = DiskTree(guest, self.partition)
             progress(f"copying {tree.name}")
@@ -78,14 +82,17 @@ class DiskSource(msgspec.Struct, frozen=True):
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        """The image, open and kept from being written to by whoever heeds QEMU's locks."""
-        with opening("disk image", str(self.path), "give a disk image that can be read"):
+        """Open the image, and hold QEMU's lock against writers."""
+        with opening("disk image", str(self.path), "give a disk image that you may read"):
             fd = os.open(self.path, _FLAGS)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise BadSource("it is no file", hint="copy a device to a file first")
+                raise BadSource("it is not a regular file", hint="copy the device to a file first")
             if not lock_for_reading(fd):
-                raise BadSource("a running machine writes to it", hint="end that, or copy the disk")
+                raise BadSource(
+                    "a running machine has it open for writing",
+                    hint="stop that machine, or build from a copy of the disk",
+                )
             yield fd
         finally:
             os.close(fd)
@@ -93,10 +100,10 @@ class DiskSource(msgspec.Struct, frozen=True):
 
 @contextmanager
 def _overlay(path: Path, form: DiskFormat) -> Iterator[int]:
-    """An empty image of the same size, for what is written to the disk: a replayed journal."""
+    """Create an overlay of the same size; it takes the writes of a journal's replay."""
     run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(form.size)])
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    # It needs no name any more.
+    # The open descriptor is enough.
     path.unlink()
     try:
         yield fd
@@ -106,11 +113,18 @@ def _overlay(path: Path, form: DiskFormat) -> Iterator[int]:
 
 def _require_unchanged(before: os.stat_result, after: os.stat_result) -> None:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise BadSource("it changed while it was read", hint="build again when nobody writes to it")
+        raise BadSource(
+            "it changed while it was read", hint="stop what writes to it, then build again"
+        )
 
 
 def open_disk(text: str, store: Store) -> DiskSource:
-    """The disk image ``text``, FILE or FILE#PARTITION; raise BadSource or MissingProgram."""
+    """Return the source for the disk image ``text``, which is FILE or FILE#PARTITION.
+
+    Raises:
+        BadSource: The image cannot be opened.
+        MissingProgram: A program that reading it needs is not installed.
+    """
     match = re.fullmatch(r"(.+)#([0-9]{1,4})", text)
     name, partition = (match[1], int(match[2])) if match else (text, None)
     hint = "write disk:FILE or disk:FILE#PARTITION with the path of a disk image"
@@ -120,7 +134,7 @@ def open_disk(text: str, store: Store) -> DiskSource:
         is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         os.close(fd)
     if not is_file:
-        raise BadSource(f"{name!r} is not a file", hint="copy a device to a file first")
+        raise BadSource(f"{name!r} is not a regular file", hint="copy the device to a file first")
     for program in ("qemu-img", "blkid", "partx", "tar"):
         find_program(program)
     return DiskSource(path, partition, store)

@@ -1,8 +1,8 @@
 """The source ``tar:PATH``: a tar archive, plain or compressed (.gz .bz2 .xz .zst).
 
-It is read once, from its beginning to its end, and unpacked as it comes. What decompresses it runs
-confined and reaches nothing; what unpacks it is ours. Not here: the format (images/tar_format.py),
-the unpacking (images/unpack.py), OCI images.
+The archive is read once, from start to end, and unpacked on the fly. The decompressor is an
+external program and runs confined. Not here: the format (images/tar_format.py), unpacking
+(images/unpack.py), OCI images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from onecopy.errors import BadSource, CommandFailed
 from onecopy.images.free_space import disk_space
 from onecopy.images.pax_header import BadMember
-from onecopy.images.skipped import LeftOut
+from onecopy.images.skipped import SkippedItems
 from onecopy.images.source_errors import opening
 from onecopy.images.tar_format import Stream, TarReader
 from onecopy.images.unpack import unpack
@@ -28,9 +28,9 @@ from onecopy.subprocesses import find_program
 from onecopy.vmm.confined_tool import Limits, Task, Tool, running
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_HINT = "make it again with GNU tar from inside the folder: tar -C FOLDER -cf FILE ."
-#: Seconds that reading takes at most, and so many for each MiB of the archive.
-_PATIENCE, _EACH = 6 * 3600, 10
+_HINT = "pack it again with GNU tar: tar -C DIRECTORY -cf FILE ."
+#: Time limit of decompression in seconds: a constant, and more for each MiB of the archive.
+_SECONDS, _SECONDS_PER_MIB = 6 * 3600, 10
 _BUFFER = 1 << 20
 
 
@@ -42,13 +42,18 @@ class ArchiveSource(msgspec.Struct, frozen=True):
     left_out: list[str] = []
 
     def unpack(self, into: Path, progress: Callable[[str], None]) -> Path:
-        """Unpack into the empty folder ``into``, as root, and return it; it is empty if that fails.
+        """Unpack into the empty directory ``into``, and leave it empty on failure; only root can.
 
-        Raises BadSource (not an archive, broken, or with members that lead out or cannot be kept),
-        InsufficientResources, MissingProgram, Incompatible, OSError.
+        Returns:
+            ``into``.
+
+        Raises:
+            BadSource: The file is not an archive, is damaged, or has a member that points outside
+                or cannot be stored.
+            InsufficientResources, MissingProgram, Incompatible, OSError: As their names say.
         """
         progress(f"unpacking {self.path.name}")
-        left_out = LeftOut()
+        left_out = SkippedItems()
         try:
             with disk_space(into, 0):
                 self._unpack(into, left_out)
@@ -59,7 +64,7 @@ class ArchiveSource(msgspec.Struct, frozen=True):
         self.left_out.extend(left_out.lines())
         return into
 
-    def _unpack(self, into: Path, left_out: LeftOut) -> None:
+    def _unpack(self, into: Path, left_out: SkippedItems) -> None:
         try:
             with opening("archive", str(self.path), _HINT):
                 file = self.path.open("rb", buffering=0)
@@ -67,37 +72,37 @@ class ArchiveSource(msgspec.Struct, frozen=True):
                 try:
                     count = unpack(TarReader(stream, left_out.add), into)
                 except BadMember:
-                    # Why the archive ends too early is what the decompressor says.
+                    # The decompressor knows the reason if the archive ends too early.
                     _finish(stream, tool)
                     raise
                 _finish(stream, tool)
         except BadMember as error:
-            where = f"the member {os.fsdecode(error.name[:4096])!r}: " if error.name else ""
+            where = f"member {os.fsdecode(error.name[:4096])!r}: " if error.name else ""
             raise self._broken(f"{where}{error.what}") from error
         except CommandFailed as error:
-            said = "\n".join(error.output.strip().splitlines()[-8:])
-            raise self._broken(error.message if error.limit else said) from error
+            last = "\n".join(error.output.strip().splitlines()[-8:])
+            raise self._broken(error.message if error.limit else last) from error
         if not count:
-            raise BadSource(f"{self.path} holds nothing", hint=_HINT)
+            raise BadSource(f"the archive {self.path} is empty", hint=_HINT)
 
     def _broken(self, what: str) -> BadSource:
-        return BadSource(f"{self.path} cannot be unpacked: {what}", hint=_HINT)
+        return BadSource(f"cannot unpack {self.path}: {what}", hint=_HINT)
 
 
 @contextmanager
 def _decompressed(file: io.FileIO) -> Iterator[tuple[Stream, Tool | None]]:
-    """What is in the file, and the program that decompresses it, if one does."""
+    """Yield the archive's uncompressed stream, and its decompressor if there is one."""
     start = file.read(6)
     file.seek(0)
     program = _program(start)
     if not program:
         yield io.BufferedReader(file, _BUFFER), None
         return
-    seconds = _PATIENCE + _EACH * (os.fstat(file.fileno()).st_size >> 20)
+    seconds = _SECONDS + _SECONDS_PER_MIB * (os.fstat(file.fileno()).st_size >> 20)
     read, write = os.pipe2(os.O_CLOEXEC)
     with io.FileIO(read, "rb") as ours:
         try:
-            # zstd has threads.
+            # zstd is multi-threaded, and the kernel counts threads as processes.
             limits = Limits(seconds=seconds, processes=16)
             task = Task([program, "-dc"], stdin=file.fileno(), stdout=write, limits=limits)
             tool = running(task)
@@ -111,11 +116,11 @@ def _decompressed(file: io.FileIO) -> Iterator[tuple[Stream, Tool | None]]:
 
 
 def _finish(stream: Stream, tool: Tool | None) -> None:
-    """Raise CommandFailed if the decompressor failed, or left something out."""
+    """Raise CommandFailed if the decompressor failed or printed a warning."""
     if tool and not stream.read(1):
         ran = tool.finish()
         if ran.err.strip():
-            raise CommandFailed("decompressing it", ran.code, ran.err)
+            raise CommandFailed("decompressing the archive", ran.code, ran.err)
 
 
 def _program(start: bytes) -> str:
@@ -123,12 +128,19 @@ def _program(start: bytes) -> str:
 
 
 def open_archive(text: str) -> ArchiveSource:
-    """The archive ``text``; raise BadSource, or MissingProgram if its compression needs one."""
+    """Return the source for the archive ``text``.
+
+    Raises:
+        BadSource: The archive cannot be opened.
+        MissingProgram: Its decompressor is not installed.
+    """
     with opening("archive", text, "write tar:PATH with the path of a tar archive"):
         path = Path(text).resolve(strict=True)
-        # A pipe would be waited for.
+        # Opening a pipe would block.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise BadSource(f"{text!r} is not a file", hint="a folder is dir:PATH")
+            raise BadSource(
+                f"{text!r} is not a regular file", hint="for a directory write dir:PATH"
+            )
         with path.open("rb") as file:
             program = _program(file.read(6))
     if program:
