@@ -136,6 +136,11 @@ def _domain(world: World, **fields: Any) -> Request:
     return replace(world.clone(), spec=CloneSpec(system=ref, **fields))
 
 
+def _of_lab(world: World) -> Reference:
+    world.host.store.tag(world.segment("plain"), Reference("of-lab"), domain="lab")
+    return Reference("of-lab")
+
+
 def _with_file_system(world: World) -> Reference:
     (world.folder / "tree").mkdir()
     build_segment(world.host.store, Reference("with-files"), f"dir:{world.folder / 'tree'}")
@@ -228,9 +233,10 @@ CASES: dict[str, Case] = {
         *(InvalidInput, "not that many ports"),
     ),
     "a restricted system": (_restricted, Restricted, "is restricted"),
+    "a system of another domain than its root": (_domain, OtherDomain, "busybox belongs to"),
     "a segment of another domain": (
-        lambda w: _domain(w, segments=((w.segment("plain"), ""),)),
-        *(OtherDomain, "plain belongs to"),
+        lambda w: w.clone(segments=((_of_lab(w), ""),)),
+        *(OtherDomain, "of-lab belongs to"),
     ),
     "KSM across domains": (
         lambda w: _domain(w, ksm=Mergeable.ALL),
