@@ -1,11 +1,11 @@
-"""Which modules of onecopy one start of a clone enters, and how often it goes back to one it left.
+"""Counts the modules that one start of a clone enters, and how often it returns to one.
 
     python -m benchmarks.walk SYSTEM
 
-The second start of a process is traced, so that no import is part of it. What counts is the first
-instruction of each call, not a coroutine that goes on. What a start hands to a thread and waits for
-is done in its own; helpers of the background are left out, and so is the sweep with which every
-command begins. Not here: seconds (starts.py).
+It traces the second start of a process, so that imports are excluded. The first instruction of each
+call counts, not the resumption of a coroutine. Work in a thread that the start waits for runs in
+the traced thread. Background helpers and the sweep at the start of each command are excluded. Not
+here: times (starts.py).
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ _RESUME = dis.opmap["RESUME"]
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """The modules in the order of their calls; two in a row are never the same."""
+    """The modules in the order of their calls, without direct repetitions."""
 
     steps: tuple[str, ...]
 
     @property
     def modules(self) -> int:
-        """How many there are."""
+        """The number of different modules."""
         return len(set(self.steps))
 
     @property
     def returns(self) -> int:
-        """How often one is entered that was left before."""
+        """The number of returns to a module that was left before."""
         return len(self.steps) - self.modules
 
     def within(self, package: str) -> Walk:
-        """The steps of one package."""
+        """Return the walk within a package."""
         return walk(step for step in self.steps if f"{step}.".startswith(f"{package}."))
 
 
 def walk(calls: Iterable[str]) -> Walk:
-    """The walk of calls, given the module of each."""
+    """Return the walk for the modules of all calls."""
     return Walk(tuple(module for module, _ in groupby(calls)))
 
 
 @dataclass(slots=True)
 class Tracer:
-    """Notes the module of each call, while it is the profile function."""
+    """A profile function that records the module of each call."""
 
     calls: list[str] = field(default_factory=list)
 
@@ -68,9 +68,9 @@ class Tracer:
 
 
 def begins(frame: FrameType) -> bool:
-    """Whether a function is called, and does not go on (dis, RESUME).
+    """Return whether a frame starts, and does not resume (dis, RESUME).
 
-    A comprehension is part of the function that it stands in: Python 3.12 makes no frame for it.
+    A comprehension counts as part of its function: Python 3.12 makes no frame for it.
     """
     if frame.f_code.co_name in _INNER:
         return False
@@ -82,7 +82,7 @@ _known: dict[str, str] = {}
 
 
 def _module(filename: str) -> str:
-    """The module of a file of onecopy's; "" of others."""
+    """Return the module of one of onecopy's files; "" for any other file."""
     found = _known.get(filename)
     if found is None:
         path = Path(filename)
@@ -97,7 +97,7 @@ async def _inline(work: Callable[..., Any], *args: Any) -> Any:
 
 
 async def trace(system: str) -> Walk:
-    """Start a clone, and a second one, which is traced until it is handed out."""
+    """Start two clones, and trace the second until it is ready."""
     tracer = Tracer()
     async with Host() as host:
         async with host.start(system, overcommit=True):

@@ -174,7 +174,7 @@ def _blob(placed: Placed) -> Layer:
 
 
 def display_slots(placed: Sequence[Placed]) -> tuple[Slot, ...]:
-    """The memory of segments as a command line shows it that is not run."""
+    """Return placeholder slots for a dry run's command line."""
     return tuple(
         Slot(
             item.layer.path if item.layer else Path(f"/proc/self/fd/{item.segment.memory_name}"),
@@ -186,7 +186,7 @@ def display_slots(placed: Sequence[Placed]) -> tuple[Slot, ...]:
 
 
 def loaded(placed: Sequence[Placed], backed: Sequence[Backing]) -> tuple[Attached, ...]:
-    """The record of the segments that a guest starts with; ranges of one lie side by side."""
+    """Return the records of the segments that a guest starts with; a segment's ranges adjoin."""
     numbered = enumerate(zip(placed, backed, strict=True), start=FIRST_SEGMENT_SLOT)
     return tuple(
         attached(
@@ -199,7 +199,7 @@ def loaded(placed: Sequence[Placed], backed: Sequence[Backing]) -> tuple[Attache
 def attached(
     ranges: Sequence[tuple[Placed, Backing, str]], *, state: str, exclusive: bool = False
 ) -> Attached:
-    """The record of a segment in a guest: its ranges, their memory and their PCI addresses."""
+    """Return the record of a segment in a guest: its ranges, their backings and PCI addresses."""
     first = ranges[0][0].segment
     return Attached(
         name=first.name,

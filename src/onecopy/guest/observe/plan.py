@@ -58,8 +58,7 @@ async def measure(
     """Start clones, measure their memory, start time and CPU time, and end them.
 
     Raises:
-        GuestFailed: ``work``, the command to run for each clone, fails.
-        OnecopyError: Any error of starting clones or reading their memory.
+        OnecopyError: Any error of starting clones, reading their memory, or ``work``.
     """
     spec = CloneSpec(
         system=Reference(system.name, digest=system.digest),
