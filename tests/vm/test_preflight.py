@@ -232,7 +232,7 @@ CASES: dict[str, Case] = {
     ),
     "no such port": (
         lambda w: w.clone(2, publish=((65535, 80),)),
-        *(InvalidInput, "not that many ports"),
+        *(InvalidInput, "the limit is 65535"),
     ),
     "a restricted system": (_restricted, Restricted, "is restricted"),
     "a system of another domain than its root": (_domain, OtherDomain, "busybox belongs to"),
@@ -250,11 +250,11 @@ CASES: dict[str, Case] = {
     "no right to a bridge": (_no_rights, NotPermitted, "only root can connect"),
     "a bridge with ports": (
         lambda w: w.clone(bridge="br0", publish=((0, 80),)),
-        *(InvalidInput, "not into a bridge"),
+        *(InvalidInput, "not from a bridge"),
     ),
     "a bridge that reaches the host": (
         lambda w: w.clone(bridge="br0", allow_host=True),
-        *(InvalidInput, "--allow-host opens a user-mode network"),
+        *(InvalidInput, "--allow-host applies to a user-mode network"),
     ),
     "no card": (
         lambda w: w.boot(network=False, publish=((0, 80),)),
