@@ -387,7 +387,7 @@ def test_both_refuse(world: World, case: str) -> None:
 #: What the launcher would meet by itself, and does if it is not checked before.
 MET = [
     *("a taken name", "a taken port", "no such bridge"),
-    *("a bridge with ports", "rules that nft refuses", "neither users nor a router"),
+    *("rules that nft refuses", "neither users nor a router"),
     *("a damaged state", "a segment twice", "a device to mount", "a disk twice", "a disk in use"),
     *("a disk made smaller", "no disk", "a folder as disk", "an empty disk", "too many disks"),
     *("a disk with another head", "a file of the store"),
