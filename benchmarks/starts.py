@@ -1,7 +1,7 @@
 """Measures one start: of a bare `qemu -S`, of a clone, and of the whole command.
 
 All kinds take turns, so that load on the host affects all. A clone is started by the real
-start_clone(), whose phases are observed from outside. Not here: booted guests (kinds.py).
+start_one(), whose phases are observed from outside. Not here: booted guests (kinds.py).
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from msgspec.structs import replace
+
 from benchmarks.answers import answered
 from benchmarks.figures import Spread
 from benchmarks.kinds import new_name
 from benchmarks.setup import Setup, without_network
 from onecopy.guest import identity
-from onecopy.guest.lifecycle import launch as launcher
-from onecopy.guest.lifecycle import restore
+from onecopy.guest.lifecycle import launcher, restore
+from onecopy.guest.lifecycle.launchplan import LaunchPlan
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import POOL
 from onecopy.subprocesses import environment
@@ -100,7 +103,7 @@ async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) 
 async def _prepare_one(setup: Setup) -> None:
     """Prepare one standby clone, without a pool that is refilled."""
     with setup.host.batch() as batch:
-        await restore.prepare_clone(setup.host, setup.saved, f"{POOL}bench", batch)
+        await start_one(setup.host, replace(setup.saved, standby=True), f"{POOL}bench", batch)
         batch.hand_out()
     # QEMU frees its buffers for loading the state a little later.
     await asyncio.sleep(1)
@@ -156,14 +159,12 @@ def _bare(setup: Setup, machine: list[str]) -> float:
         path.unlink()
 
 
-async def _clone(setup: Setup, system: restore.Template, publish: Ports = ()) -> dict[str, float]:
+async def _clone(setup: Setup, system: LaunchPlan, publish: Ports = ()) -> dict[str, float]:
     """Return the moments of a clone; the last one only if it publishes a port."""
     name = new_name()
     with _watched() as marks:
         asked = time.monotonic()
-        record = await restore.start_clone(
-            setup.host, system, name, restore.CloneSpec(publish=publish)
-        )
+        record = await start_one(setup.host, system.varied(publish=publish), name)
         marks["handed out"] = time.monotonic()
     try:
         if publish:
@@ -177,7 +178,7 @@ async def _clone(setup: Setup, system: restore.Template, publish: Ports = ()) ->
 
 @contextlib.contextmanager
 def _watched() -> Iterator[dict[str, float]]:
-    """Record when start_clone() goes from one phase to the next."""
+    """Record when start_one() goes from one phase to the next."""
     marks: dict[str, float] = {}
     become, execute = identity.become, Monitor.execute
 
@@ -205,7 +206,8 @@ def _watched() -> Iterator[dict[str, float]]:
         return address
 
     with (
-        patch.object(launcher, "launch", launching),
+        patch.object(launcher, "launch_vmm", launching),
+        patch.object(launcher, "connect", connecting),
         patch.object(restore, "connect", connecting),
         patch.object(Monitor, "execute", executing),
         patch.object(identity, "become", becoming),
@@ -220,7 +222,7 @@ def _command(setup: Setup) -> float:
     env = {**os.environ, "ONECOPY_HOME": str(setup.host.store.root)}
     began = time.monotonic()
     subprocess.run(
-        [program, "run", setup.saved.artifact.ref, "--name", name],
+        [program, "run", setup.saved.source.ref, "--name", name],
         env=env,
         stdout=subprocess.DEVNULL,
         check=True,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from onecopy.guest.lifecycle.bootplan import BootSpec
     from onecopy.guest.lifecycle.disks import DiskSpec
+    from onecopy.guest.lifecycle.launchplan import BootSpec
     from onecopy.model import Reference
 
 
@@ -32,7 +32,7 @@ def boot_spec(
     disks: tuple[DiskSpec, ...] = (),
 ) -> BootSpec:
     """What the user asked for."""
-    from onecopy.guest.lifecycle.bootplan import BootSpec
+    from onecopy.guest.lifecycle.launchplan import BootSpec
     from onecopy.model import Mergeable
     from onecopy.vmm.accel import Choice
 

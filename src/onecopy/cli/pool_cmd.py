@@ -30,14 +30,14 @@ def command(system: Reference | None, size: int | None, fill: bool, as_json: boo
     --bridge, --allow-host or --ksm. Once half of a pool is taken it is filled again in the
     background. Without SYSTEM the pools are listed. JSON: docs/json.md.
     """
-    from onecopy.guest.lifecycle import pool
+    from onecopy.guest.lifecycle import pool, pool_fill
     from onecopy.guest.runtime import Runtime
 
     if system and (size is None or fill):
         raise InvalidInput("how many?", hint="onecopy pool SYSTEM SIZE; 0 for none")
     host = Runtime.open()
     if fill:
-        asyncio.run(pool.fill(host))
+        asyncio.run(pool_fill.fill(host))
     elif system and size is not None:
         with progress() as tell:
             tell(f"preparing guests of {system}" if size else f"ending those of {system}")
@@ -47,9 +47,9 @@ def command(system: Reference | None, size: int | None, fill: bool, as_json: boo
 
 
 def _resized(host: Runtime, system: Reference, size: int) -> Pool:
-    from onecopy.guest.lifecycle import pool
+    from onecopy.guest.lifecycle import pool_fill
 
-    return asyncio.run(pool.resize(host, host.store.resolve(system, "system"), size))
+    return asyncio.run(pool_fill.resize(host, host.store.resolve(system, "system"), size))
 
 
 def _print(pools: list[Pool], as_json: bool) -> None:

@@ -23,13 +23,14 @@ from onecopy.cli.params import (
     typed_options,
 )
 from onecopy.errors import InvalidInput
-from onecopy.model import MIB, Mergeable, Reference
+from onecopy.model import Mergeable, Reference
 
 if TYPE_CHECKING:
-    from onecopy.guest.lifecycle.admission import Need
+    from onecopy.errors import OnecopyError
     from onecopy.guest.lifecycle.batch import Started
     from onecopy.guest.lifecycle.disks import DiskSpec
-    from onecopy.guest.run_directory import Batch, GuestRecord
+    from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
+    from onecopy.guest.run_directory import GuestRecord
     from onecopy.guest.runtime import Runtime
 
 Ports = tuple[tuple[int, int], ...]
@@ -111,60 +112,35 @@ def command(
     With CMD (after --), run it in each guest, stop the guests when it has ended, and exit with its
     exit code.
     """
-    from onecopy.guest.lifecycle import batch, pool
-    from onecopy.guest.lifecycle.disks import check_disks
-    from onecopy.guest.ports import numbered
+    from msgspec.structs import replace
+
+    from onecopy.guest.lifecycle import start
     from onecopy.guest.runtime import Runtime
 
-    check_disks(disks, named=name is not None, count=count)
+    options |= {"publish": publish, "ksm": ksm, "bridge": bridge, "disks": disks}
+    if cold:
+        # What is run in it by `exec` is a reason to be up.
+        spec: BootSpec | CloneSpec = replace(boot_spec(source, **options), idle=bool(cmd))
+    else:
+        spec = _clone_spec(source, options)
+    request = start.Request(
+        spec, count, name, keep_going=keep_going, overcommit=overcommit, needs_agent=bool(cmd)
+    )
     host = Runtime.open()
-    names = batch.names_for(source.name, name, count)
     with progress() as tell:
         if ksm == "all":
             _tell_of_ksm(tell)
-        options |= {"ksm": ksm, "bridge": bridge, "disks": disks}
-        if cold:
-            starter, need = _cold(host, source, options, count, tell, needs_agent=bool(cmd))
-        else:
-            starter, need = _clone(host, source, options, count, needs_agent=bool(cmd))
-        _tell_of_room(tell, need)
-        ports = {one: numbered(publish, number) for number, one in enumerate(names)}
-        if dry_run:
-            argv = [starter(one, ports[one]).argv() for one in names]
-        else:
-            start = batch.start_many(
-                host,
-                names,
-                lambda one, batch: starter(one, ports[one]).start(batch),
-                keep_going=keep_going,
-                each=0 if overcommit else need.each,
-            )
-            code = _started(_finished(host, start, cmd, keep), as_json, bool(cmd))
-            pool.refill(host)
-            return code
-    for line in argv:
-        print(shlex.join(line))
-    return 0
+        group = start.plan(host, request, tell)
+        if not dry_run:
+            begun = start.start(host, group)
+            return _started(_finished(host, begun, cmd, keep), as_json, bool(cmd))
+    for argv in start.dry_run(host, group):
+        print(shlex.join(argv))
+    return _failed(group.refused)
 
 
-class _Start:
-    """One guest to be: its command line, or itself."""
-
-    def __init__(
-        self,
-        argv: Callable[[], list[str]],
-        start: Callable[[Batch], Awaitable[GuestRecord]],
-    ) -> None:
-        self.argv = argv
-        self.start = start
-
-
-def _clone(
-    host: Runtime, source: Reference, options: dict[str, Any], count: int, *, needs_agent: bool
-) -> tuple[Callable[[str, Ports], _Start], Need]:
-    from onecopy.guest.lifecycle import admission, restore
-    from onecopy.guest.lifecycle.resources import ExtraResources, added_memory
-    from onecopy.guest.run_directory import no_agent
+def _clone_spec(source: Reference, options: dict[str, Any]) -> CloneSpec:
+    from onecopy.guest.lifecycle.launchplan import CloneSpec
     from onecopy.vmm.accel import Choice
 
     typed = typed_options()
@@ -174,75 +150,18 @@ def _clone(
             f"{saved[0]} is part of a saved system and cannot be changed",
             hint="give it to `onecopy save`, or boot a segment with --cold",
         )
-    fitting = ExtraResources(
+    return CloneSpec(
+        system=source,
         memory=options["memory"] if "memory" in typed else None,
         cpus=options["cpus"] if "cpus" in typed else None,
         segments=options["segments"],
         disks=options["disks"],
+        publish=options["publish"],
+        bridge=options["bridge"],
+        allow_host=options["allow_host"],
+        ksm=Mergeable(options["ksm"]),
+        accel=Choice(options["accel"]),
     )
-    template = restore.template(
-        host, host.store.resolve(source, "system"), Choice(options["accel"])
-    )
-    if needs_agent and not template.config.agent:
-        raise no_agent(str(source))
-
-    added = added_memory(fitting, template.config)
-    need = admission.of_clones(template.accel.name, count, added)
-
-    def starter(name: str, ports: Ports) -> _Start:
-        bridge, ksm, allow_host = (options[key] for key in ("bridge", "ksm", "allow_host"))
-        spec = restore.CloneSpec(
-            ports, bridge, Mergeable(ksm), fitting, allow_host, need.translated
-        )
-        return _Start(
-            lambda: restore.dry_run(host, template, name, spec),
-            lambda batch: restore.start_clone(host, template, name, spec, batch),
-        )
-
-    return starter, need
-
-
-def _cold(
-    host: Runtime,
-    source: Reference,
-    options: dict[str, Any],
-    count: int,
-    tell: Callable[[str], None],
-    *,
-    needs_agent: bool,
-) -> tuple[Callable[[str, Ports], _Start], Need]:
-    from msgspec.structs import replace
-
-    from onecopy.guest.lifecycle import admission, boot, bootplan
-    from onecopy.guest.run_directory import no_agent
-
-    # What is run in it by `exec` is a reason to be up.
-    spec = replace(boot_spec(source, **options), idle=needs_agent)
-    prepared = bootplan.plan_boot(host, spec, tell)
-    if needs_agent and not prepared.agent:
-        raise no_agent(str(source))
-    tell(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
-    need = admission.of_cold(prepared.accel.name, prepared.hardware.memory, count)
-    spec = replace(prepared.spec, translated=need.translated)
-
-    def starter(name: str, ports: Ports) -> _Start:
-        mine = replace(prepared, spec=replace(spec, publish=ports))
-        return _Start(
-            lambda: boot.dry_run(host, mine, name),
-            lambda batch: boot.boot_guest(host, mine, name, batch),
-        )
-
-    return starter, need
-
-
-def _tell_of_room(tell: Callable[[str], None], need: Need) -> None:
-    from onecopy.vmm.argv import TRANSLATED
-
-    if need.translated < TRANSLATED:
-        tell(
-            f"the host has memory for {need.translated // MIB} MiB of translated code in each "
-            f"QEMU, not {TRANSLATED // MIB}: guests that work are slower"
-        )
 
 
 def _tell_of_ksm(tell: Callable[[str], None]) -> None:
@@ -316,6 +235,11 @@ def _started(result: tuple[Started, int], as_json: bool, quiet: bool) -> int:
             ports = "".join(f" 127.0.0.1:{host}->{port}" for host, port in guest.publish)
             how = f"started in {duration(guest.start_seconds)} under {guest.accel}"
             print_line(f"{guest.name} {how} ({guest.accel_reason}){ports}")
-    for name, error in started.failures:
+    return code or _failed(started.failures)
+
+
+def _failed(failures: Sequence[tuple[str, OnecopyError]]) -> int:
+    """Tell of guests that did not start, or would not; the exit code."""
+    for name, error in failures:
         tell_error(error, f"{name} did not start: ")
-    return code or (started.failures[0][1].exit_code if started.failures else 0)
+    return failures[0][1].exit_code if failures else 0

@@ -84,7 +84,7 @@ def command(
         _require_no_more()
         _print(_running(host, system, guest, hooks), as_json)
     elif root is not None and dry_run:
-        print(shlex.join(_argv(host, root, options)))
+        print(shlex.join(_argv(host, system, root, options)))
     elif root is not None:
         _print(_booted(host, system, root, options, hooks), as_json)
 
@@ -122,11 +122,14 @@ def _booted(
         return asyncio.run(save.save_system(host, system, spec, tell, **hooks._asdict()))
 
 
-def _argv(host: "Runtime", root: Reference, options: dict[str, Any]) -> list[str]:
-    from onecopy.guest.lifecycle import bootplan, save
+def _argv(
+    host: "Runtime", system: Reference, root: Reference, options: dict[str, Any]
+) -> list[str]:
+    from onecopy.guest.lifecycle import launcher, save
 
     with progress() as tell:
-        return save.dry_run(host, bootplan.plan_boot(host, boot_spec(root, **options), tell))
+        plan = save.plan_save(host, system, boot_spec(root, **options), tell)
+    return launcher.dry_run(host, plan)
 
 
 def _print(saved: "Saved", as_json: bool) -> None:

@@ -1,26 +1,29 @@
 """Finds or makes the file that backs a range in a guest, by the range's page class.
 
 The backing is a blob, or a copy of it in a memory file (linux/memfd.py). A memory file has a sealed
-size, and the kernel frees it with the last VMM that has it open. Not here: QEMU's arguments
-(vmm/argv.py).
+size, and the kernel frees it with the last VMM that has it open. The record of a guest's segment is
+made here, too. Not here: QEMU's arguments (vmm/argv.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
 
+from onecopy.guest.machine import Placed
+from onecopy.guest.run_directory import Attached, Device
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import memfd
 from onecopy.linux.lock import locked
 from onecopy.model import PageClass
 from onecopy.store import Layer, Lease, Store
-from onecopy.vmm.argv import MapMode, Slot
+from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MapMode, Slot
 
 _MODES = {
     PageClass.SR: MapMode.READ_ONLY,
@@ -34,32 +37,14 @@ _MODES = {
 _COMMON = (PageClass.SW, PageClass.SN)
 
 
-class BackingRequest(msgspec.Struct, frozen=True):
-    """A range that is about to be mapped."""
-
-    page_class: PageClass
-    size: int
-    """Bytes."""
-    layer: Layer | None
-    """The stored content; None for classes without it."""
-    segment: str
-    """Digest of the segment's manifest."""
-    number: int
-    """Index of the range in its segment."""
-
-    @property
-    def memory_name(self) -> str:
-        """The name of the range's memory file in /proc/PID/fd and maps."""
-        return f"onecopy-{self.segment.removeprefix('sha256:')}.{self.number}"
-
-
-def live_file(store: Store, needed: BackingRequest) -> Path:
+def live_file(store: Store, placed: Placed) -> Path:
     """Return the file of an SC range, which the host writes and guests read.
 
     Raises:
         InsufficientResources: The disk has no room for it.
     """
-    return store.live(_blob(needed), needed.segment, needed.number, needed.size)
+    item = placed.segment
+    return store.live(_blob(placed), item.segment, item.number, item.size)
 
 
 def map_mode(page_class: PageClass) -> MapMode:
@@ -86,47 +71,47 @@ class Backings:
         self._lease = lease
         self._late = late
 
-    def back(self, needed: BackingRequest) -> Backing:
+    def back(self, placed: Placed) -> Backing:
         """Find or make the backing of a range.
 
         Raises:
             InsufficientResources: There is too little memory for a copy.
             NotPermitted, StoreDamaged: The blob cannot be used.
         """
-        match needed.page_class:
+        match placed.segment.page_class:
             case PageClass.SR:
-                return self._file(needed, _blob(needed).path, linked=self._late)
+                return self._file(placed, _blob(placed).path, linked=self._late)
             case PageClass.EW:
                 # Accounting finds the pages that the guest writes by this separate name.
-                return self._file(needed, _blob(needed).path, linked=True)
+                return self._file(placed, _blob(placed).path, linked=True)
             case PageClass.SC:
-                return self._file(needed, live_file(self._host.store, needed), linked=self._late)
+                return self._file(placed, live_file(self._host.store, placed), linked=self._late)
             case PageClass.SW | PageClass.SN:
-                return self._memory(needed, needed.memory_name, self.common(needed))
+                return self._memory(placed, placed.segment.memory_name, self.common(placed))
             case PageClass.ER | PageClass.EN:
-                name = f"{needed.memory_name}.{self._holder.record.holder}"
-                sealed = needed.page_class is PageClass.ER
-                return self._memory(needed, name, _copy(needed, name, sealed=sealed))
+                name = f"{placed.segment.memory_name}.{self._holder.record.holder}"
+                sealed = placed.segment.page_class is PageClass.ER
+                return self._memory(placed, name, _copy(placed, name, sealed=sealed))
 
     @property
     def _holder(self) -> Lease:
         assert self._lease  # noqa: S101 - for the type checker: who maps something has one
         return self._lease
 
-    def _file(self, needed: BackingRequest, path: Path, *, linked: bool) -> Backing:
+    def _file(self, placed: Placed, path: Path, *, linked: bool) -> Backing:
         """Back a range by a file of the store; a running VMM can only open files linked for it."""
         mapped = path
         if linked:
-            mapped = self._holder.files / needed.memory_name
+            mapped = self._holder.files / placed.segment.memory_name
             mapped.unlink(missing_ok=True)
             mapped.hardlink_to(path)
-        return Backing(_slot(needed, mapped), str(mapped), str(path))
+        return Backing(_slot(placed, mapped), str(mapped), str(path))
 
-    def _memory(self, needed: BackingRequest, name: str, fd: int) -> Backing:
+    def _memory(self, placed: Placed, name: str, fd: int) -> Backing:
         self._ends.callback(os.close, fd)
-        return Backing(_slot(needed, Path(f"/proc/self/fd/{fd}")), f"/memfd:{name}", "")
+        return Backing(_slot(placed, Path(f"/proc/self/fd/{fd}")), f"/memfd:{name}", "")
 
-    def common(self, needed: BackingRequest) -> int:
+    def common(self, placed: Placed) -> int:
         """Open the copy that the segment's users share, or make a new one.
 
         A guest that has unloaded the segment may still hold the device, and with it the copy. If no
@@ -135,9 +120,9 @@ class Backings:
         Returns:
             A descriptor that the caller closes.
         """
-        left, unloaded = None, self._host.unloaded(needed.segment)
-        for guest, pid in self._host.vmms(self._host.store.users(needed.segment)):
-            fd = memfd.find(pid, needed.memory_name, needed.size)
+        left, unloaded = None, self._host.unloaded(placed.segment.segment)
+        for guest, pid in self._host.vmms(self._host.store.users(placed.segment.segment)):
+            fd = memfd.find(pid, placed.segment.memory_name, placed.segment.size)
             if fd is None:
                 continue
             # All guests hold the same copy.
@@ -147,18 +132,18 @@ class Backings:
                 return fd
             left = fd
         if left is None:
-            return _copy(needed, needed.memory_name)
-        memfd.fill(left, needed.layer.path if needed.layer else None)
+            return _copy(placed, placed.segment.memory_name)
+        memfd.fill(left, placed.layer.path if placed.layer else None)
         return left
 
 
-def _slot(needed: BackingRequest, path: Path) -> Slot:
-    return Slot(path, needed.size, map_mode(needed.page_class))
+def _slot(placed: Placed, path: Path) -> Slot:
+    return Slot(path, placed.segment.size, map_mode(placed.segment.page_class))
 
 
-def _copy(needed: BackingRequest, name: str, *, sealed: bool = False) -> int:
-    content = needed.layer.path if needed.layer else None
-    return memfd.create(name, needed.size, content, sealed=sealed)
+def _copy(placed: Placed, name: str, *, sealed: bool = False) -> int:
+    content = placed.layer.path if placed.layer else None
+    return memfd.create(name, placed.segment.size, content, sealed=sealed)
 
 
 @contextlib.asynccontextmanager
@@ -183,6 +168,50 @@ async def backings(
             yield Backings(host, ends, lease, late=late)
 
 
-def _blob(needed: BackingRequest) -> Layer:
-    assert needed.layer  # noqa: S101 - for the type checker: its class is a saved one
-    return needed.layer
+def _blob(placed: Placed) -> Layer:
+    assert placed.layer  # noqa: S101 - for the type checker: its class is a saved one
+    return placed.layer
+
+
+def display_slots(placed: Sequence[Placed]) -> tuple[Slot, ...]:
+    """Return placeholder slots for a dry run's command line."""
+    return tuple(
+        Slot(
+            item.layer.path if item.layer else Path(f"/proc/self/fd/{item.segment.memory_name}"),
+            item.segment.size,
+            map_mode(item.segment.page_class),
+        )
+        for item in placed
+    )
+
+
+def loaded(placed: Sequence[Placed], backed: Sequence[Backing]) -> tuple[Attached, ...]:
+    """Return the records of the segments that a guest starts with; a segment's ranges adjoin."""
+    numbered = enumerate(zip(placed, backed, strict=True), start=FIRST_SEGMENT_SLOT)
+    return tuple(
+        attached(
+            [(item, each, f"00:{number:02x}") for number, (item, each) in ranges], state="loaded"
+        )
+        for _, ranges in groupby(numbered, key=lambda each: each[1][0].segment.ref)
+    )
+
+
+def attached(
+    ranges: Sequence[tuple[Placed, Backing, str]], *, state: str, exclusive: bool = False
+) -> Attached:
+    """Return the record of a segment in a guest: its ranges, their backings and PCI addresses."""
+    first = ranges[0][0].segment
+    return Attached(
+        name=first.name,
+        ref=first.ref,
+        digest=first.segment,
+        devices=tuple(_device(*each) for each in ranges),
+        mountpoint=first.mountpoint,
+        state=state,
+        exclusive=exclusive,
+    )
+
+
+def _device(placed: Placed, backed: Backing, address: str) -> Device:
+    item = placed.segment
+    return Device(item.page_class, item.size, item.fs, address, backed.mapped, backed.file)

@@ -15,7 +15,6 @@ Source: Linux drivers/virt/vmgenid.c, drivers/char/random.c.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +23,7 @@ import msgspec
 
 from onecopy.errors import AgentFailed
 from onecopy.guest import ssh_host_keys
-from onecopy.guest.network import settings
-from onecopy.vmm.argv import Nic
+from onecopy.vmm.argv import Nic, guest_network
 from onecopy.vmm.guest_reply import address, decimal, shown
 from onecopy.vmm.port_pipe import Pipe
 
@@ -64,11 +62,6 @@ class Identity(msgspec.Struct, frozen=True):
     """machine-id(5), 32 hexadecimal digits; None for a guest without one."""
     card: Nic | None
     """The network card; None for none."""
-
-
-def new_identity(name: str, card: Nic | None, *, machine_id: bool) -> Identity:
-    """Return the identity of a new clone, with a random machine-id if it needs one."""
-    return Identity(name, secrets.token_hex(16) if machine_id else None, card)
 
 
 async def become(folder: Path, wanted: Identity, connect: Callable[[], None] = lambda: None) -> str:
@@ -169,7 +162,7 @@ def _line(verb: str, wanted: Identity) -> str:
     mac = wanted.card.mac if wanted.card else "-"
     now = time.time_ns() // 1_000_000
     who = f"{wanted.name} {wanted.machine_id or '-'}"
-    return f"{verb} {who} {now} {mac} {settings(wanted.card)}"
+    return f"{verb} {who} {now} {mac} {guest_network(wanted.card)}"
 
 
 def _confirmed(said: str, wanted: Identity, asked: float) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import Incompatible, InvalidInput, NoSlot, StoreDamaged
-from onecopy.guest.backing import BackingRequest
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT, Mount
 from onecopy.images.range_record import Range, SegmentConfig, layer_of
 from onecopy.model import PageClass
@@ -46,6 +45,11 @@ class MappedSegment(msgspec.Struct, frozen=True):
     """Digest of the segment's manifest."""
     number: int = 0
     """Index of the range in its segment."""
+
+    @property
+    def memory_name(self) -> str:
+        """The name of the range's memory file in /proc/PID/fd and maps."""
+        return f"onecopy-{self.segment.removeprefix('sha256:')}.{self.number}"
 
 
 class Generator(msgspec.Struct, frozen=True):
@@ -140,12 +144,6 @@ class Placed(msgspec.Struct, frozen=True):
 
     layer: Layer | None
     segment: MappedSegment
-
-    @property
-    def needed(self) -> BackingRequest:
-        """The request for its backing."""
-        item = self.segment
-        return BackingRequest(item.page_class, item.size, self.layer, item.segment, item.number)
 
 
 def place(

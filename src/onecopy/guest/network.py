@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,9 +19,9 @@ from onecopy.errors import InvalidInput
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.linux.tap import open_tap
+from onecopy.linux import tap
 from onecopy.vmm import closed_network, router
-from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Nic
+from onecopy.vmm.argv import FIRST_ADDRESS, NETWORK, Nic
 from onecopy.vmm.vmm_user import User, have_own_numbers
 
 #: The number of addresses for user-mode guests; after that many they repeat.
@@ -35,18 +35,17 @@ class Network(msgspec.Struct, frozen=True):
     """Whether the guest has a network card."""
     bridge: str = ""
     """The host's bridge to connect to; "" for a user-mode network."""
-    publish: Ports = ()
     allow_host: bool = False
     """Whether the guest reaches the host's listening ports from a user-mode network."""
 
-    def require_sense(self) -> None:
-        """Raise InvalidInput for options that exclude each other."""
-        if not self.card and (self.bridge or self.publish or self.allow_host):
+    def require_sense(self, publish: Ports) -> None:
+        """Raise InvalidInput for options, or ports to publish, that exclude each other."""
+        if not self.card and (self.bridge or publish or self.allow_host):
             raise InvalidInput(
                 "the guest has no network card",
                 hint="omit --bridge, -p and --allow-host, or save it again without --no-network",
             )
-        if self.bridge and self.publish:
+        if self.bridge and publish:
             raise InvalidInput(
                 "ports can be published from a user-mode network only, not from a bridge",
                 hint="omit -p: a guest in a bridge has an address of the bridge's network",
@@ -60,32 +59,30 @@ class Network(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def new_nic(
-    host: Runtime, folder: Path, wanted: Network, *, connected: bool = True
+    folder: Path, wanted: Network, number: int, *, connected: bool = True
 ) -> Iterator[Nic | None]:
     """Yield a network card for a new guest; None for a guest without one.
 
     Args:
-        host: The runtime of the guest.
-        folder: Its run directory.
+        folder: The guest's run directory.
         wanted: Its network options.
+        number: A number that no other guest has; the IP address follows from it.
         connected: Whether to connect the card to its bridge now, or later with `connect_tap`.
 
     Raises:
-        InvalidInput: The options exclude each other.
         NotFound, NotPermitted, Incompatible: The bridge or the user-mode network cannot be used.
     """
-    wanted.require_sense()
     if not wanted.card:
         yield None
         return
     if wanted.bridge:
-        tap = open_tap(wanted.bridge, connected=connected)
+        fd = tap.open_tap(wanted.bridge, connected=connected)
         try:
-            yield Nic(_mac(), "", tap)
+            yield Nic(_mac(), "", fd)
         finally:
-            os.close(tap)
+            os.close(fd)
         return
-    address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
+    address = str(FIRST_ADDRESS + number % _ADDRESSES)
     if _has_router(wanted):
         with router.way_out(address, folder) as way:
             yield Nic(_mac(), address, way.tap, way.life)
@@ -94,16 +91,33 @@ def new_nic(
 
 
 def display_nic(wanted: Network) -> Nic | None:
-    """Return a placeholder card for a dry run's command line.
+    """Return a placeholder card for a dry run's command line."""
+    if not wanted.card:
+        return None
+    fd = "FD" if wanted.bridge or _has_router(wanted) else None
+    return Nic("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), fd)
+
+
+def check(wanted: Network, publish: Ports, accel: str) -> None:
+    """Check the options without making a card; `rehearse` checks what only an attempt shows.
 
     Raises:
         InvalidInput: The options exclude each other.
+        OnecopyError: Any error of `new_nic`.
     """
-    wanted.require_sense()
-    if not wanted.card:
-        return None
-    tap = "FD" if wanted.bridge or _has_router(wanted) else None
-    return Nic("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), tap)
+    wanted.require_sense(publish)
+    if wanted.bridge:
+        tap.require_possible(wanted.bridge)
+    elif _has_router(wanted):
+        router.find_programs()
+    elif wanted.card and not wanted.allow_host:
+        closed_network.check(accel)
+
+
+def rehearse(wanted: Network) -> None:
+    """Try to set up a user-mode network; raise Incompatible."""
+    if wanted.card and _has_router(wanted):
+        router.rehearse()
 
 
 def _has_router(wanted: Network) -> bool:
@@ -124,20 +138,6 @@ def require_closed(record: GuestRecord, folder: Path) -> None:
     """
     if record.mac and not router.is_there(folder):
         closed_network.require(User.of(record.pid), "")
-
-
-def inherited(card: Nic | None) -> Sequence[int]:
-    """Return the descriptors that the VMM inherits for its card."""
-    return [fd for fd in (card.tap, card.life) if isinstance(fd, int)] if card else []
-
-
-def settings(card: Nic | None) -> str:
-    """Return the guest's settings: "ADDRESS MASK GATEWAY NAME-SERVER", "dhcp", or "-" for none."""
-    if card is None:
-        return "-"
-    if not card.address:
-        return "dhcp"
-    return f"{card.address} {NETWORK.netmask} {GATEWAY} {NAME_SERVER}"
 
 
 def _mac() -> str:

@@ -186,11 +186,8 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
             self.store.sweep()
 
     @contextlib.contextmanager
-    def starting(self, batch: Batch | None) -> Iterator[Batch]:
-        """Yield ``batch``, or a new batch for one guest, which is published at the end."""
-        if batch:
-            yield batch
-            return
+    def starting(self) -> Iterator[Batch]:
+        """Yield a batch for one guest, which is published at the end."""
         with self.batch() as own:
             yield own
             own.hand_out()

@@ -45,14 +45,18 @@ def count_marked(table: str, mark: str) -> int:
             return sum(kind == _NEW_RULE and mark.encode() in body for kind, _, body in messages)
 
 
-def load(rules: str) -> None:
+def load(rules: str, *, check: bool = False) -> None:
     """Load ``rules`` atomically.
+
+    Args:
+        rules: a script for nft(8).
+        check: only ask whether the kernel would accept the rules.
 
     Raises:
         MissingProgram: nft is not installed.
         CommandFailed: nft refused the rules.
     """
-    run(["nft", "-f", "-"], stdin=rules.encode())
+    run(["nft", *(["--check"] if check else []), "-f", "-"], stdin=rules.encode())
 
 
 def _dump_request(table: str) -> bytes:

@@ -17,12 +17,15 @@ import struct
 from pathlib import Path
 
 from onecopy.errors import GuestFailed, NotFound, NotPermitted, as_root
+from onecopy.linux.files import ROOT
+from onecopy.linux.process import capabilities
 
 _TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
 _TAP, _NO_PACKET_INFO = 0x0002, 0x1000
 _SIOCBRADDIF, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x89A2, 0x8913, 0x8914
 _UP = 1
+_NET_ADMIN = 1 << 12  # CAP_NET_ADMIN
 
 
 def open_tap(bridge: str, *, connected: bool = True) -> int:
@@ -39,7 +42,7 @@ def open_tap(bridge: str, *, connected: bool = True) -> int:
         NotFound: there is no such bridge, or the host has no tap devices.
         NotPermitted: only root may create the device.
     """
-    _require_bridge(bridge)
+    require_bridge(bridge)
     try:
         fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -50,18 +53,39 @@ def open_tap(bridge: str, *, connected: bool = True) -> int:
             os.close(fd)
             raise
     except PermissionError as error:
-        raise NotPermitted(
-            "only root can connect a guest to a bridge",
-            hint="omit --bridge: the guest then has a user-mode network (-p forwards ports)",
-        ) from error
+        raise _not_permitted() from error
     except FileNotFoundError as error:
-        raise NotFound(
-            f"{_TUN} does not exist on this host", hint=as_root("modprobe tun")
-        ) from error
+        raise _no_tun() from error
     return fd
 
 
-def _require_bridge(bridge: str) -> None:
+def require_possible(bridge: str, root: Path = ROOT) -> None:
+    """Require that `open_tap` can create a tap device, without creating one.
+
+    Raises:
+        NotFound: there is no such bridge, or the host has no tap devices.
+        NotPermitted: only root may create the device.
+    """
+    require_bridge(bridge)
+    if not Path(_TUN).exists():
+        raise _no_tun()
+    if not capabilities(root) & _NET_ADMIN:
+        raise _not_permitted()
+
+
+def _not_permitted() -> NotPermitted:
+    return NotPermitted(
+        "only root can connect a guest to a bridge",
+        hint="omit --bridge: the guest then has a user-mode network (-p forwards ports)",
+    )
+
+
+def _no_tun() -> NotFound:
+    return NotFound(f"{_TUN} does not exist on this host", hint=as_root("modprobe tun"))
+
+
+def require_bridge(bridge: str) -> None:
+    """Raise NotFound if this host has no such bridge."""
     if "/" in bridge or not Path(f"/sys/class/net/{bridge}/bridge").is_dir():
         raise NotFound(
             f"this host has no bridge {bridge!r}",
@@ -77,7 +101,7 @@ def connect_tap(fd: int, bridge: str) -> None:
         NotFound: there is no such bridge.
         GuestFailed: the kernel refused.
     """
-    _require_bridge(bridge)
+    require_bridge(bridge)
     try:
         _join(fcntl.ioctl(fd, _TUNGETIFF, bytes(40))[:16], bridge)
     except OSError as error:

@@ -35,14 +35,23 @@ def _clear_remains(layout: Layout, holder: str) -> None:
     Raises:
         AlreadyExists: the holder is alive.
     """
+    require_unheld(layout, holder)
+    if lease.remains(layout, holder):
+        # Overwriting the old lease would hide that its blobs can be removed.
+        collect.sweep(layout)
+
+
+def require_unheld(layout: Layout, holder: str) -> None:
+    """Require that ``holder`` has no live lease.
+
+    Raises:
+        AlreadyExists: it has one.
+    """
     if lease.is_live(layout, holder):
         raise AlreadyExists(
             f"{holder} is already running",
             hint="choose another name, or stop the guest with `onecopy stop`",
         )
-    if lease.remains(layout, holder):
-        # Overwriting the old lease would hide that its blobs can be removed.
-        collect.sweep(layout)
 
 
 def extend(layout: Layout, digests: Sequence[str], holder: str) -> Lease:

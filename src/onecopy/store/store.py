@@ -312,6 +312,14 @@ class Store:
         """List the held leases, by holder; raise StoreDamaged."""
         return lease.scan(self._layout)[0]
 
+    def require_unheld(self, holder: str) -> None:
+        """Require that ``holder`` has no live lease.
+
+        Raises:
+            AlreadyExists: it has one.
+        """
+        holding.require_unheld(self._layout, holder)
+
     def is_held(self, holder: str) -> bool:
         """Whether ``holder`` has a live lease."""
         return lease.is_live(self._layout, holder)

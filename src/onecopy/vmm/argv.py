@@ -138,6 +138,20 @@ class Nic(msgspec.Struct, frozen=True):
         """Whether this host must be unreachable for QEMU's traffic (closed_network.py)."""
         return self.tap is None and not self.allow_host
 
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors that the VMM inherits for the card."""
+        return [fd for fd in (self.tap, self.life) if isinstance(fd, int)]
+
+
+def guest_network(card: Nic | None) -> str:
+    """Return the guest's settings: "ADDRESS MASK GATEWAY NAME-SERVER", "dhcp", or "-" for none."""
+    if card is None:
+        return "-"
+    if not card.address:
+        return "dhcp"
+    return f"{card.address} {NETWORK.netmask} {GATEWAY} {NAME_SERVER}"
+
 
 class Launch(msgspec.Struct, frozen=True):
     """The properties of one QEMU process, which may differ between starts."""

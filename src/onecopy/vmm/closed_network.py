@@ -23,6 +23,7 @@ from pathlib import Path
 from onecopy.errors import CommandFailed, Incompatible, MissingProgram, OnecopyError
 from onecopy.linux import nftables
 from onecopy.linux.files import ROOT
+from onecopy.vmm import vmm_user
 from onecopy.vmm.vmm_user import CLOSED, User
 
 TABLE = "onecopy"
@@ -49,19 +50,42 @@ def require(user: User | None, why_not: str) -> None:
         Incompatible: the traffic cannot be restricted.
     """
     if not is_closed(user):
-        why_not = why_not or "this container has too few user ids to distinguish guests"
-        raise cannot(why_not, "start the guest with --allow-host or --no-network")
+        raise _no_user(why_not or "this container has too few user ids to distinguish guests")
     rules, mark = _rules_with_mark(resolvers())
     if _is_in_force(rules, mark):
         return
+    _load(rules, mark)
+    if not _is_in_force(rules, mark):
+        raise cannot("nft accepted the rules, but the kernel does not have them", _HINT)
+
+
+def check(accel: str) -> None:
+    """Require that new guests can be closed, without changing the host.
+
+    Args:
+        accel: the accelerator of the guests.
+
+    Raises:
+        Incompatible: their traffic cannot be restricted.
+    """
+    if reason := vmm_user.why_not(accel):
+        raise _no_user(reason)
+    rules, mark = _rules_with_mark(resolvers())
+    if not _is_in_force(rules, mark):
+        _load(rules, mark, check=True)
+
+
+def _no_user(why_not: str) -> Incompatible:
+    return cannot(why_not, "start the guest with --allow-host or --no-network")
+
+
+def _load(rules: list[tuple[str, str]], mark: str, *, check: bool = False) -> None:
     try:
-        nftables.load(_text(rules, mark))
+        nftables.load(_text(rules, mark), check=check)
     except MissingProgram as error:
         raise cannot(error.message, _HINT) from error
     except CommandFailed as error:
         raise cannot(f"nft refused the rules: {_reason(error)}", _HINT) from error
-    if not _is_in_force(rules, mark):
-        raise cannot("nft accepted the rules, but the kernel does not have them", _HINT)
 
 
 def is_closed(user: User | None) -> bool:

@@ -68,11 +68,7 @@ def way_out(guest: str, folder: Path) -> Iterator[Way]:
         Incompatible: a router is not possible; the message has the reason.
     """
     with contextlib.ExitStack() as ends:
-        try:
-            nft, program = find_program("nft"), find_program("slirp4netns")
-            unshare = find_program("unshare")
-        except MissingProgram as error:
-            raise cannot(error.message, _HINT) from error
+        nft, program, unshare = find_programs()
         plan = {
             "nft": nft,
             "device": "guest",
@@ -91,6 +87,21 @@ def way_out(guest: str, folder: Path) -> Iterator[Way]:
         ends.callback(os.close, tap)
         life = _connect(program, child.pid, folder, ends)
         yield Way(tap, life)
+
+
+def find_programs() -> list[str]:
+    """Find nft, slirp4netns and unshare.
+
+    Returns:
+        Their paths, in this order.
+
+    Raises:
+        Incompatible: one is missing.
+    """
+    try:
+        return [find_program(name) for name in ("nft", "slirp4netns", "unshare")]
+    except MissingProgram as error:
+        raise cannot(error.message, _HINT) from error
 
 
 def _receive_tap(peer: socket.socket) -> int:
@@ -180,12 +191,24 @@ table inet onecopy {{
 
 def why_not() -> str:
     """Return the reason why this user's guests cannot be closed; "" after a successful attempt."""
-    with tempfile.TemporaryDirectory(prefix="onecopy-") as folder:
-        try:
-            with way_out(str(FIRST_ADDRESS), Path(folder)):
-                return ""
-        except Incompatible as error:
-            return error.message
+    try:
+        rehearse()
+    except Incompatible as error:
+        return error.message
+    return ""
+
+
+def rehearse() -> None:
+    """Create a router and end it.
+
+    Raises:
+        Incompatible: a router is not possible.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="onecopy-") as folder,
+        way_out(str(FIRST_ADDRESS), Path(folder)),
+    ):
+        pass
 
 
 def is_there(folder: Path) -> bool:

@@ -43,7 +43,7 @@ def write(
         NotFound, InsufficientResources, NotPermitted: The segment cannot be written.
     """
     item = _range(store, ref, number)
-    path = live_file(store, item.needed)
+    path = live_file(store, item)
     if offset < 0:
         raise InvalidInput(f"the offset {offset} is negative", hint="give an offset from 0")
     with file_errors(store.root), path.open("r+b", buffering=0) as file:
