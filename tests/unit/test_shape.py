@@ -42,14 +42,11 @@ _OPTIONS = "the options of a boot, one by one: one value takes their place"
 ALLOWED: dict[str, dict[str, str]] = {
     "long_functions": {
         "aio/host.py:Host.start": _REWRITE,
-        "cli/params.py:cold_options": _OPTIONS,
-        "cli/run_cmd.py:command": _REWRITE,
         "guest/lifecycle/save.py:save_system": _REWRITE,
     },
     "wide_functions": {
         "aio/host.py:Host.start": _OPTIONS,
         "aio/host.py:Host.boot": _OPTIONS,
-        "cli/cold.py:boot_spec": _OPTIONS,
         "guest/lifecycle/launch.py:record_launch": _REWRITE,
     },
     "upward_imports": {
