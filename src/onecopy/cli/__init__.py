@@ -53,7 +53,7 @@ def onecopy(context: click.Context) -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command; return its exit code. Raises nothing, whatever happens."""
+    """Run one command, and return its exit code; never raise."""
     streams.secure()
     with escaping():
         return _main(sys.argv[1:] if args is None else args)
@@ -92,21 +92,21 @@ def _run(args: list[str]) -> int:
 
 
 def _lost(args: list[str], error: OutputFailed, code: int = 0) -> int:
-    """What to return if output cannot be written; ``code`` is what else has failed."""
+    """Return the exit code if output cannot be written; ``code`` is that of an earlier failure."""
     streams.give_up()
     if error.errno == errno.EPIPE:
-        # The reader has what it wanted: nothing is told, as when SIGPIPE ends other programs.
+        # The reader left early: say nothing, as programs that SIGPIPE ends.
         return code or READER_GONE
     return _fail(args, error)
 
 
 def _end_politely() -> None:
-    """SIGTERM and SIGHUP undo what was begun, as Ctrl-C does."""
-    # A shell without job control starts "command &" with SIGINT ignored, and Python leaves it so:
-    # SIGTERM, which goes on as SIGINT, would be lost.
+    """Let SIGTERM and SIGHUP undo the command's work, as Ctrl-C does."""
+    # A shell without job control starts "command &" with SIGINT ignored, and Python keeps it so.
+    # SIGTERM is forwarded as SIGINT and would be lost.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # nohup(1) ignores SIGHUP, and means it.
+        # nohup(1) sets SIGHUP to be ignored, and that must stay.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
 

@@ -42,6 +42,6 @@ def command(
 
     from onecopy.cli.starting import start_guests
 
-    # What is run in it by `exec` is a reason to be up.
+    # The program is started by `exec`, so an image without an init stays up.
     spec = replace(boot.spec(segment, start), idle=bool(program))
     return start_guests(spec, start, program)

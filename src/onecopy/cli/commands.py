@@ -89,7 +89,7 @@ class Command(click.Command):
         super().__init__(*args, **attrs)
         self.examples = tuple(examples)
         self._option_groups = option_groups or {}
-        # Whatever follows the first argument belongs to the guest's program.
+        # Words after the first argument belong to the guest's program.
         if any(param.type is click.UNPROCESSED for param in self.params):
             self.allow_interspersed_args = False
 
@@ -120,7 +120,7 @@ def _is_option(param: click.Parameter) -> bool:
 
 
 def _plain_range(text: str) -> str:
-    """Put a range in words: click shows it as 1<=x<=64."""
+    """Put a range in words; click shows it as 1<=x<=64."""
     text = text.replace(f"<=x<={_YEAR}]", " or more]")
     return re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
 
@@ -187,5 +187,5 @@ def write_examples(formatter: click.HelpFormatter, examples: Examples) -> None:
             if number:
                 formatter.write_paragraph()
             formatter.write_text(f"# {what}")
-            # As it is typed: wrapped it could not be copied.
+            # Not wrapped: readers copy it.
             formatter.write(f"{'':>{formatter.current_indent}}{line}\n")

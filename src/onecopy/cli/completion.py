@@ -106,7 +106,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         return words[1:-1], words[-1]
 
     def format_completion(self, item: CompletionItem) -> str:
-        """Hand back what bash puts in place of what stands behind the last colon."""
+        """Return the text that bash puts behind the last colon of the word."""
         _, incomplete = self.get_completion_args()
         kept = 0
         if ":" in os.environ.get("COMP_WORDBREAKS", ":"):
@@ -115,7 +115,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 def register() -> None:
-    """Let click use these classes, for scripts and for what the scripts ask."""
+    """Make click use `Bash` for its script, and for the requests of that script."""
     add_completion_class(Bash)
 
 
@@ -127,7 +127,7 @@ def _words(line: str) -> list[str]:
     try:
         words.extend(lexer)
     except ValueError:
-        # A quote is open.
+        # The line ends inside quotes.
         words.append(lexer.token)
         return words
     return [*words, ""] if not words or line[-1:].isspace() else words

@@ -267,13 +267,13 @@ def _off(unmerge: bool) -> None:
 def _values(
     pages: int | None, sleep: int | None, advisor: bool | None, smart: bool | None
 ) -> dict[str, str]:
-    """The kernel's names, in the order in which it takes them."""
+    """Return setting -> value with the kernel's names, in the order that the kernel requires."""
     if pages is not None and advisor:
         raise InvalidInput("--pages and --advisor exclude each other", hint="leave one out")
     if pages is not None and advisor is None:
         from onecopy.linux.counters import ksm
 
-        # With its advisor the kernel takes no number of pages.
+        # While its advisor is on, the kernel rejects a number of pages.
         advisor = False if ksm.setting("advisor_mode") else None
     values = {}
     if advisor is not None:

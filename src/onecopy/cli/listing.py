@@ -42,7 +42,7 @@ class Listing(NamedTuple):
 
     @property
     def by_script(self) -> bool:
-        """Whether a program reads it: nothing is told beside the list."""
+        """Whether a program reads the list: notes beside it are left out."""
         return self.as_json or self.quiet or self.format is not None
 
 
@@ -157,12 +157,12 @@ def _require(path: str, fields: Sequence[str]) -> None:
 
 
 def _plain(name: str) -> str:
-    """A field's name as it is compared: Go writes .StartSeconds for start_seconds."""
+    """Return a field's name for comparison: Go writes .StartSeconds for start_seconds."""
     return name.lower().replace("_", "")
 
 
 def _value(row: Any, path: str) -> Any:
-    """The value of a field, or of a field inside it; None where there is none."""
+    """Return the value of a field, or of a field inside it; None if it does not exist."""
     for part in path.split("."):
         if not isinstance(row, Mapping):
             return None
@@ -177,5 +177,5 @@ def _matches(row: Row, wanted: Filter) -> bool:
 
 
 def _text(value: Any) -> str:
-    """A value as text: strings as they are, all else as JSON has it."""
+    """Return a value as text: strings unchanged, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -64,7 +64,7 @@ def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
 
 
 def _opened(host: Runtime, guest: str, name: str) -> tuple[Log, RunDirectory | None]:
-    """The log of a guest, and its folder if it runs."""
+    """Open a guest's log; return it with the guest's directory, or None if the guest has ended."""
     from onecopy.guest import ended_guests
     from onecopy.guest.run_directory import no_guest
     from onecopy.vmm.logs import Log

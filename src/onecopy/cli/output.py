@@ -46,9 +46,9 @@ class _Escaping:
 
 @contextmanager
 def escaping() -> Iterator[None]:
-    """Let all that is written to standard output and error as text be printable."""
+    """Escape control characters in all text written to standard output and error."""
     before = sys.stdout, sys.stderr
-    # One that is closed is None.
+    # A closed stream is None.
     sys.stdout, sys.stderr = (cast(TextIO, each and _Escaping(each)) for each in before)
     try:
         yield
@@ -57,12 +57,12 @@ def escaping() -> Iterator[None]:
 
 
 def as_it_is(stream: TextIO) -> TextIO:
-    """The stream behind `escaping`, for drawing on a terminal what is printable already."""
+    """Return the stream behind `escaping`, for text that is printable already."""
     return stream.stream if isinstance(stream, _Escaping) else stream
 
 
 def print_line(text: str, to: TextIO | None = None) -> None:
-    """One line, whatever stands in it: nobody else can begin a new one."""
+    """Print exactly one line: newlines in the text are escaped."""
     print(printable(text, keep="\t"), file=to or sys.stdout, flush=to is not None)
 
 
@@ -80,7 +80,7 @@ def tell_error(error: OnecopyError, before: str = "") -> None:
 
 
 def print_json(value: object) -> None:
-    """One JSON document, which shows as little to a terminal as any other text."""
+    """Print one JSON document; control characters are escaped."""
     text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False)
     text = printable(text, keep="\n", how=_json_escape)
     if codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8":
@@ -89,7 +89,7 @@ def print_json(value: object) -> None:
 
 
 def _json_escape(character: str) -> str:
-    """Half a pair, which is what Python makes of bytes that are no UTF-8, is no text in JSON."""
+    """Escape a character for JSON; a lone surrogate, as Python decodes invalid UTF-8, as text."""
     if "\ud800" <= character <= "\udfff":
         return f"\\{escape(character)}"
     return json.dumps(character)[1:-1]
@@ -97,30 +97,30 @@ def _json_escape(character: str) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A function that tells the present step: live on a terminal, else plain lines."""
+    """Yield a function that shows the current step: live on a terminal, otherwise as lines."""
     if not sys.stderr.isatty():
         yield lambda text: print_line(f"onecopy: {text}", sys.stderr)
         return
     from rich.console import Console
     from rich.text import Text
 
-    # Text, since a string may have markup in it: [link=...].
+    # Text, because rich reads markup in a string: [link=...].
     with Console(file=as_it_is(sys.stderr)).status(Text("...")) as status:
 
         def tell(text: str) -> None:
             shown = printable(text)
             status.update(Text(shown))
             if text.startswith("left out: "):
-                # That stays on the screen.
+                # Such lines stay on the screen.
                 status.console.print(Text(f"onecopy: {shown}"))
 
         yield tell
 
 
 def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
-    """Do ``work`` for each, whatever becomes of the others.
+    """Call ``work`` for each item, even if others fail.
 
-    Errors are told as they come; returns the exit code of the first one, or 0.
+    Errors are printed as they occur. Returns the exit code of the first, or 0.
     """
     codes = []
     for item in items:
@@ -136,7 +136,7 @@ def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
 
 
 def show_place(error: Exception) -> None:
-    """Print where an error comes from, for who has asked for that (ONECOPY_DEBUG=1)."""
+    """Print the traceback of an error if ONECOPY_DEBUG=1."""
     if os.environ.get("ONECOPY_DEBUG") == "1":
         import traceback
 
@@ -151,7 +151,7 @@ def reasons(guests: Iterable[GuestRecord]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """For a reader: 0.052 s, 12 s, 3 min, 2 h."""
+    """Format a duration: 0.052 s, 12 s, 3 min, 2 h."""
     if seconds < 10:
         return f"{seconds:.3f} s"
     for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):

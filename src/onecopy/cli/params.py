@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     ParamType = click.ParamType[Any]
 else:
-    # Before click 8.4 it is no generic.
+    # Not generic before click 8.4.
     ParamType = click.ParamType
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -117,7 +117,7 @@ class SecondsType(click.FloatRange):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         found = float(super().convert(value, param, ctx))
-        # It is neither above nor below anything, and so in any range.
+        # NaN compares false with both limits, so every range holds it.
         if math.isnan(found):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)
         return found
@@ -130,7 +130,7 @@ class PublishType(ParamType):
 
     def convert(self, value: Any, param: object, ctx: object) -> tuple[int, int]:
         host, _, guest = str(value).rpartition(":")
-        # int() takes more digits than these, and isdigit() more than int().
+        # int() and isdigit() accept digits of other scripts.
         if not re.fullmatch("[0-9]{1,5}", guest) or not re.fullmatch("[0-9]{0,5}", host):
             raise InvalidInput(f"{value!r} is not a port pair", hint="write for example -p 8080:80")
         return check_ports(int(host or 0), int(guest))
@@ -294,7 +294,7 @@ def collect(
 
 
 def accel_option(command: _F) -> _F:
-    """--accel."""
+    """Add --accel."""
     return click.option(
         "--accel",
         type=click.Choice(["auto", "kvm", "tcg"]),
@@ -319,7 +319,7 @@ def program_argument(*, required: bool = False) -> Callable[[_F], _F]:
 def _program(
     context: click.Context, param: click.Parameter, words: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Take off the -- that may stand before a program; refuse an option that stands too late."""
+    """Remove a -- before the program; refuse an option in place of a program."""
     if words[:1] == ("--",):
         if param.required and not words[1:]:
             raise click.MissingParameter(ctx=context, param=param)

@@ -69,7 +69,7 @@ def _tell_of_ksm(tell: Callable[[str], None]) -> None:
 def _finished(
     host: Runtime, start: Awaitable[Started], program: Sequence[str], *, keep: bool
 ) -> tuple[Started, int]:
-    """As _then(); interrupted, even if all run by then, it leaves no guest that nobody knows of."""
+    """Call _then(); if it is interrupted, end the guests that were not reported."""
     from onecopy.guest.lifecycle.batch import undo
 
     untold: list[GuestRecord] = []

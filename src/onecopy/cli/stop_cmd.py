@@ -61,7 +61,7 @@ def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> 
         else:
             records.append(find(host, name))
 
-    # One that is not there lets the others run for no longer.
+    # The other guests are stopped even if one name is wrong.
     code = each_of(guests, choose)
     endings = asyncio.run(stop_guests(host, records, 0 if now else timeout))
     for record, ending in zip(records, endings, strict=True):

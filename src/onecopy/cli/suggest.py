@@ -72,7 +72,7 @@ def near(name: str, known: Iterable[str], like: float = 0.6) -> list[str]:
 
     ``like`` is how much of two names must be equal.
     """
-    # What difflib does takes the square of a name's length.
+    # difflib takes time quadratic in the length of a name.
     return difflib.get_close_matches(name[:64], list(known), n=_MOST, cutoff=like)
 
 
@@ -97,7 +97,7 @@ def hint_of(error: OnecopyError) -> str:
     try:
         found = _instead_of(error.guest)
     except (OnecopyError, OSError):
-        # The error itself matters more than what could be said beside it.
+        # The original error matters more than a suggestion.
         found = ""
     return f"{found}{error.hint}"
 

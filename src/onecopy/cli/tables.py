@@ -69,7 +69,7 @@ def _is_figure(cell: str) -> bool:
 
 
 def _fitted(widths: Sequence[int], numeric: Sequence[bool], width: int) -> list[int]:
-    """Narrower columns of text, the widest first, until the line fits or none can be narrower."""
+    """Return narrower widths for columns of text, the widest first, until the line fits."""
     found = list(widths)
     room = width - len(_GAP) * (len(found) - 1)
     while sum(found) > room:
@@ -81,7 +81,7 @@ def _fitted(widths: Sequence[int], numeric: Sequence[bool], width: int) -> list[
 
 
 def _cells(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -103,5 +103,5 @@ def _shortened(text: str, width: int) -> str:
 
 
 def _mark() -> str:
-    """What shows that something was cut off: one character of the terminal's."""
+    """Return the character that marks a shortened cell."""
     return "…" if (sys.stdout.encoding or "").lower().replace("-", "") == "utf8" else "~"

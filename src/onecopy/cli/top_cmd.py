@@ -94,7 +94,7 @@ def _live(look: Callable[[], View], sort: str, interval: float) -> None:
 
 @contextmanager
 def _keys() -> Iterator[None]:
-    """Keys come as they are typed, and are not shown; Ctrl-C still ends."""
+    """Read keys unbuffered and without echo; Ctrl-C still ends the command."""
     before = termios.tcgetattr(0)
     try:
         tty.setcbreak(0)
@@ -104,7 +104,7 @@ def _keys() -> Iterator[None]:
 
 
 def _typed(seconds: float) -> str:
-    """What is typed within so many seconds; empty if nothing is, ``q`` if nobody can type more."""
+    """Return the key typed within this time: "" if none, ``q`` if standard input is closed."""
     ready, _, _ = select.select([0], [], [], seconds)
     if not ready:
         return ""
@@ -112,7 +112,7 @@ def _typed(seconds: float) -> str:
 
 
 def _lines(view: View, sort: str, height: int | None = None, width: int | None = None) -> list[str]:
-    """Lay the screen out: ``height`` lines of ``width`` columns, or all."""
+    """Return the lines of the screen: at most ``height`` lines of ``width`` columns."""
     from onecopy.sharing.live_figures import ordered
 
     head = [

@@ -62,7 +62,7 @@ def _usage(context: click.Context) -> str:
 
 
 def _sentence(text: str) -> str:
-    """What click says, in the form of our messages: one line, no capital, no full stop."""
-    # click puts choices on lines of their own.
+    """Return a message of click's in our form: one line, no capital, no full stop."""
+    # click puts each choice on a line of its own.
     text = " ".join(text.split()).removesuffix(".")
     return text[:1].lower() + text[1:]

@@ -43,7 +43,7 @@ def command(names: tuple[Reference, ...], everything: bool) -> None:
     damaged: list[OnecopyError] = []
     for artifact in store.artifacts() if everything else map(store.resolve, names):
         try:
-            # What fs-verity guards cannot even be read once it is changed.
+            # Reading a changed file that fs-verity protects fails.
             with file_errors(store.root):
                 store.verify(artifact)
                 checked = check_images(artifact)
@@ -63,7 +63,7 @@ def _told(checked: list[str]) -> str:
 
 
 def _protected(artifact: Artifact) -> str:
-    """Whether the kernel sees to it, too."""
+    """Return for how many files fs-verity is on; "" if for none."""
     from onecopy.linux.verity import is_enabled
 
     found = [is_enabled(layer.path) for layer in artifact.layers]

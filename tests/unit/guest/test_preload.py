@@ -175,7 +175,7 @@ def test_another_user_cannot_record(
 def test_the_command(cold: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["preload", "app:1"]) == 0
     heading, line = capsys.readouterr().out.splitlines()
-    assert heading.split()[-4:] == ["WHAT", "WANTED", "BEFORE", "AFTER"]
+    assert heading.split()[-4:] == ["ACTION", "REQUESTED", "BEFORE", "AFTER"]
     assert line.split()[5:] == ["whole", "1.0", "MiB", "0", "B", "1.0", "MiB"]
     assert cli.main(["preload", "--drop", "--json", "app:1"]) == 0
     [told] = json.loads(capsys.readouterr().out)
