@@ -4,7 +4,8 @@
 
 The second start of a process is traced, so that no import is part of it. What counts is the first
 instruction of each call, not a coroutine that goes on. What a start hands to a thread and waits for
-is done in its own; helpers of the background are left out. Not here: seconds (starts.py).
+is done in its own; helpers of the background are left out, and so is the sweep with which every
+command begins. Not here: seconds (starts.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import onecopy
 from onecopy.aio import Host
 
 _ROOT = Path(onecopy.__file__).parent
+_INNER = ("<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 _RESUME = dis.opmap["RESUME"]
 
 
@@ -66,7 +68,12 @@ class Tracer:
 
 
 def begins(frame: FrameType) -> bool:
-    """Whether a frame is at its first instruction, and does not go on (dis, RESUME)."""
+    """Whether a function is called, and does not go on (dis, RESUME).
+
+    A comprehension is part of the function that it stands in: Python 3.12 makes no frame for it.
+    """
+    if frame.f_code.co_name in _INNER:
+        return False
     code, at = frame.f_code.co_code, frame.f_lasti
     return at < 0 or code[at] != _RESUME or not code[at + 1] & 3
 
@@ -96,7 +103,10 @@ async def trace(system: str) -> Walk:
         async with host.start(system, overcommit=True):
             pass
         start = host.start(system, overcommit=True)
-        with patch.object(asyncio, "to_thread", _inline):
+        with (
+            patch.object(asyncio, "to_thread", _inline),
+            patch.object(Host, "_swept", lambda self: self._both()[0]),
+        ):
             sys.setprofile(tracer)
             try:
                 await start.__aenter__()

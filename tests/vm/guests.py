@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import onecopy
 from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec, LaunchPlan
 from onecopy.guest.lifecycle.save import Saved
-from onecopy.guest.lifecycle.start import plan_launch
-from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.lifecycle.start import plan_launch, start_one
+from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.images.range_record import SegmentConfig
 from onecopy.model import Reference
@@ -78,6 +79,13 @@ def save_system(name: str, root: Artifact | str, **options: Any) -> Artifact:
 def boot_plan(host: Runtime, root: str, **fields: Any) -> LaunchPlan:
     """The plan of guests that boot a root segment, for tests of how a plan is carried out."""
     return plan_launch(host, BootSpec(root=Reference.parse(root), **fields))
+
+
+def starts(
+    host: Runtime, plan: LaunchPlan, *names: str
+) -> dict[str, Callable[[Batch], Awaitable[GuestRecord]]]:
+    """What batch.start_many starts: guests of one plan with these names."""
+    return {name: partial(start_one, host, plan, name) for name in names}
 
 
 def clone_plan(host: Runtime, system: Artifact, **fields: Any) -> LaunchPlan:

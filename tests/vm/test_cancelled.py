@@ -9,7 +9,7 @@ import asyncio
 import gc
 import itertools
 import subprocess
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any
 
 import pytest
@@ -17,9 +17,9 @@ from msgspec.structs import replace
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.lifecycle.start import start_one
-from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
 from onecopy.model import Reference
@@ -27,7 +27,7 @@ from onecopy.store import Artifact
 from tests.command import ONECOPY
 from tests.vm.conftest import Clones
 from tests.vm.conftest import vmms as qemus
-from tests.vm.guests import boot_plan, clone_plan
+from tests.vm.guests import boot_plan, clone_plan, starts
 from tests.vm.kept import MEMTEST
 
 #: When it is cancelled the QMP library leaves its socket to the garbage collector.
@@ -35,7 +35,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 NAMES = ["a", "b", "c"]
-Start = Callable[[str, Batch], Awaitable[GuestRecord]]
 
 
 class _Counted(Coroutine[Any, Any, Any]):
@@ -126,10 +125,9 @@ def _collected() -> Iterator[None]:
 
 
 @pytest.fixture
-def booting(host: Runtime) -> Start:
+def booting(host: Runtime) -> LaunchPlan:
     """Boots a bare machine, which is up at once."""
-    prepared = boot_plan(host, str(MEMTEST))
-    return lambda name, batch: start_one(host, prepared, name, batch)
+    return boot_plan(host, str(MEMTEST))
 
 
 @pytest.fixture(scope="module")
@@ -142,17 +140,14 @@ def bare(host: Runtime) -> Artifact:
     return saved
 
 
-def test_a_boot(host: Runtime, booting: Start) -> None:
-    cancel_everywhere(host, lambda: start_many(host, ["a"], booting), 1)
+def test_a_boot(host: Runtime, booting: LaunchPlan) -> None:
+    cancel_everywhere(host, lambda: start_many(host, starts(host, booting, "a")), 1)
 
 
 def test_a_clone(host: Runtime, bare: Artifact) -> None:
     source = clone_plan(host, bare)
 
-    def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return start_one(host, source, name, batch)
-
-    cancel_everywhere(host, lambda: start_many(host, ["a"], start), 1)
+    cancel_everywhere(host, lambda: start_many(host, starts(host, source, "a")), 1)
 
 
 def test_one_without_a_batch(host: Runtime, bare: Artifact) -> None:
@@ -163,28 +158,19 @@ def test_one_without_a_batch(host: Runtime, bare: Artifact) -> None:
 def test_a_prepared_one(host: Runtime, bare: Artifact) -> None:
     source = replace(clone_plan(host, bare), standby=True)
 
-    def prepare(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return start_one(host, source, name, batch)
-
-    cancel_everywhere(host, lambda: start_many(host, ["pool.a"], prepare), 2)
+    cancel_everywhere(host, lambda: start_many(host, starts(host, source, "pool.a")), 2)
 
 
 def test_a_batch(host: Runtime, bare: Artifact) -> None:
     source = clone_plan(host, bare)
 
-    def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return start_one(host, source, name, batch)
-
-    cancel_everywhere(host, lambda: start_many(host, NAMES, start), 7)
+    cancel_everywhere(host, lambda: start_many(host, starts(host, source, *NAMES)), 7)
 
 
 def test_a_clone_that_becomes_itself(host: Runtime, saved: Artifact) -> None:
     source = clone_plan(host, saved)
 
-    def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return start_one(host, source, name, batch)
-
-    cancel_everywhere(host, lambda: start_many(host, NAMES[:2], start), 3)
+    cancel_everywhere(host, lambda: start_many(host, starts(host, source, *NAMES[:2])), 3)
 
 
 def test_several_that_fail_to_become_themselves(

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from onecopy.guest.backing import display_slots
 from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle import launcher, start
 from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.lifecycle.stop import stop_guests
-from onecopy.guest.machine import display_slots
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime

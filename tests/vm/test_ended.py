@@ -10,6 +10,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,13 +73,9 @@ def various(host: Runtime, saved: Artifact, busybox_root: Artifact) -> dict[str,
         name: boot_plan(host, busybox_root.ref, memory=128 * MIB, command=command)
         for name, command in COMMANDS.items()
     }
-    started = asyncio.run(
-        start_many(
-            host,
-            list(EXPECTED),
-            lambda name, batch: start_one(host, booted.get(name, source), name, batch),
-        )
-    )
+    plans = [(name, booted.get(name, source)) for name in EXPECTED]
+    starts = {name: partial(start_one, host, plan, name) for name, plan in plans}
+    started = asyncio.run(start_many(host, starts))
     return {each.name: each for each in started.guests}
 
 

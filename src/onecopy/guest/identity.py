@@ -14,7 +14,6 @@ drivers/virt/vmgenid.c); the guest waits until its kernel has said so (drivers/c
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,7 @@ import msgspec
 
 from onecopy.errors import AgentFailed
 from onecopy.guest import ssh_host_keys
-from onecopy.guest.network import settings
-from onecopy.vmm.argv import Nic
+from onecopy.vmm.argv import Nic, guest_network
 from onecopy.vmm.guest_reply import address, decimal, shown
 from onecopy.vmm.port_pipe import Pipe
 
@@ -60,11 +58,6 @@ class Identity(msgspec.Struct, frozen=True):
     name: str
     machine_id: str | None
     card: Nic | None
-
-
-def new_identity(name: str, card: Nic | None, *, machine_id: bool) -> Identity:
-    """Who a new clone is to be."""
-    return Identity(name, secrets.token_hex(16) if machine_id else None, card)
 
 
 async def become(folder: Path, wanted: Identity, connect: Callable[[], None] = lambda: None) -> str:
@@ -142,7 +135,7 @@ def _line(verb: str, wanted: Identity) -> str:
     mac = wanted.card.mac if wanted.card else "-"
     now = time.time_ns() // 1_000_000
     who = f"{wanted.name} {wanted.machine_id or '-'}"
-    return f"{verb} {who} {now} {mac} {settings(wanted.card)}"
+    return f"{verb} {who} {now} {mac} {guest_network(wanted.card)}"
 
 
 def _confirmed(said: str, wanted: Identity, asked: float) -> str:

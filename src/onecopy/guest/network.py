@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,7 +21,7 @@ from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import tap
 from onecopy.vmm import closed_network, router
-from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Nic
+from onecopy.vmm.argv import FIRST_ADDRESS, NETWORK, Nic
 from onecopy.vmm.vmm_user import User, have_own_numbers
 
 #: How many user-mode guests there can be before an address comes a second time.
@@ -36,19 +35,18 @@ class Network(msgspec.Struct, frozen=True):
     """False: the guest has none."""
     bridge: str = ""
     """Of the host, to be a port of; "" for a user-mode network."""
-    publish: Ports = ()
     allow_host: bool = False
     """Whether a user-mode network reaches what listens on the host."""
 
-    def require_sense(self) -> None:
-        """Raise InvalidInput for what does not go together."""
-        if not self.card and (self.bridge or self.publish or self.allow_host):
+    def require_sense(self, publish: Ports) -> None:
+        """Raise InvalidInput for what does not go together, with these ports."""
+        if not self.card and (self.bridge or publish or self.allow_host):
             raise InvalidInput(
                 "the guest has no network card",
                 hint="leave out --bridge, -p and --allow-host; or save it again without "
                 "--no-network",
             )
-        if self.bridge and self.publish:
+        if self.bridge and publish:
             raise InvalidInput(
                 "ports are forwarded to a user-mode network, and not into a bridge",
                 hint="leave -p out: guests in a bridge have addresses of its network",
@@ -62,14 +60,13 @@ class Network(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def new_nic(
-    host: Runtime, folder: Path, wanted: Network, *, connected: bool = True
+    folder: Path, wanted: Network, number: int, *, connected: bool = True
 ) -> Iterator[Nic | None]:
     """A card for a new guest with this run folder; None if it has none.
 
-    One of a bridge is ``connected`` to it, or to be so later (linux/tap.py, connect_tap). Raises
-    NotFound, NotPermitted, InvalidInput, Incompatible.
+    Its address comes of ``number``, which no other guest has. One of a bridge is ``connected`` to
+    it, or to be so later (linux/tap.py, connect_tap). Raises NotFound, NotPermitted, Incompatible.
     """
-    wanted.require_sense()
     if not wanted.card:
         yield None
         return
@@ -80,7 +77,7 @@ def new_nic(
         finally:
             os.close(fd)
         return
-    address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
+    address = str(FIRST_ADDRESS + number % _ADDRESSES)
     if _has_router(wanted):
         with router.way_out(address, folder) as way:
             yield Nic(_mac(), address, way.tap, way.life)
@@ -89,17 +86,19 @@ def new_nic(
 
 
 def display_nic(wanted: Network) -> Nic | None:
-    """The same, as a command line shows it that is not run; raise InvalidInput."""
-    wanted.require_sense()
+    """The same, as a command line shows it that is not run."""
     if not wanted.card:
         return None
     fd = "FD" if wanted.bridge or _has_router(wanted) else None
     return Nic("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), fd)
 
 
-def check(wanted: Network, accel: str) -> None:
-    """Raise as `new_nic`, and make nothing; what only a try can tell is left out (`rehearse`)."""
-    wanted.require_sense()
+def check(wanted: Network, publish: Ports, accel: str) -> None:
+    """Raise as `new_nic`, and make nothing; what only a try can tell is left out (`rehearse`).
+
+    Raises InvalidInput for what does not go together, too.
+    """
+    wanted.require_sense(publish)
     if wanted.bridge:
         tap.require_possible(wanted.bridge)
     elif _has_router(wanted):
@@ -128,27 +127,6 @@ def require_closed(record: GuestRecord, folder: Path) -> None:
     """Have in force what keeps a guest that is woken from this host; raise Incompatible."""
     if record.mac and not router.is_there(folder):
         closed_network.require(User.of(record.pid), "")
-
-
-def connecting(card: Nic | None, bridge: str) -> Callable[[], None]:
-    """What connects a card to the bridge that it is for, if that was left for later."""
-    if not bridge or card is None or not isinstance(card.tap, int):
-        return lambda: None
-    return partial(tap.connect_tap, card.tap, bridge)
-
-
-def inherited(card: Nic | None) -> Sequence[int]:
-    """The descriptors that the VMM needs for its card."""
-    return [fd for fd in (card.tap, card.life) if isinstance(fd, int)] if card else []
-
-
-def settings(card: Nic | None) -> str:
-    """What the guest sets: address, mask, gateway and name server; "dhcp"; or "-" for none."""
-    if card is None:
-        return "-"
-    if not card.address:
-        return "dhcp"
-    return f"{card.address} {NETWORK.netmask} {GATEWAY} {NAME_SERVER}"
 
 
 def _mac() -> str:

@@ -177,11 +177,8 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
             self.store.sweep()
 
     @contextlib.contextmanager
-    def starting(self, batch: Batch | None) -> Iterator[Batch]:
-        """``batch``, or one for a single guest, which is handed out at the end."""
-        if batch:
-            yield batch
-            return
+    def starting(self) -> Iterator[Batch]:
+        """A batch of a single guest, which is handed out at the end."""
         with self.batch() as own:
             yield own
             own.hand_out()

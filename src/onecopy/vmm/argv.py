@@ -135,6 +135,20 @@ class Nic(msgspec.Struct, frozen=True):
         """Whether what QEMU sends is to be kept from this host (closed_network.py)."""
         return self.tap is None and not self.allow_host
 
+    @property
+    def descriptors(self) -> list[int]:
+        """What the VMM inherits for it."""
+        return [fd for fd in (self.tap, self.life) if isinstance(fd, int)]
+
+
+def guest_network(card: Nic | None) -> str:
+    """What a guest sets: address, mask, gateway and name server; "dhcp"; or "-" for no card."""
+    if card is None:
+        return "-"
+    if not card.address:
+        return "dhcp"
+    return f"{card.address} {NETWORK.netmask} {GATEWAY} {NAME_SERVER}"
+
 
 class Launch(msgspec.Struct, frozen=True):
     """What belongs to one QEMU process and may differ between starts."""

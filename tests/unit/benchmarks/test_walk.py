@@ -16,7 +16,7 @@ def test_modules_and_returns() -> None:
     assert found.steps == ("o.a", "o.b.c", "o.a", "o.bd", "o.b.c")
     assert (found.modules, found.returns) == (3, 2)
     # What lies between is left out, and what is then side by side is one step.
-    assert found.within("o.b").steps == ("o.b.c", "o.b.c")
+    assert found.within("o.b").steps == ("o.b.c",)
 
 
 def test_calls_of_onecopy_are_noted() -> None:
@@ -25,7 +25,7 @@ def test_calls_of_onecopy_are_noted() -> None:
     try:
         Reference.parse("name:1")
         Path("/").joinpath("not", "ours")
-        escape("text")
+        escape("\x1b")
     finally:
         sys.setprofile(None)
     assert walk.walk(tracer.calls).steps == ("onecopy.model", "onecopy.printable")

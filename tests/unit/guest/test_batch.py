@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +12,8 @@ import pytest
 
 from onecopy.errors import GuestFailed, InsufficientResources, InvalidInput, OnecopyError
 from onecopy.guest.lifecycle import admission
-from onecopy.guest.lifecycle.batch import names_for, start_many
+from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.start import names_for
 from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
@@ -50,6 +52,9 @@ class _Host:
         self.ready.put_nowait(name)
         return record(name, pid=0 if name in self.dead else os.getpid())
 
+    def starts(self) -> dict[str, Callable[[Batch], Awaitable[GuestRecord]]]:
+        return {name: partial(self.start, name) for name in NAMES}
+
     def end(self, *records: GuestRecord) -> None:
         self.running -= {each.name for each in records}
 
@@ -63,7 +68,7 @@ class _Host:
 
 
 def _run(host: _Host, *, keep_going: bool = False) -> tuple[list[str], list[str]]:
-    done = asyncio.run(start_many(host.as_host(), NAMES, host.start, keep_going=keep_going))
+    done = asyncio.run(start_many(host.as_host(), host.starts(), keep_going=keep_going))
     return [guest.name for guest in done.guests], [name for name, _ in done.failures]
 
 
@@ -93,7 +98,7 @@ def test_a_late_failure_ends_those_that_run_already() -> None:
         return await host.start(name, batch)
 
     with pytest.raises(GuestFailed):
-        asyncio.run(start_many(host.as_host(), NAMES, start))
+        asyncio.run(start_many(host.as_host(), {name: partial(start, name) for name in NAMES}))
     assert host.begun == set(NAMES[:-1])
     assert host.running == set()
 
@@ -134,7 +139,8 @@ def test_cancelled_it_leaves_none(keep_going: bool) -> None:
         return await host.start(name, batch)
 
     async def main() -> None:
-        everything = start_many(host.as_host(), NAMES, start, keep_going=keep_going)
+        starts = {name: partial(start, name) for name in NAMES}
+        everything = start_many(host.as_host(), starts, keep_going=keep_going)
         task = asyncio.create_task(everything)
         await host.ready.get()
         task.cancel()
@@ -147,7 +153,7 @@ def test_cancelled_it_leaves_none(keep_going: bool) -> None:
 
 def test_errors_of_ours_only_are_failures() -> None:
     host = _Host({"g-3": GuestFailed("it broke")})
-    done = asyncio.run(start_many(host.as_host(), NAMES, host.start, keep_going=True))
+    done = asyncio.run(start_many(host.as_host(), host.starts(), keep_going=True))
     ((name, error),) = done.failures
     assert name == "g-3"
     assert isinstance(error, OnecopyError)
@@ -156,7 +162,7 @@ def test_errors_of_ours_only_are_failures() -> None:
 def test_what_the_memory_is_not_enough_for_is_not_begun() -> None:
     host = _Host()
     with pytest.raises(InsufficientResources):
-        asyncio.run(start_many(host.as_host(), NAMES, host.start, each=1 << 60))
+        asyncio.run(start_many(host.as_host(), host.starts(), each=1 << 60))
     assert host.begun == set()
 
 
@@ -170,7 +176,7 @@ def test_memory_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch, keep_going:
 
     monkeypatch.setattr(admission, "require", require)
     monkeypatch.setattr(os, "cpu_count", lambda: 0.5)  # one at a time
-    everything = start_many(host.as_host(), NAMES, host.start, keep_going=keep_going, each=MIB)
+    everything = start_many(host.as_host(), host.starts(), keep_going=keep_going, each=MIB)
     if keep_going:
         assert [name for name, _ in asyncio.run(everything).failures] == NAMES[2:]
         assert host.running == set(NAMES[:2])

@@ -36,7 +36,8 @@ def of_plan(plan: LaunchPlan, count: int = 1) -> Need:
     """What each of ``count`` guests of a plan needs."""
     if plan.boot:
         return of_cold(plan.accel.name, plan.config.memory, count)
-    return of_clones(plan.accel.name, count, plan.added_memory)
+    added = max((plan.extra.memory or 0) - plan.config.memory, 0)
+    return of_clones(plan.accel.name, count, added)
 
 
 def of_clones(accel: str, count: int = 1, added: int = 0) -> Need:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import GuestFailed, InvalidInput, OnecopyError
+from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.lifecycle import admission
 from onecopy.guest.lifecycle.disks import remove_made
 from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux.process import exists
-from onecopy.model import RESERVED, check_guest_name
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -25,21 +23,6 @@ class Started(msgspec.Struct, frozen=True):
     guests: tuple[GuestRecord, ...]
     failures: tuple[tuple[str, OnecopyError], ...]
     """(name, why) of those that could not start."""
-
-
-def names_for(source: str, name: str | None, count: int) -> list[str]:
-    """Names for ``count`` new guests: ``name`` or NAME-1..N, else ones made from ``source``."""
-    if count < 1:
-        raise InvalidInput(f"{count} guests cannot be started", hint="start at least one")
-    if name is not None:
-        check_guest_name(name)
-        names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
-    else:
-        stem = source.replace(".", "-").replace("_", "-")[:50].strip("-")
-        stem = f"of-{stem}" if stem.startswith(RESERVED) else stem
-        run = secrets.token_hex(2)
-        names = [f"{stem}-{run}"] if count == 1 else [f"{stem}-{run}-{n + 1}" for n in range(count)]
-    return [check_guest_name(each) for each in names]
 
 
 def turns() -> asyncio.Semaphore:
@@ -52,22 +35,23 @@ def turns() -> asyncio.Semaphore:
 
 async def start_many(
     host: Runtime,
-    names: Sequence[str],
-    start: Callable[[str, Batch], Awaitable[GuestRecord]],
+    starts: Mapping[str, Callable[[Batch], Awaitable[GuestRecord]]],
     *,
     keep_going: bool = False,
     owner: Path | None = None,
     each: int = 0,
+    ran: Callable[[GuestRecord], None] | None = None,
 ) -> Started:
-    """Start guests concurrently, and hand them out together.
+    """Start guests concurrently, by name, and hand them out together.
 
     If one cannot start all others are ended again and its error is raised, unless ``keep_going``:
     then they run on, and the failures are told beside them. Interrupted, it leaves none. Those of
     an ``owner`` (Runtime.owner) end with it. Raises InsufficientResources if the host has no memory
-    for guests of ``each`` bytes (admission.py); with 0 it does not look.
+    for guests of ``each`` bytes (admission.py); with 0 it does not look. ``ran`` is called of each
+    guest that runs.
     """
     if each and not keep_going:
-        admission.require(each, len(names))
+        admission.require(each, len(starts))
     turn = turns()
 
     async def one(name: str, batch: Batch) -> GuestRecord:
@@ -75,10 +59,13 @@ async def start_many(
             if each:
                 # Others may have taken it meanwhile, or these guests more than was thought.
                 admission.require(each)
-            return await start(name, batch)
+            record = await starts[name](batch)
+            if ran:
+                ran(record)
+            return record
 
     with host.batch(owner) as batch:
-        tasks = {name: asyncio.ensure_future(one(name, batch)) for name in names}
+        tasks = {name: asyncio.ensure_future(one(name, batch)) for name in starts}
         when = asyncio.ALL_COMPLETED if keep_going else asyncio.FIRST_EXCEPTION
         try:
             await asyncio.wait(tasks.values(), return_when=when)

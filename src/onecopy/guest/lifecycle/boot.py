@@ -12,13 +12,12 @@ from onecopy.errors import AgentFailed, GuestFailed, NotReady
 from onecopy.guest import machine
 from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan
-from onecopy.guest.network import settings
 from onecopy.images import initramfs
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT
 from onecopy.images.kernel import KernelConfig
 from onecopy.vmm import guest_reply
 from onecopy.vmm.agent import Agent
-from onecopy.vmm.argv import Kernel, Nic
+from onecopy.vmm.argv import Kernel, Nic, guest_network
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.tcg import kernel_words
 
@@ -36,7 +35,7 @@ def write_initrd(plan: LaunchPlan, boot: Boot, folder: Path, card: Nic | None) -
     if boot.tools:
         wanted = initramfs.Boot(
             hostname=plan.name,
-            network=settings(card),
+            network=guest_network(card),
             mounts=machine.mounts(plan.placed),
             modules=KernelConfig.of(boot.kernel).modules,
             command=plan.config.command,

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from onecopy.errors import InsufficientResources, InvalidInput
-from onecopy.guest import machine
-from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan
-from onecopy.guest.lifecycle.resources import ExtraResources
+from onecopy.guest import machine, network
+from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan, require_merging
+from onecopy.guest.lifecycle.resources import ExtraResources, require_possible
 from onecopy.guest.machine import Placed, SystemConfig
+from onecopy.guest.network import Network
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segment_costs import require_room
 from onecopy.images.kernel import KernelConfig, ensure_kernel
 from onecopy.images.range_record import SegmentConfig
 from onecopy.images.tools import ensure_tools
-from onecopy.model import MIB, Reference, align_up
+from onecopy.model import MIB, Mergeable, Reference, align_up
 from onecopy.store import Artifact, Store
 from onecopy.vmm.accel import choose
 from onecopy.vmm.cpu import qemu_cpu
@@ -36,7 +37,7 @@ def plan_boot(
     """Resolve names, fetch kernel and tools if the store lacks them, choose the accelerator.
 
     Raises NotFound, InvalidInput, OtherDomain, InsufficientResources, Incompatible, and what
-    building raises.
+    building raises, and for what keeps guests of the plan from starting; then nothing runs.
     """
     bare = host.store.find(spec.root, "kernel")
     if bare and KernelConfig.of(bare).bare:
@@ -82,7 +83,7 @@ def _plan(
         segments=tuple(item.segment for item in placed),
         agent=boot.tools is not None,
     )
-    return LaunchPlan(
+    plan = LaunchPlan(
         spec=spec,
         source=root,
         artifacts=(root, *others),
@@ -91,8 +92,15 @@ def _plan(
         accel=accel,
         domain=host.store.access(root.name).domain,
         extra=ExtraResources(disks=spec.disks),
+        hardware=machine.hardware_of(config),
+        network=Network(spec.network, spec.bridge, spec.allow_host),
         boot=boot,
     )
+    require_possible(host, plan.extra, config, "it boots")
+    if spec.ksm is Mergeable.ALL:
+        require_merging(plan)
+    network.check(plan.network, spec.publish, accel.name)
+    return plan
 
 
 def _plan_bare(

@@ -1,8 +1,9 @@
 """One start as a value: what a user asks for, and the plan that is made of it and checked.
 
-A BootSpec or a CloneSpec says what is wanted. bootplan.py and cloneplan.py make a LaunchPlan of it,
-launcher.py carries that out. Whatever can be refused is refused here (`check`, `check_guest`), for
-a dry run as for a start. What changes after that the launcher meets: a name or port is taken.
+A BootSpec or a CloneSpec says what is wanted. `plan_clone` makes a LaunchPlan of it here, plan_boot
+in bootplan.py, and launcher.py carries that out. Whatever can be refused is refused when it is made
+and by `check_guest`, for a dry run as for a start. What changes after that the launcher meets: a
+name or port is taken.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.errors import InvalidInput
+from onecopy.errors import Incompatible, InvalidInput
 from onecopy.guest import machine, network
 from onecopy.guest.lifecycle import disks
 from onecopy.guest.lifecycle.disks import DiskSpec
-from onecopy.guest.lifecycle.resources import ExtraResources, require_possible
+from onecopy.guest.lifecycle.resources import NOTHING, ExtraResources, require_possible
 from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import Network
 from onecopy.guest.ports import Ports, need_rights, require_free
 from onecopy.guest.runtime import Runtime
+from onecopy.images.kernel import ensure_kernel
 from onecopy.model import MIB, Mergeable, Reference
 from onecopy.store import Artifact
-from onecopy.vmm import spawn
-from onecopy.vmm.accel import Accelerator, Choice
+from onecopy.vmm import open_notify, spawn
+from onecopy.vmm.accel import Accelerator, Choice, choose
 from onecopy.vmm.argv import TRANSLATED, Hardware
 from onecopy.vmm.cpu import DEFAULT
 
@@ -81,12 +83,6 @@ class CloneSpec(GuestSpec, frozen=True):
     cpus: int | None = None
     """Processors in all; None: as saved."""
 
-    @property
-    def can_be_prepared(self) -> bool:
-        """Whether all of it can be had of a VMM that was started before it was known."""
-        special = self.bridge or self.allow_host or need_rights(self.publish)
-        return self.ksm is Mergeable.RAM and not special
-
 
 class Boot(msgspec.Struct, frozen=True):
     """What a guest boots that comes from no saved system."""
@@ -116,71 +112,79 @@ class LaunchPlan(msgspec.Struct, frozen=True):
     """The trust domain of the source, and so of the guest."""
     extra: ExtraResources
     """What comes once it runs."""
+    hardware: Hardware
+    """Of ``config``, without its segments, whose memory belongs to one guest (guest/backing.py)."""
+    network: Network
     boot: Boot | None = None
     """None: it starts from a saved system."""
     name: str = ""
     """The guest's; "" until it has one (`named`)."""
     standby: bool = False
     """Its VMM waits to become a clone later (pool.py)."""
+    suits_standby: bool = False
+    """A VMM that waits can become this guest: what it asks for can be had later, too."""
     translated: int = TRANSLATED
     """Bytes for translated code under TCG (admission.py)."""
 
     def named(self, name: str, publish: Ports) -> LaunchPlan:
         """The same for the guest of that name, and with its ports."""
-        return replace(self.varied(publish=publish), name=name)
+        spec = self.spec
+        special = spec.bridge or spec.allow_host or (publish and need_rights(publish))
+        plain = spec.ksm is Mergeable.RAM and not special
+        return replace(
+            self if publish == spec.publish else self.varied(publish=publish),
+            name=name,
+            suits_standby=plain and not self.boot and not self.standby,
+        )
 
     def varied(self, **changes: Any) -> LaunchPlan:
-        """The same for a spec that differs in these fields, which decide nothing of the machine."""
+        """The same for a spec that differs in ports, KSM, or how it tells that it is ready."""
         spec = replace(self.spec, **changes)
         boot = self.boot and replace(self.boot, spec=spec)
         return replace(self, spec=spec, boot=boot)
-
-    @property
-    def digests(self) -> list[str]:
-        """Manifests to hold while the guest runs."""
-        return [artifact.digest for artifact in self.artifacts]
-
-    @property
-    def hardware(self) -> Hardware:
-        """Without its segments, whose memory belongs to one guest (guest/backing.py)."""
-        return machine.hardware_of(self.config)
 
     @property
     def ram(self) -> Path:
         """The saved RAM; a guest that boots has none."""
         return self.source.layer("ram").path
 
-    @property
-    def network(self) -> Network:
-        """What is asked for of its network."""
-        spec = self.spec
-        return Network(self.config.network, spec.bridge, spec.publish, spec.allow_host)
 
-    @property
-    def mergeable(self) -> Mergeable:
-        """What KSM may merge of it: nothing of a trust domain's."""
-        return Mergeable.NONE if self.domain else self.spec.ksm
+def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
+    """Find a saved system, and check that it can be started here.
 
-    @property
-    def added_memory(self) -> int:
-        """Bytes of RAM that come to what the machine starts with."""
-        return max((self.extra.memory or 0) - self.config.memory, 0)
-
-    @property
-    def can_be_prepared(self) -> bool:
-        """Whether a VMM that was prepared can become this guest."""
-        return isinstance(self.spec, CloneSpec) and self.spec.can_be_prepared and not self.standby
-
-
-def check(host: Runtime, plan: LaunchPlan) -> None:
-    """Raise for what keeps any guest of a plan from starting; nothing of the host changes.
-
-    Raises InvalidInput, TooLarge, NotFound, NoSlot, AlreadyExists, NotPermitted, Incompatible.
+    Raises NotFound, Incompatible with the reason, StoreDamaged, and as `check`.
     """
-    so_far = "it boots" if plan.boot else f"{plan.source.ref} was saved"
-    require_possible(host, plan.extra, plan.config, so_far)
-    _require_mergeable(plan)
-    network.check(plan.network, plan.accel.name)
+    system = host.store.resolve(spec.system, "system")
+    config = SystemConfig.of(system)
+    host.qemu.require_machine(config.machine)
+    open_notify.require(host.qemu)
+    if spec.accel not in (Choice.AUTO, Choice(config.accel)):
+        raise Incompatible(
+            f"{system.ref} was saved under {config.accel} and cannot be started under {spec.accel}",
+            hint=f"leave --accel out, or save it again with --accel {spec.accel}",
+        )
+    # KVM is tried with a Linux: the kernel of a bare machine may be none.
+    kernel = system if config.agent else ensure_kernel(host.store)
+    image = kernel.layer("kernel").path
+    chosen = choose(Choice(config.accel), host.qemu.binary, image, host.store.cache)
+    plan = LaunchPlan(
+        spec=spec,
+        source=system,
+        artifacts=(system,),
+        config=config,
+        placed=tuple(machine.saved_places(system, config)),
+        accel=Accelerator(chosen.name, "the saved system's"),
+        domain=host.store.access(system.name).domain,
+        extra=ExtraResources(spec.memory, spec.cpus, spec.segments, spec.disks),
+        hardware=machine.hardware_of(config),
+        network=Network(config.network, spec.bridge, spec.allow_host),
+    )
+    if plan.extra != NOTHING:
+        require_possible(host, plan.extra, config, f"{system.ref} was saved")
+    if spec.ksm is Mergeable.ALL:
+        require_merging(plan)
+    network.check(plan.network, spec.publish, plan.accel.name)
+    return plan
 
 
 def check_guest(host: Runtime, plan: LaunchPlan) -> None:
@@ -189,19 +193,19 @@ def check_guest(host: Runtime, plan: LaunchPlan) -> None:
     Raises AlreadyExists, InUse, NotPermitted, Restricted, OtherDomain, and what a disk is refused
     for (disks.py).
     """
-    require_free(plan.spec.publish)
+    if plan.spec.publish:
+        require_free(plan.spec.publish)
     loads = {item.segment.ref.partition(":")[0] for item in plan.placed}
     loads |= {plan.source.name} if plan.boot is None else set()
     loads |= {ref.name for ref, _ in plan.extra.segments}
     host.store.require_access(sorted(loads), plan.name, plan.domain)
     host.store.require_unheld(plan.name)
-    disks.check_usable(host, plan.name, plan.extra.disks)
+    if plan.extra.disks:
+        disks.check_usable(host, plan.name, plan.extra.disks)
 
 
-def _require_mergeable(plan: LaunchPlan) -> None:
+def require_merging(plan: LaunchPlan) -> None:
     """Raise if KSM were to merge memory across trust domains, or cannot merge QEMU's own."""
-    if plan.spec.ksm is not Mergeable.ALL:
-        return
     if plan.domain:
         raise InvalidInput(
             f"KSM would merge memory of the trust domain {plan.domain} with that of others",

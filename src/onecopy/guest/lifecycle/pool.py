@@ -24,7 +24,8 @@ from onecopy.linux import child_reaper, files
 from onecopy.model import Reference, in_order
 from onecopy.store import Artifact
 
-_SIZES = ".pools.json"
+#: There while any pool has a size.
+SIZES = ".pools.json"
 
 
 class Pool(msgspec.Struct, frozen=True):
@@ -102,14 +103,14 @@ def wanted(host: Runtime) -> dict[str, tuple[Artifact, int]]:
 def _sizes(host: Runtime) -> dict[str, int]:
     """Reference of a saved system -> the size of its pool."""
     try:
-        return msgspec.json.decode((host.run / _SIZES).read_bytes(), type=dict[str, int])
+        return msgspec.json.decode((host.run / SIZES).read_bytes(), type=dict[str, int])
     except FileNotFoundError:
         return {}
 
 
 def note(host: Runtime, ref: str, size: int) -> None:
     """Note the size of a system's pool; 0 for none."""
-    path = host.run / _SIZES
+    path = host.run / SIZES
     with host.locked():
         sizes = _sizes(host)
         sizes.pop(ref, None)

@@ -1,6 +1,6 @@
-"""Load a saved state: into a new VMM, or let a VMM run that has loaded it already.
+"""Wake a VMM that has loaded a saved state before it was known who it would be (pool.py).
 
-Not here: how that VMM starts (launcher.py), what makes a clone a machine of its own (identity.py).
+Not here: how it loaded that (launcher.py), what makes a clone a machine of its own (identity.py).
 """
 
 from __future__ import annotations
@@ -12,15 +12,8 @@ from onecopy.guest.network import require_closed
 from onecopy.guest.ports import Ports, forward, published
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.linux import process
-from onecopy.vmm.monitor import Monitor, connect
+from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm
-
-
-async def load(monitor: Monitor, devices: int, *, runs: bool) -> None:
-    """Load the state of the devices from a descriptor; let the guest run on, unless it waits."""
-    await monitor.incoming(devices)
-    if runs:
-        await monitor.execute("cont")
 
 
 def vmm_of(folder: RunDirectory, record: GuestRecord) -> Vmm:

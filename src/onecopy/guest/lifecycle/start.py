@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.errors import OnecopyError
+from onecopy.errors import InvalidInput, OnecopyError
 from onecopy.guest.lifecycle import admission, launcher, pool
-from onecopy.guest.lifecycle.batch import Started, names_for, start_many
+from onecopy.guest.lifecycle.batch import Started, start_many
 from onecopy.guest.lifecycle.bootplan import plan_boot
-from onecopy.guest.lifecycle.cloneplan import plan_clone
 from onecopy.guest.lifecycle.disks import check_disks
 from onecopy.guest.lifecycle.launchplan import (
     BootSpec,
     CloneSpec,
     LaunchPlan,
-    check,
     check_guest,
+    plan_clone,
 )
 from onecopy.guest.ports import numbered
 from onecopy.guest.run_directory import POOL, Batch, GuestRecord, no_agent
 from onecopy.guest.runtime import Runtime
-from onecopy.model import MIB
+from onecopy.model import MIB, RESERVED, check_guest_name
 from onecopy.vmm.accel import in_short
 from onecopy.vmm.argv import TRANSLATED
 
@@ -72,35 +72,71 @@ def _quiet(_: str) -> None:
 def plan(host: Runtime, request: Request, tell: Tell = _quiet) -> Group:
     """Plan guests, and check that they can start, each of them.
 
-    Raises what making a plan raises (bootplan.py, cloneplan.py), what keeps guests from starting
-    (launchplan.py), InvalidInput (names, ports, disks), InsufficientResources (admission.py).
+    Raises what making a plan raises (bootplan.py, launchplan.py), what keeps guests from starting
+    (`check_guest`), InvalidInput (names, ports, disks), InsufficientResources (admission.py).
     """
     spec, count = request.spec, request.count
-    check_disks(spec.disks, named=request.name is not None, count=count)
+    if spec.disks:
+        check_disks(spec.disks, named=request.name is not None, count=count)
+    names = _names(request)
     made = plan_launch(host, spec, tell)
-    names = _names(made, request)
     if request.needs_agent and not made.config.agent:
         raise no_agent(made.source.ref)
     need = admission.of_plan(made, count)
-    _tell_of_room(need.translated, tell)
-    made = replace(made, translated=need.translated, standby=request.standby)
-    plans = [made.named(name, numbered(spec.publish, at)) for at, name in enumerate(names)]
+    if need.translated < TRANSLATED:
+        tell(
+            f"the host has memory for {need.translated // MIB} MiB of translated code in each "
+            f"QEMU, not {TRANSLATED // MIB}: guests that work are slower"
+        )
     each = 0 if request.overcommit else need.each
     if each and not request.keep_going:
         admission.require(each, count)
-    refused = [] if request.standby else _refused(host, plans, each, keep=request.keep_going)
-    left = tuple(one for one in plans if one.name not in {name for name, _ in refused})
-    return Group(left, each, request.keep_going, tuple(refused))
+    made = replace(made, translated=need.translated, standby=request.standby)
+    plans, refused = [], []
+    for number, name in enumerate(names):
+        one = made.named(name, spec.publish and numbered(spec.publish, number))
+        try:
+            if not request.standby:
+                check_guest(host, one)
+            if each and request.keep_going:
+                admission.require(each)
+            plans.append(one)
+        except OnecopyError as error:
+            if not request.keep_going:
+                raise
+            refused.append((name, error))
+    return Group(tuple(plans), each, request.keep_going, tuple(refused))
+
+
+def _names(request: Request) -> list[str]:
+    if request.standby:
+        return [f"{POOL}{secrets.token_hex(4)}" for _ in range(request.count)]
+    spec = request.spec
+    source = spec.root if isinstance(spec, BootSpec) else spec.system
+    return names_for(source.name, request.name, request.count)
+
+
+def names_for(source: str, name: str | None, count: int) -> list[str]:
+    """Names for ``count`` new guests: ``name`` or NAME-1..N, else ones made from ``source``."""
+    if count < 1:
+        raise InvalidInput(f"{count} guests cannot be started", hint="start at least one")
+    if name is not None:
+        check_guest_name(name)
+        names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
+    else:
+        stem = source.replace(".", "-").replace("_", "-")[:50].strip("-")
+        stem = f"of-{stem}" if stem.startswith(RESERVED) else stem
+        run = secrets.token_hex(2)
+        names = [f"{stem}-{run}"] if count == 1 else [f"{stem}-{run}-{n + 1}" for n in range(count)]
+    return [check_guest_name(each) for each in names]
 
 
 def plan_launch(host: Runtime, spec: BootSpec | CloneSpec, tell: Tell = _quiet) -> LaunchPlan:
     """Plan guests of a kind, that have no names yet; raises as `plan`."""
-    if isinstance(spec, BootSpec):
-        made = plan_boot(host, spec, tell)
-        tell(f"booting under {made.accel.name} ({in_short(made.accel.reason)})")
-    else:
-        made = plan_clone(host, spec)
-    check(host, made)
+    if isinstance(spec, CloneSpec):
+        return plan_clone(host, spec)
+    made = plan_boot(host, spec, tell)
+    tell(f"booting under {made.accel.name} ({in_short(made.accel.reason)})")
     return made
 
 
@@ -115,24 +151,20 @@ async def start(
     *,
     owner: Path | None = None,
     refill: bool = True,
-    ran: Callable[[GuestRecord], None] = lambda _: None,
+    ran: Callable[[GuestRecord], None] | None = None,
 ) -> Started:
     """Start guests, all or none (batch.py), and fill pools from which some were taken.
 
     Those of an ``owner`` (Runtime.owner) end with it. ``ran`` is called of each guest that runs,
     before all are handed out.
     """
-    plans = {one.name: one for one in group.plans}
-
-    async def one(name: str, batch: Batch) -> GuestRecord:
-        record = await launcher.launch(host, plans[name], batch)
-        ran(record)
-        return record
-
+    if not group.plans:
+        return Started((), group.refused)
+    starts = {one.name: partial(launcher.launch, host, one) for one in group.plans}
     started = await start_many(
-        host, list(plans), one, keep_going=group.keep_going, owner=owner, each=group.each
+        host, starts, keep_going=group.keep_going, owner=owner, each=group.each, ran=ran
     )
-    if refill:
+    if refill and (host.run / pool.SIZES).exists():
         pool.refill(host)
     return replace(started, failures=(*group.refused, *started.failures))
 
@@ -145,34 +177,3 @@ async def start_one(
     if not one.standby:
         check_guest(host, one)
     return await launcher.launch(host, one, batch)
-
-
-def _names(made: LaunchPlan, request: Request) -> list[str]:
-    if request.standby:
-        return [f"{POOL}{secrets.token_hex(4)}" for _ in range(request.count)]
-    return names_for(made.source.name, request.name, request.count)
-
-
-def _refused(
-    host: Runtime, plans: list[LaunchPlan], each: int, *, keep: bool
-) -> list[tuple[str, OnecopyError]]:
-    """Check each guest; raise, or with ``keep`` tell, why one cannot start."""
-    found = []
-    for one in plans:
-        try:
-            check_guest(host, one)
-            if each and keep:
-                admission.require(each)
-        except OnecopyError as error:
-            if not keep:
-                raise
-            found.append((one.name, error))
-    return found
-
-
-def _tell_of_room(translated: int, tell: Tell) -> None:
-    if translated < TRANSLATED:
-        tell(
-            f"the host has memory for {translated // MIB} MiB of translated code in each "
-            f"QEMU, not {TRANSLATED // MIB}: guests that work are slower"
-        )

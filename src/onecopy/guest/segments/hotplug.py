@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 
 from onecopy.errors import AlreadyExists, GuestFailed, InvalidInput, NotFound
-from onecopy.guest.backing import Backing, backings
-from onecopy.guest.machine import Placed, attached, check_mountpoint, ranges_of
+from onecopy.guest.backing import Backing, attached, backings
+from onecopy.guest.machine import Placed, check_mountpoint, ranges_of
 from onecopy.guest.run_directory import Attached, GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segment_costs import require_room
@@ -135,7 +135,7 @@ async def _plug(
             await monitor.give_fd(lease.fd, f"lease.{secrets.token_hex(4)}")
             ranges: list[tuple[Placed, Backing, str]] = []
             for number, item in zip(numbers, placed, strict=True):
-                backed = found.back(item.needed)
+                backed = found.back(item)
                 await pmem_hotplug.plug(
                     monitor, number, backed.slot, pid=record.pid, listener=record.listener
                 )

@@ -31,7 +31,7 @@ def write(
     before the end of the range is written), InsufficientResources, NotPermitted.
     """
     item = _range(store, ref, number)
-    path = live_file(store, item.needed)
+    path = live_file(store, item)
     if offset < 0:
         raise InvalidInput(f"{offset} is before the range begins")
     with file_errors(store.root), path.open("r+b", buffering=0) as file:

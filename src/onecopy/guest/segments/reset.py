@@ -30,7 +30,7 @@ async def renew(
         for device, item in zip(kept.devices, placed, strict=True):
             match device.page_class:
                 case PageClass.SW | PageClass.SN:
-                    os.close(found.common(item.needed))
+                    os.close(found.common(item))
                 case PageClass.EN:
                     _empty(record.pid, device)
                 case PageClass.EW:
