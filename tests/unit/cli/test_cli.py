@@ -121,7 +121,6 @@ BAD = [
     "disks --rm A",
     "run --no-network a",
     "run --command true a",
-    "run --cold a",
     "run --ready true a",
     "run --no-such-option a",
     "cp a b",
