@@ -29,8 +29,8 @@ _DROP = Path("/proc/sys/vm/drop_caches")
 WAYS = {
     "cold": "dropped, nothing recorded",
     "start": "dropped, recorded: the start itself begins to read",
-    "recorded": "dropped, then `warm` with a record",
-    "whole": "dropped, then `warm --whole`",
+    "recorded": "dropped, then `preload` with a record",
+    "whole": "dropped, then `preload --whole`",
     "memory": "not dropped",
 }
 
@@ -42,7 +42,7 @@ class FirstGuest:
     seconds: Spread
     """Seconds from the request until the application answers."""
     warming: Spread
-    """Seconds of preloading before the start."""
+    """Seconds that `preload` took before the start."""
     read: Spread
     """Bytes that the kernel read from storage for the VMM (/proc/PID/io, read_bytes)."""
     waits: Spread

@@ -55,11 +55,13 @@ class OnecopyError(Exception):
 
     id: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
+    default_hint: ClassVar[str] = ""
+    """What to do where the place that fails cannot say more."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
 
 class InvalidInput(OnecopyError):
@@ -70,10 +72,14 @@ class InvalidInput(OnecopyError):
 
 
 class NotFound(OnecopyError):
-    """Nothing of that name exists."""
+    """Nothing of that name exists; ``guest`` is the name if it was a guest's."""
 
     id = "not-found"
     exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "", guest: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.guest = guest
 
 
 class InUse(OnecopyError):
@@ -114,6 +120,7 @@ class CommandFailed(OnecopyError):
 
     id = "command-failed"
     exit_code = 7
+    default_hint = "run the command of the message by hand to see more"
 
     def __init__(
         self,
@@ -148,6 +155,7 @@ class BadSource(OnecopyError):
 
     id = "bad-source"
     exit_code = 8
+    default_hint = "check that the source exists, can be read, and is of the kind that was named"
 
 
 class InsufficientResources(OnecopyError):
@@ -171,6 +179,7 @@ class GuestFailed(OnecopyError):
 
     id = "guest-failed"
     exit_code = 10
+    default_hint = "`onecopy logs GUEST` shows what the guest and its QEMU printed"
 
     def __init__(
         self,
@@ -200,6 +209,7 @@ class AgentFailed(OnecopyError):
 
     id = "agent-failed"
     exit_code = 12
+    default_hint = "`onecopy logs GUEST` shows whether the guest still works; if not, stop it"
 
 
 class Incompatible(OnecopyError):
@@ -319,6 +329,7 @@ class Unreadable(OnecopyError):
 
     id = "unreadable"
     exit_code = 25
+    default_hint = "try again; if it fails again, leave that process out"
 
 
 class Interrupted(OnecopyError):

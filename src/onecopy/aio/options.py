@@ -43,7 +43,7 @@ class _GroupOptions(TypedDict, total=False):
 
 
 class BootOptions(_MachineOptions, total=False):
-    """How a guest boots: the options of `onecopy save` and `onecopy run --cold`."""
+    """How a guest boots: the options of `onecopy boot` and `onecopy save --root`."""
 
     memory: int | str
     """Bytes, or for example "256M"."""
@@ -62,7 +62,7 @@ class BootOptions(_MachineOptions, total=False):
 
 
 class GuestBootOptions(BootOptions, _GroupOptions, total=False):
-    """How guests boot and what they are given: the options of `onecopy run --cold`."""
+    """How guests boot and what they are given: the options of `onecopy boot`."""
 
 
 class StartOptions(_MachineOptions, _GroupOptions, total=False):

@@ -14,31 +14,31 @@ from pathlib import Path
 
 from onecopy.errors import HostFailed, InvalidInput, NotFound, NotPermitted, OnecopyError
 
-_HINT = "ONECOPY_DEBUG=1 shows where it happened"
+_HINT = "ONECOPY_DEBUG=1 shows a traceback"
 
 
 def explained(error: BaseException) -> OnecopyError:
-    """An error of ours that says what ``error`` means for the user."""
+    """Return the OnecopyError that tells the user what ``error`` means."""
     if isinstance(error, OnecopyError):
         return error
     if isinstance(error, BaseExceptionGroup):
-        # What failed first; the others may be due to it.
+        # The first failure may have caused the others.
         return explained(error.exceptions[0])
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, MemoryError):
         return HostFailed(
-            "this command got no more memory",
+            "the command ran out of memory",
             hint="free some memory, or raise its limit: ulimit -v, the service's MemoryMax=",
         )
     if isinstance(error, UnicodeError):
         return InvalidInput(
-            f"something that was given is not UTF-8: {error}",
-            hint=f"give a name or text without such bytes; {_HINT}",
+            f"an argument or name is not valid UTF-8: {error}",
+            hint=f"use a name or text in UTF-8; {_HINT}",
         )
     return OnecopyError(
         f"internal error: {type(error).__name__}: {error} ({_place(error)})",
-        hint=f"this is a bug of onecopy: {_HINT}, for a report of it",
+        hint=f"this is a bug in onecopy; report it with its traceback: {_HINT}",
     )
 
 
@@ -49,15 +49,17 @@ def _of_system(error: OSError) -> OnecopyError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         return HostFailed(
-            f"too many open files: this command may have {limit} at once",
-            hint=f"raise the limit, which may be up to {most}: ulimit -n {min(1024, most)}",
+            f"too many open files: the limit of this command is {limit}",
+            hint=f"raise the limit, at most to {most}: ulimit -n {min(1024, most)}",
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return HostFailed(said, hint="free some space there: `onecopy ls`, `onecopy rm`")
+        return HostFailed(said, hint="free disk space: `onecopy rm` removes images")
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        return NotPermitted(said, hint=f"become a user who may do that; {_HINT}")
+        return NotPermitted(said, hint=f"run the command as a user with that permission; {_HINT}")
     if isinstance(error, FileNotFoundError) and not _has_folder():
-        return NotFound("the working directory was deleted", hint="cd to a folder that is there")
+        return NotFound(
+            "the working directory was deleted", hint="change to a directory that exists"
+        )
     return HostFailed(said, hint=_HINT)
 
 

@@ -1,4 +1,4 @@
-"""How commands speak: tables and JSON on standard output, progress on standard error.
+"""How commands speak: lines and JSON on standard output, progress on standard error.
 
 What guests, files and other processes say, or are called, never reaches a terminal as it is: `main`
 puts both streams behind `escaping`, whoever writes to them. Bytes that go to ``sys.stdout.buffer``
@@ -12,12 +12,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from onecopy.errors import Interrupted, OnecopyError, OutputFailed
 from onecopy.printable import escape, printable
+
+if TYPE_CHECKING:
+    from onecopy.guest.run_directory import GuestRecord
 
 _T = TypeVar("_T")
 _NOT_ASCII = re.compile("[^\0-\x7f]")
@@ -43,9 +46,9 @@ class _Escaping:
 
 @contextmanager
 def escaping() -> Iterator[None]:
-    """Let all that is written to standard output and error as text be printable."""
+    """Escape control characters in all text written to standard output and error."""
     before = sys.stdout, sys.stderr
-    # One that is closed is None.
+    # A closed stream is None.
     sys.stdout, sys.stderr = (cast(TextIO, each and _Escaping(each)) for each in before)
     try:
         yield
@@ -54,25 +57,30 @@ def escaping() -> Iterator[None]:
 
 
 def as_it_is(stream: TextIO) -> TextIO:
-    """The stream behind `escaping`, for drawing on a terminal what is printable already."""
+    """Return the stream behind `escaping`, for text that is printable already."""
     return stream.stream if isinstance(stream, _Escaping) else stream
 
 
 def print_line(text: str, to: TextIO | None = None) -> None:
-    """One line, whatever stands in it: nobody else can begin a new one."""
+    """Print exactly one line: newlines in the text are escaped."""
     print(printable(text, keep="\t"), file=to or sys.stdout, flush=to is not None)
 
 
 def tell_error(error: OnecopyError, before: str = "") -> None:
-    """What failed, and what to do. What others printed is indented: it is no message of ours."""
+    """Print what failed and what to do.
+
+    What others printed is indented: no line of it looks like a message of ours.
+    """
+    from onecopy.cli.suggest import hint_of
+
     message = error.message.replace("\n", "\n    ")
     print(f"onecopy: {before}{message}", file=sys.stderr)
     if error.hint and not before:
-        print_line(f"onecopy: {error.hint}", sys.stderr)
+        print_line(f"hint: {hint_of(error)}", sys.stderr)
 
 
 def print_json(value: object) -> None:
-    """One JSON document, which shows as little to a terminal as any other text."""
+    """Print one JSON document; control characters are escaped."""
     text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False)
     text = printable(text, keep="\n", how=_json_escape)
     if codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8":
@@ -81,62 +89,38 @@ def print_json(value: object) -> None:
 
 
 def _json_escape(character: str) -> str:
-    """Half a pair, which is what Python makes of bytes that are no UTF-8, is no text in JSON."""
+    """Escape a character for JSON; a lone surrogate, as Python decodes invalid UTF-8, as text."""
     if "\ud800" <= character <= "\udfff":
         return f"\\{escape(character)}"
     return json.dumps(character)[1:-1]
 
 
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their content; figures to the right."""
-    for line in table_lines(headings, rows):
-        print(line)
-
-
-def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """What `print_table` prints."""
-    table = [list(headings), *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
-    numeric = [
-        bool(rows) and all(row[c][:1].isdigit() or row[c] in "-?" for row in rows)
-        for c in range(len(headings))
-    ]
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A function that tells the present step: live on a terminal, else plain lines."""
+    """Yield a function that shows the current step: live on a terminal, otherwise as lines."""
     if not sys.stderr.isatty():
         yield lambda text: print_line(f"onecopy: {text}", sys.stderr)
         return
     from rich.console import Console
     from rich.text import Text
 
-    # Text, since a string may have markup in it: [link=...].
+    # Text, because rich reads markup in a string: [link=...].
     with Console(file=as_it_is(sys.stderr)).status(Text("...")) as status:
 
         def tell(text: str) -> None:
             shown = printable(text)
             status.update(Text(shown))
             if text.startswith("left out: "):
-                # That stays on the screen.
+                # Such lines stay on the screen.
                 status.console.print(Text(f"onecopy: {shown}"))
 
         yield tell
 
 
 def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
-    """Do ``work`` for each, whatever becomes of the others.
+    """Call ``work`` for each item, even if others fail.
 
-    Errors are told as they come; returns the exit code of the first one, or 0.
+    Errors are printed as they occur. Returns the exit code of the first, or 0.
     """
     codes = []
     for item in items:
@@ -152,15 +136,22 @@ def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
 
 
 def show_place(error: Exception) -> None:
-    """Print where an error comes from, for who has asked for that (ONECOPY_DEBUG=1)."""
+    """Print the traceback of an error if ONECOPY_DEBUG=1."""
     if os.environ.get("ONECOPY_DEBUG") == "1":
         import traceback
 
         traceback.print_exception(error)
 
 
+def reasons(guests: Iterable[GuestRecord]) -> list[str]:
+    """Say why guests run under their accelerators, each reason once and in short."""
+    from onecopy.vmm.accel import in_short
+
+    return sorted({f"{g.accel}: {in_short(g.accel_reason)}" for g in guests if g.accel})
+
+
 def duration(seconds: float) -> str:
-    """For a reader: 0.052 s, 12 s, 3 min, 2 h."""
+    """Format a duration: 0.052 s, 12 s, 3 min, 2 h."""
     if seconds < 10:
         return f"{seconds:.3f} s"
     for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):

@@ -6,6 +6,6 @@ import signal
 
 
 def ignore() -> None:
-    """From now on all is done or undone: nothing ends the command before it has told so."""
+    """Ignore signals from now on: the work is done, and only its report is left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -29,12 +29,12 @@ def secure() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            # Opened for the opposite, 0 and 1 fail when they are used (as gnulib's stdopen() does):
-            # what is asked for can be neither read nor lost without a word.
+            # Opened for the opposite direction, as by gnulib's stdopen(): reading or writing fails
+            # instead of losing data silently.
             os.open(os.devnull, mode)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - open until the process ends
-    # What replaces them, as a test does, is left alone.
+    # Streams that a test has replaced stay.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _guarded(_Output(1, "w", closefd=False))
     if sys.stderr is sys.__stderr__:
@@ -73,7 +73,7 @@ def take(size: int) -> bytes:
             said = "it is closed" if error.errno == errno.EBADF else error.strerror
             raise HostFailed(
                 f"standard input cannot be read: {said}",
-                hint="give the command an input, if need be </dev/null",
+                hint="redirect standard input, for example from /dev/null",
             ) from error
 
 
@@ -83,7 +83,7 @@ def finish() -> None:
 
 
 def give_up() -> None:
-    """Drop what cannot be written, so that Python does not try again when it ends."""
+    """Discard unwritten output, so that Python does not try to write it at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.close(null)
@@ -101,7 +101,7 @@ class _Messages(io.FileIO):
         try:
             return put(self.fileno(), data)
         except OutputFailed:
-            # Nobody is left to be told.
+            # There is no other stream to report the failure on.
             return memoryview(data).nbytes
 
 
@@ -110,7 +110,7 @@ def _guarded(raw: io.FileIO) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=before.encoding if before else "utf-8",
-        # No name is a reason not to tell it: those of files need not be text.
+        # Names of files need not be valid text, and messages must show them.
         errors="backslashreplace",
         line_buffering=raw.isatty() or raw.fileno() == 2,
     )

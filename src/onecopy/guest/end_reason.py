@@ -32,7 +32,7 @@ class Cause(StrEnum):
     HALTED = "halted"
     PANIC = "kernel-panic"
     COMMAND = "command-ended"
-    """The guest's command under the minimal init ended (`--run`)."""
+    """The guest's command under the minimal init ended (`--command`)."""
     OUT_OF_MEMORY = "out-of-memory"
     """Out of memory in the guest: its kernel panicked or killed its command."""
     KILLED = "killed"

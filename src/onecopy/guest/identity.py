@@ -192,7 +192,7 @@ def _failed(said: str) -> AgentFailed:
     doing = _FAILURES.get(what, f"take its new identity ({shown(said)!r})")
     return AgentFailed(
         f"the guest could not {doing}{': ' if details else ''}{shown(details)}",
-        hint="saving and cloning need this step: boot the root segment with `onecopy run --cold` "
+        hint="saving and cloning need this step: boot the root segment with `onecopy boot` "
         "and correct the cause there",
     )
 

@@ -87,7 +87,7 @@ class Attached(msgspec.Struct, frozen=True):
     mountpoint: str
     """Mount point; "" for a segment that is not mounted."""
     state: str
-    """``loading``; ``loaded``; ``kept``: unloaded, but QEMU could not remove its devices."""
+    """``loading``; ``loaded``; ``detached``: unloaded, but QEMU could not remove its devices."""
     exclusive: bool = False
     """Whether it is the guest's own writable copy of a shared segment."""
 
@@ -99,15 +99,15 @@ class GuestDisk(msgspec.Struct, frozen=True):
     """/dev/onecopy/NAME in the guest."""
     path: str
     """The image on the host."""
-    form: str
+    format: str
     """``raw`` or ``qcow2``."""
-    own: bool
+    owned: bool
     """Whether the disk belongs to the guest's name, and its next guest gets it again."""
     mountpoint: str
     """Mount point; "" for a disk that is not mounted."""
     address: str
     """PCI bus and slot in hexadecimal: ``01:05``."""
-    made: bool = False
+    created: bool = False
     """Whether it was created at this guest's start."""
 
 
@@ -164,7 +164,7 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """How it ended on its own (ended_guests.py); None for a running guest."""
     note: str = ""
     """Damage of a running guest (lost_vmms.py); "" for none, and always "" in the file."""
-    schema: int = 3
+    schema: int = 4
 
     @property
     def process(self) -> Process:
@@ -174,7 +174,9 @@ class GuestRecord(msgspec.Struct, frozen=True):
 
 def no_guest(name: str) -> NotFound:
     """Return the error for a name that no guest has."""
-    return NotFound(f"there is no guest {name!r}", hint="list the guests with `onecopy ps`")
+    return NotFound(
+        f"there is no guest {name!r}", hint="list the guests with `onecopy ps`", guest=name
+    )
 
 
 def no_agent(name: str) -> AgentFailed:

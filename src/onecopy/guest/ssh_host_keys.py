@@ -14,8 +14,8 @@ FAILED = "failed key-"
 _REASONS = {
     "certificate": (
         "the guest's SSH host key has a host certificate, which clones' new keys would not match",
-        "remove the certificate and get one for each clone with --on-clone, or remove "
-        "HostCertificate from sshd_config(5)",
+        "remove the certificate and get one for each clone with --clone-hook command:CMD, or "
+        "remove HostCertificate from sshd_config(5)",
     ),
     "keygen": (
         "the guest has an SSH host key but no ssh-keygen, which clones need to make new keys",

@@ -79,7 +79,7 @@ def build_segment(
         if options != _DEFAULTS:
             raise InvalidInput(
                 "a bare kernel takes no packages, file system, page class or free space",
-                hint="omit --include, --fs, --class and --room",
+                hint="omit --include, --fs, --class and --free-space",
             )
         path = source.removeprefix(PREFIX)
         return build_bare(store, ref, path, access=access, progress=progress)

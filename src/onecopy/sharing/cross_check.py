@@ -55,7 +55,7 @@ class Check(msgspec.Struct, frozen=True):
     parts: int
     host: int
     difference: int
-    share: float | None
+    ratio: float | None
     """The difference relative to the host's change; None without a change."""
     left_out: int = 0
     """The number of external QEMU processes that are not included: ended or not readable."""
@@ -148,7 +148,7 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
         parts=parts,
         host=host,
         difference=parts - host,
-        share=(parts - host) / host if host > 0 else None,
+        ratio=(parts - host) / host if host > 0 else None,
         left_out=sum(isinstance(each, OnecopyError) for each in others) + len(report.left_out),
     )
 

@@ -90,14 +90,14 @@ _USES = {
     (
         "segment",
         "system",
-    ): "`onecopy run --cold {0}` boots it; `onecopy save NAME --root {0}` boots and saves "
+    ): "`onecopy boot {0}` boots it; `onecopy save NAME --root {0}` boots and saves "
     "it, for guests that start at once",
     (
         "system",
         "segment",
-    ): "`onecopy run {0}`, without --cold, starts guests from a saved system; `onecopy ls "
-    "--kind segment` lists segments",
-    ("kernel", "system"): "`onecopy run --cold {0}` boots a bare kernel",
+    ): "`onecopy run {0}` starts guests from a saved system; `onecopy ls --kind segment` "
+    "lists segments",
+    ("kernel", "system"): "`onecopy boot {0}` boots a bare kernel",
 }
 
 

@@ -388,7 +388,7 @@ class Store:
 
 def _release_hint(users: Sequence[str]) -> str:
     if all(user.startswith(lease.PIN) for user in users):
-        return "unpin it first with `onecopy warm --unpin`"
+        return "unpin it first with `onecopy preload --unpin`"
     return (
         "stop these guests first with `onecopy stop`, or use rm --pending to remove it "
         "with the last of them"

@@ -34,7 +34,7 @@ def require(qemu: Qemu) -> None:
         raise Incompatible(
             f"QEMU {qemu.version} opens the saved RAM for writing, and this kernel cannot answer "
             "with a read-only file",
-            hint="use QEMU 8.2 or later, or Linux 5.9 or later; `run --cold` boots guests "
+            hint="use QEMU 8.2 or later, or Linux 5.9 or later; `onecopy boot` boots guests "
             "without either",
         )
 

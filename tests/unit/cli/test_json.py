@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import fields
 
-from onecopy.cli import onecopy
+from onecopy.cli import ls_cmd, onecopy
 from onecopy.cli.save_cmd import document
 from onecopy.demo import show
 from onecopy.demo.measure import Measured
@@ -78,8 +78,8 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "ksm: status": [*(field.name for field in fields(ksm_settings.Status)), "gain"],
         "ksm: changed setting": [field.name for field in fields(ksm_settings.Changed)],
         "ksm: guest": [field.name for field in fields(ksm_settings.GuestMerging)],
-        "warm: blob": [field.name for field in fields(Warmed)],
-        "warm: pinned": [field.name for field in fields(Pinned)],
+        "preload: blob": [field.name for field in fields(Warmed)],
+        "preload: pinned": [field.name for field in fields(Pinned)],
         "inspect: artifact": [key for key in full if key not in describe(store, artifact)],
         "inspect: layer": list(full["layers"][0]),
         "inspect: config of a system": _struct(SystemConfig),
@@ -119,6 +119,7 @@ def test_the_page_names_what_is_printed(tmp_path: Path) -> None:
     # Configs of segments are what builds write: see the next test.
     documented.pop("inspect: config of a segment")
     assert documented.keys() == printed.keys()
+    assert list(ls_cmd.FIELDS) == printed["ls: artifact"]
     for heading, names in printed.items():
         assert sorted(documented[heading]) == sorted(names), heading
 
@@ -146,10 +147,10 @@ def test_report_s_meanings_are_the_columns_own() -> None:
 
 
 def test_run_prints_these_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    from onecopy.cli.run_cmd import _started
+    from onecopy.cli.starting import print_started
 
     started = Started((GUEST,), (("b", GuestFailed("it broke")),))
-    assert _started((started, 0), True, False) == GuestFailed.exit_code
+    assert print_started((started, 0), as_json=True, quiet=False) == GuestFailed.exit_code
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert list(document) == _documented()["run: document"]
     assert list(document["failures"][0]) == _documented()["run: failure"]

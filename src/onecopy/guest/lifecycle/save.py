@@ -82,7 +82,7 @@ def plan_save(
     if plan.boot is None or not plan.config.agent:
         raise InvalidInput(
             f"{plan.source.ref} is a kernel by itself, of which nobody can tell when it is ready",
-            hint=f"`onecopy run --cold {plan.source.ref}`, and save --from that guest",
+            hint=f"`onecopy boot {plan.source.ref}`, and `onecopy save --from` that guest",
         )
     _require_fixed(plan.config.segments)
     need = admission.of_plan(plan)

@@ -31,6 +31,7 @@ from onecopy.guest.ports import numbered
 from onecopy.guest.run_directory import POOL, Batch, GuestRecord, no_agent
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, RESERVED, check_guest_name
+from onecopy.vmm.accel import in_short
 from onecopy.vmm.argv import TRANSLATED
 
 Tell = Callable[[str], None]
@@ -135,7 +136,7 @@ def plan_launch(host: Runtime, spec: BootSpec | CloneSpec, tell: Tell = _quiet) 
     if isinstance(spec, CloneSpec):
         return plan_clone(host, spec)
     made = plan_boot(host, spec, tell)
-    tell(f"booting under {made.accel.name} ({made.accel.reason})")
+    tell(f"booting under {made.accel.name} ({in_short(made.accel.reason)})")
     return made
 
 

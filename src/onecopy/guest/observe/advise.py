@@ -234,10 +234,10 @@ def _steps(
         why = "this guest as it is now" if from_guest else "boot once, with your `save` options"
         steps.append(_step("save", f"{name}-system", *options, why=why))
         steps.append(
-            _step("run", f"{name}-system", "-n", "N", why="start guests that share its memory")
+            _step("run", "-n", "N", f"{name}-system", why="start guests that share its memory")
         )
     elif "root" in advice.take:
-        steps.append(_step("run", "--cold", name, why="boot guests that map it in place"))
+        steps.append(_step("boot", name, why="boot guests that map it in place"))
     if "extra" in advice.take:
         steps += _extra(advice, name, files)
     if "ksm" in advice.take:

@@ -84,7 +84,7 @@ def pin(store: Store, artifact: Artifact) -> Pinned:
     if store.is_held(holder):
         raise AlreadyExists(
             f"{artifact.ref} is pinned already",
-            hint=f"unpin it with `onecopy warm --unpin {artifact.ref}`",
+            hint=f"unpin it with `onecopy preload --unpin {artifact.ref}`",
         )
     files = [(str(each.path), each.blob_size, data_of(each)) for each in blobs_of(artifact)]
     needed = sum(length for *_, extents in files for _, length in extents)
@@ -107,7 +107,7 @@ def unpin(store: Store, artifact: Artifact) -> None:
     except (OSError, msgspec.MsgspecError):
         record = None
     if record is None or not store.is_held(holder):
-        raise NotFound(f"{artifact.ref} is not pinned", hint="pin it with `onecopy warm --pin`")
+        raise NotFound(f"{artifact.ref} is not pinned", hint="pin it with `onecopy preload --pin`")
     _end(record)
     store.sweep()
 

@@ -36,10 +36,10 @@ class Warmed(msgspec.Struct, frozen=True):
     digest: str
     size: int
     """Size of the file, holes included."""
-    what: str
+    action: str
     """``whole`` or ``recorded``: the part that was loaded; ``dropped``; ``touched``: the pages that
     guests accessed were recorded."""
-    wanted: int
+    requested_bytes: int
     """Size of the part that was loaded or recorded."""
     before: int | None
     """Resident size of the whole file before."""
@@ -176,8 +176,8 @@ def _measure(
         role=layer.annotations.get(ROLE, ""),
         digest=layer.digest,
         size=layer.blob_size,
-        what=what,
-        wanted=sum(length for _, length in extents),
+        action=what,
+        requested_bytes=sum(length for _, length in extents),
         before=before,
         after=residency.resident_bytes(layer.path),
     )
