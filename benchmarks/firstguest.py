@@ -30,7 +30,7 @@ WAYS = {
     "cold": "dropped, nothing recorded",
     "start": "dropped, recorded: the start itself begins to read",
     "recorded": "dropped, then `warm` with a record",
-    "whole": "dropped, then `warm --whole`",
+    "whole": "dropped, then `preload --whole`",
     "memory": "not dropped",
 }
 

@@ -130,7 +130,7 @@ def _parts(setup: Setup, before: Before) -> int:
 
 
 def _options(count: int, name: str = _NAME) -> list[str]:
-    return [SYSTEM.name, "-n", str(count), "--name", name, "-p", "0:80", "--json"]
+    return ["-n", str(count), "--name", name, "-p", "0:80", "--json", SYSTEM.name]
 
 
 async def _one() -> float:

@@ -316,7 +316,7 @@ def _truth(truth: Truth) -> str:
         f"{truth.plain} plain": truth.plain_check,
     }
     sums = [
-        [name, *(_mib(getattr(check, key)) for key, *_ in LINES), f"{check.share or 0:+.1%}"]
+        [name, *(_mib(getattr(check, key)) for key, *_ in LINES), f"{check.ratio or 0:+.1%}"]
         for name, check in checks.items()
     ]
     claims = [

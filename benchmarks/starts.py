@@ -220,7 +220,7 @@ def _command(setup: Setup) -> float:
     env = {**os.environ, "ONECOPY_HOME": str(setup.host.store.root)}
     began = time.monotonic()
     subprocess.run(
-        [program, "run", setup.saved.artifact.ref, "--name", name],
+        [program, "run", "--name", name, setup.saved.artifact.ref],
         env=env,
         stdout=subprocess.DEVNULL,
         check=True,

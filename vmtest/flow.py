@@ -79,13 +79,13 @@ def save_web(suite: str, accel: str, work: Path) -> None:
     onecopy("build", "site", "--from", f"dir:{site}")
     ready = ["--ready", "wget -q -O /dev/null http://127.0.0.1/", "--timeout", str(PATIENCE)]
     save = ["save", "web", "--root", f"python:{suite}", "--segment", "site:/srv"]
-    onecopy(*save, "--run", "exec python3 /srv/app.py", *ready, "--accel", accel, *OPEN)
+    onecopy(*save, "--command", "exec python3 /srv/app.py", *ready, "--accel", accel, *OPEN)
 
 
 def use_web(suite: str, accel: str) -> None:
     """Run two clones of ``web``, ask, exec, report, stop; raise Refused or Failed."""
     try:
-        run = ["run", "web", "-n", "2", "-p", "0:80", "--json", *OPEN]
+        run = ["run", "-n", "2", "-p", "0:80", "--json", *OPEN, "web"]
         started = json.loads(onecopy(*run))["guests"]
         for guest in started:
             _expect("accelerator", guest["accel"], accel)

@@ -17,7 +17,7 @@ _COLOURS = {
     "none": "#444444",
     "ksm": "#b07aa1",
     "xip": "#f28e2b",
-    "saved": "#4e79a7",
+    "template": "#4e79a7",
     "saved+xip": "#59a14f",
     "all": "#e15759",
 }

@@ -86,7 +86,7 @@ async def measure(
     way: Way, count: int, wares: Sequence[Ware], templates: Templates, tell: Tell
 ) -> Outcome:
     """Run ``count`` guests of all applications in turn; nothing is left of them."""
-    if way.name == "saved":
+    if way.name == "template":
         for ware in wares:
             await templates.of(ware)
     for ware in wares:

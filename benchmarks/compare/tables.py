@@ -13,7 +13,7 @@ LABELS = {
     "none": "no sharing",
     "ksm": "KSM",
     "xip": "segment (XIP)",
-    "saved": "frozen guest, disk",
+    "template": "frozen guest, disk",
     "saved+xip": "saved system (with XIP)",
     "all": "saved system + KSM",
 }

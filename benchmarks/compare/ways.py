@@ -118,7 +118,7 @@ WAYS = (
     Way("none", _plain),
     Way("ksm", _plain, ksm=True),
     Way("xip", _segment),
-    Way("saved", _template),
+    Way("template", _template),
     Way("saved+xip", _saved(Mergeable.RAM)),
     Way("all", _saved(Mergeable.ALL), ksm=True),
 )

@@ -65,10 +65,14 @@ class InvalidInput(OnecopyError):
 
 
 class NotFound(OnecopyError):
-    """Nothing of that name."""
+    """Nothing of that name; ``guest`` is the name if it was to be a guest's."""
 
     id = "not-found"
     exit_code = 3
+
+    def __init__(self, message: str, *, hint: str = "", guest: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.guest = guest
 
 
 class InUse(OnecopyError):

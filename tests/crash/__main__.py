@@ -11,7 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
-from onecopy.cli.output import print_table
+from onecopy.cli.tables import print_table
 from tests.crash.campaign import Campaign, total
 
 _COLUMNS = ("killed", "old", "new", "remains", "finished")

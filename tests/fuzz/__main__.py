@@ -8,7 +8,8 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 
-from onecopy.cli.output import print_table, progress
+from onecopy.cli.output import progress
+from onecopy.cli.tables import print_table
 from tests.fuzz.campaign import Failure, Tally, one, run
 from tests.fuzz.readers import Reader, readers
 

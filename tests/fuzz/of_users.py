@@ -46,7 +46,7 @@ def _seconds(data: bytes, _: Path) -> None:
 def _arguments(data: bytes, _: Path) -> None:
     name, *words = text(data).replace("\0", "").split("\x1f")
     group = click.Context(cli.onecopy)
-    command = cli.onecopy.get_command(group, name if name in cli._COMMANDS else "run")
+    command = cli.onecopy.get_command(group, name if name in cli.COMMANDS else "run")
     assert command
     # Its help would be printed.
     words = [word for word in words if not word.startswith(("-h", "--h"))]
@@ -54,13 +54,13 @@ def _arguments(data: bytes, _: Path) -> None:
 
 
 _LINES = [
-    "run web -n 3 --name web -p 8080:80 --memory 512M --cpus 2 --segment data:/srv --json",
-    "run --cold root --run x --cpu host --timeout 300 --no-network --kernel /k --modules /m",
-    "run web --disk 1G:/data --disk /a/b.qcow2 --ksm all --bridge br0 --dry-run -- sh -c true",
-    "save web --root root:1 --segment a@sha256:abcdef --ready true --on-clone x --accel tcg",
-    "build a:1 --from debian:bookworm --include a,b --fs ext2 --class EW --room 64M --domain lab",
+    "run -n 3 --name web -p 8080:80 --memory 512M --cpus 2 --segment data:/srv --json web",
+    "boot --command x --cpu host --timeout 300 --no-network --kernel /k --modules /m",
+    "run --disk 1G:/data --disk /a/b.qcow2 --ksm all --bridge br0 --dry-run web -- sh -c true",
+    "save web --root root:1 --segment a@sha256:abcdef --ready true --clone-hook command:x",
+    "build a:1 --from debian:bookworm --include a,b --fs ext2 --class EW --free-space 64M",
     "create a --range SR:2M:/file --range SC:4M",
-    "exec web-1 -i --timeout 5 -- cat /etc/hosts",
+    "exec -i --timeout 5 web-1 -- cat /etc/hosts",
     "cp web-1:/a b",
     "stop a b c --timeout 1.5",
     "plan web --guests 100 --hosts 2 --memory 64G --work x --port 80",

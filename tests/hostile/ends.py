@@ -122,7 +122,7 @@ def _serve() -> None:
 
     from onecopy import cli
 
-    for name in cli._COMMANDS:
+    for name in cli.COMMANDS:
         importlib.import_module(f"onecopy.cli.{name}_cmd")
     # What commands import when they run.
     from onecopy.guest.lifecycle import pool  # noqa: F401

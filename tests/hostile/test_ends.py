@@ -27,6 +27,7 @@ CHEAP = {
     "build": "build a --from dir:no-such-folder",
     "create": "create a",
     "save": "save a --root nothing",
+    "boot": "boot nothing",
     "run": "run nothing",
     "pool": "pool",
     "ps": "ps",
@@ -42,7 +43,7 @@ CHEAP = {
     "ls": "ls",
     "inspect": "inspect app:1",
     "verify": "verify app:1",
-    "warm": "warm app:1",
+    "preload": "preload app:1",
     "tag": "tag app:1 app:2",
     "write": "write app:1",
     "grant": "grant app web-1",
@@ -74,7 +75,7 @@ def forked() -> Iterator[Forked]:
 
 
 def test_every_command_has_a_case() -> None:
-    assert set(CHEAP) == set(cli._COMMANDS)
+    assert set(CHEAP) == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -121,7 +122,7 @@ def _shell(line: str, home: Path) -> Ended:
         ("mkdir gone; cd gone; rmdir ../gone; ONECOPY_HOME=here onecopy ls", 3, "was deleted"),
         ("PYTHONIOENCODING=ascii onecopy ls --json", 0, ""),
         ("LC_ALL=xx_YY.nonsense onecopy inspect $'\\xff'", 2, "is not a valid name"),
-        ("onecopy run app --name $'a\\xff'", 2, "is not a valid guest name"),
+        ("onecopy run --name $'a\\xff' app", 2, "is not a valid guest name"),
         ("onecopy build a --from dir:$'\\xff'", 8, "No such file or directory"),
         ("onecopy cp $'\\xff' nobody:$'/\\xff'", 3, "no guest"),
         ("onecopy exec nobody $'\\xff'", 125, "no guest"),
@@ -160,7 +161,7 @@ ODD = [
 
 def _params() -> list[tuple[str, click.Parameter]]:
     found = []
-    for name in cli._COMMANDS:
+    for name in cli.COMMANDS:
         command = cli.onecopy.get_command(click.Context(cli.onecopy), name)
         assert command
         parts = [command]

@@ -76,7 +76,7 @@ def test_a_hook_that_fails(host: Runtime, guests: Guests, saved: Artifact) -> No
     done = guest.save("hooked", on_clone=f"printf '{HOSTILE}\\n' >&2; exit 3")
     try:
         assert r"\x1b]0;owned\x07\x9b2J" in _refused(onecopy(host, "run", "hooked"))
-        two = ("run", "hooked", "-n", "2", "--keep-going")
+        two = ("run", "-n", "2", "--keep-going", "hooked")
         assert _refused(onecopy(host, *two)).count(r"\x1b]0;owned\x07\x9b2J") == 2
     finally:
         host.store.remove(Reference.parse(done.artifact.ref))

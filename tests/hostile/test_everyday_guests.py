@@ -41,7 +41,7 @@ def guest(
     host: Runtime, busybox_root: Artifact, segments: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GuestRecord]:
     """A guest that has as much to describe as it may."""
-    line = f"onecopy run --cold {busybox_root.ref} --run '' --name ends --memory 128M"
+    line = f"onecopy boot --command '' --name ends --memory 128M {busybox_root.ref}"
     done = _onecopy(f"{line} --segment fits")
     assert done.returncode == 0, done.stderr
     (found,) = [each for each in host.guests() if each.name == "ends"]
@@ -91,14 +91,14 @@ def test_what_the_guest_describes_leaves_it_room(guest: GuestRecord) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "told"),
     [
-        ("run --cold {root}", 2, "has no init to boot"),
-        ("save x --root {root}", 2, "say what is to run in it: --run CMD"),
-        ("save {root} --root {root} --run ''", 5, "is a segment"),
-        ("run --cold {root} --run '' --segment huge --memory 256M", 19, "--memory 1408M or more"),
-        ("save x --root {root} --run '' --segment huge", 19, "64.0 MiB"),
-        ("run {system} --segment huge", 19, "describe their pages"),
-        ("run {root}", 3, "`onecopy run --cold {root}` boots it"),
-        ("run --cold {system}", 3, "without --cold"),
+        ("boot {root}", 2, "has no init to boot"),
+        ("save x --root {root}", 2, "say what is to run in it: --command CMD"),
+        ("save {root} --root {root} --command ''", 5, "is a segment"),
+        ("boot --command '' --segment huge --memory 256M {root}", 19, "--memory 1408M or more"),
+        ("save x --root {root} --command '' --segment huge", 19, "64.0 MiB"),
+        ("run --segment huge {system}", 19, "describe their pages"),
+        ("run {root}", 3, "`onecopy boot {root}`"),
+        ("boot {system}", 3, "`onecopy run {system}`"),
         ("stop nobody ends-too", 3, "no guest 'ends-too'"),
         ("rm nobody:1 nobody:2", 3, "nobody:2"),
     ],
@@ -121,5 +121,5 @@ def test_what_cannot_be_is_refused_before_it_boots(
 
 
 def test_a_command_for_an_image_without_init(busybox_root: Artifact) -> None:
-    done = _onecopy(f"onecopy run --cold {busybox_root.ref} --memory 128M -- echo hello")
+    done = _onecopy(f"onecopy boot --memory 128M {busybox_root.ref} -- echo hello")
     assert (done.returncode, done.stdout) == (0, b"hello\n"), done.stderr

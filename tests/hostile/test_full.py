@@ -82,7 +82,7 @@ def test_a_full_store_is_emptied_by_an_ordinary_user(
 ) -> None:
     # Another user may not be able to read our files.
     importlib.import_module("onecopy.cli.failures")
-    for command in cli._COMMANDS:
+    for command in cli.COMMANDS:
         importlib.import_module(f"onecopy.cli.{command}_cmd")
     with _disk(name) as disk:
         assert as_nobody(partial(_use, disk, fill)) == []

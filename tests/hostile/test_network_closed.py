@@ -120,7 +120,7 @@ class Trial:
     @contextmanager
     def running(self, *options: str, before: Sequence[str] = ()) -> Iterator[list[GuestRecord]]:
         """Clones, started with options of `run`."""
-        said = self.onecopy("run", SAVED, *options, "--json", before=before)
+        said = self.onecopy("run", *options, "--json", SAVED, before=before)
         started = json.loads(said)["guests"]
         records = [self.host.guest(each["name"]).record() for each in started]
         try:
@@ -358,7 +358,7 @@ def test_what_cannot_be_enforced_is_refused(here: World, saved: Artifact, reason
         here.onecopy("run", saved.ref, before=CANNOT[reason])
     assert "--allow-host" in failed.value.output
     assert failed.value.returncode == Incompatible.exit_code
-    here.onecopy("run", saved.ref, "--allow-host", "--", "true", before=CANNOT[reason])
+    here.onecopy("run", "--allow-host", saved.ref, "--", "true", before=CANNOT[reason])
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_what_an_ordinary_user_lacks_is_told(user: Trial, place: str, reason: st
     hide = f'mount --bind /dev/null "{place}" && exec "$@"'
     lacking = ["unshare", "--mount", "sh", "-c", hide, "sh"]
     with pytest.raises(CommandFailed, match=reason) as failed:
-        user.onecopy("run", SAVED, "--name", "lacking", before=lacking)
+        user.onecopy("run", "--name", "lacking", SAVED, before=lacking)
     assert "--allow-host" in failed.value.output
     assert failed.value.returncode == Incompatible.exit_code
     assert not (user.host.run / "lacking").exists()

@@ -153,7 +153,7 @@ def test_nothing_is_left_of_it_but_its_user(
     host: Runtime, memtest: Artifact, inject: Inject, shedding: bool
 ) -> None:
     """As after all of /run/onecopy was removed; nobody but guests has such a user number."""
-    onecopy("run", "--cold", memtest.ref, "--name", "stray")
+    onecopy("boot", "--name", "stray", memtest.ref)
     guest = host.guest("stray").record()
     if shedding:
         shed(inject, guest.pid)

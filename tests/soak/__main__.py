@@ -11,7 +11,7 @@ import time
 import traceback
 from pathlib import Path
 
-from onecopy.cli.output import print_table
+from onecopy.cli.tables import print_table
 from onecopy.linux.counters import meminfo
 from onecopy.model import format_size
 from tests.soak.campaign import Campaign

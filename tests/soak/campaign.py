@@ -134,7 +134,7 @@ class Campaign:
 
     def _run(self, count: int = 0, stem: str = "wave") -> list[str]:
         number = str(count or self._wave)
-        return ["run", SYSTEM, "-n", number, "--name", stem, "-p", "0:80", "--json"]
+        return ["run", "-n", number, "--name", stem, "-p", "0:80", "--json", SYSTEM]
 
     @contextmanager
     def _starting(self) -> Iterator[subprocess.Popen[str]]:

@@ -291,7 +291,7 @@ def test_boot_attach_save(
         assert guest.exec(["ls", "/app"]).text == "app.py\n"
         with pytest.raises(errors.InvalidInput, match="to write to it"):
             guest.commit("app")
-        assert guest.detach("app").state == "kept"
+        assert guest.detach("app").state == "detached"
     assert stored.ref in [each.ref for each in mine.artifacts("system")]
     with mine.start("again") as [clone]:
         clone.copy_out("/state", tmp_path / "back")

@@ -63,7 +63,7 @@ def test_mounted_used_and_unloaded(
     assert guest.name in host.store.users(site.digest)
 
     kept = unload(host, guest, "site")
-    assert kept.state == "kept"
+    assert kept.state == "detached"
     assert run_in(guest, "cat", "/srv/site/page").exit_code != 0
     assert run_in(guest, "ls", "/dev/onecopy/site").exit_code != 0
     assert guest.name in host.store.users(site.digest)
@@ -85,7 +85,7 @@ def test_what_is_in_use_is_not_unloaded(
     assert command == "sleep" and holder in refused.value.message
     assert run_in(guest, "cat", "/srv/page").exit_code == 0
     run_in(guest, "kill", pid)
-    assert unload(host, guest, "site").state == "kept"
+    assert unload(host, guest, "site").state == "detached"
 
 
 def test_each_refusal_has_its_own_error(
@@ -117,7 +117,7 @@ def test_each_refusal_has_its_own_error(
     store.tag(Reference("site"), Reference("twin"))
     with pytest.raises(GuestFailed, match="mounted on /srv"):
         load(host, guest, "twin:/srv")
-    assert {item.name: item.state for item in record(host, guest).attached}["twin"] == "kept"
+    assert {item.name: item.state for item in record(host, guest).attached}["twin"] == "detached"
     with pytest.raises(InvalidInput, match="runs from"):
         unload(host, guest, "busybox")
     with pytest.raises(NotFound):

@@ -78,7 +78,7 @@ def _nothing_left(host: Runtime, saved: Artifact, busybox_root: Artifact) -> Ite
 
 
 def save(name: str, root: Artifact, *options: str) -> list[str]:
-    return ["save", name, "--root", root.ref, "--memory", "128M", "--run", "", *options]
+    return ["save", name, "--root", root.ref, "--memory", "128M", "--command", "", *options]
 
 
 def test_a_guest_that_never_becomes_ready(busybox_root: Artifact) -> None:
@@ -105,13 +105,13 @@ def test_an_agent_that_stops_answering(
 def test_a_guest_that_cannot_boot_in_time(busybox_root: Artifact) -> None:
     said = refused(11, *save("late", busybox_root, "--timeout", "1"))
     assert "did not come up within 1 s" in said and "--timeout" in said
-    cold = ["run", "--cold", busybox_root.ref, "--name", "late", "--memory", "128M", "--run", ""]
-    refused(11, *cold, "--timeout", "1")
+    cold = ["boot", "--name", "late", "--memory", "128M", "--command", "", "--timeout", "1"]
+    refused(11, *cold, busybox_root.ref)
 
 
 def test_a_guest_whose_command_ends(busybox_root: Artifact) -> None:
     said = refused(
-        10, *save("short", busybox_root, "--run", "echo bye; exit 5", "--ready", "false")
+        10, *save("short", busybox_root, "--command", "echo bye; exit 5", "--ready", "false")
     )
     # Its own last words, too.
     assert "the guest ended while starting" in said
@@ -184,17 +184,16 @@ def test_an_interrupted_command(
         "build": ["build", "cut", "--from", f"dir:{tmp_path}"],
         "debian": ["build", "cut", "--from", "debian:bookworm"],
         "save": save("cut", busybox_root),
-        "run": ["run", saved.ref, "-n", "4", "--name", "cut"],
+        "run": ["run", "-n", "4", "--name", "cut", saved.ref],
         "cold": [
-            "run",
-            "--cold",
-            busybox_root.ref,
-            "--run",
+            "boot",
+            "--command",
             "",
             "--memory",
             "128M",
             "--name",
             "cut",
+            busybox_root.ref,
         ],
     }[what]
     (tmp_path / "data").write_bytes(secrets.token_bytes(64 * MIB))
@@ -265,7 +264,7 @@ main()
 
 def test_interrupted_when_all_run(host: Runtime, saved: Artifact) -> None:
     before = vmms(host)
-    argv = [sys.executable, "-c", TOO_LATE, "run", saved.name, "-n", "2", "--name", "late"]
+    argv = [sys.executable, "-c", TOO_LATE, "run", "-n", "2", "--name", "late", saved.name]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (130, ""), done
     assert vmms(host) == before
@@ -286,7 +285,7 @@ def test_qemu_killed_while_saving(host: Runtime, busybox_root: Artifact, delay: 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.15])
 def test_qemu_killed_while_a_clone_starts(host: Runtime, saved: Artifact, delay: float) -> None:
     began = time.monotonic()
-    with begun("run", saved.ref, "--name", "dead") as process:
+    with begun("run", "--name", "dead", saved.ref) as process:
         kill_first(host, process, delay)
         code, said = finish(process)
     # Killed right after it was handed out, the start itself was a success.
@@ -379,9 +378,12 @@ def test_an_archive_that_does_not_fit(small: Runtime, tmp_path: Path) -> None:
 def test_what_cannot_be_right_is_refused_with_a_hint(
     saved: Artifact, busybox_root: Artifact
 ) -> None:
-    run, root = ["run", saved.ref], ["--root", busybox_root.ref, "--run", ""]
-    bare = ["run", "--cold", busybox_root.ref]
-    cold = [*bare, "--run", ""]
+    def run(*options: str) -> list[str]:
+        return ["run", *options, saved.ref]
+
+    root = ["--root", busybox_root.ref, "--command", ""]
+    bare = ["boot", busybox_root.ref]
+    boot = ["boot", "--command", ""]
     table: list[tuple[int, list[str], str]] = [
         (2, ["build", "Web", "--from", "dir:/srv"], "'Web' is not a valid name"),
         (2, ["build", "web:", "--from", "dir:/srv"], "not a valid version"),
@@ -393,7 +395,7 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (3, ["save", "x", "--root", saved.ref], "not a segment"),
         (2, ["save", "x@sha256:12", *root], "is not a valid digest"),
         (9, ["save", "x", *root, "--memory", "8M"], "at least --memory 128M"),
-        (9, [*cold, "--memory", "0"], "at least --memory 128M"),
+        (9, [*boot, "--memory", "0", busybox_root.ref], "at least --memory 128M"),
         (2, ["save", "x", *root, "--memory", "lots"], "256M or 1G"),
         (2, ["save", "x", *root, "--memory", "-5M"], "is not a size"),
         (9, ["save", "x", *root, "--memory", "9999G"], "not enough memory"),
@@ -404,34 +406,34 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (2, ["save", "x", *root, "--segment", "busybox:/a/../b"], "absolute path"),
         (2, ["save", "x", *root, *["--segment", "busybox:/a"] * 2], "/a is there twice"),
         (3, ["save", "x", *root, "--segment", "no-such:/a"], "there is no segment"),
-        (8, [*cold, "--kernel", "/no/such"], "--modules"),
+        (8, [*boot, "--kernel", "/no/such", busybox_root.ref], "--modules"),
         (2, bare, "has no init to boot"),
         (2, ["save", "x", "--root", busybox_root.ref], "say what is to run in it"),
         (3, ["run", "no-such"], "there is no system no-such:latest"),
         (3, ["run", busybox_root.ref], "onecopy save NAME --root busybox:latest"),
-        (3, ["run", "--cold", saved.ref], "without --cold"),
+        (3, ["boot", saved.ref], "`onecopy run saved:latest`"),
         (5, ["save", busybox_root.ref, *root], "is a segment"),
         (2, ["save", "x@sha256:123456", *root], "cannot be a new name"),
         (3, ["run", f"saved@sha256:{64 * '0'}"], "there is no system"),
-        (2, [*run, "--name", "UPPER"], "not a valid guest name"),
-        (2, [*run, "--name", "under_score"], "not a valid guest name"),
-        (2, [*run, "--name", "x" * 64], "1-63"),
-        (2, [*run, "-n", "3", "--name", "x" * 63], "1-63"),
-        (2, [*run, "-n", "0"], "1<=x<=10000"),
-        (2, [*run, "-p", "http"], "-p 8080:80"),
-        (2, [*run, "-p", "80:"], "-p 8080:80"),
-        (2, [*run, "-p", "70000:80"], "1 to 65535"),
-        (2, [*run, "-p", "8080:0"], "1 to 65535"),
-        (2, [*run, "-n", "2", "-p", "65535:80"], "not that many ports"),
-        (2, [*run, "--ready", "true"], "--cold"),
-        (2, [*run, "--accel", "xen"], "'tcg'"),
+        (2, run("--name", "UPPER"), "not a valid guest name"),
+        (2, run("--name", "under_score"), "not a valid guest name"),
+        (2, run("--name", "x" * 64), "1-63"),
+        (2, run("-n", "3", "--name", "x" * 63), "1-63"),
+        (2, run("-n", "0"), "1<=x<=10000"),
+        (2, run("-p", "http"), "-p 8080:80"),
+        (2, run("-p", "80:"), "-p 8080:80"),
+        (2, run("-p", "70000:80"), "1 to 65535"),
+        (2, run("-p", "8080:0"), "1 to 65535"),
+        (2, run("-n", "2", "-p", "65535:80"), "not that many ports"),
+        (2, run("--ready", "true"), "has no option --ready"),
+        (2, run("--accel", "xen"), "'tcg'"),
         (3, ["stop", "nobody"], "onecopy ps"),
         (3, ["logs", "nobody"], "onecopy ps"),
         (3, ["console", "nobody"], "onecopy ps"),
         (3, ["inspect", "nobody"], "there is no"),
         (3, ["rm", "nobody"], "there is no"),
         (3, ["verify", "nobody"], "there is no"),
-        (2, ["no-such-command"], "No such command"),
+        (2, ["no-such-command"], "has no command 'no-such-command'"),
     ]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda row: onecopy(*row[1], code=None), table))
@@ -465,7 +467,7 @@ def test_two_saves_of_one_name_at_once(host: Runtime, busybox_root: Artifact) ->
     with ThreadPoolExecutor(2) as pool:
         texts = [f"save {number}" for number in (1, 2)]
         commands = [f"echo {text}; exec sleep 1000000" for text in texts]
-        both = [save("twice", busybox_root, "--run", command) for command in commands]
+        both = [save("twice", busybox_root, "--command", command) for command in commands]
         results = list(pool.map(lambda args: onecopy(*args), both))
     system = host.store.resolve(Reference("twice"))
     assert system.digest in {done.stdout.split()[1] for done in results}
@@ -481,7 +483,7 @@ def test_removing_what_another_command_starts(host: Runtime, saved: Artifact) ->
         again(host, saved, number)
         late = random.uniform(0, 0.4)  # noqa: S311
         with ThreadPoolExecutor(2) as pool:
-            start = pool.submit(onecopy, "run", "race", "--name", "racer", "--json", code=None)
+            start = pool.submit(onecopy, "run", "--name", "racer", "--json", "race", code=None)
             time.sleep(late)
             remove = pool.submit(onecopy, "rm", "race", code=None)
         ran, removed = start.result(), remove.result()

@@ -195,7 +195,7 @@ def test_several_that_fail_to_become_themselves(
     script = "case $(hostname) in *-[13]) exit 1 ;; esac"
     asyncio.run(save_guest(host, Reference("picky"), guest.name, on_clone=script))
     host.end(guest)
-    argv = [ONECOPY, "run", "picky", "-n", "4", "--name", "picky"]
+    argv = [ONECOPY, "run", "-n", "4", "--name", "picky", "picky"]
     for _ in range(3):
         done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
         assert done.returncode and "Traceback" not in done.stderr, done.stderr

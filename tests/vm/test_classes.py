@@ -112,7 +112,7 @@ def test_a_copy_of_ones_own_is_new_when_it_comes_back(
     for page_class in (PageClass.EW, PageClass.EN):
         write(run_in, guest, device(page_class), MINE)
     kept = unload(host, guest, "classes")
-    assert kept.state == "kept" and guest.name in host.store.users(kept.digest)
+    assert kept.state == "detached" and guest.name in host.store.users(kept.digest)
     again = load(host, guest, "classes")
     assert [each.address for each in again.devices] == slots
     assert read(run_in, guest, device(PageClass.EW)) == CONTENT

@@ -184,7 +184,7 @@ def test_they_are_removed(host: Runtime, saved: Artifact, ended: dict[str, Guest
     assert onecopy("rm", "killed").stdout == "killed removed: it had ended\n"
     onecopy("stop", "killed", code=3)
     # The name is free, and a guest that has it takes the place of what was kept.
-    onecopy("run", saved.ref, "--name", "asked")
+    onecopy("run", "--name", "asked", saved.ref)
     assert "asked" not in {each.name for each in host.ended()}
     assert "a guest that runs" in onecopy("rm", "asked", code=3).stderr
     assert onecopy("stop", "asked").stdout == "asked shut down\n"

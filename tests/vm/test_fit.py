@@ -93,11 +93,11 @@ def test_memory_segment_and_disk(
 
 def test_content_stays(host: Runtime, fit: Fit, say: Say, guests: Guests) -> None:
     first = fit("web", disks=own(24))
-    assert first.disks[0].made
+    assert first.disks[0].created
     say(first, "echo asked >/data/asked")
     assert guests.host.guest("web").stop(), "it should have shut down by itself"
     second = fit("web", disks=own(96))
-    assert not second.disks[0].made
+    assert not second.disks[0].created
     assert say(second, "cat /data/asked") == "asked"
     assert int(say(second, "df -m /data | awk 'END {print $2}'")) > 64
     say(second, "echo synced >/data/synced; sync; echo lost >/data/lost")

@@ -178,7 +178,7 @@ def test_a_system_that_is_no_linux(
         ("exec", guest.name, "true"),
         ("attach", guest.name, "any"),
         ("commit", guest.name, "any"),
-        ("run", "--cold", memtest.ref, "--", "true"),
+        ("boot", memtest.ref, "--", "true"),
     ):
         done = onecopy(*argv, code=None)
         assert "is a bare machine" in done.stderr, argv

@@ -57,7 +57,7 @@ def test_a_save_that_is_ended_leaves_nothing(
     host: Runtime, python_root: Artifact, number: signal.Signals
 ) -> None:
     before = left(host)
-    argv = [ONECOPY, "save", "ended", "--root", python_root.ref, "--run", ""]
+    argv = [ONECOPY, "save", "ended", "--root", python_root.ref, "--command", ""]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as command:
         assert command.stderr is not None
         for line in command.stderr:
@@ -79,7 +79,7 @@ def test_qemu_killed_during_a_save_is_an_error_with_its_reason(
     host: Runtime, python_root: Artifact
 ) -> None:
     before = left(host)
-    argv = [ONECOPY, "save", "shot", "--root", python_root.ref, "--run", ""]
+    argv = [ONECOPY, "save", "shot", "--root", python_root.ref, "--command", ""]
     with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as command:
         while not (running := vmms(host)):
             time.sleep(0.01)
@@ -93,10 +93,10 @@ def test_qemu_killed_during_a_save_is_an_error_with_its_reason(
 
 def test_one_that_cannot_start_takes_the_others_along(host: Runtime, saved: Artifact) -> None:
     before = left(host)
-    onecopy("run", saved.ref, "--name", "taken-2")
-    refused(5, "run", saved.ref, "-n", "3", "--name", "taken")
+    onecopy("run", "--name", "taken-2", saved.ref)
+    refused(5, "run", "-n", "3", "--name", "taken", saved.ref)
     assert [guest.name for guest in host.guests()] == ["taken-2"]
-    refused(5, "run", saved.ref, "-n", "3", "--name", "taken", "--keep-going")
+    refused(5, "run", "-n", "3", "--name", "taken", "--keep-going", saved.ref)
     assert {guest.name for guest in host.guests()} == {"taken-1", "taken-2", "taken-3"}
     onecopy("stop", "--all")
     assert left(host) == before

@@ -88,7 +88,7 @@ def real_command(pid: int) -> list[str]:
 
 
 def dry_run(*args: str) -> list[str]:
-    return shlex.split(onecopy("run", *args, "--dry-run").stdout)
+    return shlex.split(onecopy(args[0], "--dry-run", *args[1:]).stdout)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def web(host: Runtime, busybox_root: Artifact, tmp_path_factory: pytest.TempPath
     built = onecopy("build", "web-root", "--from", f"dir:{tree}").stdout.split()
     assert built[0] == "web-root:latest"
     options = ["--root", "web-root", "--memory", "128M"]
-    options += ["--run", "busybox httpd -f -p 80 -h /www"]
+    options += ["--command", "busybox httpd -f -p 80 -h /www"]
     saved = onecopy("save", "web", *options, "--ready", "wget -q -O - http://127.0.0.1/")
     assert saved.stdout.split()[0] == "web:latest"
     ls = {item["name"]: item for item in answer("ls", "--json")}
@@ -139,13 +139,13 @@ def lasting(host: Runtime, web: str, modules: Path) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         point = stack.enter_context(mounted(segment, modules.parent.with_name("web-root")))
         onecopy("build", "web-ext2", "--from", f"dir:{point}", "--fs", "ext2")
-        onecopy("build", "web-data", "--from", f"dir:{point}", "--fs", "ext2", "--room", "4M")
+        onecopy("build", "web-data", "--from", f"dir:{point}", "--fs", "ext2", "--free-space", "4M")
     kernel = ensure_kernel(host.store).layer("kernel").path
-    args = ["web-ext2", "--cold", "--name", LASTING, "--memory", "128M", "-p", "0:80"]
-    args += ["--segment", "web-data:/data", "--run", "busybox httpd -f -p 80 -h /www"]
-    args += ["--kernel", str(kernel), "--modules", str(modules)]
+    args = ["boot", "--json", "--name", LASTING, "--memory", "128M", "-p", "0:80"]
+    args += ["--segment", "web-data:/data", "--command", "busybox httpd -f -p 80 -h /www"]
+    args += ["--kernel", str(kernel), "--modules", str(modules), "web-ext2"]
     planned = dry_run(*args)
-    (guest,) = answer("run", *args, "--json")["guests"]
+    (guest,) = answer(*args)["guests"]
     yield {**guest, "planned": planned}
     for record in host.guests():
         host.end(record)
@@ -195,7 +195,7 @@ def test_ls_and_inspect_tell_what_is_in_the_store(host: Runtime, web: str) -> No
 
 
 def test_run_ps_and_inspect_are_right_about_guests(host: Runtime, web: str) -> None:
-    started = answer("run", web, "-n", "2", "--name", "w", "-p", "0:80", "--json")
+    started = answer("run", "-n", "2", "--name", "w", "-p", "0:80", "--json", web)
     assert started["failures"] == []
     guests = started["guests"]
     assert [guest["name"] for guest in guests] == ["w-1", "w-2"]
@@ -235,7 +235,7 @@ async def memory_of(host: Runtime, name: str) -> Any:
 
 
 def test_report_is_what_the_kernel_counts(host: Runtime, web: str) -> None:
-    guests = answer("run", web, "-n", "2", "--name", "r", "--json")["guests"]
+    guests = answer("run", "-n", "2", "--name", "r", "--json", web)["guests"]
     for guest in guests:
         asyncio.run(halt(host, guest["name"]))
     report = answer("report", "--json")
@@ -289,7 +289,7 @@ def counted(pid: int, path: str) -> dict[str, int]:
 
 
 def test_logs_and_console(web: str) -> None:
-    onecopy("run", web, "--name", "talker")
+    onecopy("run", "--name", "talker", web)
     echo = 'read line </dev/ttyS0; echo "heard $line" >/dev/ttyS0'
     with (
         subprocess.Popen(
@@ -318,14 +318,15 @@ def test_logs_and_console(web: str) -> None:
 
 def test_dry_run_is_what_really_runs(host: Runtime, web: str, lasting: dict[str, Any]) -> None:
     port = free_ports(2)
-    args = [web, "-n", "2", "--name", "same", "-p", f"{port}:80"]
-    planned = onecopy("run", *args, "--dry-run").stdout.splitlines()
+    args = ["-n", "2", "--name", "same", "-p", f"{port}:80", web]
+    planned = onecopy("run", "--dry-run", *args).stdout.splitlines()
     assert names(host) == set()
-    guests = answer("run", *args, "--json")["guests"]
+    guests = answer("run", "--json", *args)["guests"]
     assert [shlex.split(line) for line in planned] == [real_command(g["pid"]) for g in guests]
     assert lasting["planned"] == real_command(lasting["pid"])
 
-    save = shlex.split(onecopy("save", "no", "--root", "web-root", "--run", "", "--dry-run").stdout)
+    options = ["--root", "web-root", "--command", "", "--dry-run"]
+    save = shlex.split(onecopy("save", "no", *options).stdout)
     assert Path(save[0]).name == "qemu-system-x86_64"
     assert any(word.startswith("memory-backend-ram,id=ram") for word in save)
     assert "no" not in {item["name"] for item in answer("ls", "--json")}
@@ -333,7 +334,7 @@ def test_dry_run_is_what_really_runs(host: Runtime, web: str, lasting: dict[str,
 
 def test_four_at_once_answer_with_their_own_names(saved: Artifact) -> None:
     first = free_ports(4)
-    args = ["run", saved.ref, "-n", "4", "--name", "web", "-p", f"{first}:80", "--json"]
+    args = ["run", "-n", "4", "--name", "web", "-p", f"{first}:80", "--json", saved.ref]
     guests = answer(*args)["guests"]
     assert [guest["publish"] for guest in guests] == [[[first + i, 80]] for i in range(4)]
     assert [get(first + i) for i in range(4)] == [f"web-{i + 1}" for i in range(4)]
@@ -348,7 +349,7 @@ def test_a_guest_for_one_command(host: Runtime, web: str) -> None:
     assert done.stdout == "out\n"
     assert done.stderr.endswith("err\n")
     assert names(host) == set() and answer("ps", "--json") in ([], [_lasting(host)])
-    onecopy("run", web, "--name", "kept", "--keep", "--", "true")
+    onecopy("run", "--name", "kept", "--keep", web, "--", "true")
     assert names(host) == {"kept"}
 
 
@@ -357,10 +358,10 @@ def _lasting(host: Runtime) -> Any:
 
 
 def test_a_taken_name(host: Runtime, web: str) -> None:
-    (first,) = answer("run", web, "--name", "a-2", "--json")["guests"]
-    assert "a-2 runs already" in onecopy("run", web, "--name", "a-2", code=5).stderr
+    (first,) = answer("run", "--name", "a-2", "--json", web)["guests"]
+    assert "a-2 runs already" in onecopy("run", "--name", "a-2", web, code=5).stderr
     # All or none: neither a-1 nor a-3 stays.
-    onecopy("run", web, "-n", "3", "--name", "a", code=5)
+    onecopy("run", "-n", "3", "--name", "a", web, code=5)
     assert names(host) == {"a-2"}
     told = answer("inspect", "a-2")
     del told["account"]
@@ -371,39 +372,39 @@ def test_a_taken_name(host: Runtime, web: str) -> None:
 
 def test_a_taken_port(host: Runtime, web: str) -> None:
     first = free_ports(4)
-    args = ["run", web, "-n", "4", "--name", "p", "-p", f"{first}:80"]
+    args = ["run", "-n", "4", "--name", "p", "-p", f"{first}:80"]
     with socket.create_server(("127.0.0.1", first + 2)):
-        assert f"port {first + 2} on 127.0.0.1 is taken" in onecopy(*args, code=4).stderr
+        assert f"port {first + 2} on 127.0.0.1 is taken" in onecopy(*args, web, code=4).stderr
         assert names(host) == set()
         for number in range(1, 5):
             assert_no_trace(host, f"p-{number}")
 
-        kept = answer(*args, "--keep-going", "--json", code=4)
+        kept = answer(*args, "--keep-going", "--json", web, code=4)
         assert [guest["name"] for guest in kept["guests"]] == ["p-1", "p-2", "p-4"]
         assert [(each["name"], each["error"]) for each in kept["failures"]] == [("p-3", "in-use")]
         assert names(host) == {"p-1", "p-2", "p-4"}
         assert_no_trace(host, "p-3")
     # A guest of ours may hold it, too.
-    assert "is taken" in onecopy("run", web, "-p", f"{first}:80", code=4).stderr
+    assert "is taken" in onecopy("run", "-p", f"{first}:80", web, code=4).stderr
 
 
 def test_more_than_the_host_has_memory_for(host: Runtime, web: str) -> None:
     """The host's memory is real, and the guests' are not begun."""
-    refused = onecopy("run", web, "-n", "10000", "--name", "many", code=9)
+    refused = onecopy("run", "-n", "10000", "--name", "many", web, code=9)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fit = int(re.search(r"so (\d+) would fit", refused.stderr)[1])  # type: ignore[index]
     assert 0 < fit * 20 * MIB < total
     assert not [each.name for each in host.guests() if each.name.startswith("many")]
     # The kernel itself refuses one mapping of more than there is.
-    cold = ["run", "web-root", "--cold", "--run", "", "--memory", f"{(total >> 20) * 99 // 100}M"]
-    assert "0 would fit" in onecopy(*cold, code=9).stderr
-    (guest,) = answer(*cold, "--overcommit", "--json")["guests"]
+    cold = ["boot", "--command", "", "--memory", f"{(total >> 20) * 99 // 100}M"]
+    assert "0 would fit" in onecopy(*cold, "web-root", code=9).stderr
+    (guest,) = answer(*cold, "--overcommit", "--json", "web-root")["guests"]
     assert onecopy("exec", guest["name"], "cat", "/proc/meminfo").stdout.startswith("MemTotal:")
     onecopy("stop", guest["name"])
 
 
 def test_stopping_asks_waits_and_ends(host: Runtime, web: str) -> None:
-    guests = answer("run", web, "-n", "3", "--name", "s", "--json")["guests"]
+    guests = answer("run", "-n", "3", "--name", "s", "--json", web)["guests"]
     polite, frozen, at_once = (guest["name"] for guest in guests)
     assert onecopy("stop", polite).stdout == f"{polite} shut down\n"
     os.kill(guests[1]["pid"], signal.SIGSTOP)
@@ -425,7 +426,7 @@ def running(pid: int) -> bool:
 
 
 def test_a_killed_vmm_is_swept_by_the_next_command(host: Runtime, web: str) -> None:
-    guests = answer("run", web, "-n", "2", "--name", "k", "--json")["guests"]
+    guests = answer("run", "-n", "2", "--name", "k", "--json", web)["guests"]
     os.kill(guests[0]["pid"], signal.SIGKILL)
     deadline = time.monotonic() + 60
     while running(guests[0]["pid"]):
@@ -435,7 +436,7 @@ def test_a_killed_vmm_is_swept_by_the_next_command(host: Runtime, web: str) -> N
     assert not (host.store.root / "leases/k-1.json").exists()
     assert names(host) == {"k-2"}
     # Its name is free again.
-    onecopy("run", web, "--name", "k-1")
+    onecopy("run", "--name", "k-1", web)
 
 
 def test_a_kernel_of_ones_own(modules: Path, lasting: dict[str, Any]) -> None:
@@ -448,8 +449,8 @@ def test_a_kernel_of_ones_own(modules: Path, lasting: dict[str, Any]) -> None:
     assert config["release"] == release
     inside = onecopy("exec", LASTING, "--", "cat", f"/lib/modules/{release}/modules.dep").stdout
     assert "virtio_pmem.ko" in inside
-    cold = ["run", "--cold", "web-root", "--run", ""]
-    assert "go together" in onecopy(*cold, "--kernel", "/boot/vmlinuz", code=8).stderr
+    boot = ["boot", "--command", "", "--kernel", "/boot/vmlinuz", "web-root"]
+    assert "go together" in onecopy(*boot, code=8).stderr
 
 
 def test_an_ext2_root_is_executed_in_place(lasting: dict[str, Any]) -> None:
@@ -469,21 +470,20 @@ def test_an_ext2_root_is_executed_in_place(lasting: dict[str, Any]) -> None:
 def test_kvm_runs_guests_or_says_why_not(busybox_root: Artifact) -> None:
     findings = {item["check"]: item["says"] for item in answer("doctor", "--json")}
     accel, _, reason = findings["accelerator"].partition(": ")
-    args = ["run", "--cold", busybox_root.ref, "--run", "", "--memory", "128M", "--name", "v"]
-    args += ["--accel", "kvm"]
+    args = ["boot", "--command", "", "--memory", "128M", "--name", "v", "--accel", "kvm", "--json"]
     if accel == "kvm":
-        (guest,) = answer(*args, "--json")["guests"]
+        (guest,) = answer(*args, busybox_root.ref)["guests"]
         assert guest["accel"] == "kvm"
         assert "kvm" in real_command(guest["pid"])
     else:
-        refused = onecopy(*args, code=13).stderr
+        refused = onecopy(*args, busybox_root.ref, code=13).stderr
         assert reason.startswith("KVM cannot be used: ") and reason in refused
         assert "--accel tcg" in refused
 
 
 def test_what_is_in_use_is_not_removed(host: Runtime, web: str, lasting: dict[str, Any]) -> None:
     """The last test of this file: what others here use goes."""
-    onecopy("run", web, "--name", "user")
+    onecopy("run", "--name", "user", web)
     assert f"{web}:latest is in use by user" in onecopy("rm", web, code=4).stderr
     assert "web-ext2:latest is in use by lasting" in onecopy("rm", "web-ext2", code=4).stderr
     ram = Path(answer("inspect", "user")["ram_path"])

@@ -87,24 +87,24 @@ def test_a_running_guest_is_closed_to_it_and_opened(clones: Clones) -> None:
     assert offered(guest) and offered(other)
     onecopy("ksm", "close", guest.name)
     assert not offered(guest) and offered(other)
-    onecopy("ksm", "open", guest.name, other.name)
+    onecopy("ksm", "allow", guest.name, other.name)
     assert offered(guest) and offered(other)
 
 
 def test_a_guest_may_start_closed_to_it(
     host: Runtime, saved: Artifact, busybox_root: Artifact
 ) -> None:
-    onecopy("run", saved.ref, "--name", "closed", "--ksm", "none")
+    onecopy("run", "--name", "closed", "--ksm", "none", saved.ref)
     guest = host.guest("closed").record()
     try:
         assert not offered(guest)
-        onecopy("ksm", "open", "closed")
+        onecopy("ksm", "allow", "closed")
         assert offered(guest)
     finally:
         host.end(guest)
-    cold = ["run", "--cold", busybox_root.ref, "--run", "sleep 9", "--dry-run"]
-    assert "mem-merge" not in onecopy(*cold).stdout
-    assert "mem-merge=off" in onecopy(*cold, "--ksm", "none").stdout
+    boot = ["boot", "--command", "sleep 9", "--dry-run"]
+    assert "mem-merge" not in onecopy(*boot, busybox_root.ref).stdout
+    assert "mem-merge=off" in onecopy(*boot, "--ksm", "none", busybox_root.ref).stdout
 
 
 def offered(guest: GuestRecord) -> bool:
@@ -142,7 +142,7 @@ def test_it_runs_by_itself_and_is_put_back() -> None:
     if before["run"] != "0" or os.geteuid():
         cannot_run("it needs root, and a kernel with KSM that is off")
     # Less than all of the memory is available on every host.
-    argv = [ONECOPY, "ksm", "auto", "--interval", "0.1", "--below", "100"]
+    argv = [ONECOPY, "ksm", "auto", "--interval", "0.1", "--threshold", "100"]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as auto:
         try:
             assert auto.stdout

@@ -92,7 +92,7 @@ def test_a_prepared_guest_is_like_any_other(
 @pytest.mark.usefixtures("empty")
 def test_a_pool_fills_again_when_half_is_taken(host: Runtime, saved: Artifact) -> None:
     pids = prepared(host, saved, 2)
-    onecopy("run", saved.name, "--name", "first")
+    onecopy("run", "--name", "first", saved.name)
     deadline = time.monotonic() + 120
     while (ready := len(host.prepared())) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

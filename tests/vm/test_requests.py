@@ -79,7 +79,7 @@ def test_load_use_unload(
     assert ask(run_in, guest, "unload", "asked").exit_code == 0
     assert run_in(guest, "cat", "/srv/asked/page").exit_code != 0
     (item,) = [i for i in record(host, guest).attached if i.name == "asked"]
-    assert item.state == "kept"
+    assert item.state == "detached"
     assert ask(run_in, guest, "load", "asked").exit_code == 0
     assert run_in(guest, "test", "-b", "/dev/onecopy/asked").exit_code == 0
 

@@ -65,7 +65,7 @@ def test_a_cold_guest_is_recorded_and_loaded(
 
     # The command: all that was touched, before any guest.
     drop(layers)
-    assert [each.what for each in preload.warm(host.store, python_root)] == ["recorded"]
+    assert [each.action for each in preload.warm(host.store, python_root)] == ["recorded"]
     until_resident(image, touched)
 
     # A guest by itself: also what it does not touch is there, if it is on record.
@@ -89,15 +89,15 @@ def test_what_a_guest_touched_of_what_is_all_in_memory(
     assert run_in(guest, "cat", "/etc/debian_version").exit_code == 0
     (told,) = preload.record(host.store, python_root, Users(host, python_root))
     mapped = sum(m.rss for m in smaps.read(guest.pid) if m.path == str(image.path))
-    assert told.what == "touched"
-    assert 0 < mapped <= told.wanted + PAGE_SIZE
+    assert told.action == "touched"
+    assert 0 < mapped <= told.requested_bytes + PAGE_SIZE
     assert told.after is not None
-    assert told.wanted < told.after / 4
+    assert told.requested_bytes < told.after / 4
     host.end(guest)
 
     # Of what no guest has mapped it is what is in memory.
     (told,) = preload.record(host.store, python_root, Users(host, python_root))
-    assert (told.what, told.wanted > mapped) == ("recorded", True)
+    assert (told.action, told.requested_bytes > mapped) == ("recorded", True)
 
 
 def test_a_clone_s_ram_is_loaded(host: Runtime, clones: Clones, saved: Artifact) -> None:

@@ -1,4 +1,4 @@
-"""How a guest boots, as a program says it: what the options of `onecopy run --cold` say."""
+"""How a guest boots, as a program says it: what the options of `onecopy boot` say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onecopy.vmm.accel import Choice
 
 
 class BootOptions(TypedDict, total=False):
-    """How a guest boots: the options of `onecopy save` and `onecopy run --cold`."""
+    """How a guest boots: the options of `onecopy boot` and `onecopy save --root`."""
 
     segments: Sequence[str]
     """Further segments: ``SEGMENT``, or ``SEGMENT:/MOUNTPOINT``."""

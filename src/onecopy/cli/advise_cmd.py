@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import print_json, print_line, print_table, progress
-from onecopy.cli.params import NameType, json_option
+from onecopy.cli.commands import Command
+from onecopy.cli.output import print_json, print_line, progress
+from onecopy.cli.params import GuestType, NameType, json_option
+from onecopy.cli.tables import print_table
 from onecopy.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -19,31 +21,45 @@ if TYPE_CHECKING:
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("advise")
-@click.argument("guests", nargs=-1, metavar="[GUEST]...")
+@click.command(
+    "advise",
+    cls=Command,
+    examples=[
+        ("onecopy advise", "Compare the memory of all QEMU processes of this host."),
+        (
+            "onecopy advise --root vm.qcow2 --apply base vm-1 vm-2",
+            "Find the pages of an image in two guests, and build a segment from it.",
+        ),
+    ],
+)
+@click.argument("guests", nargs=-1, type=GuestType(), metavar="[GUEST]...")
 @click.option(
     "--root",
     "roots",
     multiple=True,
     type=_PATH,
-    metavar="IMAGE|FOLDER",
-    help="What guests' root file systems were made from, beside the disks that QEMU names.",
+    metavar="IMAGE|DIRECTORY",
+    help="Compare guests with this disk image or directory, which their root file systems came "
+    "from. Disks that QEMU has open are compared anyway. May be repeated.",
 )
 @click.option(
     "--files",
     multiple=True,
     type=_PATH,
-    metavar="FOLDER",
-    help="Files that a further segment could have, beside the segments that are stored.",
+    metavar="DIRECTORY",
+    help="Compare guests with these files, which a segment could hold. Segments in the store are "
+    "compared anyway. May be repeated.",
 )
 @click.option(
     "--apply",
     "name",
     type=NameType(),
     metavar="NAME",
-    help="Build the segment that is advised, under this name.",
+    help="Build the advised segment under this name.",
 )
-@click.option("--html", type=_PATH, metavar="FILE", help="Write a page with pictures, too.")
+@click.option(
+    "--html", type=_PATH, metavar="FILE", help="Also write the result as an HTML page to this file."
+)
 @json_option
 def command(
     guests: tuple[str, ...],
@@ -53,10 +69,11 @@ def command(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Read the memory of guests, and say what they could share, and how.
+    """Find memory that guests could share.
 
-    All guests, also those that other programs started, if none is named. They go on meanwhile, and
-    nothing of them is changed. Figures are MiB of memory that the host would get back, at most.
+    Without GUEST the command reads all guests, including QEMU processes that other programs
+    started. Guests keep running, and their memory is not changed. SAVES is the most memory, in MiB,
+    that the host would get back.
     """
     from onecopy.guest.observe import advise
     from onecopy.guest.runtime import Runtime
@@ -76,7 +93,7 @@ def command(
     for artifact in built:
         print(f"built {artifact.ref} {artifact.digest}")
     if name and not built:
-        print("No segment is advised that could be built: nothing was.")
+        print("No segment was built: the advice names none.")
 
 
 def _write(path: Path, found: Advised) -> None:
@@ -87,7 +104,8 @@ def _write(path: Path, found: Advised) -> None:
         path.write_text(text)
     except OSError as error:
         raise InvalidInput(
-            f"cannot write {path}: {error.strerror}", hint="name a file in a folder that you may"
+            f"cannot write {path}: {error.strerror}",
+            hint="name a file in a directory that you may write to",
         ) from error
 
 
@@ -104,12 +122,10 @@ def _print(found: Advised) -> None:
     ]
     print_table(["GUEST", "RAM", "OWN", "SHARED", "MERGED", "SWAPPED"], rows)
     for left in found.survey.left_out:
-        print_line(f"{left.name} was left out: {left.reason}")
+        print_line(f"{left.name} was skipped: {left.reason}")
     for note in sorted({each.note for each in advice.guests if each.note}):
         print_line(note)
-    print(
-        "OWN: what the guest has alone, and was compared; what is shared or merged costs nothing.\n"
-    )
+    print("OWN: memory that only this guest uses. It was compared; shared memory was not.\n")
     kinds = [[_mib(advice.kinds[key]), counts] for key, counts in KINDS.items()]
     print_table(["OWN", "IS"], kinds)
     print()
@@ -118,7 +134,7 @@ def _print(found: Advised) -> None:
         for way in advice.ways
     ]
     print_table(["WAY", "SAVES", "ALONE", "CPU", "IS"], ways)
-    print("ALONE: what no other way saves.\n")
+    print("ALONE: memory that no other way saves.\n")
     if advice.overlaps:
         overlaps = sorted(advice.overlaps.items(), key=lambda item: -item[1])
         print_table(["MiB", "SAVED BY"], [[_mib(size), key] for key, size in overlaps])
@@ -127,13 +143,13 @@ def _print(found: Advised) -> None:
         names = [[_mib(f.copies), str(f.guests), f.name] for f in advice.files[:10]]
         print_table(["COPIES", "GUESTS", "FILE"], names)
         print()
-    print_line(f"Take: {' and '.join(advice.take) or 'nothing'}. {advice.reason}.")
+    print_line(f"Advice: {' and '.join(advice.take) or 'nothing'}. {advice.reason}.")
     for step in found.steps:
         print_line(f"    {shlex.join(step.argv)}    # {step.why}")
 
 
 def _cost(name: str, survey: Survey) -> str:
-    return f"{survey.cpu_seconds:.1f} s a pass" if name == "ksm" else "none"
+    return f"{survey.cpu_seconds:.1f} s per pass" if name == "ksm" else "none"
 
 
 def _mib(size: int | None) -> str:

@@ -6,26 +6,35 @@ import asyncio
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.output import duration, progress
-from onecopy.cli.params import GuestType, ReferenceType
+from onecopy.cli.params import GuestType, LoadedType, ReferenceType
 from onecopy.model import Reference, format_size
 
 
-@click.command("commit")
+@click.command(
+    "commit",
+    cls=Command,
+    examples=[
+        ("onecopy commit web notes", "Replace the version that the guest web loaded."),
+        ("onecopy commit web notes --as notes:2", "Store the changes as notes:2."),
+    ],
+)
 @click.argument("guest", type=GuestType())
-@click.argument("segment", metavar="SEGMENT")
+@click.argument("segment", type=LoadedType(), metavar="SEGMENT")
 @click.option(
     "--as",
     "target",
     type=ReferenceType("segment"),
     metavar="NAME:VERSION",
-    help="Give the new version this name, which must be free; default: the one it was loaded by.",
+    help="Name of the new version, which must be free. Default: the name it was loaded by.",
 )
 def command(guest: str, segment: str, target: Reference | None) -> None:
-    """Make what a guest has changed in its own copy of a segment (EW) the new version.
+    """Store a guest's changes to an exclusive segment as its new version.
 
-    The guest stands still while its pages are copied. Present users keep the old version. Done is
-    what is on disk and was read back.
+    The segment must be of class EW, or attached with --exclusive. The guest is paused while its
+    pages are copied. Guests that use the old version keep it. The command ends when the new version
+    is on disk and was read back.
     """
     from onecopy.guest.runtime import Runtime
     from onecopy.guest.segments.commit import commit
@@ -33,4 +42,4 @@ def command(guest: str, segment: str, target: Reference | None) -> None:
     with progress() as tell:
         done = asyncio.run(commit(Runtime.open(), guest, segment, target, progress=tell))
     print(f"{done.artifact.ref} {done.artifact.digest}")
-    print(f"{format_size(done.written)} written by {guest}, which stood {duration(done.pause)}")
+    print(f"{format_size(done.written)} written by {guest}, paused for {duration(done.pause)}")

@@ -9,18 +9,26 @@ import tty
 import click
 
 from onecopy.cli import streams
+from onecopy.cli.commands import Command
 from onecopy.cli.params import GuestType
 from onecopy.errors import GuestFailed
 
 _ESCAPE = b"\x1d"  # Ctrl-]
 
 
-@click.command("console")
+@click.command(
+    "console",
+    cls=Command,
+    examples=[
+        ("onecopy console web", "Log in at the guest's console; Ctrl-] ends the connection."),
+        ("echo poweroff | onecopy console web", "Type a line at it."),
+    ],
+)
 @click.argument("guest", type=GuestType())
 def command(guest: str) -> None:
     """Connect the terminal to a guest's serial console.
 
-    Ctrl-] leaves it.
+    Ctrl-] ends the connection. The guest keeps running.
     """
     from onecopy.guest.runtime import Runtime
 
@@ -29,11 +37,14 @@ def command(guest: str) -> None:
         try:
             console.connect(str(folder.path / "console.sock"))
         except OSError as error:
-            raise GuestFailed(f"the console of {guest} is not there: {error.strerror}") from error
+            raise GuestFailed(
+                f"the console of {guest} cannot be reached: {error.strerror}",
+                hint=f"`onecopy logs {guest}` shows what the console printed",
+            ) from error
         if not sys.stdin.isatty():
             _copy(console)
             return
-        print(f"connected to {guest}; Ctrl-] leaves", file=sys.stderr)
+        print(f"connected to {guest}; Ctrl-] ends the connection", file=sys.stderr)
         before = termios.tcgetattr(0)
         try:
             tty.setraw(0)

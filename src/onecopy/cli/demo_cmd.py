@@ -6,24 +6,40 @@ from pathlib import Path
 
 import click
 
-from onecopy.cli.output import print_table, progress
+from onecopy.cli.commands import Command
+from onecopy.cli.output import progress
 from onecopy.cli.params import accel_option
+from onecopy.cli.tables import print_table
 
 
-@click.command("demo")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures.")
+@click.command(
+    "demo",
+    cls=Command,
+    examples=[
+        ("onecopy demo", "Run the demo, and draw onecopy-demo.svg."),
+        ("onecopy demo --json figures.json", "Also write the figures to a file."),
+    ],
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also write the figures to this file, as JSON.",
+)
 @click.option(
     "--picture",
     type=click.Path(path_type=Path),
     default="onecopy-demo.svg",
     show_default=True,
-    help="Where to write the picture (SVG).",
+    metavar="FILE",
+    help="Write the picture (SVG) to this file.",
 )
 @accel_option
 def command(json_file: Path | None, picture: Path, accel: str) -> int:
-    """Show it all: build, save, start guests cold and saved, compare.
+    """Build, save, boot and clone guests, and compare their cost.
 
-    Exits with 1 if not every guest answered with its own name.
+    The command exits with 1 if a guest did not answer with its own name.
     """
     from onecopy.demo import main, show
     from onecopy.guest.runtime import Runtime

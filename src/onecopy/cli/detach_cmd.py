@@ -4,17 +4,25 @@ import asyncio
 
 import click
 
-from onecopy.cli.params import GuestType
+from onecopy.cli.commands import Command
+from onecopy.cli.params import GuestType, LoadedType
 
 
-@click.command("detach")
+@click.command(
+    "detach",
+    cls=Command,
+    examples=[
+        ("onecopy detach web notes", "Unmount the segment notes in the guest web."),
+        ("onecopy attach web notes:/srv/notes", "Load it again, at the same device."),
+    ],
+)
 @click.argument("guest", type=GuestType())
-@click.argument("segment", metavar="SEGMENT")
+@click.argument("segment", type=LoadedType(), metavar="SEGMENT")
 def command(guest: str, segment: str) -> None:
-    """Unload a segment from a running guest: unmount it, or say which process holds it.
+    """Unload a segment from a running guest.
 
-    QEMU cannot take memory away: the guest keeps the device, which is used again when the segment
-    comes back, and its lease, until it ends.
+    The guest unmounts the segment. If a process holds it, the command fails and names the process.
+    QEMU cannot unplug memory: the guest keeps the device and the lease until it ends.
     """
     from onecopy.guest.runtime import Runtime
     from onecopy.guest.segments.attach import detach

@@ -2,17 +2,27 @@
 
 import click
 
-from onecopy.cli.output import print_json, print_table, progress
-from onecopy.cli.params import json_option
+from onecopy.cli.commands import Command
+from onecopy.cli.listing import Listing, listing_options, print_list
+from onecopy.cli.output import progress
+from onecopy.cli.tables import print_table
 
 
-@click.command("doctor")
-@json_option
-def command(as_json: bool) -> int:
-    """Check what this host can do.
+@click.command(
+    "doctor",
+    cls=Command,
+    examples=[
+        ("onecopy doctor", "Check this host."),
+        ("onecopy doctor --filter state=missing", "List only what onecopy cannot work without."),
+    ],
+)
+@listing_options
+def command(listing: Listing) -> int:
+    """Check what this host supports.
 
-    Fetches the guests' kernel if the store has none yet, to really run a probe guest under KVM.
-    Exits with 1 if something is missing that onecopy cannot work without.
+    To find out whether KVM works, the command boots a probe guest. If the store has no kernel for
+    guests yet, the command fetches one. STATE is ok, limited (something works less well) or missing
+    (onecopy cannot work). The command exits with 1 if something is missing.
     """
     from onecopy.guest.observe.doctor import examine
     from onecopy.guest.runtime import Runtime
@@ -20,8 +30,13 @@ def command(as_json: bool) -> int:
     host = Runtime.open()
     with progress() as tell:
         findings = examine(host, tell)
-    if as_json:
-        print_json([{"check": f.check, "state": f.state, "says": f.says} for f in findings])
-    else:
-        print_table(["CHECK", "STATE", ""], [[f.check, f.state, f.says] for f in findings])
+    print_list(
+        listing,
+        [{"check": f.check, "state": f.state, "says": f.says} for f in findings],
+        ("check", "state", "says"),
+        name=lambda row: str(row["check"]),
+        table=lambda rows: print_table(
+            ["CHECK", "STATE", ""], [[row["check"], row["state"], row["says"]] for row in rows]
+        ),
+    )
     return int(any(finding.state == "missing" for finding in findings))

@@ -7,40 +7,48 @@ import sys
 import click
 
 from onecopy.cli import streams
-from onecopy.cli.params import GuestType, SecondsType
+from onecopy.cli.commands import Command
+from onecopy.cli.params import GuestType, SecondsType, program_argument
 from onecopy.model import require_text
 
 
-@click.command("exec", context_settings={"ignore_unknown_options": False})
+@click.command(
+    "exec",
+    cls=Command,
+    examples=[
+        ("onecopy exec web ls -la /srv", "List a directory of the guest web."),
+        ("onecopy exec --stdin web sh <setup.sh", "Run a script of this host in it."),
+    ],
+)
 @click.argument("guest", type=GuestType())
-@click.argument("cmd", nargs=-1, required=True, type=click.UNPROCESSED)
-@click.option("-i", "--stdin", is_flag=True, help="Pass standard input on to the program.")
+@program_argument(required=True)
+@click.option("-i", "--stdin", is_flag=True, help="Pass standard input to the program.")
 @click.option(
     "--timeout",
     type=SecondsType(0.1),
     metavar="SECONDS",
-    help="Kill the program after this time and exit with 124; with 125 if the guest does not "
-    "confirm that within 2 s.",
+    help="Kill the program after this time, in seconds, and exit with 124. Exit with 125 if the "
+    "guest does not confirm that within 2 s. Default: no limit.",
 )
-def command(guest: str, cmd: tuple[str, ...], stdin: bool, timeout: float | None) -> int:
+def command(guest: str, program: tuple[str, ...], stdin: bool, timeout: float | None) -> int:
     """Run a program in a guest.
 
-    Needs nothing in the image: programs it lacks (a shell, ps...) come from busybox. Exits with the
-    program's exit code, 128 + n if signal n ended it, 127 if there is none of that name, or 125 if
-    onecopy itself failed.
+    The image needs no agent and no shell: busybox provides the programs that it lacks. Options of
+    onecopy stand before GUEST. The command exits with the program's exit code, with 128 + N if
+    signal N ended it, with 127 if there is no such program, and with 125 if onecopy failed.
     """
     from onecopy.guest.exec import run_streaming
     from onecopy.guest.exec_streams import Streams, to_file
     from onecopy.guest.runtime import Runtime
 
     folder = Runtime.open().guest_with_agent(guest).path
-    for word in cmd:
+    for word in program:
         require_text(word)
 
     async def run() -> int:
         source = await _stdin() if stdin else None
         passed = Streams(to_file(1), to_file(2), source)
-        return await run_streaming(folder, cmd, passed, timeout=timeout)
+        return await run_streaming(folder, program, passed, timeout=timeout)
 
     return asyncio.run(run())
 

@@ -2,17 +2,25 @@
 
 import click
 
-from onecopy.cli.params import NameType, print_access
+from onecopy.cli.commands import Command
+from onecopy.cli.params import GrantType, NameType, print_access
 
 
-@click.command("grant")
+@click.command(
+    "grant",
+    cls=Command,
+    examples=[
+        ("onecopy grant secrets 'web-*' db", "Let web-1, web-2... and db load the segment."),
+        ("onecopy grant secrets", "Restrict it; nobody new is granted it."),
+    ],
+)
 @click.argument("name", type=NameType())
-@click.argument("guests", nargs=-1, metavar="GUEST...")
+@click.argument("guests", nargs=-1, type=GrantType(), metavar="[GUEST]...")
 def command(name: str, guests: tuple[str, ...]) -> None:
-    """Restrict a segment or saved system to the guests named, also patterns such as web-*.
+    """Restrict a segment or saved system to certain guests.
 
-    domain:NAME grants it to all guests of a trust domain. Without GUEST nobody new is granted. It
-    holds for all versions, also those to come.
+    GUEST is a name, a pattern such as 'web-*', or domain:NAME for all guests of a trust domain. The
+    grants add to those that exist, and hold for all versions of NAME, also for later ones.
     """
     from msgspec.structs import replace
 

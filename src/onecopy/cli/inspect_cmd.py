@@ -2,19 +2,27 @@
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.output import print_json
 from onecopy.cli.params import ReferenceType
 from onecopy.errors import NotFound
 from onecopy.model import Reference
 
 
-@click.command("inspect")
+@click.command(
+    "inspect",
+    cls=Command,
+    examples=[
+        ("onecopy inspect web", "Print the record and memory account of the guest web."),
+        ("onecopy inspect hello | jq .config.memory", "Print the RAM of a saved system."),
+    ],
+)
 @click.argument("name", type=ReferenceType(guests=True))
 def command(name: Reference) -> None:
-    """Show all that is known of a segment, saved system, kernel or guest.
+    """Print everything known about a segment, saved system, kernel or guest.
 
-    JSON: docs/json.md. A running guest of that name is shown in preference, with its memory by the
-    kernel's counters; what ended by itself only if nothing else has the name.
+    The output is JSON; docs/json.md has the fields. If names are equal, a running guest comes first
+    and an ended guest last. A running guest is shown with the memory that the kernel counts for it.
     """
     import msgspec
 

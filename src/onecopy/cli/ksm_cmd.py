@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import print_json, print_line, print_table
+from onecopy.cli.commands import Command, Group
+from onecopy.cli.output import print_json, print_line
 from onecopy.cli.params import GuestType, SecondsType, json_option
+from onecopy.cli.tables import print_table
 from onecopy.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -21,20 +23,26 @@ if TYPE_CHECKING:
 def _settings(function: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option(
-            "--pages", type=click.IntRange(1, 1 << 31), help="Pages to look at before each sleep."
+            "--pages",
+            type=click.IntRange(1, 1 << 31),
+            metavar="N",
+            help="Pages that KSM scans before each sleep. Turns the advisor off.",
         ),
         click.option(
-            "--sleep", type=click.IntRange(0, 1 << 31), help="Milliseconds of each sleep."
+            "--sleep",
+            type=click.IntRange(0, 1 << 31),
+            metavar="MS",
+            help="Time that KSM sleeps between scans, in milliseconds.",
         ),
         click.option(
             "--advisor/--no-advisor",
             default=None,
-            help="Let the kernel choose --pages, within a share of a processor (Linux 6.8).",
+            help="Let the kernel choose --pages within a CPU limit (needs Linux 6.8).",
         ),
         click.option(
             "--smart/--no-smart",
             default=None,
-            help="Look less often at pages that were never merged (Linux 6.7).",
+            help="Scan pages that were never merged less often (needs Linux 6.7).",
         ),
     )
     for option in reversed(options):
@@ -42,26 +50,45 @@ def _settings(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.group("ksm", invoke_without_command=True)
+@click.group(
+    "ksm",
+    cls=Group,
+    invoke_without_command=True,
+    examples=[
+        ("onecopy ksm", "Show what KSM merges and costs."),
+        ("onecopy ksm auto --threshold 25", "Run KSM while less than 25 % of memory is available."),
+    ],
+)
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Show what KSM merges, turn it on, tune it, and put all back as it was found.
+    """Control KSM, the kernel's merging of equal pages.
 
-    Its settings are the whole host's. Without a subcommand: status.
+    KSM's settings belong to the whole host. onecopy records the values that it finds, and `onecopy
+    ksm off` restores them. Without a subcommand the command shows the status.
     """
     if ctx.invoked_subcommand is None:
         ctx.invoke(_status)
 
 
-@command.command("status")
+@command.command(
+    "status",
+    cls=Command,
+    examples=[
+        ("onecopy ksm status", "Show settings, merged memory and cost."),
+        ("onecopy ksm status --gain", "Estimate what KSM could still merge."),
+    ],
+)
 @click.option(
     "--gain",
     is_flag=True,
-    help="Say what it would still gain, too: reads the memory of all guests, as `advise` does.",
+    help="Also estimate the memory that KSM could still save. Reads the memory of all guests.",
 )
 @json_option
 def _status(gain: bool = False, as_json: bool = False) -> None:
-    """Show KSM's settings, what it has merged, and what that costs. JSON: docs/json.md."""
+    """Show KSM's settings, merged memory and cost.
+
+    docs/json.md has the fields of --json.
+    """
     import msgspec
 
     from onecopy.guest.runtime import Runtime
@@ -77,7 +104,7 @@ def _status(gain: bool = False, as_json: bool = False) -> None:
         return
     _print(found)
     if gain:
-        print(f"\nIt would still gain {_mib(more)} of guests' RAM, at most.")
+        print(f"\nKSM could still save up to {_mib(more)} of guests' RAM.")
 
 
 def _gain(host: Runtime) -> int:
@@ -89,12 +116,20 @@ def _gain(host: Runtime) -> int:
     return next(way.saves for way in ways if way.name == "ksm")
 
 
-@command.command("on")
+@command.command(
+    "on",
+    cls=Command,
+    examples=[
+        ("onecopy ksm on", "Start KSM, with the kernel's advisor where it has one."),
+        ("onecopy ksm on --pages 2000 --sleep 20", "Start it with settings of your own."),
+    ],
+)
 @_settings
 def _on(pages: int | None, sleep: int | None, advisor: bool | None, smart: bool | None) -> None:
-    """Let KSM run; what it finds set is noted, and `ksm off` puts it back.
+    """Start KSM.
 
-    Without options the kernel's advisor is turned on where there is one; all else stays as it is.
+    onecopy records the settings that it finds, and `onecopy ksm off` restores them. Without options
+    the kernel's advisor is turned on, if the kernel has one; other settings do not change.
     """
     from onecopy.linux.counters import ksm
     from onecopy.sharing import ksm_settings
@@ -102,58 +137,96 @@ def _on(pages: int | None, sleep: int | None, advisor: bool | None, smart: bool 
     if pages is None and advisor is None and ksm.setting("advisor_mode"):
         advisor = True
     ksm_settings.turn_on(_values(pages, sleep, advisor, smart))
-    print("KSM runs; `onecopy ksm off` puts the host's settings back")
+    print("KSM is running; `onecopy ksm off` restores the host's settings")
 
 
-@command.command("tune")
+@command.command(
+    "tune",
+    cls=Command,
+    examples=[
+        ("onecopy ksm tune --pages 4000", "Scan faster."),
+        ("onecopy ksm tune --smart", "Skip pages that were never merged."),
+    ],
+)
 @_settings
 def _tune(pages: int | None, sleep: int | None, advisor: bool | None, smart: bool | None) -> None:
-    """Change how fast KSM looks at memory."""
+    """Change how fast KSM scans memory."""
     from onecopy.sharing import ksm_settings
 
     values = _values(pages, sleep, advisor, smart)
     if not values:
-        raise InvalidInput("nothing to change", hint="give one of the options, as --pages 1000")
+        raise InvalidInput(
+            "no setting to change is given", hint="give an option, for example --pages 1000"
+        )
     ksm_settings.tune(values)
 
 
-@command.command("auto")
+@command.command(
+    "auto",
+    cls=Command,
+    examples=[
+        ("onecopy ksm auto", "Run KSM while less than 20 % of memory is available."),
+        ("onecopy ksm auto --threshold 40 --interval 10", "Start it earlier, and look more often."),
+    ],
+)
 @click.option(
-    "--below",
+    "--threshold",
     type=click.IntRange(1, 100),
     default=20,
     show_default=True,
-    help="KSM runs while less than this percentage of the host's memory is available.",
+    metavar="PERCENT",
+    help="Run KSM while less than this percentage of the host's memory is available.",
 )
 @click.option(
     "--interval",
     type=SecondsType(0.1),
     default=60.0,
     show_default=True,
-    help="Seconds between two looks.",
+    metavar="SECONDS",
+    help="Time between two checks, in seconds.",
 )
-def _auto(below: int, interval: float) -> None:
-    """Let KSM run while memory is scarce and it gains something, until this is ended.
+def _auto(threshold: int, interval: float) -> None:
+    """Run KSM while memory is scarce and merging pays.
 
-    It rests while whole scans bring no profit. At the end all is as it was found; after a crash
-    `ksm status` shows what is changed, and `ksm off` puts it back.
+    The command runs until it is ended. It stops KSM while full scans save nothing. At its end it
+    restores the settings that it found; after a crash, `onecopy ksm off` restores them.
     """
     from onecopy.guest.observe import ksm_auto
 
-    ksm_auto.run(interval, below / 100, lambda text: print_line(f"onecopy: {text}", sys.stdout))
+    ksm_auto.run(interval, threshold / 100, lambda text: print_line(f"onecopy: {text}", sys.stdout))
 
 
-@command.command("open")
+@command.command(
+    "allow",
+    cls=Command,
+    examples=[
+        ("onecopy ksm allow web-1 web-2", "Let KSM merge the RAM of two guests."),
+        ("onecopy ksm status", "Show what it has merged."),
+    ],
+)
 @click.argument("guests", nargs=-1, required=True, type=GuestType())
-def _opened(guests: tuple[str, ...]) -> None:
-    """Offer the RAM of running guests to KSM; it is, unless the guest is of a trust domain."""
+def _allow(guests: tuple[str, ...]) -> None:
+    """Allow KSM to merge the RAM of running guests.
+
+    That is the default, except for guests of a trust domain.
+    """
     _set(guests, mergeable=True)
 
 
-@command.command("close")
+@command.command(
+    "deny",
+    cls=Command,
+    examples=[
+        ("onecopy ksm deny db", "Keep the RAM of the guest db from being merged."),
+        ("onecopy ksm allow db", "Allow it again."),
+    ],
+)
 @click.argument("guests", nargs=-1, required=True, type=GuestType())
-def _closed(guests: tuple[str, ...]) -> None:
-    """Keep KSM from the RAM of running guests; what is merged of it is torn apart."""
+def _deny(guests: tuple[str, ...]) -> None:
+    """Forbid KSM to merge the RAM of running guests.
+
+    The kernel separates pages that are merged already.
+    """
     _set(guests, mergeable=False)
 
 
@@ -168,20 +241,27 @@ def _set(guests: tuple[str, ...], *, mergeable: bool) -> None:
         asyncio.run(set_mergeable(host, guest, mergeable=mergeable))
 
 
-@command.command("off")
+@command.command(
+    "off",
+    cls=Command,
+    examples=[
+        ("onecopy ksm off", "Restore KSM's settings."),
+        ("onecopy ksm off --unmerge", "Also separate all merged pages."),
+    ],
+)
 @click.option(
     "--unmerge",
     is_flag=True,
-    help="Tear merged pages apart, too, which takes the memory that was saved.",
+    help="Also separate merged pages, which takes back the memory that they saved.",
 )
 def _off(unmerge: bool) -> None:
-    """Put KSM's settings back as onecopy found them."""
+    """Restore the KSM settings that onecopy found."""
     from onecopy.sharing import ksm_settings
 
     others = ksm_settings.turn_off(unmerge=unmerge)
     for name in others:
-        print(f"{name} was changed by somebody else meanwhile, and is left")
-    print(f"KSM's {'other ' if others else ''}settings are as they were found")
+        print(f"{name} is not restored: another program has changed it")
+    print(f"KSM's {'other ' if others else ''}settings are restored")
 
 
 def _values(
@@ -207,7 +287,7 @@ def _values(
     return values
 
 
-_RUNS = {0: "stopped; merged pages stay", 1: "running", 2: "stopped; all pages torn apart"}
+_RUNS = {0: "stopped; merged pages stay", 1: "running", 2: "stopped; all pages separated"}
 
 
 def _print(found: Status) -> None:
@@ -216,17 +296,19 @@ def _print(found: Status) -> None:
         ["state", "?" if found.run is None else _RUNS[found.run]],
         ["pages to scan", f"{_text(found.pages_to_scan)}{' (its advisor)' if advisor else ''}"],
         ["sleep", f"{_text(found.sleep_millisecs)} ms"],
-        ["merged pages", f"{_mib(found.shared)} kept, which save {_mib(found.saved)}"],
-        ["profit", f"{_mib(found.profit)}: saved, less KSM's own records"],
-        ["not merged", f"{_mib(found.unshared)} unlike, {_mib(found.volatile)} changing too fast"],
-        ["whole scans", _text(found.full_scans)],
-        ["CPU", "?" if found.cpu_seconds is None else f"{found.cpu_seconds:.2f} s of ksmd"],
-        ["to unmerge", f"{_mib(found.unmerge)} of memory (ksm off --unmerge)"],
+        ["merged pages", f"{_mib(found.shared)} used, {_mib(found.saved)} saved"],
+        ["profit", f"{_mib(found.profit)} (saved, less KSM's own memory)"],
+        ["not merged", f"{_mib(found.unshared)} unique, {_mib(found.volatile)} changing too fast"],
+        ["full scans", _text(found.full_scans)],
+        ["CPU", "?" if found.cpu_seconds is None else f"{found.cpu_seconds:.2f} s used by ksmd"],
+        ["to unmerge", f"takes up to {_mib(found.unmerge)} (`onecopy ksm off --unmerge`)"],
     ]
     if found.run == 0 and found.saved:
-        rows.append(["these figures", "of when it last ran: what has ended since is still in them"])
+        rows.append(["note", "KSM is stopped: the figures still count guests that have ended"])
     for name, each in found.changed.items():
-        rows.append(["changed", f"{name}: {each.found} when found, {each.set or 'its advisor'}"])
+        rows.append(
+            ["changed", f"{name}: {each.found} before, now {each.set or 'chosen by the advisor'}"]
+        )
     print_table(["KSM", ""], rows)
     print()
     print_table(
@@ -239,7 +321,7 @@ def _print(found: Status) -> None:
 
 
 def _open(merge_any: bool | None) -> str:
-    return "?" if merge_any is None else "open" if merge_any else "closed"
+    return "?" if merge_any is None else "allowed" if merge_any else "denied"
 
 
 def _text(number: int | None) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.output import print_line
 from onecopy.cli.params import GuestType
 from onecopy.errors import NotFound
@@ -22,19 +23,25 @@ if TYPE_CHECKING:
     from onecopy.vmm.logs import Log
 
 
-@click.command("logs")
-@click.argument("guest", type=GuestType(ended=True))
-@click.option(
-    "-f", "--follow", is_flag=True, help="Go on showing what comes, until the guest ends."
+@click.command(
+    "logs",
+    cls=Command,
+    examples=[
+        ("onecopy logs --follow web", "Print the console until the guest ends."),
+        ("onecopy logs --qemu web", "Print the messages of the guest's QEMU."),
+    ],
 )
-@click.option("--qemu", is_flag=True, help="What QEMU itself printed, in place of the console.")
-@click.option("--raw", is_flag=True, help="Print control characters as they are, not as escapes.")
+@click.argument("guest", type=GuestType(ended=True))
+@click.option("-f", "--follow", is_flag=True, help="Keep printing new output until the guest ends.")
+@click.option("--qemu", is_flag=True, help="Print the output of QEMU instead of the console.")
+@click.option(
+    "--raw", is_flag=True, help="Print control characters unchanged. Default: as escapes (\\x1b)."
+)
 def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
-    """Show what a guest's console, and QEMU, have printed.
+    """Print the output of a guest's console or of its QEMU.
 
-    The newest few MiB of it are kept; of a guest that ended by itself the last 64 KiB, and why it
-    ended is told on standard error. A terminal obeys control characters, and a guest prints what
-    it likes: without --raw they are shown as escapes, such as \\x1b.
+    onecopy keeps the newest few MiB. Of a guest that ended by itself it keeps the last 64 KiB; why
+    the guest ended is printed on standard error.
     """
     from onecopy.guest.runtime import Runtime
     from onecopy.vmm import logs
@@ -43,7 +50,7 @@ def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
     write = _as_it_is if raw else _shown()
     log, folder = _opened(host, guest, logs.QEMU if qemu else logs.CONSOLE)
     if log.was_cut:
-        click.echo("(older lines were dropped)", err=True)
+        print_line("onecopy: older lines were dropped", sys.stderr)
     with contextlib.closing(log):
         while True:
             for data in log.read():

@@ -1,23 +1,43 @@
 """onecopy ls"""
 
+from collections.abc import Sequence
+
 import click
 
-from onecopy.cli.output import print_json, print_table
-from onecopy.cli.params import json_option
+from onecopy.cli.commands import Command
+from onecopy.cli.listing import Listing, Row, listing_options, print_list
+from onecopy.cli.tables import print_table
 from onecopy.model import format_size, in_order
 
+#: What --json prints of each entry (docs/json.md).
+FIELDS = (
+    *("name", "version", "kind", "state", "domain", "grants", "classes", "digest", "created"),
+    *("size", "resident", "users", "pinned"),
+)
 
-@click.command("ls")
-@click.option("--kind", type=click.Choice(["segment", "system", "kernel"]), help="Only these.")
-@json_option
-def command(kind: str | None, as_json: bool) -> None:
+
+@click.command(
+    "ls",
+    cls=Command,
+    examples=[
+        ("onecopy ls --kind system", "List saved systems."),
+        ("onecopy ls --filter 'users=web-*' --quiet", "Name what the guests web-... hold."),
+    ],
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["segment", "system", "kernel"]),
+    help="List only this kind. Default: all kinds.",
+)
+@listing_options
+def command(kind: str | None, listing: Listing) -> None:
     """List segments, saved systems and kernels.
 
-    STATE is A (available), R (restricted: only for guests granted) or P (pending purge: removed or
-    replaced, and gone with its last user). CLASSES are the page classes of a segment's ranges.
-    USERS counts guests (and pins) that hold it itself; clones hold their saved system.
-    SIZE counts all blobs that it needs; blobs that several have in common lie in the store once.
-    RESIDENT is how much of them is in the host's page cache now. JSON: docs/json.md.
+    STATE is A (available), R (restricted to granted guests) or P (pending purge: removed or
+    replaced, and deleted after its last user). CLASSES are the page classes of a segment's ranges.
+    SIZE is the length of all blobs that the entry needs; the store holds a blob once. RESIDENT is
+    the part of them in the host's page cache. USERS is the number of guests and pins that hold the
+    entry; a clone holds its saved system.
     """
     from onecopy.guest.observe.inspect import describe
     from onecopy.store import Store
@@ -30,10 +50,13 @@ def command(kind: str | None, as_json: bool) -> None:
         if kind in (None, artifact.kind)
     ]
     found.sort(key=lambda item: (*map(in_order, (item["name"], item["version"])), item["state"]))
-    if as_json:
-        print_json(found)
-        return
-    rows = [
+    print_list(
+        listing, found, FIELDS, name=lambda row: f"{row['name']}:{row['version']}", table=_print
+    )
+
+
+def _print(rows: Sequence[Row]) -> None:
+    cells = [
         [
             item["name"],
             item["version"],
@@ -47,8 +70,8 @@ def command(kind: str | None, as_json: bool) -> None:
             item["created"] or "-",
             item["digest"][:19],
         ]
-        for item in found
+        for item in rows
     ]
     headings = ["NAME", "VERSION", "KIND", "STATE", "DOMAIN", "CLASSES"]
     headings += ["SIZE", "RESIDENT", "USERS", "CREATED", "DIGEST"]
-    print_table(headings, rows)
+    print_table(headings, cells)

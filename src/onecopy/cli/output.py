@@ -1,4 +1,4 @@
-"""How commands speak: tables and JSON on standard output, progress on standard error.
+"""How commands speak: lines and JSON on standard output, progress on standard error.
 
 What guests, files and other processes say, or are called, never reaches a terminal as it is: `main`
 puts both streams behind `escaping`, whoever writes to them. Bytes that go to ``sys.stdout.buffer``
@@ -12,12 +12,15 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from onecopy.errors import Interrupted, OnecopyError, OutputFailed
 from onecopy.printable import escape, printable
+
+if TYPE_CHECKING:
+    from onecopy.guest.run_directory import GuestRecord
 
 _T = TypeVar("_T")
 _NOT_ASCII = re.compile("[^\0-\x7f]")
@@ -64,11 +67,16 @@ def print_line(text: str, to: TextIO | None = None) -> None:
 
 
 def tell_error(error: OnecopyError, before: str = "") -> None:
-    """What failed, and what to do. What others printed is indented: it is no message of ours."""
+    """Print what failed and what to do.
+
+    What others printed is indented: no line of it looks like a message of ours.
+    """
+    from onecopy.cli.suggest import hint_of
+
     message = error.message.replace("\n", "\n    ")
     print(f"onecopy: {before}{message}", file=sys.stderr)
     if error.hint and not before:
-        print_line(f"onecopy: {error.hint}", sys.stderr)
+        print_line(f"hint: {hint_of(error)}", sys.stderr)
 
 
 def print_json(value: object) -> None:
@@ -85,30 +93,6 @@ def _json_escape(character: str) -> str:
     if "\ud800" <= character <= "\udfff":
         return f"\\{escape(character)}"
     return json.dumps(character)[1:-1]
-
-
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their content; figures to the right."""
-    for line in table_lines(headings, rows):
-        print(line)
-
-
-def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """What `print_table` prints."""
-    table = [list(headings), *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
-    numeric = [
-        bool(rows) and all(row[c][:1].isdigit() or row[c] in "-?" for row in rows)
-        for c in range(len(headings))
-    ]
-    lines = []
-    for row in table:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 @contextmanager
@@ -157,6 +141,13 @@ def show_place(error: Exception) -> None:
         import traceback
 
         traceback.print_exception(error)
+
+
+def reasons(guests: Iterable[GuestRecord]) -> list[str]:
+    """Say why guests run under their accelerators, each reason once and in short."""
+    from onecopy.vmm.accel import in_short
+
+    return sorted({f"{g.accel}: {in_short(g.accel_reason)}" for g in guests if g.accel})
 
 
 def duration(seconds: float) -> str:

@@ -1,17 +1,20 @@
-"""Parameter types and options that several commands share; names complete from the store."""
+"""Parameter types and options that several commands share; what they complete.
+
+Not here: the options of starts (start_options.py) and of lists (listing.py).
+"""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from onecopy.cli import completion
 from onecopy.errors import InvalidInput
 from onecopy.model import Reference, check_name, check_ports, parse_mount, parse_size
 
@@ -19,10 +22,17 @@ if TYPE_CHECKING:
     from onecopy.guest.lifecycle.disks import DiskSpec
     from onecopy.store import Access
 
+    ParamType = click.ParamType[Any]
+else:
+    # Before click 8.4 it is no generic.
+    ParamType = click.ParamType
+
 _F = TypeVar("_F", bound=Callable[..., Any])
+_IN_GUEST = re.compile(r"([a-z0-9][a-z0-9-]*):(.*)", re.DOTALL)
+_SOURCES = ("debian:bookworm", "debian:trixie", "dir:", "tar:", "disk:", "kernel:")
 
 
-class ReferenceType(click.ParamType[Any]):
+class ReferenceType(ParamType):
     """A segment, saved system or kernel (of ``kind``); with ``guests`` also a guest's name."""
 
     name = "reference"
@@ -35,18 +45,13 @@ class ReferenceType(click.ParamType[Any]):
         return value if isinstance(value, Reference) else Reference.parse(value)
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        from onecopy.store import Store
-
-        found = [artifact.ref for artifact in Store().artifacts(self._kind)]
+        found = completion.offered(lambda: completion.references(self._kind), incomplete)
         if self._guests:
-            from onecopy.guest.runtime import Runtime
-
-            host = Runtime.open()
-            found += [guest.name for guest in host.guests() + host.ended()]
-        return [CompletionItem(name) for name in found if name.startswith(incomplete)]
+            found += completion.offered(lambda: completion.guests(ended=True), incomplete)
+        return found
 
 
-class GuestType(click.ParamType[Any]):
+class GuestType(ParamType):
     """A running guest, or with ``ended`` also one that has ended."""
 
     name = "guest"
@@ -55,14 +60,31 @@ class GuestType(click.ParamType[Any]):
         self._ended = ended
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        from onecopy.guest.runtime import Runtime
-
-        host = Runtime.open()
-        guests = host.guests() + (host.ended() if self._ended else [])
-        return [CompletionItem(g.name) for g in guests if g.name.startswith(incomplete)]
+        return completion.offered(lambda: completion.guests(ended=self._ended), incomplete)
 
 
-class SizeType(click.ParamType[Any]):
+class LoadedType(ParamType):
+    """A segment that the guest, the command's first argument, has loaded."""
+
+    name = "segment"
+
+    def shell_complete(
+        self, ctx: click.Context, param: object, incomplete: str
+    ) -> list[CompletionItem]:
+        guest = ctx.params.get("guest")
+        return completion.offered(lambda: completion.segments_of(guest), incomplete)
+
+
+class GrantType(ParamType):
+    """A guest's name, a pattern of such, or domain:NAME."""
+
+    name = "grant"
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        return completion.offered(lambda: [*completion.guests(), "domain:"], incomplete)
+
+
+class SizeType(ParamType):
     """Bytes: 256M, 1G."""
 
     name = "size"
@@ -85,7 +107,7 @@ class SecondsType(click.FloatRange):
         return found
 
 
-class PublishType(click.ParamType[Any]):
+class PublishType(ParamType):
     """[HOST:]GUEST ports."""
 
     name = "[host:]guest"
@@ -98,7 +120,7 @@ class PublishType(click.ParamType[Any]):
         return check_ports(int(host or 0), int(guest))
 
 
-class NameType(click.ParamType[Any]):
+class NameType(ParamType):
     """The name of segments or saved systems, all versions."""
 
     name = "name"
@@ -107,22 +129,64 @@ class NameType(click.ParamType[Any]):
         return check_name(str(value))
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        from onecopy.store import Store
-
-        names = sorted({artifact.name for artifact in Store().artifacts()})
-        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return completion.offered(completion.names, incomplete)
 
 
-class AttachType(click.ParamType[Any]):
+class AttachType(ParamType):
     """SEGMENT, or SEGMENT:/MOUNTPOINT."""
 
     name = "segment[:/mountpoint]"
 
     def convert(self, value: Any, param: object, ctx: object) -> tuple[Reference, str]:
-        return parse_mount(str(value))
+        return value if isinstance(value, tuple) else parse_mount(str(value))
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        return completion.offered(lambda: completion.references("segment"), incomplete)
 
 
-class DiskType(click.ParamType[Any]):
+class SourceType(ParamType):
+    """What a segment is built from: KIND:WHERE."""
+
+    name = "source"
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        kind, colon, path = incomplete.partition(":")
+        if colon and kind != "debian":
+            return completion.offered(lambda: completion.paths(f"{kind}:", path), incomplete)
+        return completion.offered(lambda: _SOURCES, incomplete)
+
+
+class RangeType(ParamType):
+    """A range of a segment that is created: CLASS:SIZE[:FILE]."""
+
+    name = "class:size[:file]"
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        *before, path = incomplete.split(":", 2)
+        if len(before) < 2:
+            classes = ("SR:", "ER:", "SW:", "EW:", "SN:", "EN:", "SC:")
+            return completion.offered(lambda: classes, incomplete)
+        prefix = ":".join(before) + ":"
+        return completion.offered(lambda: completion.paths(prefix, path), incomplete)
+
+
+class CopyType(ParamType):
+    """A path of the host, or GUEST:PATH: the guest (None for the host), and the path."""
+
+    name = "[guest:]path"
+
+    def convert(self, value: Any, param: object, ctx: object) -> tuple[str | None, str]:
+        if isinstance(value, tuple):
+            return value
+        found = _IN_GUEST.fullmatch(str(value))
+        return (found[1], found[2]) if found else (None, str(value))
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        found = completion.offered(lambda: (f"{g}:" for g in completion.guests()), incomplete)
+        return [CompletionItem(incomplete, type="file"), *found]
+
+
+class DiskType(ParamType):
     """SIZE or FILE, and where to mount it."""
 
     name = "size|file[:/mountpoint]"
@@ -130,41 +194,45 @@ class DiskType(click.ParamType[Any]):
     def convert(self, value: Any, param: object, ctx: object) -> DiskSpec:
         from onecopy.guest.lifecycle.disks import DiskSpec
 
-        return DiskSpec.parse(str(value))
-
-
-class HookType(click.ParamType[Any]):
-    """A clone hook."""
-
-    name = "hook"
-
-    def convert(self, value: Any, param: object, ctx: object) -> str:
-        from onecopy.guest.lifecycle.clone_hooks import check_hook
-
-        return check_hook(str(value))
+        return value if isinstance(value, DiskSpec) else DiskSpec.parse(str(value))
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        from onecopy.images.tools import ready_hooks
+        return [CompletionItem(incomplete, type="file")]
 
-        return [CompletionItem(each) for each in ready_hooks() if each.startswith(incomplete)]
+
+class OwnDiskType(ParamType):
+    """The name of the guests that find a disk."""
+
+    name = "disk"
+
+    def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
+        return completion.offered(_own_disks, incomplete)
+
+
+def _own_disks() -> list[str]:
+    from onecopy.guest.lifecycle.disks import list_own_disks
+    from onecopy.guest.runtime import Runtime
+
+    return [disk.name for disk in list_own_disks(Runtime.open())]
 
 
 domain_option = click.option(
     "--domain",
     metavar="NAME",
-    help="Trust domain of a new name; - is the default one. Guests share nothing across domains.",
+    help="Trust domain of a new name; - is the default domain. Guests of different domains share "
+    "no memory.",
 )
 
 
 def domain_of(text: str | None) -> str | None:
-    """The trust domain that a user typed; None if none was."""
+    """Return the trust domain that a user typed; None if none was."""
     from onecopy.store.access import check_domain
 
     return None if text is None else "" if text == "-" else check_domain(text)
 
 
 def new_access(domain: str | None) -> Access | None:
-    """Who may load a new name in a trust domain; None if none was typed."""
+    """Return who may load a new name in a trust domain; None if none was typed."""
     from onecopy.store import Access
 
     found = domain_of(domain)
@@ -172,95 +240,41 @@ def new_access(domain: str | None) -> Access | None:
 
 
 def print_access(name: str, access: Access) -> None:
-    """Say who may load a name."""
+    """Print who may load a name."""
     from onecopy.store.access import described
 
     if access.restricted:
         print(f"{name} is restricted to {', '.join(access.grants) or 'nobody'}")
     else:
-        print(f"{name} is for all guests of {described(access.domain)}")
-
-
-def typed_options() -> dict[str, str]:
-    """Parameter -> option, of those that the user has typed."""
-    context = click.get_current_context()
-    return {
-        each.name: each.opts[0]
-        for each in context.command.params
-        if each.name and context.get_parameter_source(each.name) is ParameterSource.COMMANDLINE
-    }
+        print(f"{name} is available to all guests of {described(access.domain)}")
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def cold_options(command: _F) -> _F:
-    """The options of what boots a guest: `save` and `run --cold`."""
-    options = (
-        click.option(
-            "--segment",
-            "segments",
-            multiple=True,
-            type=AttachType(),
-            metavar="SEGMENT[:/MOUNTPOINT]",
-            help="Map a further segment: mounted there, or as /dev/onecopy/NAME. May be repeated.",
-        ),
-        click.option(
-            "--memory", type=SizeType(), default="256M", show_default=True, help="RAM of the guest."
-        ),
-        click.option(
-            "--cpus",
-            type=click.IntRange(1, 64),
-            default=1,
-            show_default=True,
-            help="Processors of the guest.",
-        ),
-        click.option(
-            "--cpu",
-            default="x86-64-v2",
-            show_default=True,
-            metavar="MODEL",
-            help="CPU model: x86-64-v2 or -v3, which nearly every host has; host (with KVM) or "
-            "max, all that this one has; or another of QEMU's.",
-        ),
-        click.option(
-            "--run",
-            "run_command",
-            metavar="CMD",
-            help="Run CMD with a minimal init in place of the image's own; the guest ends with it.",
-        ),
-        click.option(
-            "--ready",
-            metavar="CMD",
-            help="The guest is ready once CMD, run in it by a shell, exits 0. "
-            "Default: systemd is up; else the guest agent answers.",
-        ),
-        click.option(
-            "--timeout",
-            type=SecondsType(1),
-            default=300,
-            show_default=True,
-            metavar="SECONDS",
-            help="How long booting and getting ready may take.",
-        ),
-        click.option("--no-network", is_flag=True, help="Leave the network card out."),
-        click.option(
-            "--allow-host",
-            is_flag=True,
-            help="Let the guest reach what listens on this host: its 127.0.0.1 as 198.18.0.2, its "
-            "other addresses, link-local ones, and other guests' published ports. Without it a "
-            "guest reaches the outside only.",
-        ),
-        click.option("--kernel", type=click.Path(path_type=Path), help="Boot this kernel image."),
-        click.option(
-            "--modules",
-            type=click.Path(path_type=Path),
-            help="With --kernel: its folder lib/modules/RELEASE.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+def collect(
+    parameter: str, kind: Callable[..., Any], options: Sequence[Callable[[Any], Any]]
+) -> Callable[[_F], _F]:
+    """Make a decorator that adds ``options`` to a command, which gets them as one value.
+
+    Args:
+        parameter: The command's parameter for that value.
+        kind: The NamedTuple that holds it; its fields are the parameters of the options.
+        options: What `click.option` returned.
+    """
+    fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
+
+    def decorate(command: _F) -> _F:
+        @functools.wraps(command)
+        def collected(**values: Any) -> Any:
+            values[parameter] = kind(**{name: values.pop(name) for name in fields})
+            return command(**values)
+
+        for option in reversed(options):
+            collected = option(collected)
+        return collected  # type: ignore[return-value]
+
+    return decorate
 
 
 def accel_option(command: _F) -> _F:
@@ -270,5 +284,34 @@ def accel_option(command: _F) -> _F:
         type=click.Choice(["auto", "kvm", "tcg"]),
         default="auto",
         show_default=True,
-        help="auto: KVM if a probe guest really runs under it, else TCG.",
+        help="Accelerator. auto: KVM if a probe guest runs under it, otherwise TCG.",
     )(command)
+
+
+def program_argument(*, required: bool = False) -> Callable[[_F], _F]:
+    """Add the argument for a program of the guest and its own arguments, ``program``."""
+    return click.argument(
+        "program",
+        nargs=-1,
+        required=required,
+        type=click.UNPROCESSED,
+        metavar="CMD [ARG]..." if required else "[CMD [ARG]...]",
+        callback=_program,
+    )
+
+
+def _program(
+    context: click.Context, param: click.Parameter, words: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Take off the -- that may stand before a program; refuse an option that stands too late."""
+    if words[:1] == ("--",):
+        if param.required and not words[1:]:
+            raise click.MissingParameter(ctx=context, param=param)
+        return words[1:]
+    if words and words[0].startswith("-"):
+        usage = " ".join(context.command.collect_usage_pieces(context))
+        raise InvalidInput(
+            f"the option {words[0][:80]} stands where a program of the guest is expected",
+            hint=f"options stand before the first argument: {context.command_path} {usage}",
+        )
+    return words

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import duration, print_json, print_table, progress
+from onecopy.cli.commands import Command
+from onecopy.cli.output import duration, print_json, progress
 from onecopy.cli.params import ReferenceType, SizeType, json_option
+from onecopy.cli.tables import print_table
 from onecopy.errors import InvalidInput
 from onecopy.model import Reference, format_size
 
@@ -15,30 +17,63 @@ if TYPE_CHECKING:
     from onecopy.sharing.forecast import Forecast, Profile
 
 
-@click.command("plan")
-@click.option(
-    "--guests", type=click.IntRange(1, 1_000_000), required=True, help="How many there will be."
+@click.command(
+    "plan",
+    cls=Command,
+    examples=[
+        ("onecopy plan --system hello --guests 400", "Estimate 400 clones on hosts like this one."),
+        (
+            "onecopy plan --system hello --guests 400 --port 80 "
+            "--work 'curl -s http://127.0.0.1:$PORT/'",
+            "Measure clones that have answered a request.",
+        ),
+    ],
 )
 @click.option(
-    "--system", type=ReferenceType("system"), required=True, help="From which they start."
+    "--guests",
+    type=click.IntRange(1, 1_000_000),
+    required=True,
+    metavar="N",
+    help="Number of clones on all hosts together.",
 )
-@click.option("--hosts", type=click.IntRange(1, 1_000_000), help="Hosts that they are spread over.")
-@click.option("--memory", type=SizeType(), help="Memory that each host has for them.")
 @click.option(
-    "--cpus", type=click.IntRange(1, 8192), help="Processors of each host; default: as here."
+    "--system",
+    type=ReferenceType("system"),
+    required=True,
+    help="Saved system that the clones start from.",
+)
+@click.option(
+    "--hosts",
+    type=click.IntRange(1, 1_000_000),
+    metavar="N",
+    help="Number of hosts. Default: as many as --memory requires, otherwise 1.",
+)
+@click.option(
+    "--memory",
+    type=SizeType(),
+    help="Memory of each host for clones, in bytes (16G). Default: no limit.",
+)
+@click.option(
+    "--cpus",
+    type=click.IntRange(1, 8192),
+    metavar="N",
+    help="Processors of each host. Default: those of this host.",
 )
 @click.option(
     "--work",
     default="",
-    help="Shell command of this host, run for each measured clone: its name is $GUEST.",
+    metavar="CMD",
+    help="Run this shell command on the host for each measured clone before it is measured; "
+    "$GUEST is the clone's name.",
 )
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=0,
-    help="Port of the guests that --work reaches at 127.0.0.1:$PORT.",
+    metavar="PORT",
+    help="Forward this port of each measured clone; --work reaches it at 127.0.0.1:$PORT.",
 )
-@click.option("--measure", is_flag=True, help="Measure anew what was measured before.")
+@click.option("--measure", is_flag=True, help="Measure again, even if an earlier result is stored.")
 @json_option
 def command(
     guests: int,
@@ -51,12 +86,11 @@ def command(
     measure: bool,
     as_json: bool,
 ) -> None:
-    """Say how much memory and time many clones of a saved system will take.
+    """Estimate the memory and time that clones of a saved system take.
 
-    Without --hosts: as many hosts as the memory asks for, or one. A few clones are started and
-    measured the first time, which takes about a minute; other programs should be at rest then. With
-    --work they first do some of what guests are for, as with `curl -s http://127.0.0.1:$PORT/` or
-    `onecopy exec $GUEST -- CMD`.
+    The first time, the command starts and measures a few clones, which takes about a minute; keep
+    the host otherwise idle. Without --work clones are measured as they are when they start. --work
+    can run a program in the clone: `onecopy exec $GUEST CMD`.
     """
     import asyncio
 
@@ -67,7 +101,7 @@ def command(
     from onecopy.sharing.forecast import Work, forecast
 
     if port and not work:
-        raise InvalidInput("--port is for --work", hint="leave it out, or say what is to be done")
+        raise InvalidInput("--port needs --work", hint="give --work CMD, or leave --port out")
     asked = Work(work, port)
     host = Runtime.open()
     artifact = host.store.resolve(system, "system")
@@ -84,25 +118,25 @@ def command(
 
 
 def _print(found: Forecast, profile: Profile) -> None:
-    fits = {None: "", True: ", which it has", False: ": more than it has"}[found.fits]
+    fits = {None: "", True: ", available", False: ", more than it has"}[found.fits]
     time = (
-        "never: its processors are busy with those that run already"
+        "never: idle clones already use all processors"
         if found.seconds is None
         else duration(found.seconds)
     )
     rows = [
         ["guests", f"{found.guests} of {profile.system}"],
-        ["hosts", f"{found.hosts}, with up to {found.per_host} guests each"],
-        ["memory of a host", f"{format_size(found.memory)}{fits}"],
-        ["- once for all", format_size(found.shared)],
-        ["- for each guest", format_size(profile.each)],
-        ["until all are handed out", time],
-        ["processors, at rest", f"{found.busy:.0%} busy"],
+        ["hosts", f"{found.hosts}, up to {found.per_host} guests each"],
+        ["memory per host", f"{format_size(found.memory)}{fits}"],
+        ["- shared by all guests", format_size(found.shared)],
+        ["- per guest", format_size(profile.each)],
+        ["time to start all", time],
+        ["processors, guests idle", f"{found.busy:.0%} busy"],
     ]
     print_table(["PLAN", ""], rows)
     work = profile.work.command
-    done = f"after {work!r}" if work else "left alone"
+    done = f"after {work!r}" if work else "just started"
     print(
-        f"\nMeasured here with {profile.clones} clones {done} ({profile.accel}, QEMU "
-        f"{profile.qemu}, {profile.processors} processors): what guests do later costs more."
+        f"\nMeasured on this host with {profile.clones} clones {done} ({profile.accel}, QEMU "
+        f"{profile.qemu}, {profile.processors} processors). Guests that work later take more."
     )

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import print_json, print_table, progress
-from onecopy.cli.params import ReferenceType, json_option
+from onecopy.cli.commands import Command
+from onecopy.cli.listing import Listing, listing_options, print_list
+from onecopy.cli.output import progress
+from onecopy.cli.params import ReferenceType
+from onecopy.cli.tables import print_table
 from onecopy.errors import InvalidInput
 from onecopy.model import Reference
 
@@ -17,33 +20,43 @@ if TYPE_CHECKING:
     from onecopy.guest.runtime import Runtime
 
 
-@click.command("pool")
+@click.command(
+    "pool",
+    cls=Command,
+    examples=[
+        ("onecopy pool hello 4", "Keep four guests of the saved system hello ready."),
+        ("onecopy pool hello 0", "End them."),
+    ],
+)
 @click.argument("system", required=False, type=ReferenceType("system"))
 @click.argument("size", required=False, type=click.IntRange(0, 10000))
-@click.option("--fill", is_flag=True, help="Fill all pools; nothing else.")
-@json_option
-def command(system: Reference | None, size: int | None, fill: bool, as_json: bool) -> None:
-    """Keep SIZE guests of SYSTEM prepared, so that `run` starts them faster; 0 for none.
+@click.option("--fill", is_flag=True, help="Fill all pools again, and do nothing else.")
+@listing_options
+def command(system: Reference | None, size: int | None, fill: bool, listing: Listing) -> None:
+    """Keep guests ready, so that `onecopy run` starts them faster.
 
-    A prepared guest is a QEMU that has loaded the saved system and waits: it costs its memory, as
-    `report` shows, and no processor. `run` takes it, with any ports, disks and segments; not with
-    --bridge, --allow-host or --ksm. Once half of a pool is taken it is filled again in the
-    background. Without SYSTEM the pools are listed. JSON: docs/json.md.
+    A ready guest is a QEMU process that has loaded SYSTEM and waits: it takes memory, as `onecopy
+    report` shows, but no CPU time. `onecopy run` uses it for any ports, disks and segments, but not
+    with --bridge, --allow-host or --ksm. When half of a pool is used, onecopy fills it again in the
+    background. Without SYSTEM the command lists the pools.
     """
     from onecopy.guest.lifecycle import pool
     from onecopy.guest.runtime import Runtime
 
     if system and (size is None or fill):
-        raise InvalidInput("how many?", hint="onecopy pool SYSTEM SIZE; 0 for none")
+        raise InvalidInput(
+            f"the number of guests to keep ready of {system} is missing, or --fill is given too",
+            hint=f"give a number: onecopy pool {system} 4",
+        )
     host = Runtime.open()
     if fill:
         asyncio.run(pool.fill(host))
     elif system and size is not None:
         with progress() as tell:
-            tell(f"preparing guests of {system}" if size else f"ending those of {system}")
-            _print([_resized(host, system, size)], as_json)
+            tell(f"{'starting' if size else 'ending'} guests of {system}")
+            _print([_resized(host, system, size)], listing)
     else:
-        _print(pool.pools(host), as_json)
+        _print(pool.pools(host), listing)
 
 
 def _resized(host: Runtime, system: Reference, size: int) -> Pool:
@@ -52,11 +65,16 @@ def _resized(host: Runtime, system: Reference, size: int) -> Pool:
     return asyncio.run(pool.resize(host, host.store.resolve(system, "system"), size))
 
 
-def _print(pools: list[Pool], as_json: bool) -> None:
+def _print(pools: list[Pool], listing: Listing) -> None:
     import msgspec
 
-    if as_json:
-        print_json(msgspec.to_builtins(pools))
-        return
-    rows = [[each.system, str(each.size), str(len(each.ready))] for each in pools]
-    print_table(["SYSTEM", "SIZE", "READY"], rows)
+    print_list(
+        listing,
+        msgspec.to_builtins(pools),
+        ("system", "size", "ready"),
+        name=lambda row: str(row["system"]),
+        table=lambda rows: print_table(
+            ["SYSTEM", "SIZE", "READY"],
+            [[row["system"], str(row["size"]), str(len(row["ready"]))] for row in rows],
+        ),
+    )

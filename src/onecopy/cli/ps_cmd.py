@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import duration, print_json, print_line, print_table
-from onecopy.cli.params import json_option
+from onecopy.cli.commands import Command
+from onecopy.cli.listing import Listing, listing_options, print_list
+from onecopy.cli.output import duration, print_line, reasons
+from onecopy.cli.tables import print_table
 
 if TYPE_CHECKING:
     from onecopy.guest.run_directory import GuestRecord
@@ -17,24 +20,30 @@ if TYPE_CHECKING:
 _HEADINGS = ["NAME", "KIND", "SOURCE", "ACCEL", "PID", "UP", "STARTED IN", "PORTS"]
 
 
-@click.command("ps")
-@click.option(
-    "-a", "--all", "every", is_flag=True, help="Also guests that ended by themselves, and why."
+@click.command(
+    "ps",
+    cls=Command,
+    examples=[
+        ("onecopy ps --all", "List ended guests, too, and why they ended."),
+        ("onecopy ps --filter kind=clone --format '{{.name}} {{.pid}}'", "Print a line per clone."),
+    ],
 )
-@json_option
-def command(every: bool, as_json: bool) -> None:
-    """List the running guests.
+@click.option(
+    "-a", "--all", "every", is_flag=True, help="List guests that ended by themselves, too."
+)
+@listing_options
+def command(every: bool, listing: Listing) -> None:
+    """List running guests.
 
-    A guest that ends by itself (it powers off, panics, its QEMU is killed...) stays known, with
-    what it printed last, until `onecopy rm` or `stop` removes it, or another guest has its name;
-    the newest 100 of them, until the host is booted.
-
-    JSON: one object per guest, the fields of guest.json (docs/json.md).
+    A guest that ends by itself (it powers off, panics, its QEMU is killed...) stays known with its
+    last output until `onecopy rm` or `onecopy stop` removes it, or another guest gets its name.
+    onecopy keeps the newest 100 of them until the host reboots.
     """
     import msgspec
 
     from onecopy.guest import ended_guests
     from onecopy.guest.lost_vmms import shown
+    from onecopy.guest.run_directory import GuestRecord
     from onecopy.guest.runtime import Runtime
     from onecopy.model import in_order
 
@@ -42,22 +51,31 @@ def command(every: bool, as_json: bool) -> None:
     guests = shown(host)
     if every:
         guests = sorted(guests + host.ended(), key=lambda guest: in_order(guest.name))
-    if as_json:
-        print_json(msgspec.to_builtins(guests))
-        return
+    rows = msgspec.to_builtins(guests)
+    guest_of = {id(row): guest for row, guest in zip(rows, guests, strict=True)}
+    print_list(
+        listing,
+        rows,
+        GuestRecord.__struct_fields__,
+        table=lambda left: _print([guest_of[id(row)] for row in left], every),
+    )
+    count = 0 if every or listing.by_script else len(ended_guests.names(host.run))
+    if count:
+        have = "1 guest has" if count == 1 else f"{count} guests have"
+        print_line(f"{have} ended: `onecopy ps --all`", sys.stderr)
+
+
+def _print(guests: Sequence[GuestRecord], every: bool) -> None:
     print_table(
         [*_HEADINGS, *(["STATE"] if every else [])],
         [[*_row(guest), *([_state(guest)] if every else [])] for guest in guests],
     )
     running = [guest for guest in guests if not guest.ended]
-    for reason in sorted({f"{each.accel}: {each.accel_reason}" for each in running if each.accel}):
+    for reason in reasons(running):
         print_line(reason)
     for guest in running:
         if guest.note:
             print_line(f"{guest.name}: {guest.note}; `onecopy stop {guest.name}` ends it")
-    if not every and (count := len(ended_guests.names(host.run))):
-        have = "1 guest has" if count == 1 else f"{count} guests have"
-        print_line(f"{have} ended: `onecopy ps -a`", sys.stderr)
 
 
 def _row(guest: GuestRecord) -> list[str]:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import click
 from msgspec import to_builtins
 
-from onecopy.cli.output import duration, print_json, print_line, print_table
+from onecopy.cli.commands import Command
+from onecopy.cli.output import duration, print_json, print_line
 from onecopy.cli.params import json_option
+from onecopy.cli.tables import print_table
 
 if TYPE_CHECKING:
     from onecopy.sharing.account import GuestAccount
@@ -17,20 +19,27 @@ if TYPE_CHECKING:
     from onecopy.sharing.report import Column
 
 
-@click.command("report")
+@click.command(
+    "report",
+    cls=Command,
+    examples=[
+        ("onecopy report", "Show all guests, and other QEMU processes."),
+        ("onecopy report --check", "Compare the sum with the host's own change in used memory."),
+    ],
+)
 @click.option(
     "--check",
     "checked",
     is_flag=True,
-    help="Add up the parts, and compare them with the host's own change in used memory.",
+    help="Also compare the sum of all parts with the change in the host's used memory.",
 )
 @json_option
 def command(checked: bool, as_json: bool) -> None:
-    """Show what the memory of all guests costs, by the kernel's counters.
+    """Show the memory of all guests, by the kernel's counters.
 
-    Other QEMU processes of this host are shown, too, in a table of their own. Figures are MiB; ?
-    is what the kernel does not tell this user. What `onecopy pool` has prepared is among the
-    guests, under names that begin with "pool.".
+    Figures are MiB; ? is a figure that the kernel does not tell this user. Other QEMU processes of
+    the host have a table of their own. Guests that `onecopy pool` keeps ready have names that begin
+    with "pool.".
     """
     from onecopy.guest.observe.accounts import checked_report, report_all
     from onecopy.guest.runtime import Runtime
@@ -60,13 +69,13 @@ def command(checked: bool, as_json: bool) -> None:
         for blob in result.blobs
     ]
     print_table(["SHARED FILE", "KIND", "SIZE", "RESIDENT", "GUESTS", "OTHERS"], blobs)
-    print("\nFigures are MiB; ? is what the kernel does not tell. Left out is what is 0 for all.")
+    print("\nFigures are MiB; ? is unknown. Columns that are 0 for all are not shown.")
     for column in columns:
         print(f"{column.heading}: {column.counts}")
     for note in sorted({each.note for each in every if each.note}):
         print_line(f"?: {note}")
     for each in result.left_out:
-        print_line(f"Left out: {each}.")
+        print_line(f"Skipped: {each}.")
     if compared:
         print()
         _print_check(compared)
@@ -75,15 +84,15 @@ def command(checked: bool, as_json: bool) -> None:
 def _print_check(compared: Check) -> None:
     from onecopy.sharing.cross_check import LINES
 
-    share = "" if compared.share is None else f"{compared.share:+.1%}"
+    ratio = "" if compared.ratio is None else f"{compared.ratio:+.1%}"
     rows = [
-        [name, _mib(getattr(compared, key)), share if key == "difference" else "", counts]
+        [name, _mib(getattr(compared, key)), ratio if key == "difference" else "", counts]
         for key, name, counts in LINES
     ]
     since = duration(compared.seconds)
     print_table(["CHECK", "MiB", "", f"since the first guest started, {since} ago"], rows)
     if compared.left_out:
-        print(f"{compared.left_out} of others' QEMU processes are not in it: they cannot be read.")
+        print(f"{compared.left_out} other QEMU processes are not counted: they cannot be read.")
 
 
 def _tells(column: Column, guests: Sequence[GuestAccount]) -> bool:
@@ -97,7 +106,7 @@ def _table(heading: str, columns: Sequence[Column], guests: Sequence[GuestAccoun
 
     rows = [[guest.name, *(_mib(report.value(guest, c)) for c in columns)] for guest in guests]
     sums = report.totals(guests)
-    rows.append(["in all", *(_mib(sums[column.key]) for column in columns)])
+    rows.append(["total", *(_mib(sums[column.key]) for column in columns)])
     print_table([heading, *(column.heading for column in columns)], rows)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.output import each_of
 from onecopy.cli.params import ReferenceType
 from onecopy.errors import InvalidInput, NotFound
@@ -15,26 +16,36 @@ if TYPE_CHECKING:
     from onecopy.guest.runtime import Runtime
 
 
-@click.command("rm")
-@click.argument("names", nargs=-1, type=ReferenceType(guests=True))
+@click.command(
+    "rm",
+    cls=Command,
+    examples=[
+        ("onecopy rm hello app:1.2", "Remove a saved system, and one version of a segment."),
+        ("onecopy rm --ended", "Remove what is kept of all ended guests."),
+    ],
+)
+@click.argument("names", nargs=-1, type=ReferenceType(guests=True), metavar="[NAME]...")
 @click.option(
     "--pending",
     is_flag=True,
-    help="Also if guests use it: it goes with the last of them, and nobody new can load it.",
+    help="Remove NAME even if guests use it. They keep it, nobody new can load it, and its last "
+    "user's end deletes it.",
 )
 @click.option(
     "--ended", "every_ended", is_flag=True, help="Remove all guests that ended by themselves."
 )
 def command(names: tuple[Reference, ...], pending: bool, every_ended: bool) -> int:
-    """Remove segments, saved systems, kernels, and guests that have ended.
+    """Remove segments, saved systems, kernels and ended guests.
 
-    What a guest uses is not removed: the error says who uses it. Of several all that can be
-    removed are; what cannot is told, and the exit code is that of the first.
+    The command refuses a NAME that guests use, and names the guests. It removes the other NAMES,
+    and exits with the code of the first failure.
     """
     from onecopy.guest.runtime import Runtime
 
     if every_ended == bool(names):
-        raise InvalidInput("say what to remove", hint="name it, or give --ended")
+        raise InvalidInput(
+            "names and --ended: exactly one of them is needed", hint="give names, or --ended"
+        )
     host = Runtime.open()
     if every_ended:
         _forget(host, *(guest.name for guest in host.ended()))
@@ -57,11 +68,11 @@ def _remove(host: Runtime, name: Reference, *, pending: bool) -> None:
             return
         if any(guest.name == name.name for guest in host.guests()):
             stop = f"`onecopy stop {name.name}` ends it"
-            raise NotFound(f"{name.name} is a guest that runs", hint=stop) from error
+            raise NotFound(f"{name.name} is a running guest", hint=stop) from error
         raise
     pool.trim(host)
     users = host.store.users(artifact.digest)
-    kept = f"; its bytes stay until {', '.join(users)} ends" if users else ""
+    kept = f"; its data stays until {', '.join(users)} ends" if users else ""
     print(f"{artifact.ref} removed{kept}")
 
 

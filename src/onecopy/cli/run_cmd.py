@@ -2,320 +2,89 @@
 
 from __future__ import annotations
 
-import asyncio
-import shlex
-import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli import signals
-from onecopy.cli.cold import boot_spec
-from onecopy.cli.output import duration, print_json, print_line, progress, tell_error
-from onecopy.cli.params import (
-    DiskType,
-    PublishType,
-    ReferenceType,
-    accel_option,
-    cold_options,
-    json_option,
-    typed_options,
+from onecopy.cli.commands import Command
+from onecopy.cli.output import progress
+from onecopy.cli.params import ReferenceType, program_argument
+from onecopy.cli.start_options import (
+    BOOT,
+    START,
+    CloneOptions,
+    Ports,
+    StartOptions,
+    clone_options,
+    start_options,
 )
-from onecopy.errors import InvalidInput
-from onecopy.model import MIB, Mergeable, Reference
+from onecopy.model import Reference
 
 if TYPE_CHECKING:
-    from onecopy.guest.lifecycle.admission import Need
-    from onecopy.guest.lifecycle.batch import Started
-    from onecopy.guest.lifecycle.disks import DiskSpec
+    from onecopy.cli.starting import Starter
     from onecopy.guest.run_directory import Batch, GuestRecord
     from onecopy.guest.runtime import Runtime
 
-Ports = tuple[tuple[int, int], ...]
-_COLD_ONLY = ("cpu", "run_command", "ready", "timeout", "no_network", "kernel", "modules")
 
-
-@click.command("run")
-@click.argument("source", type=ReferenceType())
-@click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
-@click.option("-n", "--count", type=click.IntRange(1, 10000), default=1, help="Start N guests.")
-@click.option("--name", help="The guest's name and hostname; NAME-1, NAME-2... for several.")
-@click.option(
-    "-p",
-    "--publish",
-    multiple=True,
-    type=PublishType(),
-    help="Forward a port of 127.0.0.1 to the guest; any free one without HOST or with 0. "
-    "Guest number i of several gets HOST + i - 1.",
+@click.command(
+    "run",
+    cls=Command,
+    examples=[
+        ("onecopy run --count 4 --name web --publish 8080:80 hello", "Start web-1 to web-4."),
+        ("onecopy run hello python3 --version", "Start a clone for one command."),
+    ],
+    option_groups={START: "Start options", BOOT: "Guest options"},
 )
-@click.option(
-    "--bridge",
-    default="",
-    metavar="NAME",
-    help="Make the guest a port of this bridge of the host's, by a tap device; it asks for an "
-    "address there (DHCP). Root only.",
-)
-@click.option(
-    "--cold", is_flag=True, help="SOURCE is a root segment, or a kernel by itself: boot it."
-)
-@click.option("--keep-going", is_flag=True, help="If a guest cannot start, keep the others.")
-@click.option("--keep", is_flag=True, help="With CMD: do not stop the guests when it has ended.")
-@click.option(
-    "--ksm",
-    type=click.Choice(["none", "ram", "all"]),
-    default="ram",
-    help="What KSM may merge while it runs (`onecopy ksm`): nothing of the guest, its RAM, or also "
-    "what QEMU itself keeps in memory, which then goes without address randomisation (Linux 6.4).",
-)
-@click.option(
-    "--disk",
-    "disks",
-    multiple=True,
-    type=DiskType(),
-    metavar="SIZE|FILE[:/MOUNTPOINT]",
-    help="A disk whose content stays: the guest's own, found again by --name, or an image (qcow2, "
-    "raw). Mounted there (ext4), or as /dev/onecopy/disk0. May be repeated.",
-)
-@click.option(
-    "--overcommit",
-    is_flag=True,
-    help="Start the guests even if the host may not have the memory for all of them.",
-)
-@cold_options
-@accel_option
-@click.option("--dry-run", is_flag=True, help="Print QEMU's command line and do nothing.")
-@json_option
+@click.argument("system", type=ReferenceType("system"))
+@program_argument()
+@start_options
+@clone_options
 def command(
-    source: Reference,
-    cmd: tuple[str, ...],
-    count: int,
-    name: str | None,
-    publish: Ports,
-    bridge: str,
-    cold: bool,
-    keep_going: bool,
-    keep: bool,
-    ksm: str,
-    disks: tuple[DiskSpec, ...],
-    overcommit: bool,
-    dry_run: bool,
-    as_json: bool,
-    **options: Any,
+    system: Reference, program: tuple[str, ...], start: StartOptions, clone: CloneOptions
 ) -> int:
-    """Start guests from a saved system, or boot them cold.
+    """Start guests from a saved system.
 
-    From a saved system --memory and --cpus give more than was saved, and --segment loads further
-    segments; what cannot be had ends the start.
-
-    With CMD (after --), run it in each guest, stop the guests when it has ended, and exit with its
-    exit code.
+    With CMD, run it in each guest, stop the guests when it has ended, and exit with its exit code.
+    Options of onecopy stand before SYSTEM. The start fails if a guest cannot get what an option
+    requests.
     """
-    from onecopy.guest.lifecycle import batch, pool
-    from onecopy.guest.lifecycle.disks import check_disks
-    from onecopy.guest.ports import numbered
+    from onecopy.cli import starting
     from onecopy.guest.runtime import Runtime
 
-    check_disks(disks, named=name is not None, count=count)
-    host = Runtime.open()
-    names = batch.names_for(source.name, name, count)
     with progress() as tell:
-        if ksm == "all":
-            _tell_of_ksm(tell)
-        options |= {"ksm": ksm, "bridge": bridge, "disks": disks}
-        if cold:
-            starter, need = _cold(host, source, options, count, tell, needs_agent=bool(cmd))
-        else:
-            starter, need = _clone(host, source, options, count, needs_agent=bool(cmd))
-        _tell_of_room(tell, need)
-        ports = {one: numbered(publish, number) for number, one in enumerate(names)}
-        if dry_run:
-            argv = [starter(one, ports[one]).argv() for one in names]
-        else:
-            start = batch.start_many(
-                host,
-                names,
-                lambda one, batch: starter(one, ports[one]).start(batch),
-                keep_going=keep_going,
-                each=0 if overcommit else need.each,
-            )
-            code = _started(_finished(host, start, cmd, keep), as_json, bool(cmd))
-            pool.refill(host)
-            return code
-    for line in argv:
-        print(shlex.join(line))
-    return 0
+        starting.check(system.name, start, tell)
+        host = Runtime.open()
+        starter = _starter(host, system, start, clone, needs_agent=bool(program))
+        return starting.start_guests(host, system.name, starter, start, program, tell)
 
 
-class _Start:
-    """One guest to be: its command line, or itself."""
-
-    def __init__(
-        self,
-        argv: Callable[[], list[str]],
-        start: Callable[[Batch], Awaitable[GuestRecord]],
-    ) -> None:
-        self.argv = argv
-        self.start = start
-
-
-def _clone(
-    host: Runtime, source: Reference, options: dict[str, Any], count: int, *, needs_agent: bool
-) -> tuple[Callable[[str, Ports], _Start], Need]:
+def _starter(
+    host: Runtime, system: Reference, start: StartOptions, clone: CloneOptions, *, needs_agent: bool
+) -> Starter:
+    from onecopy.cli.starting import Starter
     from onecopy.guest.lifecycle import admission, restore
     from onecopy.guest.lifecycle.resources import ExtraResources, added_memory
     from onecopy.guest.run_directory import no_agent
     from onecopy.vmm.accel import Choice
 
-    typed = typed_options()
-    saved = [typed[key] for key in _COLD_ONLY if key in typed]
-    if saved:
-        raise InvalidInput(
-            f"{saved[0]} is part of a saved system and cannot be changed",
-            hint="give it to `onecopy save`, or boot a segment with --cold",
-        )
-    fitting = ExtraResources(
-        memory=options["memory"] if "memory" in typed else None,
-        cpus=options["cpus"] if "cpus" in typed else None,
-        segments=options["segments"],
-        disks=options["disks"],
+    extra = ExtraResources(
+        memory=clone.memory, cpus=clone.cpus, segments=clone.segments, disks=start.disks
     )
-    template = restore.template(
-        host, host.store.resolve(source, "system"), Choice(options["accel"])
-    )
+    template = restore.template(host, host.store.resolve(system, "system"), Choice(clone.accel))
     if needs_agent and not template.config.agent:
-        raise no_agent(str(source))
+        raise no_agent(str(system))
+    added = added_memory(extra, template.config)
+    need = admission.of_clones(template.accel.name, start.number, added)
 
-    added = added_memory(fitting, template.config)
-    need = admission.of_clones(template.accel.name, count, added)
-
-    def starter(name: str, ports: Ports) -> _Start:
-        bridge, ksm, allow_host = (options[key] for key in ("bridge", "ksm", "allow_host"))
-        spec = restore.CloneSpec(
-            ports, bridge, Mergeable(ksm), fitting, allow_host, need.translated
-        )
-        return _Start(
-            lambda: restore.dry_run(host, template, name, spec),
-            lambda batch: restore.start_clone(host, template, name, spec, batch),
+    def spec(ports: Ports) -> restore.CloneSpec:
+        return restore.CloneSpec(
+            ports, start.bridge, start.ksm, extra, clone.allow_host, need.translated
         )
 
-    return starter, need
+    def begin(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
+        return restore.start_clone(host, template, name, spec(ports), batch)
 
-
-def _cold(
-    host: Runtime,
-    source: Reference,
-    options: dict[str, Any],
-    count: int,
-    tell: Callable[[str], None],
-    *,
-    needs_agent: bool,
-) -> tuple[Callable[[str, Ports], _Start], Need]:
-    from msgspec.structs import replace
-
-    from onecopy.guest.lifecycle import admission, boot, bootplan
-    from onecopy.guest.run_directory import no_agent
-
-    # What is run in it by `exec` is a reason to be up.
-    spec = replace(boot_spec(source, **options), idle=needs_agent)
-    prepared = bootplan.plan_boot(host, spec, tell)
-    if needs_agent and not prepared.agent:
-        raise no_agent(str(source))
-    tell(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
-    need = admission.of_cold(prepared.accel.name, prepared.hardware.memory, count)
-    spec = replace(prepared.spec, translated=need.translated)
-
-    def starter(name: str, ports: Ports) -> _Start:
-        mine = replace(prepared, spec=replace(spec, publish=ports))
-        return _Start(
-            lambda: boot.dry_run(host, mine, name),
-            lambda batch: boot.boot_guest(host, mine, name, batch),
-        )
-
-    return starter, need
-
-
-def _tell_of_room(tell: Callable[[str], None], need: Need) -> None:
-    from onecopy.vmm.argv import TRANSLATED
-
-    if need.translated < TRANSLATED:
-        tell(
-            f"the host has memory for {need.translated // MIB} MiB of translated code in each "
-            f"QEMU, not {TRANSLATED // MIB}: guests that work are slower"
-        )
-
-
-def _tell_of_ksm(tell: Callable[[str], None]) -> None:
-    from onecopy.linux.counters import ksm
-
-    state = ksm.read()
-    if state and state.run != 1:
-        tell("KSM does not run, so nothing is merged yet (root: `onecopy ksm on`)")
-
-
-def _finished(
-    host: Runtime, start: Awaitable[Started], cmd: Sequence[str], keep: bool
-) -> tuple[Started, int]:
-    """As _then(); interrupted, even if all run by then, it leaves no guest that nobody knows of."""
-    from onecopy.guest.lifecycle.batch import undo
-
-    untold: list[GuestRecord] = []
-    try:
-        result = asyncio.run(_then(host, start, cmd, keep, untold))
-        signals.ignore()
-    except BaseException:
-        undo(host, untold)
-        raise
-    return result
-
-
-async def _then(
-    host: Runtime,
-    start: Awaitable[Started],
-    cmd: Sequence[str],
-    keep: bool,
-    untold: list[GuestRecord],
-) -> tuple[Started, int]:
-    """Start, then run ``cmd`` in each guest; returns the first exit code that is not 0.
-
-    Without a command ``untold`` gets the guests, in the same step in which they are handed out.
-    """
-    from onecopy.guest.exec import run_streaming
-    from onecopy.guest.exec_streams import Streams, to_file
-    from onecopy.guest.lifecycle.stop import sync_disks
-
-    started = await start
-    if not cmd:
-        untold += started.guests
-        return started, 0
-    sys.stdout.flush()
-    passed = Streams(to_file(1), to_file(2))
-    try:
-        codes = await asyncio.gather(
-            *(run_streaming(host.run / guest.name, cmd, passed) for guest in started.guests)
-        )
-    finally:
-        if not keep:
-            await asyncio.gather(*(sync_disks(host, guest) for guest in started.guests))
-            host.end(*started.guests)
-    return started, next((code for code in codes if code), 0)
-
-
-def _started(result: tuple[Started, int], as_json: bool, quiet: bool) -> int:
-    import msgspec
-
-    started, code = result
-    if as_json:
-        failures = [
-            {"name": name, "error": error.id, "message": error.message}
-            for name, error in started.failures
-        ]
-        print_json({"guests": msgspec.to_builtins(started.guests), "failures": failures})
-    elif not quiet:
-        for guest in started.guests:
-            ports = "".join(f" 127.0.0.1:{host}->{port}" for host, port in guest.publish)
-            how = f"started in {duration(guest.start_seconds)} under {guest.accel}"
-            print_line(f"{guest.name} {how} ({guest.accel_reason}){ports}")
-    for name, error in started.failures:
-        tell_error(error, f"{name} did not start: ")
-    return code or (started.failures[0][1].exit_code if started.failures else 0)
+    return Starter(
+        need, lambda name, ports: restore.dry_run(host, template, name, spec(ports)), begin
+    )

@@ -1,5 +1,7 @@
 """onecopy save"""
 
+from __future__ import annotations
+
 import asyncio
 import shlex
 import sys
@@ -7,18 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
-from onecopy.cli.cold import boot_spec
+from onecopy.cli.commands import Command
 from onecopy.cli.output import duration, print_json, print_line, progress
-from onecopy.cli.params import (
-    GuestType,
-    HookType,
-    ReferenceType,
-    accel_option,
-    cold_options,
-    json_option,
-    typed_options,
-)
+from onecopy.cli.params import GuestType, ReferenceType, json_option
+from onecopy.cli.start_options import BOOT, BootOptions, HookType, boot_options, split_hooks
 from onecopy.errors import InvalidInput
 from onecopy.model import Reference, check_new_name, format_size
 
@@ -27,18 +23,23 @@ if TYPE_CHECKING:
     from onecopy.guest.machine import Generator
     from onecopy.guest.runtime import Runtime
 
-#: Options that go with --from, too.
-_FOR_ALL = ("system", "guest", "on_clone", "clone_hooks", "as_json")
 
-
-@click.command("save")
+@click.command(
+    "save",
+    cls=Command,
+    examples=[
+        (
+            "onecopy save hello --root python --segment app:/srv --command 'python3 /srv/app.py'",
+            "Boot a guest, and save it once it is ready.",
+        ),
+        ("onecopy save --from web-1 later", "Save the running guest web-1."),
+    ],
+    option_groups={BOOT: "Options with --root"},
+)
 @click.argument("system", type=ReferenceType("system"))
-@click.option("--root", type=ReferenceType("segment"), help="Boot this root segment and save it.")
-@click.option("--from", "guest", type=GuestType(), help="Save this guest as it is; it runs on.")
+@click.option("--root", type=ReferenceType("segment"), help="Boot this root segment, and save it.")
 @click.option(
-    "--on-clone",
-    metavar="CMD",
-    help="Each clone runs CMD, by a shell, before it is handed out; not if that fails.",
+    "--from", "guest", type=GuestType(), help="Save this running guest, which keeps running."
 )
 @click.option(
     "--clone-hook",
@@ -46,66 +47,76 @@ _FOR_ALL = ("system", "guest", "on_clone", "clone_hooks", "as_json")
     multiple=True,
     type=HookType(),
     metavar="HOOK",
-    help="Each clone runs HOOK before it is handed out, and before --on-clone: a ready one by its "
-    "name, auto (all for programs found in the guest), none, restart:UNIT, restart:PROGRAM or "
-    "signal:NAME:PROGRAM. May be repeated.",
+    help="Run HOOK in each clone when it starts; the start fails if HOOK fails. HOOK is a ready "
+    "one by name, auto (all ready ones for programs found in the guest), none, restart:UNIT, "
+    "restart:PROGRAM, signal:NAME:PROGRAM or command:CMD, a shell command, which runs last. May be "
+    "repeated.",
 )
-@cold_options
-@accel_option
-@click.option("--dry-run", is_flag=True, help="Print QEMU's command line and do nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print QEMU's command line, and save nothing; only with --root.",
+)
 @json_option
+@boot_options
 def command(
     system: Reference,
     root: Reference | None,
     guest: str | None,
-    on_clone: str | None,
     clone_hooks: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
-    **options: Any,
+    boot: BootOptions,
 ) -> None:
-    """Save a guest as a system: one that is booted for it and is ready, or one that runs.
+    """Save a guest as a system that clones start from.
 
-    Any number of guests then start from it in milliseconds (`onecopy run SYSTEM`), copy-on-write.
-    Programs with random generators of their own draw alike in all of them: a warning names these,
-    and --clone-hook has them seeded again.
+    The command boots a guest (--root) and saves it when it is ready, or saves a running guest
+    (--from). `onecopy run SYSTEM` then starts any number of clones in milliseconds; they share the
+    saved memory copy-on-write.
+
+    Programs with random generators of their own draw the same values in all clones. A warning names
+    them, and clone hooks reseed them.
     """
     from onecopy.guest.runtime import Runtime
 
     if (root is None) == (guest is None):
         raise InvalidInput(
-            "what is to be saved?", hint="give --root SEGMENT to boot one, or --from GUEST"
+            "--root and --from: exactly one of them is needed",
+            hint="give --root SEGMENT to boot a guest, or --from GUEST",
         )
     check_new_name(system.name)
+    hooks = Hooks(*split_hooks(clone_hooks))
     host = Runtime.open()
-    # None leaves what a clone that is saved has from its own saved system.
-    hooks = Hooks(on_clone, clone_hooks or None)
     if guest is not None:
-        _require_no_more()
+        _require_no_boot()
         _print(_running(host, system, guest, hooks), as_json)
     elif root is not None and dry_run:
-        print(shlex.join(_argv(host, root, options)))
+        print(shlex.join(_argv(host, root, boot)))
     elif root is not None:
-        _print(_booted(host, system, root, options, hooks), as_json)
+        _print(_booted(host, system, root, boot, hooks), as_json)
 
 
 class Hooks(NamedTuple):
-    """What each clone runs before it is handed out."""
+    """What each clone runs when it starts; None leaves what a clone has from its own system."""
 
     on_clone: str | None
     clone_hooks: tuple[str, ...] | None
 
 
-def _require_no_more() -> None:
-    typed = typed_options()
-    boots = [typed[key] for key in typed if key not in _FOR_ALL]
-    if boots:
-        raise InvalidInput(
-            f"{boots[0]} says how to boot a guest, and this one runs", hint="leave it out"
-        )
+def _require_no_boot() -> None:
+    """Raise InvalidInput if an option is typed that a running guest cannot have."""
+    context = click.get_current_context()
+    for each in context.command.params:
+        name = each.name or ""
+        typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if typed and (name in BootOptions._fields or name == "dry_run"):
+            raise InvalidInput(
+                f"{each.opts[0]} needs --root: the guest of --from runs already",
+                hint=f"leave {each.opts[0]} out",
+            )
 
 
-def _running(host: "Runtime", system: Reference, guest: str, hooks: Hooks) -> "Saved":
+def _running(host: Runtime, system: Reference, guest: str, hooks: Hooks) -> Saved:
     from onecopy.guest.lifecycle import save
 
     with progress() as tell:
@@ -113,23 +124,23 @@ def _running(host: "Runtime", system: Reference, guest: str, hooks: Hooks) -> "S
 
 
 def _booted(
-    host: "Runtime", system: Reference, root: Reference, options: dict[str, Any], hooks: Hooks
-) -> "Saved":
+    host: Runtime, system: Reference, root: Reference, boot: BootOptions, hooks: Hooks
+) -> Saved:
     from onecopy.guest.lifecycle import save
 
     with progress() as tell:
-        spec = boot_spec(root, **options)
+        spec = boot.spec(root)
         return asyncio.run(save.save_system(host, system, spec, tell, **hooks._asdict()))
 
 
-def _argv(host: "Runtime", root: Reference, options: dict[str, Any]) -> list[str]:
+def _argv(host: Runtime, root: Reference, boot: BootOptions) -> list[str]:
     from onecopy.guest.lifecycle import bootplan, save
 
     with progress() as tell:
-        return save.dry_run(host, bootplan.plan_boot(host, boot_spec(root, **options), tell))
+        return save.dry_run(host, bootplan.plan_boot(host, boot.spec(root), tell))
 
 
-def _print(saved: "Saved", as_json: bool) -> None:
+def _print(saved: Saved, as_json: bool) -> None:
     artifact = saved.artifact
     if as_json:
         print_json(document(saved))
@@ -137,14 +148,14 @@ def _print(saved: "Saved", as_json: bool) -> None:
         print(f"{artifact.ref} {artifact.digest} {format_size(artifact.size)}")
         print(
             f"{format_size(saved.stored)} of {format_size(saved.memory)} of RAM stored; "
-            f"the guest stood {duration(saved.pause)}"
+            f"guest paused for {duration(saved.pause)}"
         )
     for line in warning(saved.generators):
         print_line(f"onecopy: {line}", sys.stderr)
 
 
-def document(saved: "Saved") -> dict[str, Any]:
-    """What --json prints (docs/json.md)."""
+def document(saved: Saved) -> dict[str, Any]:
+    """Return what --json prints (docs/json.md)."""
     import msgspec
 
     return {
@@ -159,26 +170,26 @@ def document(saved: "Saved") -> dict[str, Any]:
     }
 
 
-def _way(found: "Generator") -> str:
+def _way(found: Generator) -> str:
     if found.hook:
         return f"--clone-hook {found.hook}"
     if found.unit.endswith(".service"):
         return f"--clone-hook restart:{found.unit}"
-    return f"--clone-hook signal:NAME:{found.program}, if a signal has it seed again"
+    return f"--clone-hook signal:NAME:{found.program}, if a signal makes it reseed"
 
 
-def warning(generators: "Sequence[Generator]") -> list[str]:
-    """What clones have in common, and what to do about it; nothing if nothing is left to do."""
+def warning(generators: Sequence[Generator]) -> list[str]:
+    """Return lines that name generators which clones share; none if hooks cover all of them."""
     left = sorted((g for g in generators if not g.covered), key=lambda g: not g.secrets)
     if not left:
         return []
-    lines = ["warning: all clones draw the same random values from these programs' generators:"]
+    lines = ["warning: the random generators of these programs give all clones the same values:"]
     for each in left:
         kind = "keys and tokens" if each.secrets else "numbers"
         unit = f" in {each.unit}" if each.unit else ""
         lines.append(f"  {each.program}{unit} ({each.source}): {kind}; {_way(each)}")
     lines.append(
-        "save again with these hooks (auto: all ready ones), or have --on-clone restart the "
-        "programs; docs/saved-systems.md"
+        "save again with these hooks (auto: all ready ones), or restart the programs with "
+        "--clone-hook command:CMD; docs/saved-systems.md"
     )
     return lines

@@ -7,16 +7,25 @@ import sys
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.output import print_line
 
 
-@click.command("serve")
+@click.command(
+    "serve",
+    cls=Command,
+    examples=[
+        ("onecopy serve", "Serve requests, and print each, until Ctrl-C."),
+        ("onecopy exec web onecopy-segment load notes /srv", "Request a segment in a guest."),
+    ],
+)
 @click.option("--quiet", is_flag=True, help="Do not print each request.")
 def command(quiet: bool) -> None:
-    """Answer guests that ask for segments by name, until it is ended.
+    """Serve guests that request segments by name.
 
-    In a guest: onecopy-segment load NAME [MOUNTPOINT], unload, find, list. The rules are those of
-    `onecopy attach`. Guests go on without it; they just cannot ask.
+    In a guest, `onecopy-segment load NAME [MOUNTPOINT]`, `unload`, `find` and `list` send requests.
+    The rules are those of `onecopy attach`. The command runs until it is ended; guests run on
+    without it, but their requests fail.
     """
     from onecopy.guest.runtime import Runtime
     from onecopy.guest.segments.service import serve
@@ -26,5 +35,5 @@ def command(quiet: bool) -> None:
             print_line(text, sys.stderr)
 
     host = Runtime.open()
-    tell(f"onecopy: answering the guests of {host.store.root}")
+    tell(f"onecopy: serving the guests of {host.store.root}")
     asyncio.run(serve(host, tell))

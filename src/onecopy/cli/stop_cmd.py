@@ -4,32 +4,41 @@ import asyncio
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.output import each_of
 from onecopy.cli.params import GuestType, SecondsType
 from onecopy.errors import InvalidInput
 
 
-@click.command("stop")
-@click.argument("guests", nargs=-1, type=GuestType(ended=True))
-@click.option("--all", "every", is_flag=True, help="All guests that run.")
+@click.command(
+    "stop",
+    cls=Command,
+    examples=[
+        ("onecopy stop web-1 web-2", "Shut two guests down."),
+        ("onecopy stop --all --now", "End all guests at once."),
+    ],
+)
+@click.argument("guests", nargs=-1, type=GuestType(ended=True), metavar="[GUEST]...")
+@click.option("--all", "every", is_flag=True, help="Stop all running guests.")
 @click.option(
     "--timeout",
     type=SecondsType(0),
     default=10,
     show_default=True,
     metavar="SECONDS",
-    help="How long the programs of each guest get to end before they are killed. Time in which the "
-    "guest waits for the host's processors does not count.",
+    help="Time for the programs of each guest to end, in seconds; then they are killed. Time in "
+    "which the guest waits for the host's processors does not count.",
 )
 @click.option(
     "--now",
     is_flag=True,
-    help="Do not ask: end them (what they wrote is gone anyway, but for disks).",
+    help="End the guests without shutting them down. Unwritten data of their disks may be lost.",
 )
 def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> int:
-    """Stop guests: ask, wait, end.
+    """Stop guests.
 
-    Nothing is kept of them. One that had ended by itself is told, and removed.
+    The command asks each guest to shut down, waits, and ends it. Only the content of disks
+    (`--disk`) stays. A guest that had ended by itself is reported and removed.
     """
     from onecopy.guest import ended_guests
     from onecopy.guest.lifecycle.stop import stop_guests
@@ -38,7 +47,9 @@ def command(guests: tuple[str, ...], every: bool, timeout: float, now: bool) -> 
     from onecopy.guest.runtime import Runtime
 
     if every == bool(guests):
-        raise InvalidInput("say which guests to stop", hint="name them, or give --all")
+        raise InvalidInput(
+            "guests and --all: exactly one of them is needed", hint="name guests, or give --all"
+        )
     host = Runtime.open()
     records = shown(host) if every else []
     gone: list[GuestRecord] = []

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.params import ReferenceType, domain_of, domain_option
 from onecopy.model import Reference
 
 
-@click.command("tag")
+@click.command(
+    "tag",
+    cls=Command,
+    examples=[
+        ("onecopy tag app:1.3 app", "Let app without a version mean version 1.3."),
+        ("onecopy tag --domain lab python lab-python", "Copy a segment into a trust domain."),
+    ],
+)
 @click.argument("source", type=ReferenceType())
 @click.argument("target", type=ReferenceType())
 @domain_option
 def command(source: Reference, target: Reference, domain: str | None) -> None:
-    """Give a segment, saved system or kernel a further name or version.
+    """Add a name or version to a segment, saved system or kernel.
 
-    NAME without a version is NAME:latest, what is meant when no version is given. In another trust
-    domain it is a copy, in memory too.
+    NAME without a version is NAME:latest. In another trust domain the target is a copy, on disk and
+    in memory.
     """
     from onecopy.store import Store
 

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import as_it_is, table_lines
+from onecopy.cli.commands import Command
+from onecopy.cli.output import as_it_is
 from onecopy.cli.params import SecondsType
+from onecopy.cli.tables import table_lines
 from onecopy.model import format_size
 from onecopy.printable import printable
 
@@ -27,26 +29,35 @@ if TYPE_CHECKING:
 _KEYS = {"c": "cpu", "o": "own", "s": "shared", "m": "merged", "n": "name"}
 
 
-@click.command("top")
+@click.command(
+    "top",
+    cls=Command,
+    examples=[
+        ("onecopy top", "Watch all guests until q is typed."),
+        ("onecopy top --sort own --interval 10 >figures", "Print one sample of 10 seconds."),
+    ],
+)
 @click.option(
     "--sort",
     type=click.Choice(list(_KEYS.values())),
     default="cpu",
     show_default=True,
-    help="What comes first; c, o, s, m, n change it.",
+    help="Order of the guests. The keys c, o, s, m and n change it.",
 )
 @click.option(
     "--interval",
     type=SecondsType(0.2),
     default=3.0,
     show_default=True,
-    help="Seconds between two looks.",
+    metavar="SECONDS",
+    help="Time between two samples, in seconds.",
 )
 def command(sort: str, interval: float) -> None:
-    """Show guests, what they share and KSM, live, until q is typed.
+    """Watch the memory and CPU use of guests.
 
-    Without a terminal: once, after one interval. Figures are MiB. OWN is anonymous memory, merged
-    pages once for each place; `onecopy report` tells more exactly, and takes longer.
+    q ends the command. Without a terminal it prints one sample, after one interval. Figures are
+    MiB. OWN is anonymous memory, in which a merged page counts once for each place. `onecopy
+    report` is more exact, and takes longer.
     """
     from onecopy.guest.observe.top import Watch
     from onecopy.guest.runtime import Runtime
@@ -55,7 +66,7 @@ def command(sort: str, interval: float) -> None:
     watch.look()
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         time.sleep(interval)
-        print("\n".join(_lines(watch.look(), sort, None)))
+        print("\n".join(_lines(watch.look(), sort)))
         return
     _live(watch.look, sort, interval)
 
@@ -69,7 +80,7 @@ def _live(look: Callable[[], View], sort: str, interval: float) -> None:
     with _keys(), Live(console=console, screen=True, auto_refresh=False) as live:
         view = look()
         while True:
-            lines = _lines(view, sort, console.height)
+            lines = _lines(view, sort, console.height, console.width)
             text = Text("\n".join(map(printable, lines)), no_wrap=True, overflow="crop")
             live.update(text, refresh=True)
             key = _typed(interval)
@@ -100,8 +111,8 @@ def _typed(seconds: float) -> str:
     return os.read(0, 1).decode(errors="replace") or "q"
 
 
-def _lines(view: View, sort: str, height: int | None) -> list[str]:
-    """The screen; ``height`` lines of it, or all."""
+def _lines(view: View, sort: str, height: int | None = None, width: int | None = None) -> list[str]:
+    """Lay the screen out: ``height`` lines of ``width`` columns, or all."""
     from onecopy.sharing.live_figures import ordered
 
     head = [
@@ -111,15 +122,16 @@ def _lines(view: View, sort: str, height: int | None) -> list[str]:
         "",
     ]
     files = [
-        [name[:40], _mib(size), _mib(resident), str(guests)]
+        [name if width else name[:40], _mib(size), _mib(resident), str(guests)]
         for name, size, resident, guests in view.files
     ]
-    below = ["", *table_lines(["SHARED FILE", "SIZE", "RESIDENT", "GUESTS"], files)]
+    below = ["", *table_lines(["SHARED FILE", "SIZE", "RESIDENT", "GUESTS"], files, width)]
     room = None if height is None else max(height - len(head) - len(below) - 2, 1)
     rows = ordered(view.rows, sort)
     guests = table_lines(
         ["GUEST", "PID", "CPU", "OWN", "SHARED", "MERGED", "SWAPPED", "PAGE TABLES"],
         [_row(row) for row in rows[:room]],
+        width,
     )
     more = [f"... and {len(rows) - room} more"] if room and len(rows) > room else []
     return [*head, *guests, *more, *below]

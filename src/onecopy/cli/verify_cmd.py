@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from onecopy.cli.commands import Command
 from onecopy.cli.params import ReferenceType
 from onecopy.errors import InvalidInput, OnecopyError, StoreDamaged
 from onecopy.model import Reference
@@ -14,21 +15,30 @@ if TYPE_CHECKING:
     from onecopy.store import Artifact
 
 
-@click.command("verify")
-@click.argument("names", nargs=-1, type=ReferenceType())
-@click.option("--all", "everything", is_flag=True, help="All that is in the store.")
+@click.command(
+    "verify",
+    cls=Command,
+    examples=[
+        ("onecopy verify python hello:2", "Check a segment and a saved system."),
+        ("onecopy verify --all", "Check the whole store."),
+    ],
+)
+@click.argument("names", nargs=-1, type=ReferenceType(), metavar="[NAME]...")
+@click.option("--all", "everything", is_flag=True, help="Check all entries of the store.")
 def command(names: tuple[Reference, ...], everything: bool) -> None:
-    """Read segments or saved systems, compare their digests, check their file systems.
+    """Check the digests and file systems of segments and saved systems.
 
-    Of several all are read, and it fails at the end if one is damaged. It says if fs-verity is on:
-    then the kernel checks what guests read, too, and lets nobody write to it.
+    The command reads every entry, and fails at the end if one is damaged. It also tells whether
+    fs-verity protects the files, so that the kernel checks what guests read.
     """
     from onecopy.images.fsck import check_images
     from onecopy.store import Store
     from onecopy.store.disk import file_errors
 
     if bool(names) == everything:
-        raise InvalidInput("it is not said what to verify", hint="give names, or --all")
+        raise InvalidInput(
+            "names and --all: exactly one of them is needed", hint="give names, or --all"
+        )
     store = Store()
     damaged: list[OnecopyError] = []
     for artifact in store.artifacts() if everything else map(store.resolve, names):
@@ -44,7 +54,7 @@ def command(names: tuple[Reference, ...], everything: bool) -> None:
     if damaged:
         raise StoreDamaged(
             "\n".join(error.message for error in damaged),
-            hint="\n".join(dict.fromkeys(error.hint for error in damaged)),
+            hint="; ".join(dict.fromkeys(error.hint for error in damaged)),
         )
 
 

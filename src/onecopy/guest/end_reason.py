@@ -32,7 +32,7 @@ class Cause(StrEnum):
     HALTED = "halted"
     PANIC = "kernel-panic"
     COMMAND = "command-ended"
-    """The command that it ran under the minimal init (`--run`)."""
+    """The command that it ran under the minimal init (`--command`)."""
     OUT_OF_MEMORY = "out-of-memory"
     """In the guest, so that its kernel panicked or its command was killed."""
     KILLED = "killed"

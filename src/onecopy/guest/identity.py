@@ -170,7 +170,7 @@ def _failed(said: str) -> AgentFailed:
     doing = _FAILURES.get(what, f"become what it should ({shown(said)!r})")
     return AgentFailed(
         f"the guest could not {doing}{': ' if details else ''}{shown(details)}",
-        hint="a clone is handed out, and a guest saved, only if it can: `onecopy run --cold` its "
+        hint="a clone is handed out, and a guest saved, only if it can: `onecopy boot` its "
         "root segment to see what is wrong",
     )
 

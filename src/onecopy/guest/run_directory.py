@@ -87,7 +87,7 @@ class Attached(msgspec.Struct, frozen=True):
     mountpoint: str
     """"" if it is not mounted."""
     state: str
-    """``loaded``; ``loading``; or ``kept``: unloaded, but QEMU cannot take its device away."""
+    """``loaded``; ``loading``; or ``detached``: unloaded, but QEMU cannot take its device away."""
     exclusive: bool = False
     """Loaded as a copy of the guest's own, to write to, of what others only read."""
 
@@ -99,16 +99,16 @@ class GuestDisk(msgspec.Struct, frozen=True):
     """/dev/onecopy/NAME in the guest."""
     path: str
     """The image on the host."""
-    form: str
+    format: str
     """``raw`` or ``qcow2``."""
-    own: bool
+    owned: bool
     """Whether it is the guest's own, found again by the guest's name."""
     mountpoint: str
     """"" if it is not mounted."""
     address: str
     """Bus and slot on PCI, in hexadecimal: ``01:05``."""
-    made: bool = False
-    """Whether it was made for this guest, at its start."""
+    created: bool = False
+    """Whether it was created for this guest, at its start."""
 
 
 class GuestRecord(msgspec.Struct, frozen=True):
@@ -164,7 +164,7 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """How it ended, if it has, by itself (ended_guests.py)."""
     note: str = ""
     """What is wrong with it now (lost_vmms.py); "" as a rule, and always in the file."""
-    schema: int = 3
+    schema: int = 4
 
     @property
     def process(self) -> Process:
@@ -174,7 +174,9 @@ class GuestRecord(msgspec.Struct, frozen=True):
 
 def no_guest(name: str) -> NotFound:
     """The error for a name that no guest has."""
-    return NotFound(f"there is no guest {name!r}", hint="`onecopy ps` lists the running guests")
+    return NotFound(
+        f"there is no guest {name!r}", hint="`onecopy ps` lists the running guests", guest=name
+    )
 
 
 def no_agent(name: str) -> AgentFailed:

@@ -132,7 +132,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
             record.name
             for record in self.guests()
             for item in record.attached
-            if item.digest == segment and item.state == "kept"
+            if item.digest == segment and item.state == "detached"
         }
 
     @contextlib.contextmanager

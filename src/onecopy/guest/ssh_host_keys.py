@@ -14,7 +14,7 @@ FAILED = "failed key-"
 _REASONS = {
     "certificate": (
         "a host certificate certifies the SSH host key of this guest, and clones get other keys",
-        "remove the certificate, and let --on-clone get one for each clone; or take "
+        "remove the certificate, and let --clone-hook command:CMD get one for each clone; or take "
         "HostCertificate out of sshd_config(5)",
     ),
     "keygen": (

@@ -67,7 +67,7 @@ def build_segment(
         if options != _DEFAULTS:
             raise InvalidInput(
                 "a kernel by itself has no packages, no file system and no class",
-                hint="leave --include, --fs, --class and --room out",
+                hint="leave --include, --fs, --class and --free-space out",
             )
         path = source.removeprefix(PREFIX)
         return build_bare(store, ref, path, access=access, progress=progress)

@@ -55,7 +55,7 @@ class Check(msgspec.Struct, frozen=True):
     parts: int
     host: int
     difference: int
-    share: float | None
+    ratio: float | None
     """The difference by the host's change; None when there is none."""
     left_out: int = 0
     """How many QEMU processes of others are not in it: ended, or not to be looked at."""
@@ -138,7 +138,7 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
         parts=parts,
         host=host,
         difference=parts - host,
-        share=(parts - host) / host if host > 0 else None,
+        ratio=(parts - host) / host if host > 0 else None,
         left_out=sum(isinstance(each, OnecopyError) for each in others) + len(report.left_out),
     )
 

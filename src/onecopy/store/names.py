@@ -76,11 +76,10 @@ def require_kind(ref: str, found: str, kind: str | None) -> None:
 
 #: (what it is, what was wanted) -> what can be done with it.
 _USES = {
-    ("segment", "system"): "`onecopy run --cold {0}` boots it; `onecopy save NAME --root {0}` "
-    "boots and saves it, for guests that start at once",
-    ("system", "segment"): "`onecopy run {0}`, without --cold, starts guests from a saved system; "
-    "`onecopy ls --kind segment` shows segments",
-    ("kernel", "system"): "`onecopy run --cold {0}` boots a kernel by itself",
+    ("segment", "system"): "boot it with `onecopy boot {0}`, or save it as a system with "
+    "`onecopy save NAME --root {0}`",
+    ("system", "segment"): "start clones of it with `onecopy run {0}`",
+    ("kernel", "system"): "boot it with `onecopy boot {0}`, if it is a bare kernel",
 }
 
 

@@ -298,5 +298,5 @@ class Store:
 
 def _release_hint(users: Sequence[str]) -> str:
     if all(user.startswith(lease.PIN) for user in users):
-        return "`onecopy warm --unpin` it first"
+        return "`onecopy preload --unpin` it first"
     return "`onecopy stop` these guests first, or let it go with the last of them: rm --pending"

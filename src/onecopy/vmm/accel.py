@@ -49,6 +49,12 @@ class Accelerator(msgspec.Struct, frozen=True):
     reason: str
 
 
+def in_short(reason: str) -> str:
+    """Return an accelerator's reason without what a probe guest printed."""
+    cause, colon, _ = reason.partition(": ")
+    return f"{cause}; `onecopy doctor` says why" if colon else reason
+
+
 def choose(choice: Choice, binary: str, kernel: Path, cache: Path) -> Accelerator:
     """The accelerator to use; raise Incompatible if ``kvm`` is forced and does not run guests.
 

@@ -30,7 +30,7 @@ def require(qemu: Qemu) -> None:
         raise Incompatible(
             f"QEMU {qemu.version} opens the saved RAM for writing, and this kernel cannot answer "
             "such a call with a read-only file",
-            hint="use QEMU 8.2, or Linux 5.9, or later; `run --cold` boots guests meanwhile",
+            hint="use QEMU 8.2, or Linux 5.9, or later; `onecopy boot` boots guests meanwhile",
         )
 
 

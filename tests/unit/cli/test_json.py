@@ -78,8 +78,8 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
         "ksm: status": [*(field.name for field in fields(ksm_settings.Status)), "gain"],
         "ksm: changed setting": [field.name for field in fields(ksm_settings.Changed)],
         "ksm: guest": [field.name for field in fields(ksm_settings.GuestMerging)],
-        "warm: blob": [field.name for field in fields(Warmed)],
-        "warm: pinned": [field.name for field in fields(Pinned)],
+        "preload: blob": [field.name for field in fields(Warmed)],
+        "preload: pinned": [field.name for field in fields(Pinned)],
         "inspect: artifact": [key for key in full if key not in describe(store, artifact)],
         "inspect: layer": list(full["layers"][0]),
         "inspect: config of a system": _struct(SystemConfig),
@@ -146,10 +146,10 @@ def test_report_s_meanings_are_the_columns_own() -> None:
 
 
 def test_run_prints_these_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    from onecopy.cli.run_cmd import _started
+    from onecopy.cli.starting import print_started
 
     started = Started((GUEST,), (("b", GuestFailed("it broke")),))
-    assert _started((started, 0), True, False) == GuestFailed.exit_code
+    assert print_started((started, 0), as_json=True, quiet=False) == GuestFailed.exit_code
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert list(document) == _documented()["run: document"]
     assert list(document["failures"][0]) == _documented()["run: failure"]

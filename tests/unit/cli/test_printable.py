@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from onecopy import cli
-from onecopy.cli import output
+from onecopy.cli import output, tables
+from onecopy.cli.commands import Main
 from onecopy.errors import AgentFailed, CommandFailed, GuestFailed, OnecopyError
 from onecopy.printable import printable
 
@@ -120,13 +121,13 @@ def test_whatever_a_command_prints(
         sys.stdout.write(HOSTILE)
         sys.stderr.writelines([HOSTILE])
         output.print_line(HOSTILE + "\nmore")
-        output.print_table([HOSTILE], [[HOSTILE], ["a\nb"]])
+        tables.print_table([HOSTILE], [[HOSTILE], ["a\nb"]])
         output.print_json([HOSTILE])
         with output.progress() as tell:
             tell(HOSTILE)
             tell("[link=http://evil]a[/link] [red]b")
 
-    monkeypatch.setattr(cli._Lazy, "get_command", lambda *_: hostile)
+    monkeypatch.setattr(Main, "get_command", lambda *_: hostile)
     assert cli.main(["hostile"]) == 0
     out, err = streams.check()
     assert "a\\x0ab" in out and "\\x0amore" in out
@@ -155,7 +156,7 @@ def test_whatever_fails(
     def fails() -> None:
         raise error
 
-    monkeypatch.setattr(cli._Lazy, "get_command", lambda *_: fails)
+    monkeypatch.setattr(Main, "get_command", lambda *_: fails)
     assert cli.main(["fails"]) == error.exit_code
     lines = streams.check()[1].splitlines()
     # Nobody else speaks for us.

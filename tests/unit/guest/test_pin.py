@@ -1,4 +1,4 @@
-"""warm --pin: real processes that lock blobs and hold their leases."""
+"""preload --pin: real processes that lock blobs and hold their leases."""
 
 import json
 import os
@@ -179,11 +179,11 @@ def test_a_killed_command_leaves_none(store: Store, artifact: Artifact) -> None:
 
 
 def test_the_command(store: Store, artifact: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["warm", "--pin", "app:1"]) == 0
+    assert cli.main(["preload", "--pin", "app:1"]) == 0
     assert capsys.readouterr().out.startswith("app:1 pinned: 4.0 MiB, ")
-    assert cli.main(["warm", "--pin", "app:1"]) == AlreadyExists.exit_code
+    assert cli.main(["preload", "--pin", "app:1"]) == AlreadyExists.exit_code
     assert cli.main(["rm", "app:1"]) == InUse.exit_code
-    assert cli.main(["warm", "--unpin", "app:1"]) == 0
-    assert cli.main(["warm", "--unpin", "app:1"]) == NotFound.exit_code
-    assert cli.main(["warm", "--pin", "--json", "app:1"]) == 0
-    assert cli.main(["warm", "--pin", "--whole", "app:1"]) == 2
+    assert cli.main(["preload", "--unpin", "app:1"]) == 0
+    assert cli.main(["preload", "--unpin", "app:1"]) == NotFound.exit_code
+    assert cli.main(["preload", "--pin", "--json", "app:1"]) == 0
+    assert cli.main(["preload", "--pin", "--whole", "app:1"]) == 2

@@ -74,16 +74,16 @@ def test_only_what_is_recorded_is_loaded(store: Store, cold: Artifact) -> None:
     access_record.write(store, cold.layers[0], [(PAGE_SIZE * 64, PAGE_SIZE * 10)])
     [told] = preload.warm(store, cold)
     assert pages(cold) == bytes(64) + b"\1" * 10 + bytes(PAGES - 74)
-    assert (told.what, told.wanted) == ("recorded", 10 * PAGE_SIZE)
+    assert (told.action, told.requested_bytes) == ("recorded", 10 * PAGE_SIZE)
     assert (told.before, told.after) == (0, 10 * PAGE_SIZE)
     [told] = preload.warm(store, cold, whole=True)
     assert pages(cold) == b"\1" * PAGES
-    assert (told.what, told.before, told.after) == ("whole", 10 * PAGE_SIZE, SIZE)
+    assert (told.action, told.before, told.after) == ("whole", 10 * PAGE_SIZE, SIZE)
 
 
 def test_all_is_loaded_if_nothing_is_recorded(store: Store, cold: Artifact) -> None:
     [told] = preload.warm(store, cold)
-    assert (told.what, told.wanted, told.after) == ("whole", SIZE, SIZE)
+    assert (told.action, told.requested_bytes, told.after) == ("whole", SIZE, SIZE)
 
 
 def test_holes_are_not_loaded(store: Store) -> None:
@@ -91,15 +91,15 @@ def test_holes_are_not_loaded(store: Store) -> None:
     subprocess.run(["fallocate", "--dig-holes", artifact.layers[0].path], check=True)
     preload.drop(store, artifact)
     [told] = preload.warm(store, artifact)
-    assert told.wanted < SIZE
-    assert not any(pages(artifact)[told.wanted // PAGE_SIZE :])
+    assert told.requested_bytes < SIZE
+    assert not any(pages(artifact)[told.requested_bytes // PAGE_SIZE :])
 
 
 def test_record_and_load_again(store: Store, cold: Artifact) -> None:
     prefetch.load(cold.layers[0].path, [(0, PAGE_SIZE), (PAGE_SIZE * 128, PAGE_SIZE)])
     had = pages(cold)
     [told] = preload.record(store, cold)
-    assert (told.what, told.wanted) == ("recorded", sum(had) * PAGE_SIZE)
+    assert (told.action, told.requested_bytes) == ("recorded", sum(had) * PAGE_SIZE)
     preload.drop(store, cold)
     preload.begin(store, cold.layers)
     deadline = time.monotonic() + 60
@@ -173,12 +173,12 @@ def test_another_user_cannot_record(
 
 
 def test_the_command(cold: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["warm", "app:1"]) == 0
+    assert cli.main(["preload", "app:1"]) == 0
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split()[-4:] == ["WHAT", "WANTED", "BEFORE", "AFTER"]
     assert line.split()[5:] == ["whole", "1.0", "MiB", "0", "B", "1.0", "MiB"]
-    assert cli.main(["warm", "--drop", "--json", "app:1"]) == 0
+    assert cli.main(["preload", "--drop", "--json", "app:1"]) == 0
     [told] = json.loads(capsys.readouterr().out)
     assert (told["before"], told["after"]) == (SIZE, 0)
-    assert cli.main(["warm", "--drop", "--record", "app:1"]) == 2
-    assert cli.main(["warm", "nothing"]) == 3
+    assert cli.main(["preload", "--drop", "--record", "app:1"]) == 2
+    assert cli.main(["preload", "nothing"]) == 3

@@ -80,11 +80,11 @@ def test_the_hint_is_what_can_be_done_with_it(tmp_path: Path) -> None:
     put(store, "web:1", kind="system")
     with pytest.raises(NotFound) as caught:
         store.resolve(Reference("root", "1"), "system")
-    assert "run --cold root:1" in caught.value.hint
+    assert "boot root:1" in caught.value.hint
     assert "save NAME --root root:1" in caught.value.hint
     with pytest.raises(NotFound) as caught:
         store.resolve(Reference("web", "1"), "segment")
-    assert "`onecopy run web:1`, without --cold" in caught.value.hint
+    assert "`onecopy run web:1`" in caught.value.hint
 
 
 @pytest.mark.parametrize(

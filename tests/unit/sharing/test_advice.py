@@ -325,25 +325,25 @@ def test_what_is_hidden_from_an_ordinary_user_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("take", "best", "roots", "said"),
     [
-        (["saved"], "ours", ["disk:/a"], ["save n-system --from ours", "run n-system -n N"]),
+        (["saved"], "ours", ["disk:/a"], ["save n-system --from ours", "run -n N n-system"]),
         (
             ["saved"],
             "theirs",
             ["disk:/a", "disk:/b"],
-            ["build n --from disk:/a", "save n-system --root n", "run n-system -n N"],
+            ["build n --from disk:/a", "save n-system --root n", "run -n N n-system"],
         ),
         (
             ["saved", "ksm"],
             "theirs",
             [],
-            ["build n --from SOURCE", "save n-system --root n", "run n-system -n N", "ksm on"],
+            ["build n --from SOURCE", "save n-system --root n", "run -n N n-system", "ksm on"],
         ),
-        (["root"], None, ["dir:/a"], ["build n --from dir:/a", "run --cold n"]),
+        (["root"], None, ["dir:/a"], ["build n --from dir:/a", "boot n"]),
         (
             ["root", "saved"],
             "ours",
             ["dir:/a"],
-            ["build n --from dir:/a", "save n-system --from ours", "run n-system -n N"],
+            ["build n --from dir:/a", "save n-system --from ours", "run -n N n-system"],
         ),
         (
             ["extra"],

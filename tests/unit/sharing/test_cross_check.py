@@ -56,7 +56,7 @@ def test_both_sides(after: Path) -> None:
     assert (told_now.host, told_now.blobs) == (63 * MIB, 0)
     parts = told_now.processes + told_now.page_tables + told_now.kernel
     assert told_now.parts == parts and told_now.difference == parts - 63 * MIB
-    assert told_now.share == told_now.difference / (63 * MIB)
+    assert told_now.ratio == told_now.difference / (63 * MIB)
 
 
 def test_a_kernel_that_does_not_tell_is_no_zero(after: Path) -> None:
@@ -112,8 +112,8 @@ def test_a_real_process_is_what_the_host_lost() -> None:
             both = cross_check.check(before, found)
             process.kill()
         assert both.processes > 256 * MIB
-        shares.append(both.share)
-        if both.share is not None and abs(both.share) < 0.03:
+        shares.append(both.ratio)
+        if both.ratio is not None and abs(both.ratio) < 0.03:
             return
     pytest.fail(f"never agreed: {shares}")
 

@@ -161,7 +161,7 @@ def _prepare_bare(
     """As `plan_boot`; raise InvalidInput for what a bare machine cannot have."""
     options = {
         "--segment": spec.segments,
-        "--run": spec.command,
+        "--command": spec.command,
         "--ready": spec.ready,
         "--kernel": spec.kernel,
         "--modules": spec.modules,
@@ -223,7 +223,7 @@ def _command(spec: BootSpec, root: Artifact) -> str | None:
         return ""
     raise InvalidInput(
         f"{root.ref} has no init to boot (/sbin/init), and no command is given",
-        hint="say what is to run in it: --run CMD; with --run '' the guest just stays up",
+        hint="say what is to run in it: --command CMD; with --command '' the guest just stays up",
     )
 
 

@@ -134,7 +134,7 @@ async def _choose(
     if done.exit_code:
         raise InvalidInput(
             f"a clone hook cannot be: {said(done)}",
-            hint="leave it out, or let --on-clone do what the clones need",
+            hint="leave it out, or let --clone-hook command:CMD do what the clones need",
         )
     for line in done.text.splitlines()[:_MOST]:
         if line.startswith("left "):

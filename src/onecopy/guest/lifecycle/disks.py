@@ -242,7 +242,7 @@ def list_own_disks(host: Runtime) -> list[OwnDisk]:
 
 def remove_made(host: Runtime, record: GuestRecord) -> None:
     """Remove the disk that was made for a guest whose start is undone; its VMM is gone."""
-    if any(disk.made for disk in record.disks):
+    if any(disk.created for disk in record.disks):
         remove(host, record.name)
 
 

@@ -198,11 +198,11 @@ async def _plug(monitor: Monitor, guest: str, disks: Sequence[OpenDisk]) -> tupl
             GuestDisk(
                 name=name,
                 path=str(item.path),
-                form=item.form,
-                own=item.spec.file is None,
+                format=item.form,
+                owned=item.spec.file is None,
                 mountpoint=item.spec.mountpoint,
                 address=f"01:{slot:02x}",
-                made=item.made,
+                created=item.made,
             )
         )
     return tuple(plugged)

@@ -93,7 +93,7 @@ async def save_system(
     if not prepared.agent:
         raise InvalidInput(
             f"{prepared.root.ref} is a kernel by itself, of which nobody can tell when it is ready",
-            hint=f"`onecopy run --cold {prepared.root.ref}`, and save --from that guest",
+            hint=f"`onecopy boot {prepared.root.ref}`, and `onecopy save --from` that guest",
         )
     config = system_config(host, prepared)
     _require_fixed(config.segments)

@@ -217,9 +217,9 @@ def _steps(
         options = ["--from", from_guest] if from_guest else ["--root", name]
         why = "a guest as it is now" if from_guest else "booted once, with your options for `save`"
         steps.append(_step("save", f"{name}-system", *options, why=why))
-        steps.append(_step("run", f"{name}-system", "-n", "N", why="guests that share it"))
+        steps.append(_step("run", "-n", "N", f"{name}-system", why="guests that share it"))
     elif "root" in advice.take:
-        steps.append(_step("run", "--cold", name, why="guests that execute it in place"))
+        steps.append(_step("boot", name, why="guests that execute it in place"))
     if "extra" in advice.take:
         steps += _extra(advice, name, files)
     if "ksm" in advice.take:

@@ -80,7 +80,7 @@ def pin(store: Store, artifact: Artifact) -> Pinned:
     holder = holder_of(artifact)
     if store.is_held(holder):
         raise AlreadyExists(
-            f"{artifact.ref} is pinned already", hint=f"`onecopy warm --unpin {artifact.ref}`"
+            f"{artifact.ref} is pinned already", hint=f"`onecopy preload --unpin {artifact.ref}`"
         )
     files = [(str(each.path), each.blob_size, data_of(each)) for each in blobs_of(artifact)]
     needed = sum(length for *_, extents in files for _, length in extents)
@@ -98,7 +98,7 @@ def unpin(store: Store, artifact: Artifact) -> None:
     except (OSError, msgspec.MsgspecError):
         record = None
     if record is None or not store.is_held(holder):
-        raise NotFound(f"{artifact.ref} is not pinned", hint="`onecopy warm --pin` does it")
+        raise NotFound(f"{artifact.ref} is not pinned", hint="`onecopy preload --pin` does it")
     _end(record)
     store.sweep()
 

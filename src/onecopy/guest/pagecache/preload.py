@@ -36,10 +36,10 @@ class Warmed(msgspec.Struct, frozen=True):
     digest: str
     size: int
     """Of the file, holes included."""
-    what: str
+    action: str
     """``recorded``, ``whole`` or ``dropped``: what was asked of the kernel; or ``touched``, if what
     was recorded is known from guests."""
-    wanted: int
+    requested_bytes: int
     """How much was to be loaded, or was recorded."""
     before: int | None
     """Resident before, of the whole file, whoever loaded it."""
@@ -159,8 +159,8 @@ def _told(
         role=layer.annotations.get(ROLE, ""),
         digest=layer.digest,
         size=layer.blob_size,
-        what=what,
-        wanted=sum(length for _, length in extents),
+        action=what,
+        requested_bytes=sum(length for _, length in extents),
         before=before,
         after=residency.resident_bytes(layer.path),
     )

@@ -72,15 +72,15 @@ async def confirm(host: Runtime, name: str, segment: str, mountpoint: str = "") 
 
 async def release(host: Runtime, name: str, segment: str) -> Attached:
     """The guest uses a segment no more; raise NotFound."""
-    return await _change(host, name, segment, state="kept", mountpoint="")
+    return await _change(host, name, segment, state="detached", mountpoint="")
 
 
 def find(record: GuestRecord, segment: str) -> Attached:
     """A segment that the guest has loaded; raise NotFound."""
     for item in record.attached:
-        if item.name == segment and item.state != "kept":
+        if item.name == segment and item.state != "detached":
             return item
-    names = sorted(item.name for item in record.attached if item.state != "kept")
+    names = sorted(item.name for item in record.attached if item.state != "detached")
     raise NotFound(f"{record.name} has not loaded {segment}", hint=f"it has {', '.join(names)}")
 
 
@@ -97,13 +97,13 @@ def _kept(record: GuestRecord, artifact: Artifact, placed: Sequence[Placed]) -> 
     found = None
     classes = [item.segment.page_class for item in placed]
     for item in record.attached:
-        if item.name == artifact.name and item.state != "kept":
+        if item.name == artifact.name and item.state != "detached":
             raise AlreadyExists(
                 f"{record.name} has loaded {item.ref} already",
                 hint=f"`onecopy detach {record.name} {item.name}` it first",
             )
         same = [device.page_class for device in item.devices] == classes
-        if item.digest == artifact.digest and same and item.state == "kept":
+        if item.digest == artifact.digest and same and item.state == "detached":
             found = item
     return found
 

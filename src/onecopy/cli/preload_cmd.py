@@ -1,4 +1,4 @@
-"""onecopy warm"""
+"""onecopy preload"""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from onecopy.cli.output import print_json, print_table
+from onecopy.cli.commands import Command
+from onecopy.cli.output import print_json
 from onecopy.cli.params import ReferenceType, json_option
+from onecopy.cli.tables import print_table
 from onecopy.errors import InvalidInput
 from onecopy.model import Reference, format_size
 
@@ -15,28 +17,49 @@ if TYPE_CHECKING:
     from onecopy.store import Artifact, Store
 
 
-@click.command("warm")
-@click.argument("names", nargs=-1, required=True, type=ReferenceType())
-@click.option("--whole", is_flag=True, help="All of it, even if less is recorded.")
-@click.option(
-    "--record", is_flag=True, help="Remember what the present guests have touched; load nothing."
+@click.command(
+    "preload",
+    cls=Command,
+    examples=[
+        ("onecopy preload hello", "Load what earlier guests of hello used."),
+        ("onecopy preload --pin python", "Load all of a segment, and keep it in memory."),
+    ],
 )
-@click.option("--drop", is_flag=True, help="Drop it from memory; load nothing.")
-@click.option("--pin", is_flag=True, help="Load all and keep it in memory (mlock) until --unpin.")
-@click.option("--unpin", is_flag=True, help="Let the kernel drop it again.")
+@click.argument("names", nargs=-1, required=True, type=ReferenceType())
+@click.option(
+    "--whole", is_flag=True, help="Load everything, even if a record of used pages exists."
+)
+@click.option(
+    "--record", is_flag=True, help="Record the pages that running guests have used; load nothing."
+)
+@click.option("--drop", is_flag=True, help="Drop NAMES from memory; load nothing.")
+@click.option(
+    "--pin", is_flag=True, help="Load everything, and lock it in memory (mlock) until --unpin."
+)
+@click.option("--unpin", is_flag=True, help="Unlock it, so that the kernel may drop it.")
 @json_option
-def command(names: tuple[Reference, ...], as_json: bool, **modes: bool) -> None:
+def command(
+    names: tuple[Reference, ...],
+    whole: bool,
+    record: bool,
+    drop: bool,
+    pin: bool,
+    unpin: bool,
+    as_json: bool,
+) -> None:
     """Load segments, saved systems or kernels into memory before guests need them.
 
-    What earlier guests touched is loaded if it is recorded, else all. To record it: start a guest,
-    let it work, then `warm --record`; from then on it is also read ahead at each start of a guest.
-    Of what no guest has mapped that records what is in memory. BEFORE and AFTER are how much of the
-    whole file is in the host's page cache, whoever loaded it; WANTED is what this asked for. The
-    kernel may drop it again, unless it is pinned: a small process keeps it then, which `ls` counts
-    as a user. JSON: docs/json.md.
+    The command loads the recorded pages; without a record, everything. To make a record, start a
+    guest, let it work, and run `onecopy preload --record NAME`. Later starts then read these pages
+    ahead by themselves.
+
+    The kernel may drop loaded pages unless they are pinned; `onecopy ls` counts a pin as a user.
+    REQUESTED is what the command asked the kernel for. BEFORE and AFTER are the parts of the file
+    in the host's page cache, whoever loaded them.
     """
     from onecopy.store import Store
 
+    modes = {"whole": whole, "record": record, "drop": drop, "pin": pin, "unpin": unpin}
     chosen = [mode for mode, given in modes.items() if given]
     if len(chosen) > 1:
         raise InvalidInput(
@@ -47,11 +70,10 @@ def command(names: tuple[Reference, ...], as_json: bool, **modes: bool) -> None:
     if mode in ("pin", "unpin"):
         _pin(store, artifacts, as_json) if mode == "pin" else _unpin(store, artifacts)
     else:
-        _warm(store, artifacts, mode, as_json)
+        _load(store, artifacts, mode, as_json)
 
 
 def _pin(store: Store, artifacts: list[Artifact], as_json: bool) -> None:
-
     import msgspec
 
     from onecopy.guest.pagecache.pin import pin
@@ -71,11 +93,10 @@ def _unpin(store: Store, artifacts: list[Artifact]) -> None:
 
     for artifact in artifacts:
         unpin(store, artifact)
-        print(f"{artifact.ref} is not pinned any more")
+        print(f"{artifact.ref} is no longer pinned")
 
 
-def _warm(store: Store, artifacts: list[Artifact], mode: str, as_json: bool) -> None:
-
+def _load(store: Store, artifacts: list[Artifact], mode: str, as_json: bool) -> None:
     import msgspec
 
     from onecopy.guest.pagecache import preload
@@ -100,12 +121,12 @@ def _warm(store: Store, artifacts: list[Artifact], mode: str, as_json: bool) -> 
             each.role or "-",
             each.digest[:19],
             format_size(each.size),
-            each.what,
-            format_size(each.wanted),
+            each.action,
+            format_size(each.requested_bytes),
             "?" if each.before is None else format_size(each.before),
             "?" if each.after is None else format_size(each.after),
         ]
         for each in found
     ]
-    headings = ["NAME", "BLOB", "DIGEST", "SIZE", "WHAT", "WANTED", "BEFORE", "AFTER"]
+    headings = ["NAME", "BLOB", "DIGEST", "SIZE", "ACTION", "REQUESTED", "BEFORE", "AFTER"]
     print_table(headings, rows)

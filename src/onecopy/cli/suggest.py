@@ -1,0 +1,129 @@
+"""Did you mean: what a wrong name is taken for, of commands, guests and references.
+
+Not here: options, which click compares by itself, and references that the store looks up
+(store/names.py compares those).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from onecopy.errors import InvalidInput, NotFound, OnecopyError
+
+#: Commands of Docker, libvirt and others -> what does that here.
+ELSEWHERE = {
+    "clone": "run",
+    "cmd": "exec",
+    "container": "ps",
+    "containers": "ps",
+    "define": "build",
+    "delete": "rm",
+    "destroy": "stop --now",
+    "df": "ls",
+    "diff": "inspect",
+    "domblklist": "disks",
+    "down": "stop --all",
+    "guests": "ps",
+    "help": "--help",
+    "history": "inspect",
+    "image": "ls",
+    "images": "ls",
+    "import": "build",
+    "info": "doctor",
+    "kill": "stop --now",
+    "list": "ps",
+    "load": "attach",
+    "log": "logs",
+    "log-in": "console",
+    "mount": "attach",
+    "new": "create",
+    "port": "ps",
+    "prune": "rm",
+    "pull": "build",
+    "remove": "rm",
+    "rmi": "rm",
+    "scp": "cp",
+    "sh": "exec",
+    "shell": "exec",
+    "show": "inspect",
+    "shutdown": "stop",
+    "snapshot": "save",
+    "ssh": "exec",
+    "start": "run",
+    "stats": "top",
+    "system": "doctor",
+    "undefine": "rm",
+    "unload": "detach",
+    "unmount": "detach",
+    "up": "boot",
+    "version": "--version",
+    "volume": "disks",
+    "volumes": "disks",
+    "warm": "preload",
+}
+_MOST = 3
+#: How much of two names must be equal.
+_LIKE = 0.7
+#: Kind of artifact -> the command that starts guests from it.
+_STARTS = {"segment": "boot", "system": "run"}
+
+
+def near(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that are most like a wrong one, the best first."""
+    # What difflib does takes the square of a name's length.
+    return difflib.get_close_matches(name[:64], list(known), n=_MOST, cutoff=_LIKE)
+
+
+def no_command(name: str, path: str, known: Sequence[str]) -> InvalidInput:
+    """Return the error for a command, or subcommand of ``path``, that does not exist."""
+    elsewhere = ELSEWHERE.get(name) if path == "onecopy" else None
+    found = [elsewhere] if elsewhere else near(name, known)
+    question = f"did you mean {_or(f'`{path} {each}`' for each in found)}? " if found else ""
+    return InvalidInput(
+        f"{path} has no command {name!r}",
+        hint=f"{question}`{path} --help` lists the commands",
+    )
+
+
+def commands_with(option: str) -> list[str]:
+    """Name the commands that start guests and have an option of this name."""
+    from onecopy.cli.boot_cmd import command as boot
+    from onecopy.cli.run_cmd import command as run
+
+    return [
+        str(each.name) for each in (boot, run) if any(option in param.opts for param in each.params)
+    ]
+
+
+def hint_of(error: OnecopyError) -> str:
+    """Return the hint of an error.
+
+    If a guest does not exist, the hint begins with the names that are most like its name.
+    """
+    if not isinstance(error, NotFound) or not error.guest:
+        return error.hint
+    try:
+        found = _instead_of(error.guest)
+    except (OnecopyError, OSError):
+        # The error itself matters more than what could be said beside it.
+        found = ""
+    return f"{found}{error.hint}"
+
+
+def _instead_of(name: str) -> str:
+    from onecopy.guest.runtime import Runtime
+
+    host = Runtime.open()
+    found = near(name, [guest.name for guest in host.guests() + host.ended()])
+    if found:
+        return f"did you mean {_or(found)}? "
+    for artifact in host.store.artifacts():
+        if artifact.name == name and artifact.kind in _STARTS:
+            start = f"`onecopy {_STARTS[artifact.kind]} {name}`"
+            return f"{name} is a {artifact.kind}, and {start} starts guests from it; "
+    return ""
+
+
+def _or(words: Iterable[str]) -> str:
+    return " or ".join(words)

@@ -1,0 +1,55 @@
+"""A wrong command line, told as any other error: from click's exceptions to ours.
+
+Not here: wrong commands (suggest.py), and values that our own types refuse (params.py).
+"""
+
+from __future__ import annotations
+
+import click
+from click.exceptions import BadParameter, MissingParameter, NoSuchOption, UsageError
+
+from onecopy.cli import suggest
+from onecopy.errors import InvalidInput, OnecopyError
+
+
+def explained(error: click.ClickException) -> OnecopyError:
+    """Return the error of ours that tells what click found wrong."""
+    context = error.ctx if isinstance(error, UsageError) else None
+    text = _sentence(error.format_message())
+    if context is None:
+        return InvalidInput(text, hint="`onecopy --help` lists the commands")
+    help_ = f"`{context.command_path} --help`"
+    if isinstance(error, NoSuchOption):
+        return _no_option(error, context)
+    if isinstance(error, BadParameter) and error.param and not isinstance(error, MissingParameter):
+        return InvalidInput(text, hint=f"{help_} describes {error.param.get_error_hint(context)}")
+    return InvalidInput(text, hint=f"write {_usage(context)}; {help_} explains it")
+
+
+def _no_option(error: NoSuchOption, context: click.Context) -> OnecopyError:
+    options = [name for param in context.command.params for name in param.opts]
+    found = suggest.near(error.option_name, [name for name in options if name[:1] == "-"])
+    others = suggest.commands_with(error.option_name)
+    if found:
+        hint = f"did you mean {' or '.join(found)}?"
+    elif others:
+        hint = f"{' and '.join(f'`onecopy {name}`' for name in others)} have it"
+        hint = hint if len(others) > 1 else hint.replace(" have ", " has ")
+    else:
+        hint = "write -- before an argument that begins with -"
+    return InvalidInput(
+        f"{context.command_path} has no option {error.option_name}",
+        hint=f"{hint}; `{context.command_path} --help` lists the options",
+    )
+
+
+def _usage(context: click.Context) -> str:
+    pieces = context.command.collect_usage_pieces(context)
+    return " ".join([context.command_path, *pieces])
+
+
+def _sentence(text: str) -> str:
+    """What click says, in the form of our messages: one line, no capital, no full stop."""
+    # click puts choices on lines of their own.
+    text = " ".join(text.split()).removesuffix(".")
+    return text[:1].lower() + text[1:]
