@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import click
 
-from onecopy.cli import onecopy
-from onecopy.cli.commands import GROUPS
+from onecopy.cli import commands, onecopy
+from onecopy.cli.commands import GROUPS, Command, Group
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _help(command: click.Command, parent: click.Context | None, *, deep: bool = 
         summary=" ".join(text.partition("\n\n")[0].split()),
         text=tuple(text.split("\n\n")),
         options=tuple(_options(command, context)),
-        examples=tuple(getattr(command, "examples", ())),
+        examples=command.examples if isinstance(command, Command | Group) else (),
         subcommands=tuple(subcommands),
     )
 
@@ -106,4 +106,6 @@ def _options(command: click.Command, context: click.Context) -> Iterator[Option]
     for param in command.get_params(context):
         record = param.get_help_record(context)
         if record and record[1]:
-            yield Option(record[0], record[1], getattr(param, "group", ""))
+            yield Option(
+                record[0], record[1], param.group if isinstance(param, commands.Option) else ""
+            )

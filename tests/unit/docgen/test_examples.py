@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -17,10 +18,8 @@ PAGES = sorted(
         *(PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     ]
 )
-#: Pages with real output of earlier versions.
 _INLINE = re.compile(r"`(onecopy [^`\n]+)`")
-_TYPED = re.compile(r"^(?:    |\$ )+(?:\$ )?(onecopy .*(?:\\\n.*)*)", re.MULTILINE)
-_STOPS = ("|", "||", "&&", ";", "#", "...")
+_TYPED = re.compile(r"^(?: {4}|\$ )(?:\$ )?(onecopy [^\n]*(?:(?<=\\)\n[^\n]*)*)", re.MULTILINE)
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -29,11 +28,9 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _fault(line: str) -> str:
-    """What is wrong with a command line; nothing if click knows all of it."""
-    try:
-        words = shlex.split(line.replace("\\\n", " "), comments=True)[1:]
-    except ValueError:
-        return "cannot be read by a shell"
+    """What is wrong with a command line; nothing if click knows its command and options."""
+    words = shlex.split(line.replace("\\\n", " "), comments=True)[1:]
+    words = list(takewhile(lambda word: not re.fullmatch(r"[|&;<>]+", word), words))
     command: click.Command = onecopy
     while words and isinstance(command, click.Group) and not words[0].startswith("-"):
         name = words.pop(0)
@@ -43,16 +40,10 @@ def _fault(line: str) -> str:
         if found is None:
             return f"there is no {name!r}"
         command = found
-    known = {opt for each in command.params for opt in (*each.opts, *each.secondary_opts)}
-    for word in words:
-        if word in _STOPS or word == "--":
-            break
-        option = word.partition("=")[0]
-        if re.fullmatch(r"--?[a-z][\w-]*", option) and option not in known | {"--help", "-h"}:
-            return f"{command.name} has no option {option}"
-        if not command.allow_interspersed_args and not word.startswith("-"):
-            # Values of options are words, too; what follows the arguments is the guest's.
-            break
+    try:
+        command.make_parser(click.Context(command)).parse_args(words)
+    except click.UsageError as error:
+        return error.format_message()
     return ""
 
 
