@@ -57,11 +57,6 @@ def enable() -> None:
     event("onecopy", version=__version__, python=sys.version.split()[0], uid=os.geteuid())
 
 
-def enabled() -> bool:
-    """Whether it is on."""
-    return _on
-
-
 def event(kind: str, **fields: object) -> None:
     """Write one line; of each field at most VALUE_LIMIT characters."""
     _logger.debug(kind, extra={"fields": fields})
