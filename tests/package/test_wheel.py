@@ -48,8 +48,7 @@ def installed(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("installed")
     run(sys.executable, "-m", "venv", where, cwd=where)
     (wheel,) = dist.glob("*.whl")
-    pip = [where / "bin/python", "-m", "pip", "install", "--quiet", wheel]
-    run(*pip, cwd=where)
+    run(where / "bin/python", "-m", "pip", "install", "--quiet", wheel, cwd=where)
     return where / "bin"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import onecopy
+from tests.command import ONECOPY, onecopy
 
 LINE = re.compile(r"onecopy: debug: \+\d+\.\d{3} ([a-z-]+)((?: [a-z]+=.*)?)$")
 
@@ -45,7 +45,7 @@ def test_errors_show_where_they_arise(
 ) -> None:
     if by == "variable":
         monkeypatch.setenv("ONECOPY_DEBUG", "1")
-    argv = [Path(sys.executable).with_name("onecopy"), *(["--debug"] if by == "option" else [])]
+    argv = [ONECOPY, *(["--debug"] if by == "option" else [])]
     monkeypatch.setenv("ONECOPY_HOME", str(tmp_path))
     done = subprocess.run([*argv, "rm", "nothing"], capture_output=True, text=True)
     assert done.returncode == 3
