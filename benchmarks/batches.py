@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -16,18 +16,15 @@ from msgspec.structs import replace
 from benchmarks.answers import answered
 from benchmarks.kinds import new_name
 from benchmarks.setup import Setup
-from onecopy.demo.measure import free_ports
-from onecopy.guest.lifecycle import boot, pool, restore
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.ports import Ports
-from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.lifecycle import pool_fill, start
+from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
+from onecopy.guest.run_directory import GuestRecord
+from onecopy.model import Reference
 
 _COLD = 8
 #: Seconds for an answer before a guest is asked anew. A clone's application listens when it is
 #: handed out, and each further question keeps all of them busier; a booting one may miss the first.
 _PATIENCE, _COLD_PATIENCE = 30.0, 1.0
-
-_Start = Callable[[str, Ports, Batch], Awaitable[GuestRecord]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,49 +47,36 @@ class Batches:
 
 async def measure_batches(setup: Setup, count: int, tell: Callable[[str], None]) -> Batches:
     """``count`` clones at once; nothing is left of them."""
-    prepared = setup.prepared
+    ports = ((0, 80),)
     tell(f"{_COLD} guests that boot")
-    cold = await _batch(
-        setup,
-        _COLD,
-        lambda name, ports, batch: boot.boot_guest(
-            setup.host,
-            replace(prepared, spec=replace(prepared.spec, publish=ports, ready="true")),
-            name,
-            batch,
-        ),
-        _COLD_PATIENCE,
-    )
-
-    def clone(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-        spec = restore.CloneSpec(publish=ports)
-        return restore.start_clone(setup.host, setup.saved, name, spec, batch)
-
+    booting = replace(setup.spec, publish=ports, ready="true")
+    cold = await _batch(setup, _COLD, booting, _COLD_PATIENCE)
+    clone = CloneSpec(system=Reference.parse(setup.saved.source.ref), publish=ports)
     tell(f"{count} clones")
     saved = await _batch(setup, count, clone)
     tell(f"{count} prepared clones")
     try:
-        await pool.resize(setup.host, setup.saved.artifact, count)
+        await pool_fill.resize(setup.host, setup.saved.source, count)
         ready = await _batch(setup, count, clone)
     finally:
-        await pool.resize(setup.host, setup.saved.artifact, 0)
+        await pool_fill.resize(setup.host, setup.saved.source, 0)
     return Batches(count, _COLD, cold, saved, ready)
 
 
-async def _batch(setup: Setup, count: int, starter: _Start, patience: float = _PATIENCE) -> float:
-    ports = {new_name(): port for port in free_ports(count)}
+async def _batch(
+    setup: Setup, count: int, spec: BootSpec | CloneSpec, patience: float = _PATIENCE
+) -> float:
     answers: list[asyncio.Task[None]] = []
 
-    async def start_and_ask(name: str, batch: Batch) -> GuestRecord:
-        record = await starter(name, ((ports[name], 80),), batch)
+    def ask(guest: GuestRecord) -> None:
         # The next guest starts while this one answers.
-        answers.append(asyncio.create_task(answered(ports[name], name, patience)))
-        return record
+        answering = answered(guest.publish[0][0], guest.name, patience)
+        answers.append(asyncio.create_task(answering))
 
-    began = time.monotonic()
-    try:
-        await start_many(setup.host, list(ports), start_and_ask)
+    request = start.Request(spec, count, new_name(), overcommit=True)
+    with setup.host.owner() as owner:
+        began = time.monotonic()
+        group = start.plan(setup.host, request)
+        await start.start(setup.host, group, owner=owner, refill=False, ran=ask)
         await asyncio.gather(*answers)
         return time.monotonic() - began
-    finally:
-        setup.host.end(*(guest for guest in setup.host.guests() if guest.name in ports))

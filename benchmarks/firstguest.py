@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.figures import Spread, evict
 from benchmarks.kinds import new_name
 from benchmarks.setup import Setup
-from onecopy.guest.lifecycle.boot import boot_guest
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.pagecache import access_record, preload
 from onecopy.linux import prefetch
 from onecopy.linux.files import read_of_process
@@ -118,7 +118,7 @@ async def _one(
 
 async def _start(setup: Setup) -> tuple[float, float, float]:
     """Seconds of a start, bytes that its VMM had read, and its major faults."""
-    record = await boot_guest(setup.host, setup.prepared, new_name())
+    record = await start_one(setup.host, setup.prepared, new_name())
     try:
         return record.start_seconds, _read_bytes(record.pid), _major_faults(record.pid)
     finally:

@@ -22,8 +22,7 @@ from benchmarks.plain import start_plain
 from benchmarks.setup import Setup, resource
 from onecopy.errors import NotReady
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.restore import start_clone
+from onecopy.guest.lifecycle.start import start_one
 
 # The guest ends with its command, and its console is read first.
 _PROBE_AND_STAY = resource("probe.sh") + "sleep 1000\n"
@@ -81,9 +80,9 @@ async def _plain(setup: Setup) -> AsyncIterator[Path]:
 @contextlib.asynccontextmanager
 async def _cold(setup: Setup) -> AsyncIterator[Path]:
     """The console of a guest that runs the probe from the segment."""
-    spec = replace(setup.prepared.spec, ready=None)
-    prepared = replace(setup.prepared, spec=spec, command=_PROBE_AND_STAY)
-    record = await boot_guest(setup.host, prepared, new_name())
+    plan = setup.prepared.varied(ready=None)
+    prepared = replace(plan, config=replace(plan.config, command=_PROBE_AND_STAY))
+    record = await start_one(setup.host, prepared, new_name())
     try:
         yield setup.host.run / record.name / "console.log"
     finally:
@@ -92,7 +91,7 @@ async def _cold(setup: Setup) -> AsyncIterator[Path]:
 
 async def _saved(setup: Setup) -> list[float]:
     """The figures of the probe in a clone, in whose saved system the program never ran."""
-    record = await start_clone(setup.host, setup.saved, new_name())
+    record = await start_one(setup.host, setup.saved, new_name())
     try:
         done = await run_captured(
             setup.host.run / record.name, ["sh", "-c", resource("probe.sh")], timeout=TIMEOUT

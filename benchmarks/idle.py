@@ -18,7 +18,7 @@ from benchmarks.merging import merged
 from benchmarks.places import Place, places
 from benchmarks.setup import Setup
 from onecopy.errors import Incompatible
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.linux import process
 from onecopy.linux.counters import ksm, meminfo, smaps
@@ -122,7 +122,7 @@ async def _clones(
 
 
 async def _start(setup: Setup, ends: contextlib.AsyncExitStack, ksm: Mergeable) -> Running:
-    record = await start_clone(setup.host, setup.saved, new_name(), CloneSpec(ksm=ksm))
+    record = await start_one(setup.host, setup.saved.varied(ksm=ksm), new_name())
     ends.callback(setup.host.end, record)
     (maps,) = guest_maps([record])
     return Running(maps, record.start_seconds, process.cpu_seconds(record.pid))

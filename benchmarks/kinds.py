@@ -15,16 +15,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msgspec.structs import replace
-
 from benchmarks.answers import answered, before, free_port
 from benchmarks.figures import Kind, Running, Spread, evict, memory, settled
 from benchmarks.merging import Merged, merged
 from benchmarks.places import Place, places
 from benchmarks.plain import disk_module, start_plain
 from benchmarks.setup import Setup, application
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.linux import process
@@ -84,11 +81,10 @@ async def start_one_plain(setup: Setup, ends: contextlib.AsyncExitStack) -> Runn
 async def start_one_cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, port, began = new_name(), free_port(), time.monotonic()
     # onecopy hands a guest out when it is ready by its own sign; here the answer is the sign.
-    spec = replace(setup.prepared.spec, publish=((port, 80),), ready=None)
-    prepared = replace(setup.prepared, spec=spec)
+    prepared = setup.prepared.varied(publish=((port, 80),), ready=None)
 
     async def boot() -> GuestRecord:
-        record = await boot_guest(setup.host, prepared, name)
+        record = await start_one(setup.host, prepared, name)
         ends.callback(setup.host.end, record)
         return record
 
@@ -105,7 +101,7 @@ async def start_one_cold(setup: Setup, ends: contextlib.AsyncExitStack) -> Runni
 
 async def start_one_saved(setup: Setup, ends: contextlib.AsyncExitStack) -> Running:
     name, began = new_name(), time.monotonic()
-    record = await start_clone(setup.host, setup.saved, name, CloneSpec(publish=((0, 80),)))
+    record = await start_one(setup.host, setup.saved.varied(publish=((0, 80),)), name)
     ends.callback(setup.host.end, record)
     await answered(record.publish[0][0], name)
     (maps,) = guest_maps([record])

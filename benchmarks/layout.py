@@ -22,8 +22,8 @@ from benchmarks.kinds import new_name
 from benchmarks.setup import Setup, resource
 from onecopy.errors import GuestFailed
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot
+from onecopy.guest.lifecycle.launchplan import BootSpec, LaunchPlan
+from onecopy.guest.lifecycle.start import plan_launch, start_one
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.images.build import build_segment
 from onecopy.images.fs_image import make_image
@@ -146,8 +146,8 @@ def _image(setup: Setup, layout: str) -> Path:
     return setup.host.store.resolve(TREES[layout], "segment").layer("image").path
 
 
-def _prepared(setup: Setup, ref: Reference, place: str) -> BootPlan:
-    own = setup.prepared.spec
+def _prepared(setup: Setup, ref: Reference, place: str) -> LaunchPlan:
+    own = setup.spec
     is_root = place == "root"
     spec = BootSpec(
         root=ref if is_root else own.root,
@@ -156,14 +156,14 @@ def _prepared(setup: Setup, ref: Reference, place: str) -> BootPlan:
         network=False,
         accel=own.accel,
     )
-    return plan_boot(setup.host, spec)
+    return plan_launch(setup.host, spec)
 
 
 async def _guest(setup: Setup, layout: str, place: str) -> _Run:
     """One fresh guest, of whose image nothing is in the host's memory before."""
     prepared, image = _prepared(setup, TREES[layout], place), _image(setup, layout)
     evict([image])
-    record = await boot_guest(setup.host, prepared, new_name())
+    record = await start_one(setup.host, prepared, new_name())
     try:
         told = {name: await _figures(setup, record, place, name) for name in PROGRAMS}
         return resident_bytes(image) or 0, told

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.figures import Running
-from onecopy.guest.lifecycle.restore import Template
+from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.linux.counters import smaps
 
 
@@ -26,7 +26,7 @@ class Place:
     """Pages that are in no file: written here, merged ones included."""
 
 
-def places(guests: Sequence[Running], saved: Template) -> list[Place]:
+def places(guests: Sequence[Running], saved: LaunchPlan) -> list[Place]:
     """All kinds of mappings, the largest first."""
     found: dict[str, list[smaps.Mapping]] = {}
     for guest in guests:
@@ -46,7 +46,7 @@ def places(guests: Sequence[Running], saved: Template) -> list[Place]:
     return sorted(kinds, key=lambda place: -place.pss)
 
 
-def _place(mapping: smaps.Mapping, saved: Template) -> str:
+def _place(mapping: smaps.Mapping, saved: LaunchPlan) -> str:
     path = mapping.path
     if path == str(saved.ram):
         return "guest RAM (saved file, copy-on-write)"

@@ -32,7 +32,7 @@ def disk_module(setup: Setup) -> Path | None:
     """
     kept = setup.work / "virtio_blk.ko"
     if not kept.exists():
-        image = setup.prepared.kernel.layer("modules").path
+        image = setup.kernel.layer("modules").path
         with tempfile.TemporaryDirectory(dir=setup.work) as folder:
             tree = Path(folder) / "modules"
             run(["fsck.erofs", f"--extract={tree}", image])
@@ -46,7 +46,7 @@ def start_plain(setup: Setup, name: str, command: str, publish: Ports) -> Vmm:
     spec = new_plain(setup, name, publish)
     initrd = spec.folder / "initrd"
     _write_initrd(setup, initrd, name, command)
-    kernel = Kernel(setup.prepared.kernel.layer("kernel").path, initrd)
+    kernel = Kernel(setup.kernel.layer("kernel").path, initrd)
     return launch_plain(setup, replace(spec, kernel=kernel))
 
 
@@ -84,7 +84,7 @@ def launch_plain(setup: Setup, spec: Launch) -> Vmm:
 
 def _write_initrd(setup: Setup, out: Path, name: str, command: str) -> None:
     """The boot modules that onecopy's own guests get, virtio_blk, busybox and `init`."""
-    names = _needed(KernelConfig.of(setup.prepared.kernel).modules)
+    names = _needed(KernelConfig.of(setup.kernel).modules)
     folder = out.with_name("initrd.d")
     for each in ("bench", "bin", "dev", "proc", "sys"):
         (folder / each).mkdir(parents=True)
@@ -92,7 +92,7 @@ def _write_initrd(setup: Setup, out: Path, name: str, command: str) -> None:
     if module:
         shutil.copyfile(module, folder / "bench/virtio_blk.ko")
         names.append("bench/virtio_blk.ko")
-    tools = setup.prepared.tools
+    tools = setup.tools
     assert tools  # noqa: S101 - for the type checker: it is no bare machine
     shutil.copyfile(tools.layer("busybox").path, folder / "bin/busybox")
     (folder / "bin/busybox").chmod(0o755)
@@ -101,7 +101,7 @@ def _write_initrd(setup: Setup, out: Path, name: str, command: str) -> None:
     (folder / "bench/modules").write_text("".join(f"{each}\n" for each in names))
     (folder / "bench/hostname").write_text(name + "\n")
     (folder / "bench/run").write_text(command)
-    out.write_bytes(setup.prepared.kernel.layer("boot-modules").path.read_bytes() + cpio(folder))
+    out.write_bytes(setup.kernel.layer("boot-modules").path.read_bytes() + cpio(folder))
     shutil.rmtree(folder)
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import Template, template
+from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, CloneSpec, LaunchPlan
 from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.lifecycle.start import plan_launch
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import Reference
+from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice
 
 #: Kept in the store for the next run.
@@ -37,18 +38,34 @@ class Setup:
     """Ready to be started, in any number and by any way."""
 
     host: Runtime
-    prepared: BootPlan
+    spec: BootSpec
+    prepared: LaunchPlan
     """A guest that executes the root image in place and runs the application."""
-    saved: Template
+    saved: LaunchPlan
     """The same guest, saved when the application answered."""
     work: Path
     """A scratch folder."""
     save_seconds: float
 
     @property
+    def kernel(self) -> Artifact:
+        """The kernel that guests boot, with its modules."""
+        return _boot(self).kernel
+
+    @property
+    def tools(self) -> Artifact | None:
+        """What onecopy has in each guest."""
+        return _boot(self).tools
+
+    @property
     def image(self) -> Path:
         """The root image."""
-        return self.prepared.root.layer("image").path
+        return self.prepared.source.layer("image").path
+
+
+def _boot(setup: Setup) -> Boot:
+    assert setup.prepared.boot  # noqa: S101 - for the type checker: it boots
+    return setup.prepared.boot
 
 
 def resource(name: str) -> str:
@@ -72,19 +89,25 @@ async def set_up(
     if root is None and host.store.find(ROOT, "segment") is None:
         build_segment(host.store, ROOT, _SOURCE, BuildOptions(include=_PACKAGES), progress=tell)
     spec = BootSpec(root=root or ROOT, command=application(), ready=READY, accel=accel)
-    prepared = plan_boot(host, spec, tell)
+    prepared = plan_launch(host, spec, tell)
     began = time.monotonic()
     artifact = (await save_system(host, SYSTEM, spec, tell)).artifact
     return Setup(
         host=host,
+        spec=spec,
         prepared=prepared,
-        saved=template(host, artifact),
+        saved=plan_clones(host, artifact),
         work=work,
         save_seconds=time.monotonic() - began,
     )
 
 
-async def without_network(setup: Setup, tell: Callable[[str], None]) -> Template:
+async def without_network(setup: Setup, tell: Callable[[str], None]) -> LaunchPlan:
     """The same guest, saved without a network card."""
-    spec = replace(setup.prepared.spec, network=False)
-    return template(setup.host, (await save_system(setup.host, ALONE, spec, tell)).artifact)
+    spec = replace(setup.spec, network=False)
+    return plan_clones(setup.host, (await save_system(setup.host, ALONE, spec, tell)).artifact)
+
+
+def plan_clones(host: Runtime, system: Artifact) -> LaunchPlan:
+    """The plan of clones of a saved system."""
+    return plan_launch(host, CloneSpec(system=Reference.parse(system.ref)))

@@ -1,6 +1,6 @@
 """How long one start takes: a bare `qemu -S`, a guest from the saved system, and the command.
 
-All in turn, so that a busy moment of the host hits all. The clone is the real start_clone(),
+All in turn, so that a busy moment of the host hits all. The clone is the real start_one(),
 its phases seen from outside. Not here: booted guests (kinds.py).
 """
 
@@ -19,13 +19,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from msgspec.structs import replace
+
 from benchmarks.answers import answered
 from benchmarks.figures import Spread
 from benchmarks.kinds import new_name
 from benchmarks.setup import Setup, without_network
 from onecopy.guest import identity
-from onecopy.guest.lifecycle import launch as launcher
-from onecopy.guest.lifecycle import restore
+from onecopy.guest.lifecycle import launcher, restore
+from onecopy.guest.lifecycle.launchplan import LaunchPlan
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import POOL
 from onecopy.subprocesses import environment
@@ -100,7 +103,7 @@ async def measure_starts(setup: Setup, count: int, tell: Callable[[str], None]) 
 async def _prepare_one(setup: Setup) -> None:
     """One prepared clone, and no pool that is filled again."""
     with setup.host.batch() as batch:
-        await restore.prepare_clone(setup.host, setup.saved, f"{POOL}bench", batch)
+        await start_one(setup.host, replace(setup.saved, standby=True), f"{POOL}bench", batch)
         batch.hand_out()
     # QEMU frees what it needed to load the state a little later.
     await asyncio.sleep(1)
@@ -156,14 +159,12 @@ def _bare(setup: Setup, machine: list[str]) -> float:
         path.unlink()
 
 
-async def _clone(setup: Setup, system: restore.Template, publish: Ports = ()) -> dict[str, float]:
+async def _clone(setup: Setup, system: LaunchPlan, publish: Ports = ()) -> dict[str, float]:
     """The moments of one clone; the last only if it publishes a port."""
     name = new_name()
     with _watched() as marks:
         asked = time.monotonic()
-        record = await restore.start_clone(
-            setup.host, system, name, restore.CloneSpec(publish=publish)
-        )
+        record = await start_one(setup.host, system.varied(publish=publish), name)
         marks["handed out"] = time.monotonic()
     try:
         if publish:
@@ -177,7 +178,7 @@ async def _clone(setup: Setup, system: restore.Template, publish: Ports = ()) ->
 
 @contextlib.contextmanager
 def _watched() -> Iterator[dict[str, float]]:
-    """Note when start_clone() passes from one phase to the next."""
+    """Note when start_one() passes from one phase to the next."""
     marks: dict[str, float] = {}
     become, execute = identity.become, Monitor.execute
 
@@ -205,7 +206,8 @@ def _watched() -> Iterator[dict[str, float]]:
         return address
 
     with (
-        patch.object(launcher, "launch", launching),
+        patch.object(launcher, "launch_vmm", launching),
+        patch.object(launcher, "connect", connecting),
         patch.object(restore, "connect", connecting),
         patch.object(Monitor, "execute", executing),
         patch.object(identity, "become", becoming),
@@ -220,7 +222,7 @@ def _command(setup: Setup) -> float:
     env = {**os.environ, "ONECOPY_HOME": str(setup.host.store.root)}
     began = time.monotonic()
     subprocess.run(
-        [program, "run", "--name", name, setup.saved.artifact.ref],
+        [program, "run", "--name", name, setup.saved.source.ref],
         env=env,
         stdout=subprocess.DEVNULL,
         check=True,

@@ -6,7 +6,6 @@ which each amount has its own. Not here: what a clone's translated code takes (p
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 import statistics
@@ -19,8 +18,7 @@ from benchmarks.kinds import new_name
 from benchmarks.setup import Setup
 from onecopy.errors import GuestFailed, Incompatible
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle import boot
-from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.linux import process
 from onecopy.linux.counters import smaps
@@ -100,17 +98,12 @@ async def _turn(setup: Setup, size: int) -> AsyncIterator[tuple[str, float, int,
 
 @contextlib.asynccontextmanager
 async def _guest(setup: Setup, size: int) -> AsyncIterator[GuestRecord]:
-    host, prepared = setup.host, setup.prepared
-    prepared = replace(prepared, spec=replace(prepared.spec, ready="true", translated=size))
-    done = await start_many(
-        host,
-        [new_name()],
-        lambda name, batch: asyncio.ensure_future(boot.boot_guest(host, prepared, name, batch)),
-    )
+    plan = replace(setup.prepared.varied(ready="true"), translated=size)
+    guest = await start_one(setup.host, plan, new_name())
     try:
-        yield done.guests[0]
+        yield guest
     finally:
-        host.end(*done.guests)
+        setup.host.end(guest)
 
 
 async def _dropped(setup: Setup, guest: GuestRecord) -> int:

@@ -18,8 +18,8 @@ from pathlib import Path
 from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.exec import run_captured, run_streaming
 from onecopy.guest.exec_streams import Streams
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot
+from onecopy.guest.lifecycle.launchplan import BootSpec, LaunchPlan
+from onecopy.guest.lifecycle.start import plan_launch, start_one
 from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Mergeable
@@ -114,7 +114,7 @@ async def emulated_host(
 
     It is never handed out: killed, we leave it to the next command, which ends it.
     """
-    prepared = plan_boot(
+    prepared = plan_launch(
         host,
         BootSpec(
             root=images.root,
@@ -145,7 +145,7 @@ async def emulated_host(
                 (folder / "qemu.log").write_bytes(qemu.read())
 
 
-async def _booted(host: Runtime, prepared: BootPlan, batch: Batch) -> GuestRecord:
+async def _booted(host: Runtime, prepared: LaunchPlan, batch: Batch) -> GuestRecord:
     """Boot; again if the kernel panicked.
 
     Linux patches its code while it boots, and under TCG the other processor can run into the
@@ -153,11 +153,11 @@ async def _booted(host: Runtime, prepared: BootPlan, batch: Batch) -> GuestRecor
     """
     for _ in range(_TRIES - 1):
         try:
-            return await boot_guest(host, prepared, _new_name(), batch)
+            return await start_one(host, prepared, _new_name(), batch)
         except GuestFailed as error:
             if "Kernel panic" not in error.output:
                 raise
-    return await boot_guest(host, prepared, _new_name(), batch)
+    return await start_one(host, prepared, _new_name(), batch)
 
 
 def _new_name() -> str:

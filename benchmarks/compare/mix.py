@@ -21,10 +21,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from benchmarks.setup import Setup, application
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import template
+from benchmarks.setup import Setup, application, plan_clones
+from onecopy.guest.lifecycle.launchplan import BootSpec
 from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.lifecycle.start import plan_launch
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import MIB, PAGE_SIZE, Reference
@@ -200,8 +200,9 @@ async def _ware(
     artifact = (await save_system(host, Reference(f"{_PREFIX}{name}"), spec, tell)).artifact
     setup = Setup(
         host=host,
-        prepared=plan_boot(host, replace(spec, ready=None), tell),
-        saved=template(host, artifact),
+        spec=spec,
+        prepared=plan_launch(host, replace(spec, ready=None), tell),
+        saved=plan_clones(host, artifact),
         work=work,
         save_seconds=time.monotonic() - began,
     )

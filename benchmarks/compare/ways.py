@@ -10,15 +10,12 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from msgspec.structs import replace
-
 from benchmarks.answers import before, free_port, until
 from benchmarks.compare.mix import PORT, SHELL, Ware
 from benchmarks.compare.templating import Templates, start_from
 from benchmarks.kinds import new_name
 from benchmarks.plain import start_plain
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone
+from onecopy.guest.lifecycle.start import start_one as start_guest
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.linux import process
@@ -89,15 +86,15 @@ async def _watched(vmm: Vmm, ware: Ware, name: str, ports: Ports, means: Means) 
 
 
 async def _segment(ware: Ware, name: str, ports: Ports, means: Means) -> int:
-    spec = replace(ware.setup.prepared.spec, publish=ports)
-    record = await boot_guest(ware.setup.host, replace(ware.setup.prepared, spec=spec), name)
+    plan = ware.setup.prepared.varied(publish=ports)
+    record = await start_guest(ware.setup.host, plan, name)
     return await _ours(record, ware, ports, means)
 
 
 def _saved(ksm: Mergeable) -> Start:
     async def start(ware: Ware, name: str, ports: Ports, means: Means) -> int:
-        spec = CloneSpec(publish=ports, ksm=ksm)
-        record = await start_clone(ware.setup.host, ware.setup.saved, name, spec)
+        plan = ware.setup.saved.varied(publish=ports, ksm=ksm)
+        record = await start_guest(ware.setup.host, plan, name)
         return await _ours(record, ware, ports, means)
 
     return start

@@ -20,8 +20,7 @@ from msgspec.structs import replace
 
 from onecopy.errors import AlreadyExists, InUse
 from onecopy.guest import lost_vmms
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
@@ -30,6 +29,7 @@ from onecopy.store import Artifact
 from tests.command import answer, onecopy
 from tests.conftest import cannot_run
 from tests.vm.conftest import Cold
+from tests.vm.guests import boot_plan
 from tests.vm.kept import MEMTEST
 
 _CLOSE, _FLOCK = 3, 73
@@ -99,9 +99,9 @@ def check_known(host: Runtime, memtest: Artifact, guest: GuestRecord) -> dict[st
     """It is shown, its name is taken, what it runs from is held."""
     found = shown(guest.name)
     assert found and found["pid"] == guest.pid and found["note"]
-    prepared = plan_boot(host, BootSpec(root=Reference.parse(memtest.ref)))
+    prepared = boot_plan(host, memtest.ref)
     with pytest.raises(AlreadyExists):
-        asyncio.run(boot_guest(host, prepared, guest.name))
+        asyncio.run(start_one(host, prepared, guest.name))
     assert vmm_registry.Process(guest.pid, guest.start_ticks).lives()
     return found
 
@@ -187,8 +187,8 @@ def test_its_store_is_removed(
     root = tmp_path / "store"
     subprocess.run(["cp", "-a", "--reflink=auto", host.store.root, root], check=True)
     other = Runtime.open(root)
-    prepared = plan_boot(other, BootSpec(root=Reference.parse(memtest.ref)))
-    guest = asyncio.run(boot_guest(other, prepared, "orphan"))
+    prepared = boot_plan(other, memtest.ref)
+    guest = asyncio.run(start_one(other, prepared, "orphan"))
     try:
         shutil.rmtree(root)
         shed(inject, guest.pid)

@@ -7,8 +7,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import onecopy
+from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec, LaunchPlan
 from onecopy.guest.lifecycle.save import Saved
+from onecopy.guest.lifecycle.start import plan_launch
 from onecopy.guest.run_directory import GuestRecord
+from onecopy.guest.runtime import Runtime
 from onecopy.images.range_record import SegmentConfig
 from onecopy.model import Reference
 from onecopy.store import Artifact
@@ -70,3 +73,13 @@ def save_system(name: str, root: Artifact | str, **options: Any) -> Artifact:
     """Boot a root segment and save it as a system. Options are `onecopy.Host.save`'s."""
     with onecopy.Host() as host:
         return host.save(name, root.ref if isinstance(root, Artifact) else root, **options).artifact
+
+
+def boot_plan(host: Runtime, root: str, **fields: Any) -> LaunchPlan:
+    """The plan of guests that boot a root segment, for tests of how a plan is carried out."""
+    return plan_launch(host, BootSpec(root=Reference.parse(root), **fields))
+
+
+def clone_plan(host: Runtime, system: Artifact, **fields: Any) -> LaunchPlan:
+    """The same of clones of a saved system."""
+    return plan_launch(host, CloneSpec(system=Reference.parse(system.ref), **fields))

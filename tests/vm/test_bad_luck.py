@@ -530,13 +530,13 @@ def test_a_port_that_is_lost_to_another_program_meanwhile(
 
     def lose(publish: ports.Ports) -> None:
         free(publish)
-        monkeypatch.setattr("onecopy.guest.lifecycle.boot.require_free", free)
+        monkeypatch.setattr("onecopy.guest.lifecycle.launchplan.require_free", free)
         taken.bind(("127.0.0.1", publish[0][0]))
         taken.listen()
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    monkeypatch.setattr("onecopy.guest.lifecycle.boot.require_free", lose)
+    monkeypatch.setattr("onecopy.guest.lifecycle.launchplan.require_free", lose)
     with socket.socket() as taken, pytest.raises(InUse, match=f"port {port} on 127.0.0.1 is taken"):
         guests.boot(busybox_root, publish=[(port, 80)], run="sleep 600")

@@ -13,13 +13,12 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import prepare_clone, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
@@ -28,6 +27,7 @@ from onecopy.store import Artifact
 from tests.command import ONECOPY
 from tests.vm.conftest import Clones
 from tests.vm.conftest import vmms as qemus
+from tests.vm.guests import boot_plan, clone_plan
 from tests.vm.kept import MEMTEST
 
 #: When it is cancelled the QMP library leaves its socket to the garbage collector.
@@ -128,15 +128,15 @@ def _collected() -> Iterator[None]:
 @pytest.fixture
 def booting(host: Runtime) -> Start:
     """Boots a bare machine, which is up at once."""
-    prepared = plan_boot(host, BootSpec(root=Reference.parse(str(MEMTEST))))
-    return lambda name, batch: boot_guest(host, prepared, name, batch)
+    prepared = boot_plan(host, str(MEMTEST))
+    return lambda name, batch: start_one(host, prepared, name, batch)
 
 
 @pytest.fixture(scope="module")
 def bare(host: Runtime) -> Artifact:
     """A saved system without an agent."""
-    prepared = plan_boot(host, BootSpec(root=Reference.parse(str(MEMTEST))))
-    asyncio.run(boot_guest(host, prepared, "bare"))
+    prepared = boot_plan(host, str(MEMTEST))
+    asyncio.run(start_one(host, prepared, "bare"))
     saved = asyncio.run(save_guest(host, Reference("bare"), "bare")).artifact
     host.end(*host.guests())
     return saved
@@ -147,42 +147,42 @@ def test_a_boot(host: Runtime, booting: Start) -> None:
 
 
 def test_a_clone(host: Runtime, bare: Artifact) -> None:
-    source = template(host, bare)
+    source = clone_plan(host, bare)
 
     def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return start_clone(host, source, name, batch=batch)
+        return start_one(host, source, name, batch)
 
     cancel_everywhere(host, lambda: start_many(host, ["a"], start), 1)
 
 
 def test_one_without_a_batch(host: Runtime, bare: Artifact) -> None:
-    source = template(host, bare)
-    cancel_everywhere(host, lambda: start_clone(host, source, "a"), 2)
+    source = clone_plan(host, bare)
+    cancel_everywhere(host, lambda: start_one(host, source, "a"), 2)
 
 
 def test_a_prepared_one(host: Runtime, bare: Artifact) -> None:
-    source = template(host, bare)
+    source = replace(clone_plan(host, bare), standby=True)
 
     def prepare(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return prepare_clone(host, source, name, batch)
+        return start_one(host, source, name, batch)
 
     cancel_everywhere(host, lambda: start_many(host, ["pool.a"], prepare), 2)
 
 
 def test_a_batch(host: Runtime, bare: Artifact) -> None:
-    source = template(host, bare)
+    source = clone_plan(host, bare)
 
     def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return start_clone(host, source, name, batch=batch)
+        return start_one(host, source, name, batch)
 
     cancel_everywhere(host, lambda: start_many(host, NAMES, start), 7)
 
 
 def test_a_clone_that_becomes_itself(host: Runtime, saved: Artifact) -> None:
-    source = template(host, saved)
+    source = clone_plan(host, saved)
 
     def start(name: str, batch: Batch) -> Awaitable[GuestRecord]:
-        return start_clone(host, source, name, batch=batch)
+        return start_one(host, source, name, batch)
 
     cancel_everywhere(host, lambda: start_many(host, NAMES[:2], start), 3)
 

@@ -16,15 +16,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from onecopy.guest.exec import run_captured
-from onecopy.guest.lifecycle import restore
-from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.bootplan import BootSpec
-from onecopy.guest.lifecycle.launch import display_slots, with_segments
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle import launcher, start
+from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
 from onecopy.guest.lifecycle.save import save_system
 from onecopy.guest.lifecycle.stop import stop_guests
+from onecopy.guest.machine import display_slots
 from onecopy.guest.observe.accounts import guest_maps
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
@@ -49,7 +48,7 @@ from tests.conftest import cannot_run
 from tests.unit.bpf import decide, seccomp_filters
 from tests.unit.other_user import NOBODY, as_nobody
 from tests.vm.conftest import ACCEL, Clones, Cold
-from tests.vm.guests import Guests
+from tests.vm.guests import Guests, clone_plan
 from tests.vm.kept import copy_artifact
 from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
 
@@ -254,11 +253,11 @@ def test_a_rogue_clone(
     place: tuple[RunDirectory, int],
 ) -> None:
     (neighbour,) = clones(1)
-    source = template(host, saved)
+    source = clone_plan(host, saved)
     folder, lease = place
-    spec = restore.launch_spec(host, source, folder.path, CloneSpec(), None)
-    hardware = with_segments(source.hardware, display_slots(source.placed))
-    theirs, blob = host.run / neighbour.name, source.artifact.layers[-1].path
+    spec = launcher.launch_spec(host, source, folder.path, None)
+    hardware = replace(source.hardware, segments=display_slots(source.placed))
+    theirs, blob = host.run / neighbour.name, source.source.layers[-1].path
     closed = [
         *(Path("/etc/passwd"), host.store.root / "index.json", Path(blob)),
         *(theirs / "console.log", theirs / "guest.json", theirs / "monitor.sock"),
@@ -311,11 +310,11 @@ def test_a_low_port_is_the_only_one(
     if landlock.abi() < landlock.BINDS_SINCE:
         cannot_run("this kernel's Landlock knows no ports")
     given, *others = [port for port in range(1023, 600, -1) if _is_free(port)][:3]
-    source = template(host, saved)
+    source = clone_plan(host, saved, publish=((given, 80),))
     folder, lease = place
     card = Nic("52:54:00:00:00:01", "198.18.1.0")
-    spec = restore.launch_spec(host, source, folder.path, CloneSpec(publish=((given, 80),)), card)
-    hardware = with_segments(source.hardware, display_slots(source.placed))
+    spec = launcher.launch_spec(host, source, folder.path, card)
+    hardware = replace(source.hardware, segments=display_slots(source.placed))
     binds = [("bind", port) for port in (given, *others, 18080, 0)]
     reads = [("read", path) for path in ("/etc/resolv.conf", "/etc/passwd", "/etc/hostname")]
     outcome = asyncio.run(run_rogue(rogue, hardware, spec, [*binds, *reads], inherit=[lease]))
@@ -395,12 +394,9 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
     # Not everywhere may other users have tap devices.
     spec = BootSpec(root=Reference("root"), memory=128 * MIB, command="", allow_host=True)
     system = (await save_system(host, Reference("user"), spec)).artifact
-    source = template(host, system)
-    started = await start_many(
-        host,
-        ["user-1", "user-2"],
-        lambda name, batch: start_clone(host, source, name, CloneSpec(allow_host=True), batch),
-    )
+    clones = CloneSpec(system=Reference.parse(system.ref), allow_host=True)
+    request = start.Request(clones, 2, "user", overcommit=True)
+    started = await start.start(host, start.plan(host, request), refill=False)
     try:
         return await _what_they_do(host, system, started.guests, rogue)
     finally:
@@ -452,10 +448,11 @@ async def _rogue_of_user(
     host: Runtime, system: Artifact, neighbour: GuestRecord, rogue: Path
 ) -> tuple[Outcome, list[str]]:
     """What it came to, and the files that it tried to write and to unlink."""
-    source = template(host, system)
+    source = clone_plan(host, system)
+    ram = system.layer("ram").path
     theirs = host.run / neighbour.name
     closed = [
-        *(str(host.store.root / "index.json"), str(source.ram)),
+        *(str(host.store.root / "index.json"), str(ram)),
         *(str(theirs / "guest.json"), str(theirs / "console.log")),
     ]
     attempts: list[tuple[str, str | Path | int]] = [
@@ -467,12 +464,12 @@ async def _rogue_of_user(
     ]
     with host.batch() as batch, host.claim("rogue", [system.digest], batch) as (folder, lease):
         prepare(folder.path)
-        spec = restore.launch_spec(host, source, folder.path, CloneSpec(), None)
+        spec = launcher.launch_spec(host, source, folder.path, None)
         # Even if nothing else kept its owner from writing to it.
-        source.ram.chmod(0o644)
-        hardware = with_segments(source.hardware, display_slots(source.placed))
+        ram.chmod(0o644)
+        hardware = replace(source.hardware, segments=display_slots(source.placed))
         outcome = await run_rogue(rogue, hardware, spec, attempts, inherit=[lease.fd])
-        source.ram.chmod(0o444)
+        ram.chmod(0o444)
         assert_limited(outcome, hardware, spec, None)
         folder.remove()
     return outcome, closed

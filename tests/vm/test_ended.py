@@ -17,18 +17,17 @@ import pytest
 from onecopy.guest.end_reason import Cause
 from onecopy.guest.ended_guests import path
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import start_clone, template
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.lifecycle.stop import stop_guests, wait_for_end
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
-from onecopy.model import MIB, Reference
+from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
 from tests.command import answer, onecopy
 from tests.vm.conftest import Clones
+from tests.vm.guests import boot_plan, clone_plan
 
 STUCK = 120.0
 #: Guest -> what ends it: a clone's own doing, what its command is, or what its QEMU meets.
@@ -68,22 +67,16 @@ async def quit_by_monitor(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def various(host: Runtime, saved: Artifact, busybox_root: Artifact) -> dict[str, GuestRecord]:
     """All of them, started together."""
-    source = template(host, saved)
+    source = clone_plan(host, saved)
     booted = {
-        name: plan_boot(
-            host, BootSpec(Reference.parse(busybox_root.ref), memory=128 * MIB, command=command)
-        )
+        name: boot_plan(host, busybox_root.ref, memory=128 * MIB, command=command)
         for name, command in COMMANDS.items()
     }
     started = asyncio.run(
         start_many(
             host,
             list(EXPECTED),
-            lambda name, batch: (
-                boot_guest(host, booted[name], name, batch)
-                if name in booted
-                else start_clone(host, source, name, batch=batch)
-            ),
+            lambda name, batch: start_one(host, booted.get(name, source), name, batch),
         )
     )
     return {each.name: each for each in started.guests}

@@ -14,13 +14,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed, StoreDamaged
 from onecopy.guest.lifecycle import admission
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach
@@ -33,7 +32,7 @@ from onecopy.vmm.argv import LEAST_TRANSLATED
 from onecopy.vmm.monitor import Monitor, connect
 from onecopy.vmm.vmm_limits import LOG_ROOM
 from tests.vm.conftest import Clones, RunIn
-from tests.vm.guests import Guests
+from tests.vm.guests import Guests, boot_plan, clone_plan
 
 DISK = 64 * MIB
 
@@ -90,9 +89,8 @@ def test_real_ones(host: Runtime, clones: Clones, fitted: GuestRecord, run_in: R
 @pytest.fixture
 def little(host: Runtime, python_root: Artifact) -> Iterator[GuestRecord]:
     """A guest with little room for translated code, which no user can ask for."""
-    ref = Reference.parse(python_root.ref)
-    plan = plan_boot(host, BootSpec(ref, command="", translated=LEAST_TRANSLATED))
-    guest = asyncio.run(boot_guest(host, plan, "little"))
+    plan = replace(boot_plan(host, python_root.ref, command=""), translated=LEAST_TRANSLATED)
+    guest = asyncio.run(start_one(host, plan, "little"))
     yield guest
     host.end(guest)
 
@@ -198,7 +196,7 @@ def test_a_state_that_was_changed_on_the_way(
     """What is loaded is what was checked: the file is not looked at again."""
     layer = saved.layer("state")
     before = layer.path.read_bytes()
-    source = template(host, saved)
+    source = clone_plan(host, saved)
     checked = Monitor.incoming
 
     async def changed(monitor: Monitor, fd: int) -> None:
@@ -210,11 +208,11 @@ def test_a_state_that_was_changed_on_the_way(
 
     monkeypatch.setattr(Monitor, "incoming", changed)
     try:
-        guest = asyncio.run(start_clone(host, source, "unchanged"))
+        guest = asyncio.run(start_one(host, source, "unchanged"))
         host.end(guest)
         monkeypatch.undo()
         with pytest.raises(StoreDamaged, match="was changed"):
-            asyncio.run(start_clone(host, source, "never"))
+            asyncio.run(start_one(host, source, "never"))
     finally:
         layer.path.write_bytes(before)
         layer.path.chmod(0o444)

@@ -12,17 +12,15 @@ import msgspec
 import pytest
 
 from onecopy.errors import GuestFailed, Incompatible
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import template
 from onecopy.guest.machine import SystemConfig
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import smaps
-from onecopy.model import Reference
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice
 from onecopy.vmm.cpu import DEFAULT, LEVELS
 from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.guests import boot_plan, clone_plan
 
 #: /proc/cpuinfo's names of the features of x86-64-v2 (x86-64 psABI) and of our addition to it.
 V2 = {"cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3", "aes", "rdrand"}
@@ -87,12 +85,11 @@ def test_another_cpu_is_asked_for(busybox_root: Artifact, cold: Cold, run_in: Ru
 def test_the_hosts_own_cpu_needs_kvm(
     host: Runtime, busybox_root: Artifact, cold: Cold, run_in: RunIn, saved: Artifact
 ) -> None:
-    spec = BootSpec(root=Reference.parse(busybox_root.ref), cpu="host", command="")
     if SystemConfig.of(saved).accel == "kvm":
         assert flags(cold(busybox_root, cpu="host"), run_in) >= V2
     else:
         with pytest.raises(Incompatible, match="host needs KVM"):
-            plan_boot(host, spec)
+            boot_plan(host, busybox_root.ref, cpu="host", command="")
 
 
 def test_an_unknown_cpu(busybox_root: Artifact, cold: Cold) -> None:
@@ -106,12 +103,12 @@ def test_a_saved_system_of_another_host(
     config = SystemConfig.of(saved)
     other = Choice.TCG if config.accel == "kvm" else Choice.KVM
     with pytest.raises(Incompatible, match=f"was saved under {config.accel} and cannot be started"):
-        template(host, saved, other)
+        clone_plan(host, saved, accel=other)
     machines = tuple(each for each in host.qemu.machines if each != config.machine)
     without = msgspec.structs.replace(host.qemu, machines=machines)
     monkeypatch.setitem(vars(host), "qemu", without)  # a cached property
     with pytest.raises(Incompatible, match=f"not have the machine type {config.machine}"):
-        template(host, saved)
+        clone_plan(host, saved)
 
 
 def test_a_clones_clock_goes_on(clones: Clones, run_in: RunIn) -> None:

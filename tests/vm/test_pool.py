@@ -14,14 +14,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from onecopy import Host
 from onecopy.errors import AlreadyExists
-from onecopy.guest.lifecycle import pool
-from onecopy.guest.lifecycle.resources import ExtraResources
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle import pool, pool_fill
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
@@ -29,6 +29,7 @@ from onecopy.model import Reference, parse_mount
 from onecopy.store import Artifact
 from tests.command import ONECOPY, onecopy, refused
 from tests.vm.conftest import RunIn, left, vmms
+from tests.vm.guests import clone_plan
 
 
 @pytest.fixture
@@ -44,13 +45,13 @@ def empty(host: Runtime) -> Iterator[dict[str, list[str]]]:
 
 def prepared(host: Runtime, saved: Artifact, size: int) -> set[int]:
     """Prepare so many; the process ids of their VMMs."""
-    ready = asyncio.run(pool.resize(host, saved, size)).ready
+    ready = asyncio.run(pool_fill.resize(host, saved, size)).ready
     assert len(ready) == size
     return {record.pid for record in ready}
 
 
-def clone(host: Runtime, saved: Artifact, name: str, spec: CloneSpec) -> GuestRecord:
-    return asyncio.run(start_clone(host, template(host, saved), name, spec))
+def clone(host: Runtime, saved: Artifact, name: str, **fields: Any) -> GuestRecord:
+    return asyncio.run(start_one(host, clone_plan(host, saved, **fields), name))
 
 
 def answer(guest: GuestRecord) -> str:
@@ -68,11 +69,8 @@ def test_a_prepared_guest_is_like_any_other(
     build_segment(host.store, Reference("further"), f"dir:{tmp_path}")
     pids = prepared(host, saved, 2)
     assert not host.guests()
-    spec = CloneSpec(
-        publish=((0, 80),),
-        fitting=ExtraResources(segments=(parse_mount("further:/mnt"),)),
-    )
-    guests = [clone(host, saved, f"quick-{number}", spec) for number in range(3)]
+    fields = {"publish": ((0, 80),), "segments": (parse_mount("further:/mnt"),)}
+    guests = [clone(host, saved, f"quick-{number}", **fields) for number in range(3)]
     assert {guest.pid for guest in guests[:2]} == pids
     assert guests[2].pid not in pids
     assert [answer(guest) for guest in guests] == [guest.name for guest in guests]
@@ -115,10 +113,10 @@ def test_a_killed_one_is_replaced(host: Runtime, saved: Artifact) -> None:
         time.sleep(0.01)
     os.close(pidfd)
     host.sweep()
-    guest = clone(host, saved, "after", CloneSpec(publish=((0, 80),)))
+    guest = clone(host, saved, "after", publish=((0, 80),))
     assert guest.pid != pid
     assert answer(guest) == "after"
-    asyncio.run(pool.fill(host))
+    asyncio.run(pool_fill.fill(host))
     assert len(host.prepared()) == 1
 
 
@@ -136,10 +134,10 @@ def test_what_was_replaced_or_removed_is_not_kept(host: Runtime, saved: Artifact
 @pytest.mark.usefixtures("empty")
 def test_a_name_that_is_taken_costs_nothing(host: Runtime, saved: Artifact) -> None:
     prepared(host, saved, 1)
-    guest = clone(host, saved, "one", CloneSpec())
+    guest = clone(host, saved, "one")
     prepared(host, saved, 1)
     with pytest.raises(AlreadyExists):
-        clone(host, saved, guest.name, CloneSpec())
+        clone(host, saved, guest.name)
     assert len(host.prepared()) == 1
 
 

@@ -18,15 +18,13 @@ import pytest
 from onecopy.errors import AgentFailed
 from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.exec_streams import KEPT
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.resources import ExtraResources
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
 from onecopy.guest.lifecycle.save import save_guest
+from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
+from tests.vm.guests import boot_plan, clone_plan
 
 #: Changes files and folders of the image in the folder argv[1]; prints what came of it as JSON.
 CHANGE = """
@@ -97,13 +95,14 @@ Run = Callable[..., Completed]
 def guest(host: Runtime, python_root: Artifact) -> Iterator[GuestRecord]:
     """A guest of 256 MiB whose command wrote to /dev/stdout as another user."""
     command = "setpriv --reuid 65534 --clear-groups sh -c 'echo from the command >/dev/stdout'"
-    spec = BootSpec(
-        root=Reference.parse(python_root.ref),
+    plan = boot_plan(
+        host,
+        python_root.ref,
         memory=256 * MIB,
         command=f"{command}; echo here >/srv/mark; sleep 1000000",
         ready="[ -e /srv/mark ]",
     )
-    record = asyncio.run(boot_guest(host, plan_boot(host, spec), "disk"))
+    record = asyncio.run(start_one(host, plan, "disk"))
     yield record
     host.end(record)
 
@@ -249,8 +248,8 @@ def test_a_full_root_is_a_full_disk(run: Run) -> None:
 def test_a_clone_has_all_of_it(host: Runtime, guest: GuestRecord, changed: Any, run: Run) -> None:
     before, free = json.loads(run("python3", "-c", LOOK).stdout), _free(run)
     saved = asyncio.run(save_guest(host, Reference("disk"), guest.name)).artifact
-    more = ExtraResources(memory=512 * MIB)
-    clone = asyncio.run(start_clone(host, template(host, saved), "disk2", CloneSpec(fitting=more)))
+    plan = clone_plan(host, saved, memory=512 * MIB)
+    clone = asyncio.run(start_one(host, plan, "disk2"))
     try:
         assert json.loads(run("python3", "-c", LOOK, name="disk2").stdout) == before
         # Its root has grown with its memory, by the same share.

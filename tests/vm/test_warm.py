@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
 from onecopy.guest.pagecache import preload
 from onecopy.guest.pagecache.access_record import extents_of
 from onecopy.guest.pagecache.mapped import Users
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import prefetch
 from onecopy.linux.counters import residency, smaps
-from onecopy.model import MIB, PAGE_SIZE, Reference
+from onecopy.model import MIB, PAGE_SIZE
 from onecopy.store import Artifact, Layer
 from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.guests import boot_plan
 
 MEMORY = 192 * MIB
 NEARLY = 0.9
@@ -50,8 +50,7 @@ def until_resident(layer: Layer, wanted: bytes) -> None:
 def test_a_cold_guest_is_recorded_and_loaded(
     host: Runtime, cold: Cold, run_in: RunIn, python_root: Artifact
 ) -> None:
-    spec = BootSpec(root=Reference.parse(python_root.ref), memory=MEMORY, command="")
-    artifacts = plan_boot(host, spec).artifacts
+    artifacts = boot_plan(host, python_root.ref, memory=MEMORY, command="").artifacts
     layers = [layer for artifact in artifacts for layer in artifact.layers]
     image = python_root.layer("image")
     drop(layers)

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from onecopy.guest.lifecycle.batch import start_many
-from onecopy.guest.lifecycle.boot import boot_guest
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
-from onecopy.guest.lifecycle.restore import CloneSpec, start_clone, template
+from onecopy.guest.lifecycle.launchplan import BootSpec
 from onecopy.guest.lifecycle.save import save_system
+from onecopy.guest.lifecycle.start import plan_launch, start_one
 from onecopy.guest.lifecycle.stop import Ending, Stopped, stop_guests
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from tests.vm.conftest import busybox_init_root, busybox_root, host, systemd_root  # noqa: F401
 from tests.vm.ends import AFTER_ALL, ENDS, POWERED_OFF, end_all, wrong
+from tests.vm.guests import clone_plan
 
 #: Init -> the fixture or the reference of its root, and what is run in place of an init.
 INITS: dict[str, tuple[str, str | None]] = {
@@ -68,14 +68,14 @@ def ends(host: Runtime, start: Start, commands: dict[str, str]) -> list[str]:  #
 
 
 def booting(host: Runtime, spec: BootSpec) -> Start:  # noqa: F811
-    made = plan_boot(host, spec)
-    return _starting(host, lambda name, batch: boot_guest(host, made, name, batch))
+    made = plan_launch(host, spec)
+    return _starting(host, lambda name, batch: start_one(host, made, name, batch))
 
 
 def cloning(host: Runtime, spec: BootSpec) -> Start:  # noqa: F811
     saved = asyncio.run(save_system(host, Reference("ends"), spec)).artifact
-    made = template(host, saved)
-    return _starting(host, lambda name, batch: start_clone(host, made, name, CloneSpec(), batch))
+    made = clone_plan(host, saved)
+    return _starting(host, lambda name, batch: start_one(host, made, name, batch))
 
 
 def _starting(host: Runtime, one: Callable[..., Any]) -> Start:  # noqa: F811

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Unpack
 
-from msgspec.structs import replace
-
 from onecopy.aio.guest import Guest
-from onecopy.aio.options import BootOptions, boot_spec, choice, mergeable
-from onecopy.guest.lifecycle import admission, batch, boot, bootplan, pool, restore, save, stop
+from onecopy.aio.options import (
+    BootOptions,
+    GuestBootOptions,
+    StartOptions,
+    boot_spec,
+    clone_spec,
+    request,
+)
+from onecopy.guest.lifecycle import pool_fill, save, start, stop
 from onecopy.guest.lifecycle.clone_hooks import checked
-from onecopy.guest.lifecycle.disks import DiskSpec, check_disks
-from onecopy.guest.lifecycle.resources import ExtraResources, added_memory
+from onecopy.guest.lifecycle.start import Request
 from onecopy.guest.observe.accounts import report_all
-from onecopy.guest.ports import Ports, numbered
-from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.transfer.destination import StrPath
 from onecopy.leaving import at_exit
 from onecopy.loop import NOT_OPEN
-from onecopy.model import Reference, check_ports, parse_mount, parse_size
+from onecopy.model import Reference
 from onecopy.sharing.report import Report
 from onecopy.store import Artifact
 
@@ -107,95 +110,23 @@ class Host:
         """
         host = self._swept()
         found = host.store.resolve(Reference.parse(system), "system")
-        return len((await pool.resize(host, found, size)).ready)
+        return len((await pool_fill.resize(host, found, size)).ready)
 
     @asynccontextmanager
     async def start(
-        self,
-        system: str,
-        count: int = 1,
-        *,
-        name: str | None = None,
-        publish: Iterable[tuple[int, int]] = (),
-        bridge: str = "",
-        allow_host: bool = False,
-        accel: str = "auto",
-        ksm: str = "ram",
-        memory: int | str | None = None,
-        cpus: int | None = None,
-        segments: Sequence[str] = (),
-        disks: Sequence[str] = (),
-        overcommit: bool = False,
+        self, system: str, count: int = 1, **options: Unpack[StartOptions]
     ) -> AsyncIterator[list[Guest]]:
-        """Guests from a saved system, all or none; at the end of the block they are ended.
-
-        ``publish`` are (port of 127.0.0.1, port of the guest) pairs. The host's ports count up from
-        guest to guest; 0 is any free one, which `Guest.port` tells. With ``bridge`` they are ports
-        of this bridge of the host's. Guests reach the outside only; with ``allow_host`` also what
-        listens on the host (127.0.0.1 is their 198.18.0.2). ``memory`` and ``cpus`` are more than
-        was saved, ``segments`` further ones, ``disks`` as `onecopy run --disk` has them; they are
-        synced at the end of the block, unless it ends by an exception. ``ksm`` is what KSM may
-        merge: ``none``, ``ram`` or ``all``, QEMU's own memory included. With ``overcommit`` the
-        host need not have the memory for all.
-        """
-        host, specs = self._swept(), _disks(disks, name, count)
-        fitting = ExtraResources(
-            memory=None if memory is None else parse_size(str(memory)),
-            cpus=cpus,
-            segments=tuple(parse_mount(each) for each in segments),
-            disks=specs,
-        )
-        found = host.store.resolve(Reference.parse(system), "system")
-        source = await asyncio.to_thread(restore.template, host, found, choice(accel))
-        added = added_memory(fitting, source.config)
-        need = admission.of_clones(source.accel.name, count, added)
-
-        def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-            spec = restore.CloneSpec(
-                ports, bridge, mergeable(ksm), fitting, allow_host, need.translated
-            )
-            return restore.start_clone(host, source, name, spec, batch)
-
-        names = batch.names_for(found.name, name, count)
-        guests = await self._begin(names, publish, 0 if overcommit else need.each, one)
-        try:
+        """Start guests from a saved system, all or none; at the end of the block they are ended."""
+        async with self._started(request(clone_spec(system, options), count, options)) as guests:
             yield guests
-            await self._sync(guests)
-        finally:
-            self._end(guests)
 
     @asynccontextmanager
     async def boot(
-        self,
-        segment: str,
-        count: int = 1,
-        *,
-        name: str | None = None,
-        publish: Iterable[tuple[int, int]] = (),
-        bridge: str = "",
-        ksm: str = "ram",
-        disks: Sequence[str] = (),
-        overcommit: bool = False,
-        **options: Unpack[BootOptions],
+        self, segment: str, count: int = 1, **options: Unpack[GuestBootOptions]
     ) -> AsyncIterator[list[Guest]]:
-        """Guests that boot a root segment; all else as `start`."""
-        host, spec = self._swept(), boot_spec(segment, options)
-        spec = replace(spec, bridge=bridge, ksm=mergeable(ksm), disks=_disks(disks, name, count))
-        prepared = await asyncio.to_thread(bootplan.plan_boot, host, spec)
-        need = admission.of_cold(prepared.accel.name, prepared.hardware.memory, count)
-        spec = replace(spec, translated=need.translated)
-
-        def one(name: str, ports: Ports, batch: Batch) -> Awaitable[GuestRecord]:
-            mine = replace(prepared, spec=replace(spec, publish=ports))
-            return boot.boot_guest(host, mine, name, batch)
-
-        names = batch.names_for(prepared.root.name, name, count)
-        guests = await self._begin(names, publish, 0 if overcommit else need.each, one)
-        try:
+        """Boot guests from a root segment; all else as `start`."""
+        async with self._started(request(boot_spec(segment, options), count, options)) as guests:
             yield guests
-            await self._sync(guests)
-        finally:
-            self._end(guests)
 
     async def save(
         self,
@@ -217,25 +148,17 @@ class Host:
             self._swept(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
         )
 
-    async def _begin(
-        self,
-        names: Sequence[str],
-        publish: Iterable[tuple[int, int]],
-        each: int,
-        one: Callable[[str, Ports, Batch], Awaitable[GuestRecord]],
-    ) -> list[Guest]:
-        host, owner = self._both()
-        pairs = tuple(check_ports(*pair) for pair in publish)
-        ports = {guest: numbered(pairs, number) for number, guest in enumerate(names)}
-        started = await batch.start_many(
-            host,
-            names,
-            lambda guest, batch: one(guest, ports[guest], batch),
-            owner=owner,
-            each=each,
-        )
-        pool.refill(host)
-        return [Guest(host, record) for record in started.guests]
+    @asynccontextmanager
+    async def _started(self, wanted: Request) -> AsyncIterator[list[Guest]]:
+        host, owner = self._swept(), self._both()[1]
+        group = await asyncio.to_thread(start.plan, host, wanted)
+        started = await start.start(host, group, owner=owner)
+        guests = [Guest(host, record) for record in started.guests]
+        try:
+            yield guests
+            await self._sync(guests)
+        finally:
+            self._end(guests)
 
     async def _sync(self, guests: Sequence[Guest]) -> None:
         if self._opened:
@@ -260,9 +183,3 @@ class Host:
         if self._opened is None:
             raise RuntimeError(NOT_OPEN)
         return self._opened
-
-
-def _disks(texts: Sequence[str], name: str | None, count: int) -> tuple[DiskSpec, ...]:
-    specs = tuple(DiskSpec.parse(each) for each in texts)
-    check_disks(specs, named=name is not None, count=count)
-    return specs

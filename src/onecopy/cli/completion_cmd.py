@@ -20,7 +20,8 @@ from onecopy.cli.commands import Command
 def command(shell: str) -> None:
     """Print the completion script for a shell.
 
-    SHELL is bash, zsh or fish. The script completes commands, options, guests, references and paths.
+    SHELL is bash, zsh or fish. The script completes commands, options, guests, references and
+    paths.
     """
     from click.shell_completion import get_completion_class
 

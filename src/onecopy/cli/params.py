@@ -16,7 +16,14 @@ from click.shell_completion import CompletionItem
 
 from onecopy.cli import completion
 from onecopy.errors import InvalidInput
-from onecopy.model import Reference, check_name, check_ports, parse_mount, parse_size
+from onecopy.model import (
+    Reference,
+    check_guest_name,
+    check_name,
+    check_ports,
+    parse_mount,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from onecopy.guest.lifecycle.disks import DiskSpec
@@ -61,6 +68,15 @@ class GuestType(ParamType):
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
         return completion.offered(lambda: completion.guests(ended=self._ended), incomplete)
+
+
+class NewGuestType(ParamType):
+    """The name of a guest that is to start."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: object, ctx: object) -> str:
+        return check_guest_name(str(value))
 
 
 class LoadedType(ParamType):

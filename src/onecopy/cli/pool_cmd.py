@@ -40,7 +40,7 @@ def command(system: Reference | None, size: int | None, fill: bool, listing: Lis
     with --bridge, --allow-host or --ksm. When half of a pool is used, onecopy fills it again in the
     background. Without SYSTEM the command lists the pools.
     """
-    from onecopy.guest.lifecycle import pool
+    from onecopy.guest.lifecycle import pool, pool_fill
     from onecopy.guest.runtime import Runtime
 
     if system and (size is None or fill):
@@ -50,7 +50,7 @@ def command(system: Reference | None, size: int | None, fill: bool, listing: Lis
         )
     host = Runtime.open()
     if fill:
-        asyncio.run(pool.fill(host))
+        asyncio.run(pool_fill.fill(host))
     elif system and size is not None:
         with progress() as tell:
             tell(f"{'starting' if size else 'ending'} guests of {system}")
@@ -60,9 +60,9 @@ def command(system: Reference | None, size: int | None, fill: bool, listing: Lis
 
 
 def _resized(host: Runtime, system: Reference, size: int) -> Pool:
-    from onecopy.guest.lifecycle import pool
+    from onecopy.guest.lifecycle import pool_fill
 
-    return asyncio.run(pool.resize(host, host.store.resolve(system, "system"), size))
+    return asyncio.run(pool_fill.resize(host, host.store.resolve(system, "system"), size))
 
 
 def _print(pools: list[Pool], listing: Listing) -> None:

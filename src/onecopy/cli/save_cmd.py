@@ -19,6 +19,7 @@ from onecopy.errors import InvalidInput
 from onecopy.model import Reference, check_new_name, format_size
 
 if TYPE_CHECKING:
+    from onecopy.guest.lifecycle.launchplan import BootSpec
     from onecopy.guest.lifecycle.save import Saved
     from onecopy.guest.machine import Generator
     from onecopy.guest.runtime import Runtime
@@ -91,9 +92,9 @@ def command(
         _require_no_boot()
         _print(_running(host, system, guest, hooks), as_json)
     elif root is not None and dry_run:
-        print(shlex.join(_argv(host, root, boot)))
+        print(shlex.join(_argv(host, system, boot.spec(root))))
     elif root is not None:
-        _print(_booted(host, system, root, boot, hooks), as_json)
+        _print(_booted(host, system, boot.spec(root), hooks), as_json)
 
 
 class Hooks(NamedTuple):
@@ -123,21 +124,19 @@ def _running(host: Runtime, system: Reference, guest: str, hooks: Hooks) -> Save
         return asyncio.run(save.save_guest(host, system, guest, tell, **hooks._asdict()))
 
 
-def _booted(
-    host: Runtime, system: Reference, root: Reference, boot: BootOptions, hooks: Hooks
-) -> Saved:
+def _booted(host: Runtime, system: Reference, spec: BootSpec, hooks: Hooks) -> Saved:
     from onecopy.guest.lifecycle import save
 
     with progress() as tell:
-        spec = boot.spec(root)
         return asyncio.run(save.save_system(host, system, spec, tell, **hooks._asdict()))
 
 
-def _argv(host: Runtime, root: Reference, boot: BootOptions) -> list[str]:
-    from onecopy.guest.lifecycle import bootplan, save
+def _argv(host: Runtime, system: Reference, spec: BootSpec) -> list[str]:
+    from onecopy.guest.lifecycle import launcher, save
 
     with progress() as tell:
-        return save.dry_run(host, bootplan.plan_boot(host, boot.spec(root), tell))
+        plan = save.plan_save(host, system, spec, tell)
+    return launcher.dry_run(host, plan)
 
 
 def _print(saved: Saved, as_json: bool) -> None:

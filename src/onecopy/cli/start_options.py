@@ -18,6 +18,7 @@ from onecopy.cli.commands import Option
 from onecopy.cli.params import (
     AttachType,
     DiskType,
+    NewGuestType,
     ParamType,
     PublishType,
     SecondsType,
@@ -28,8 +29,8 @@ from onecopy.errors import InvalidInput
 from onecopy.model import Mergeable, Reference
 
 if TYPE_CHECKING:
-    from onecopy.guest.lifecycle.bootplan import BootSpec
     from onecopy.guest.lifecycle.disks import DiskSpec
+    from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
 
 Ports = tuple[tuple[int, int], ...]
 _COMMAND = "command:"
@@ -51,12 +52,13 @@ class BootOptions(NamedTuple):
     modules: Path | None
     accel: str
 
-    def spec(self, root: Reference) -> BootSpec:
+    def spec(self, root: Reference, start: StartOptions | None = None) -> BootSpec:
         """Return what boots a root segment or bare kernel so."""
-        from onecopy.guest.lifecycle.bootplan import BootSpec
+        from onecopy.guest.lifecycle.launchplan import BootSpec
         from onecopy.vmm.accel import Choice
 
         return BootSpec(
+            **(start.for_each() if start else {}),
             root=root,
             segments=self.segments,
             memory=self.memory,
@@ -88,6 +90,10 @@ class StartOptions(NamedTuple):
     dry_run: bool
     as_json: bool
 
+    def for_each(self) -> dict[str, Any]:
+        """Return the fields of a GuestSpec that are the same for each guest."""
+        return {name: getattr(self, name) for name in ("publish", "bridge", "ksm", "disks")}
+
 
 class CloneOptions(NamedTuple):
     """What clones get beyond what was saved: options of `run`."""
@@ -97,6 +103,21 @@ class CloneOptions(NamedTuple):
     cpus: int | None
     allow_host: bool
     accel: str
+
+    def spec(self, system: Reference, start: StartOptions) -> CloneSpec:
+        """Return what starts clones of a saved system so."""
+        from onecopy.guest.lifecycle.launchplan import CloneSpec
+        from onecopy.vmm.accel import Choice
+
+        return CloneSpec(
+            **start.for_each(),
+            system=system,
+            memory=self.memory,
+            cpus=self.cpus,
+            segments=self.segments,
+            allow_host=self.allow_host,
+            accel=Choice(self.accel),
+        )
 
 
 class HookType(ParamType):
@@ -235,6 +256,7 @@ _START = [
     ),
     _start(
         "--name",
+        type=NewGuestType(),
         metavar="NAME",
         help="Name and hostname of the guest; several guests are NAME-1, NAME-2... Default: made "
         "from the source's name.",

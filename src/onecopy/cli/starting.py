@@ -9,85 +9,61 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from onecopy.cli import signals
-from onecopy.cli.output import duration, print_json, print_line, reasons, tell_error
-from onecopy.model import MIB, Mergeable
+from onecopy.cli.output import (
+    duration,
+    print_json,
+    print_line,
+    progress,
+    reasons,
+    tell_error,
+)
+from onecopy.model import Mergeable
 
 if TYPE_CHECKING:
-    from onecopy.cli.start_options import Ports, StartOptions
-    from onecopy.guest.lifecycle.admission import Need
+    from onecopy.cli.start_options import StartOptions
+    from onecopy.errors import OnecopyError
     from onecopy.guest.lifecycle.batch import Started
-    from onecopy.guest.run_directory import Batch, GuestRecord
+    from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
+    from onecopy.guest.run_directory import GuestRecord
     from onecopy.guest.runtime import Runtime
 
-    Progress = Callable[[str], None]
+
+def start_guests(spec: BootSpec | CloneSpec, start: StartOptions, program: Sequence[str]) -> int:
+    """Start the guests, or print how; return the exit code of the command."""
+    from onecopy.guest.lifecycle import start as door
+    from onecopy.guest.runtime import Runtime
+
+    request = door.Request(
+        spec,
+        start.number,
+        start.name,
+        keep_going=start.keep_going,
+        overcommit=start.overcommit,
+        needs_agent=bool(program),
+    )
+    host = Runtime.open()
+    with progress() as tell:
+        if start.ksm is Mergeable.ALL:
+            _tell_of_ksm(tell)
+        group = door.plan(host, request, tell)
+        if not start.dry_run:
+            begun = door.start(host, group)
+            result = _finished(host, begun, program, keep=start.keep)
+            return print_started(result, as_json=start.as_json, quiet=bool(program))
+    for argv in door.dry_run(host, group):
+        print(shlex.join(argv))
+    return _print_failed(group.refused)
 
 
-class Starter(NamedTuple):
-    """How each of several guests starts."""
-
-    need: Need
-    argv: Callable[[str, Ports], list[str]]
-    start: Callable[[str, Ports, Batch], Awaitable[GuestRecord]]
-
-
-def check(source: str, start: StartOptions, tell: Progress) -> None:
-    """Raise InvalidInput for options that do not go together; tell what KSM does not do."""
-    from onecopy.guest.lifecycle.batch import names_for
-    from onecopy.guest.lifecycle.disks import check_disks
+def _tell_of_ksm(tell: Callable[[str], None]) -> None:
     from onecopy.linux.counters import ksm
 
-    names_for(source, start.name, start.number)
-    check_disks(start.disks, named=start.name is not None, count=start.number)
-    if start.ksm is Mergeable.ALL and (state := ksm.read()) and state.run != 1:
+    state = ksm.read()
+    if state and state.run != 1:
         tell("KSM is stopped and merges nothing yet (root: `onecopy ksm on`)")
-
-
-def start_guests(
-    host: Runtime,
-    source: str,
-    starter: Starter,
-    start: StartOptions,
-    program: Sequence[str],
-    tell: Progress,
-) -> int:
-    """Start the guests, or print how; return the exit code of the command."""
-    from onecopy.guest.lifecycle import batch, pool
-    from onecopy.guest.ports import numbered
-
-    _tell_of_room(tell, starter.need)
-    names = batch.names_for(source, start.name, start.number)
-    ports = {one: numbered(start.publish, number) for number, one in enumerate(names)}
-    if start.dry_run:
-        for line in [starter.argv(one, ports[one]) for one in names]:
-            print(shlex.join(line))
-        return 0
-    begun = batch.start_many(
-        host,
-        names,
-        lambda one, batch: starter.start(one, ports[one], batch),
-        keep_going=start.keep_going,
-        each=0 if start.overcommit else starter.need.each,
-    )
-    code = print_started(
-        _finished(host, begun, program, keep=start.keep),
-        as_json=start.as_json,
-        quiet=bool(program),
-    )
-    pool.refill(host)
-    return code
-
-
-def _tell_of_room(tell: Progress, need: Need) -> None:
-    from onecopy.vmm.argv import TRANSLATED
-
-    if need.translated < TRANSLATED:
-        tell(
-            f"each QEMU gets {need.translated // MIB} MiB for translated code instead of "
-            f"{TRANSLATED // MIB} MiB, because the host lacks memory: busy guests are slower"
-        )
 
 
 def _finished(
@@ -156,6 +132,11 @@ def print_started(result: tuple[Started, int], *, as_json: bool, quiet: bool) ->
             print_line(f"{guest.name} {how}{ports}")
         for reason in reasons(started.guests):
             print_line(f"onecopy: {reason}", sys.stderr)
-    for name, error in started.failures:
+    return code or _print_failed(started.failures)
+
+
+def _print_failed(failures: Sequence[tuple[str, OnecopyError]]) -> int:
+    """Print which guests did not start, or would not; return the exit code."""
+    for name, error in failures:
         tell_error(error, f"{name} did not start: ")
-    return code or (started.failures[0][1].exit_code if started.failures else 0)
+    return failures[0][1].exit_code if failures else 0

@@ -10,8 +10,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from onecopy.demo.measure import Measured, start_batch
-from onecopy.guest.lifecycle import boot, restore, save
-from onecopy.guest.lifecycle.bootplan import BootSpec, plan_boot
+from onecopy.guest.lifecycle import save, start
+from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import BuildOptions, build_segment
 from onecopy.images.deb_packages import host_suite
@@ -48,26 +48,12 @@ async def run(
     tell("saving a system whose HTTP service is up")
     system = (await save.save_system(host, SYSTEM, spec, tell)).artifact
     tell(f"starting {COLD_GUESTS} guests cold")
-    prepared = plan_boot(host, replace(spec, ready="true"))
-    cold = await _batch(
-        host,
-        "cold",
-        COLD_GUESTS,
-        lambda name, ports, batch: boot.boot_guest(
-            host, replace(prepared, spec=replace(prepared.spec, publish=ports)), name, batch
-        ),
-    )
+    booting = replace(spec, ready="true", publish=((0, 80),))
+    cold = await _batch(host, "cold", COLD_GUESTS, booting)
     tell(f"starting {SAVED_GUESTS} guests from the saved system")
-    template = restore.template(host, system)
-    saved = await _batch(
-        host,
-        "saved",
-        SAVED_GUESTS,
-        lambda name, ports, batch: restore.start_clone(
-            host, template, name, restore.CloneSpec(publish=ports), batch
-        ),
-    )
-    return f"{prepared.accel.name}: {prepared.accel.reason}", [cold, saved]
+    cloning = CloneSpec(system=Reference.parse(system.ref), publish=((0, 80),))
+    saved = await _batch(host, "saved", SAVED_GUESTS, cloning)
+    return cold.accel, [cold, saved]
 
 
 def build_all(host: Runtime, tell: Callable[[str], None]) -> None:
@@ -79,12 +65,9 @@ def build_all(host: Runtime, tell: Callable[[str], None]) -> None:
         build_segment(host.store, APP, f"dir:{Path(folder)}", progress=tell)
 
 
-async def _batch(host: Runtime, kind: str, count: int, starter: object) -> Measured:
-    run_id = secrets.token_hex(2)
-    names = [f"demo-{kind}-{run_id}-{number}" for number in range(1, count + 1)]
-    try:
-        return await start_batch(host, kind, names, starter)  # type: ignore[arg-type]
-    finally:
-        for guest in host.guests():
-            if guest.name in names:
-                host.end(guest)
+async def _batch(host: Runtime, kind: str, count: int, spec: BootSpec | CloneSpec) -> Measured:
+    name = f"demo-{kind}-{secrets.token_hex(2)}"
+    with host.owner() as owner:
+        # The demo is to run on small hosts, too.
+        request = start.Request(spec, count, name, overcommit=True)
+        return await start_batch(host, kind, request, owner)

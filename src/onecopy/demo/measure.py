@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
-from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle import start
 from onecopy.guest.observe.accounts import guest_maps
-from onecopy.guest.ports import Ports
-from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.sharing import report
 
@@ -26,6 +24,8 @@ class Measured(msgspec.Struct, frozen=True):
     """Guests that were started together, and what they took; times in seconds, memory in bytes."""
 
     kind: str
+    accel: str
+    """``kvm`` or ``tcg``, and why."""
     guests: int
     answered: int
     """How many answered with their own name."""
@@ -44,37 +44,25 @@ class Measured(msgspec.Struct, frozen=True):
         return self.seconds / self.guests
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+async def start_batch(host: Runtime, kind: str, request: start.Request, owner: Path) -> Measured:
+    """Start guests that publish a port, and look at them when all have answered on it.
 
+    They end with ``owner``.
+    """
+    answers: list[asyncio.Task[float | None]] = []
 
-async def start_batch(
-    host: Runtime,
-    kind: str,
-    names: Sequence[str],
-    start: Callable[[str, Ports, Batch], Awaitable[GuestRecord]],
-) -> Measured:
-    """Start guests at once, and look at them when all have answered; the caller ends them."""
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    answers: dict[str, asyncio.Task[float | None]] = {}
-
-    async def start_and_ask(name: str, batch: Batch) -> GuestRecord:
-        record = await start(name, ((ports[name], 80),), batch)
+    def ask(record: GuestRecord) -> None:
         # The next guest starts while this one answers.
-        answers[name] = asyncio.create_task(_answered(name, ports[name]))
-        return record
+        answers.append(asyncio.create_task(_answered(record.name, record.publish[0][0])))
 
+    group = start.plan(host, request)
     began = time.monotonic()
-    started = await start_many(host, names, start_and_ask)
-    when = [at for at in await asyncio.gather(*answers.values()) if at is not None]
+    started = await start.start(host, group, owner=owner, ran=ask)
+    when = [at for at in await asyncio.gather(*answers) if at is not None]
     figures = report.collect(guest_maps(started.guests)).totals
-    count = len(names)
+    count, accel = len(started.guests), group.plans[0].accel
     return Measured(
+        accel=f"{accel.name}: {accel.reason}",
         kind=kind,
         guests=count,
         answered=len(when),

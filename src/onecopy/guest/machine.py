@@ -6,18 +6,20 @@ The record of a saved system (SystemConfig) is here, too, since it is the same l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
 
 from onecopy.errors import Incompatible, InvalidInput, NoSlot, StoreDamaged
-from onecopy.guest.backing import BackingRequest
+from onecopy.guest.backing import Backing, BackingRequest, map_mode
+from onecopy.guest.run_directory import Attached, Device
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT, Mount
 from onecopy.images.range_record import Range, SegmentConfig, layer_of
 from onecopy.model import PageClass
 from onecopy.store import Artifact, Layer
 from onecopy.store.artifact import decode_config
-from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
+from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware, Slot
 
 #: 3: the state has no section about the machine; the guest has a card with an address of its own.
 #: 4: the machine has room for more processors.
@@ -270,3 +272,47 @@ def hardware_of(config: SystemConfig) -> Hardware:
         network=config.network,
         segments=(),
     )
+
+
+def display_slots(placed: Sequence[Placed]) -> tuple[Slot, ...]:
+    """The memory of segments as a command line shows it that is not run."""
+    return tuple(
+        Slot(
+            item.layer.path if item.layer else Path(f"/proc/self/fd/{item.needed.memory_name}"),
+            item.segment.size,
+            map_mode(item.segment.page_class),
+        )
+        for item in placed
+    )
+
+
+def loaded(placed: Sequence[Placed], backed: Sequence[Backing]) -> tuple[Attached, ...]:
+    """The record of the segments that a guest starts with; ranges of one lie side by side."""
+    numbered = enumerate(zip(placed, backed, strict=True), start=FIRST_SEGMENT_SLOT)
+    return tuple(
+        attached(
+            [(item, each, f"00:{number:02x}") for number, (item, each) in ranges], state="loaded"
+        )
+        for _, ranges in groupby(numbered, key=lambda each: each[1][0].segment.ref)
+    )
+
+
+def attached(
+    ranges: Sequence[tuple[Placed, Backing, str]], *, state: str, exclusive: bool = False
+) -> Attached:
+    """The record of a segment in a guest: its ranges, their memory and their PCI addresses."""
+    first = ranges[0][0].segment
+    return Attached(
+        name=first.name,
+        ref=first.ref,
+        digest=first.segment,
+        devices=tuple(_device(*each) for each in ranges),
+        mountpoint=first.mountpoint,
+        state=state,
+        exclusive=exclusive,
+    )
+
+
+def _device(placed: Placed, backed: Backing, address: str) -> Device:
+    item = placed.segment
+    return Device(item.page_class, item.size, item.fs, address, backed.mapped, backed.file)

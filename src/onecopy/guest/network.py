@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,7 @@ from onecopy.errors import InvalidInput
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.linux.tap import open_tap
+from onecopy.linux import tap
 from onecopy.vmm import closed_network, router
 from onecopy.vmm.argv import FIRST_ADDRESS, GATEWAY, NAME_SERVER, NETWORK, Nic
 from onecopy.vmm.vmm_user import User, have_own_numbers
@@ -73,11 +74,11 @@ def new_nic(
         yield None
         return
     if wanted.bridge:
-        tap = open_tap(wanted.bridge, connected=connected)
+        fd = tap.open_tap(wanted.bridge, connected=connected)
         try:
-            yield Nic(_mac(), "", tap)
+            yield Nic(_mac(), "", fd)
         finally:
-            os.close(tap)
+            os.close(fd)
         return
     address = str(FIRST_ADDRESS + host.next_number() % _ADDRESSES)
     if _has_router(wanted):
@@ -92,8 +93,25 @@ def display_nic(wanted: Network) -> Nic | None:
     wanted.require_sense()
     if not wanted.card:
         return None
-    tap = "FD" if wanted.bridge or _has_router(wanted) else None
-    return Nic("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), tap)
+    fd = "FD" if wanted.bridge or _has_router(wanted) else None
+    return Nic("52:54:00:12:34:56", "" if wanted.bridge else str(FIRST_ADDRESS), fd)
+
+
+def check(wanted: Network, accel: str) -> None:
+    """Raise as `new_nic`, and make nothing; what only a try can tell is left out (`rehearse`)."""
+    wanted.require_sense()
+    if wanted.bridge:
+        tap.require_possible(wanted.bridge)
+    elif _has_router(wanted):
+        router.find_programs()
+    elif wanted.card and not wanted.allow_host:
+        closed_network.check(accel)
+
+
+def rehearse(wanted: Network) -> None:
+    """Try what `check` leaves out; raise Incompatible."""
+    if wanted.card and _has_router(wanted):
+        router.rehearse()
 
 
 def _has_router(wanted: Network) -> bool:
@@ -110,6 +128,13 @@ def require_closed(record: GuestRecord, folder: Path) -> None:
     """Have in force what keeps a guest that is woken from this host; raise Incompatible."""
     if record.mac and not router.is_there(folder):
         closed_network.require(User.of(record.pid), "")
+
+
+def connecting(card: Nic | None, bridge: str) -> Callable[[], None]:
+    """What connects a card to the bridge that it is for, if that was left for later."""
+    if not bridge or card is None or not isinstance(card.tap, int):
+        return lambda: None
+    return partial(tap.connect_tap, card.tap, bridge)
 
 
 def inherited(card: Nic | None) -> Sequence[int]:

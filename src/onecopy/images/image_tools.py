@@ -14,10 +14,10 @@ from pathlib import Path
 from onecopy.errors import InsufficientResources
 from onecopy.images.tree import Facts
 from onecopy.linux.counters import meminfo
+from onecopy.linux.process import capabilities
 from onecopy.model import PAGE_SIZE
 from onecopy.vmm.confined_tool import READ_ANY, READ_TREE, Limits, Ran, Task, named, run_tool
 from onecopy.vmm.passed_files import READ, WRITE
-from onecopy.vmm.vmm_user import capabilities
 
 #: CAP_SYS_ADMIN: see attributes named trusted.*.
 _SEE_TRUSTED = 1 << 21

@@ -39,9 +39,12 @@ def count_marked(table: str, mark: str) -> int:
             return sum(kind == _NEW_RULE and mark.encode() in body for kind, _, body in answers)
 
 
-def load(rules: str) -> None:
-    """Have the kernel take ``rules``, all at once or none; raise MissingProgram, CommandFailed."""
-    run(["nft", "-f", "-"], stdin=rules.encode())
+def load(rules: str, *, check: bool = False) -> None:
+    """Have the kernel take ``rules``, all at once or none; with ``check`` only say if it would.
+
+    Raises MissingProgram, CommandFailed.
+    """
+    run(["nft", *(["--check"] if check else []), "-f", "-"], stdin=rules.encode())
 
 
 def _question(table: str) -> bytes:

@@ -26,6 +26,13 @@ _FIELDS = (6, 11, 12, 19, 20)
 _PF_KTHREAD = 0x00200000
 
 
+def capabilities(root: Path = ROOT) -> int:
+    """What this process may (capabilities(7), effective)."""
+    status = (root / "proc/self/status").read_text()
+    found = re.search(r"^CapEff:\s+([0-9a-f]+)$", status, re.MULTILINE)
+    return int(found[1], 16) if found else 0
+
+
 class Stat(msgspec.Struct, frozen=True):
     """What onecopy uses of /proc/PID/stat (proc_pid_stat(5))."""
 

@@ -14,12 +14,15 @@ import struct
 from pathlib import Path
 
 from onecopy.errors import GuestFailed, NotFound, NotPermitted, as_root
+from onecopy.linux.files import ROOT
+from onecopy.linux.process import capabilities
 
 _TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNGETIFF = 0x400454CA, 0x800454D2
 _TAP, _NO_PACKET_INFO = 0x0002, 0x1000
 _SIOCBRADDIF, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x89A2, 0x8913, 0x8914
 _UP = 1
+_NET_ADMIN = 1 << 12  # CAP_NET_ADMIN
 
 
 def open_tap(bridge: str, *, connected: bool = True) -> int:
@@ -27,7 +30,7 @@ def open_tap(bridge: str, *, connected: bool = True) -> int:
 
     Raises NotFound (no such bridge, or no tap devices), NotPermitted.
     """
-    _require_bridge(bridge)
+    require_bridge(bridge)
     try:
         fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -38,16 +41,34 @@ def open_tap(bridge: str, *, connected: bool = True) -> int:
             os.close(fd)
             raise
     except PermissionError as error:
-        raise NotPermitted(
-            "only root can connect a guest to a bridge",
-            hint="leave --bridge out: the guest then has a user-mode network (-p forwards ports)",
-        ) from error
+        raise _not_permitted() from error
     except FileNotFoundError as error:
-        raise NotFound(f"this host has no {_TUN}", hint=as_root("modprobe tun")) from error
+        raise _no_tun() from error
     return fd
 
 
-def _require_bridge(bridge: str) -> None:
+def require_possible(bridge: str, root: Path = ROOT) -> None:
+    """Raise as `open_tap` does, and make no tap device."""
+    require_bridge(bridge)
+    if not Path(_TUN).exists():
+        raise _no_tun()
+    if not capabilities(root) & _NET_ADMIN:
+        raise _not_permitted()
+
+
+def _not_permitted() -> NotPermitted:
+    return NotPermitted(
+        "only root can connect a guest to a bridge",
+        hint="leave --bridge out: the guest then has a user-mode network (-p forwards ports)",
+    )
+
+
+def _no_tun() -> NotFound:
+    return NotFound(f"this host has no {_TUN}", hint=as_root("modprobe tun"))
+
+
+def require_bridge(bridge: str) -> None:
+    """Raise NotFound if this host has no such bridge."""
     if "/" in bridge or not Path(f"/sys/class/net/{bridge}/bridge").is_dir():
         raise NotFound(
             f"there is no bridge {bridge!r} on this host",
@@ -57,7 +78,7 @@ def _require_bridge(bridge: str) -> None:
 
 def connect_tap(fd: int, bridge: str) -> None:
     """Make the tap device of a descriptor a port of ``bridge``; raise NotFound, GuestFailed."""
-    _require_bridge(bridge)
+    require_bridge(bridge)
     try:
         _join(fcntl.ioctl(fd, _TUNGETIFF, bytes(40))[:16], bridge)
     except OSError as error:

@@ -31,13 +31,18 @@ def rename(layout: Layout, holder: str, name: str) -> None:
 
 def _free(layout: Layout, holder: str) -> None:
     """Make room for a new holder; raise AlreadyExists."""
+    require_unheld(layout, holder)
+    if lease.remains(layout, holder):
+        # Writing over it would hide that its blobs may go.
+        collect.sweep(layout)
+
+
+def require_unheld(layout: Layout, holder: str) -> None:
+    """Raise AlreadyExists if ``holder`` has a live lease."""
     if lease.is_live(layout, holder):
         raise AlreadyExists(
             f"{holder} runs already", hint="choose another name, or `onecopy stop` it"
         )
-    if lease.remains(layout, holder):
-        # Writing over it would hide that its blobs may go.
-        collect.sweep(layout)
 
 
 def extend(layout: Layout, digests: Sequence[str], holder: str) -> Lease:

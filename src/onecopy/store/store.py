@@ -247,6 +247,10 @@ class Store:
         """The leases that are held now, by holder; raise StoreDamaged."""
         return lease.scan(self._layout)[0]
 
+    def require_unheld(self, holder: str) -> None:
+        """Raise AlreadyExists if ``holder`` has a live lease."""
+        holding.require_unheld(self._layout, holder)
+
     def is_held(self, holder: str) -> bool:
         """Whether ``holder`` has a live lease."""
         return lease.is_live(self._layout, holder)

@@ -23,6 +23,7 @@ from pathlib import Path
 from onecopy.errors import CommandFailed, Incompatible, MissingProgram, OnecopyError
 from onecopy.linux import nftables
 from onecopy.linux.files import ROOT
+from onecopy.vmm import vmm_user
 from onecopy.vmm.vmm_user import CLOSED, User
 
 TABLE = "onecopy"
@@ -44,19 +45,35 @@ def require(user: User | None, why_not: str) -> None:
     Rules that somebody has flushed are put back.
     """
     if not is_closed(user):
-        why_not = why_not or "this container has too few user numbers to tell guests by"
-        raise cannot(why_not, "start it with --allow-host, or with --no-network")
+        raise _no_number(why_not or "this container has too few user numbers to tell guests by")
     rules, mark = _marked(resolvers())
     if _is_in_force(rules, mark):
         return
+    _load(rules, mark)
+    if not _is_in_force(rules, mark):
+        raise cannot("nft took the rules, and the kernel has them not", _HINT)
+
+
+def check(accel: str) -> None:
+    """Raise Incompatible if new guests cannot be closed; nothing of the host changes."""
+    if reason := vmm_user.why_not(accel):
+        raise _no_number(reason)
+    rules, mark = _marked(resolvers())
+    if not _is_in_force(rules, mark):
+        _load(rules, mark, check=True)
+
+
+def _no_number(why_not: str) -> Incompatible:
+    return cannot(why_not, "start it with --allow-host, or with --no-network")
+
+
+def _load(rules: list[tuple[str, str]], mark: str, *, check: bool = False) -> None:
     try:
-        nftables.load(_text(rules, mark))
+        nftables.load(_text(rules, mark), check=check)
     except MissingProgram as error:
         raise cannot(error.message, _HINT) from error
     except CommandFailed as error:
         raise cannot(f"nft refused the rules: {_reason(error)}", _HINT) from error
-    if not _is_in_force(rules, mark):
-        raise cannot("nft took the rules, and the kernel has them not", _HINT)
 
 
 def is_closed(user: User | None) -> bool:

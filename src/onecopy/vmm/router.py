@@ -66,11 +66,7 @@ def way_out(guest: str, folder: Path) -> Iterator[Way]:
     Raises Incompatible with the reason, and what to do.
     """
     with contextlib.ExitStack() as ends:
-        try:
-            nft, program = find_program("nft"), find_program("slirp4netns")
-            unshare = find_program("unshare")
-        except MissingProgram as error:
-            raise cannot(error.message, _HINT) from error
+        nft, program, unshare = find_programs()
         plan = {
             "nft": nft,
             "device": "guest",
@@ -89,6 +85,14 @@ def way_out(guest: str, folder: Path) -> Iterator[Way]:
         ends.callback(os.close, tap)
         life = _connected(program, child.pid, folder, ends)
         yield Way(tap, life)
+
+
+def find_programs() -> list[str]:
+    """Paths of nft, slirp4netns and unshare; raise Incompatible for one that is missing."""
+    try:
+        return [find_program(name) for name in ("nft", "slirp4netns", "unshare")]
+    except MissingProgram as error:
+        raise cannot(error.message, _HINT) from error
 
 
 def _received(peer: socket.socket) -> int:
@@ -173,12 +177,20 @@ table inet onecopy {{
 
 def why_not() -> str:
     """Why this user's guests cannot be closed; "" if they can, which is tried."""
-    with tempfile.TemporaryDirectory(prefix="onecopy-") as folder:
-        try:
-            with way_out(str(FIRST_ADDRESS), Path(folder)):
-                return ""
-        except Incompatible as error:
-            return error.message
+    try:
+        rehearse()
+    except Incompatible as error:
+        return error.message
+    return ""
+
+
+def rehearse() -> None:
+    """Make a router and let it end; raise Incompatible."""
+    with (
+        tempfile.TemporaryDirectory(prefix="onecopy-") as folder,
+        way_out(str(FIRST_ADDRESS), Path(folder)),
+    ):
+        pass
 
 
 def is_there(folder: Path) -> bool:

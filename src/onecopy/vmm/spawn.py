@@ -212,18 +212,30 @@ def _dumpable() -> Iterator[None]:
             prctl(PR_SET_DUMPABLE, 1)
 
 
+def require_merging() -> None:
+    """Raise Incompatible if this kernel's KSM cannot merge a whole process's memory."""
+    with _merging_errors():
+        prctl(PR_GET_MEMORY_MERGE)
+
+
 @contextmanager
 def _mergeable() -> Iterator[None]:
     """Let new children have all their memory open to KSM (PR_SET_MEMORY_MERGE(2const))."""
-    try:
+    with _merging_errors():
         before = prctl(PR_GET_MEMORY_MERGE)
         prctl(PR_SET_MEMORY_MERGE, 1)
+    try:
+        yield
+    finally:
+        prctl(PR_SET_MEMORY_MERGE, before)
+
+
+@contextmanager
+def _merging_errors() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise Incompatible(
             "this kernel does not let KSM merge QEMU's own memory",
             hint="that takes Linux 6.4 with KSM; start the guests without --ksm all",
         ) from error
-    try:
-        yield
-    finally:
-        prctl(PR_SET_MEMORY_MERGE, before)

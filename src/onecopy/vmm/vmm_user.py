@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.linux.files import ROOT, read_number
+from onecopy.linux.process import capabilities
 from onecopy.linux.syscall import become, set_capabilities
 from onecopy.vmm.free_uids import MANY, unused
 
@@ -110,13 +111,6 @@ def _is_mapped(wanted: range, text: str) -> bool:
         if inside <= wanted.start and wanted.stop <= inside + count:
             return True
     return False
-
-
-def capabilities(root: Path = ROOT) -> int:
-    """What this process may (capabilities(7), effective)."""
-    status = (root / "proc/self/status").read_text()
-    found = re.search(r"^CapEff:\s+([0-9a-f]+)$", status, re.MULTILINE)
-    return int(found[1], 16) if found else 0
 
 
 def _groups(accel: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from onecopy.errors import InsufficientResources
+from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.linux.counters import meminfo
 from onecopy.model import MIB
 from onecopy.vmm.argv import LEAST_TRANSLATED, TRANSLATED
@@ -29,6 +30,13 @@ class Need(msgspec.Struct, frozen=True):
     each: int
     translated: int
     """Of that: room for translated code."""
+
+
+def of_plan(plan: LaunchPlan, count: int = 1) -> Need:
+    """What each of ``count`` guests of a plan needs."""
+    if plan.boot:
+        return of_cold(plan.accel.name, plan.config.memory, count)
+    return of_clones(plan.accel.name, count, plan.added_memory)
 
 
 def of_clones(accel: str, count: int = 1, added: int = 0) -> Need:

@@ -23,7 +23,7 @@ from onecopy.images.free_space import disk_space
 from onecopy.linux import disk_image
 from onecopy.model import MIB, align_up, check_guest_name, format_size, in_order, parse_size
 from onecopy.store.disk import file_errors, sync_folder
-from onecopy.subprocesses import run
+from onecopy.subprocesses import find_program, run
 from onecopy.vmm.confined_tool import run_on_file
 
 _SUFFIX = ".img"
@@ -126,8 +126,28 @@ def opened(host: Runtime, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
             raise
 
 
+def check_usable(host: Runtime, guest: str, specs: Sequence[DiskSpec]) -> None:
+    """Raise as `opened` does for disks of one guest, and make, lock and change nothing."""
+    seen: list[tuple[int, int]] = []
+    for spec in specs:
+        path = spec.file or _path(host, guest)
+        if spec.file is None and not path.exists():
+            find_program("mke2fs")
+            continue
+        with _open(host, path, lock=False) as fd:
+            status = os.fstat(fd)
+            if disk_image.is_used(fd) or (status.st_dev, status.st_ino) in seen:
+                raise _in_use(host, path)
+            seen.append((status.st_dev, status.st_ino))
+            if spec.file is None:
+                _require_larger(path, fd, spec.size)
+            else:
+                _require_usable(host, path, fd)
+                disk_image.form_of(fd, path.name)
+
+
 @contextlib.contextmanager
-def _open(host: Runtime, path: Path) -> Iterator[int]:
+def _open(host: Runtime, path: Path, *, lock: bool = True) -> Iterator[int]:
     """Open and lock an image; raise NotFound, NotPermitted, InUse."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -142,7 +162,7 @@ def _open(host: Runtime, path: Path) -> Iterator[int]:
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise InvalidInput(f"{path} is no file", hint="give a disk image, qcow2 or raw")
-        if not disk_image.lock(fd):
+        if lock and not disk_image.lock(fd):
             raise _in_use(host, path)
         if not os.fstat(fd).st_nlink:
             raise NotFound(f"the disk {path} has just been removed", hint="try again")
@@ -211,12 +231,7 @@ def _set_size(fd: int, size: int) -> None:
 
 def _enlarge(path: Path, fd: int, size: int) -> None:
     """Give a disk, and the file system that it was made with, ``size`` bytes."""
-    present = os.fstat(fd).st_size
-    if size < present:
-        raise InvalidInput(
-            f"the disk {path} has {format_size(present)} and is not made smaller",
-            hint=f"give at least {-(-present // MIB)}M, or `onecopy disks --rm {path.stem}` it",
-        )
+    present = _require_larger(path, fd, size)
     if size > present:
         _set_size(fd, size)
     # Not by the length of the file: an earlier command may have been killed after that.
@@ -225,6 +240,17 @@ def _enlarge(path: Path, fd: int, size: int) -> None:
         # Replays the journal, and repairs what can be without asking: exit code 1 (e2fsck(8)).
         run_on_file(["e2fsck", "-f", "-p"], fd, fine=(0, 1))
         run_on_file(["resize2fs"], fd)
+
+
+def _require_larger(path: Path, fd: int, size: int) -> int:
+    """How large a disk is; raise InvalidInput if it is to be made smaller."""
+    present = os.fstat(fd).st_size
+    if size < present:
+        raise InvalidInput(
+            f"the disk {path} has {format_size(present)} and is not made smaller",
+            hint=f"give at least {-(-present // MIB)}M, or `onecopy disks --rm {path.stem}` it",
+        )
+    return present
 
 
 def list_own_disks(host: Runtime) -> list[OwnDisk]:

@@ -13,15 +13,14 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import GuestFailed, InvalidInput, TooLarge
+from onecopy.errors import AlreadyExists, GuestFailed, InvalidInput, TooLarge
 from onecopy.guest import guest_script
 from onecopy.guest.lifecycle.disks import DiskSpec, OpenDisk, opened
-from onecopy.guest.machine import SystemConfig, check_mountpoint
+from onecopy.guest.machine import MappedSegment, SystemConfig, check_mountpoint, ranges_of
 from onecopy.guest.run_directory import Batch, GuestDisk, GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segment_costs import require_room
 from onecopy.guest.segments.attach import attach
-from onecopy.images.range_record import SegmentConfig
 from onecopy.linux import disk_image
 from onecopy.model import MIB, Reference, format_size
 from onecopy.vmm import disk_hotplug, logs, pmem_hotplug, ram_cpu_hotplug, vmm_limits
@@ -77,19 +76,34 @@ def require_possible(
         _require_memory(wanted.memory, config.memory, so_far)
     if wanted.cpus is not None:
         _require_cpus(wanted.cpus, config, so_far)
-    sizes = [item.size for item in config.segments]
-    for ref, mountpoint in wanted.segments:
-        segment = host.store.resolve(ref, "segment")
-        sizes += [item.size for item in SegmentConfig.of(segment).ranges]
-        _check_mountpoint(mountpoint)
-    if wanted.segments:
+    further = _further(host, wanted, config, so_far)
+    if further:
+        sizes = [item.size for item in (*config.segments, *further)]
         require_room(sizes, wanted.memory or config.memory)
+    # None is taken when it starts.
+    pmem_hotplug.choose(set(), len(further) + len(wanted.disks), "a guest")
     for spec in wanted.disks:
         _check_mountpoint(spec.mountpoint)
     mountpoints = [each for _, each in wanted.segments] + [each.mountpoint for each in wanted.disks]
     for each in filter(None, mountpoints):
         if mountpoints.count(each) > 1:
             raise InvalidInput(f"{each} is there twice", hint="a guest has each mount once")
+
+
+def _further(
+    host: Runtime, wanted: ExtraResources, config: SystemConfig, so_far: str
+) -> list[MappedSegment]:
+    """The ranges of further segments; raise as `attach` does before it does anything."""
+    there = {item.ref.partition(":")[0] for item in config.segments}
+    found = []
+    for ref, mountpoint in wanted.segments:
+        segment = host.store.resolve(ref, "segment")
+        if segment.name in there:
+            raise AlreadyExists(f"{so_far} with {segment.name} loaded", hint="leave it out")
+        there.add(segment.name)
+        _check_mountpoint(mountpoint)
+        found += [placed.segment for placed in ranges_of(segment, mountpoint)]
+    return found
 
 
 def _check_mountpoint(mountpoint: str) -> None:
@@ -119,11 +133,6 @@ def _require_memory(wanted: int, saved: int, so_far: str) -> None:
         )
 
 
-def added_memory(wanted: ExtraResources, config: SystemConfig) -> int:
-    """Bytes of RAM that come to what was saved."""
-    return 0 if wanted.memory is None else max(wanted.memory - config.memory, 0)
-
-
 def _require_cpus(wanted: int, config: SystemConfig, so_far: str) -> None:
     saved = config.cpus
     if wanted < saved:
@@ -143,7 +152,7 @@ def _require_cpus(wanted: int, config: SystemConfig, so_far: str) -> None:
 async def fit(
     host: Runtime, batch: Batch, folder: RunDirectory, record: GuestRecord, wanted: ExtraResources
 ) -> GuestRecord:
-    """Give a guest that is being started what it is to have, note that, and return its record.
+    """Give a guest that is being started what it is to have; returns its record with that.
 
     The VMM is the caller's to end if this fails. Raises what `disks.opened` and `attach` raise,
     NoSlot, GuestFailed with what the guest could not do, AgentFailed.
@@ -168,6 +177,9 @@ async def fit(
         record = msgspec.structs.replace(
             record, memory=memory, added=memory - record.memory, cpus=cpus, disks=plugged
         )
+        if not wanted.segments:
+            return record
+        # What attaches one finds the guest by its record, and changes that.
         folder.write(record)
         for ref, mountpoint in wanted.segments:
             await attach(host.seeing(batch), record.name, ref, mountpoint)

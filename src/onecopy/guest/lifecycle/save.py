@@ -21,15 +21,12 @@ from onecopy.guest import identity
 from onecopy.guest.exec import run_captured
 from onecopy.guest.guest_script import said
 from onecopy.guest.identity import Identity
-from onecopy.guest.lifecycle import admission, snapshot
-from onecopy.guest.lifecycle.boot import booted, launch_spec, network_of
-from onecopy.guest.lifecycle.bootplan import BootPlan, BootSpec, plan_boot, system_config
+from onecopy.guest.lifecycle import admission, launcher, snapshot, start
 from onecopy.guest.lifecycle.clone_hooks import hooked
 from onecopy.guest.lifecycle.freeze import frozen
-from onecopy.guest.lifecycle.launch import display_slots, with_segments
+from onecopy.guest.lifecycle.launchplan import BootSpec, LaunchPlan
 from onecopy.guest.lifecycle.snapshot import STATE_ROOM, Snapshot, Source
 from onecopy.guest.machine import Generator, MappedSegment, SystemConfig
-from onecopy.guest.network import display_nic, new_nic
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.hotplug import changing
@@ -37,7 +34,7 @@ from onecopy.linux import process
 from onecopy.model import PageClass, Reference, format_size
 from onecopy.store import Access, Artifact, NewLayer, require_disk
 from onecopy.store.oci import ROLE
-from onecopy.vmm.argv import Launch, Nic, command
+from onecopy.vmm.argv import Nic
 from onecopy.vmm.guest_reply import decimal, shown
 from onecopy.vmm.qemu_process import Vmm
 
@@ -72,6 +69,32 @@ class Saved(msgspec.Struct, frozen=True):
     """Programs whose random generators clones have in common."""
 
 
+def plan_save(
+    host: Runtime, ref: Reference, spec: BootSpec, progress: Callable[[str], None] = lambda _: None
+) -> LaunchPlan:
+    """Plan the boot of a guest that is to be saved as ``ref``, and check that it can be.
+
+    Raises what planning a boot raises (start.py), InvalidInput, AlreadyExists, OtherDomain,
+    InsufficientResources.
+    """
+    host.store.require_free("system", ref, Access(domain=host.store.access(spec.root.name).domain))
+    plan = start.plan_launch(host, spec, progress)
+    if plan.boot is None or not plan.config.agent:
+        raise InvalidInput(
+            f"{plan.source.ref} is a kernel by itself, of which nobody can tell when it is ready",
+            hint=f"`onecopy boot {plan.source.ref}`, and `onecopy save --from` that guest",
+        )
+    _require_fixed(plan.config.segments)
+    need = admission.of_plan(plan)
+    admission.require(need.each)
+    require_disk(host.store.root, plan.config.memory + STATE_ROOM)
+    # Freed memory is zeroes, which need not be stored. Not for guests that stay: it makes a kernel
+    # touch all its RAM while it boots.
+    boot = replace(plan.boot, words=" init_on_free=1")
+    plan = replace(plan, boot=boot, translated=need.translated)
+    return plan.named(f"saving-{secrets.token_hex(4)}", ())
+
+
 async def save_system(
     host: Runtime,
     ref: Reference,
@@ -84,52 +107,31 @@ async def save_system(
     """Boot ``spec``, wait for its sign of readiness, and store it as saved system ``ref``.
 
     Each clone runs ``clone_hooks`` (clone_hooks.py) and then ``on_clone``, a shell command, before
-    it is handed out, and must succeed in them. Raises what plan_boot raises, InvalidInput for a
+    it is handed out, and must succeed in them. Raises what plan_save raises, InvalidInput for a
     hook that the guest cannot have, GuestFailed, NotReady, and InsufficientResources for disk.
     Nothing of the guest or of its files is left, whatever happens.
     """
-    _require_free(host, ref, spec.root.name)
-    prepared = plan_boot(host, spec, progress)
-    if not prepared.agent:
-        raise InvalidInput(
-            f"{prepared.root.ref} is a kernel by itself, of which nobody can tell when it is ready",
-            hint=f"`onecopy boot {prepared.root.ref}`, and `onecopy save --from` that guest",
-        )
-    config = system_config(host, prepared)
-    _require_fixed(config.segments)
-    need = admission.of_cold(prepared.accel.name, prepared.hardware.memory)
-    admission.require(need.each)
-    prepared = replace(prepared, spec=replace(prepared.spec, translated=need.translated))
-    require_disk(host.store.root, prepared.hardware.memory + STATE_ROOM)
-    name = f"saving-{secrets.token_hex(4)}"
-    with (
-        host.store.workspace() as work,
-        host.batch() as batch,
-        host.claim(name, prepared.digests, batch) as (folder, lease),
-        new_nic(host, folder.path, network_of(spec)) as card,
-    ):
-        progress(f"booting under {prepared.accel.name} ({prepared.accel.reason})")
-        launched = _launched(host, prepared, folder.path, name, card)
-        async with booted(host, prepared, launched, lease) as (vmm, _):
-            await _read_folders(folder.path, config.segments)
-            config = await _told(folder.path, on_clone, config)
-            config = await _install_hooks(folder.path, clone_hooks, config, progress)
-            config = await _rehearse(folder.path, name, card, config)
+    plan = plan_save(host, ref, spec, progress)
+    with host.store.workspace() as work, host.batch() as batch:
+        async with launcher.running(host, plan, batch) as up:
+            folder, config = up.folder.path, plan.config
+            await _read_folders(folder, config.segments)
+            config = await _told(folder, on_clone, config)
+            config = await _install_hooks(folder, clone_hooks, config, progress)
+            config = await _rehearse(folder, plan.name, launcher.card_of(up.record), config)
             progress("ready; waiting until it is quiet")
-            if prepared.command is None:
-                await run_captured(folder.path, ["sh", "-c", _SETTLED], timeout=600)
-            await _quiet(vmm, with_init=prepared.command is None)
+            await _come_to_rest(folder, up.vmm, with_init=config.command is None)
             progress("freezing it")
-            source = Source(vmm.pid, prepared.hardware.memory, None)
-            still = frozen(folder.path, progress, last=True)
-            taken = await snapshot.take(folder, source, work, still, last=True)
+            source = Source(up.vmm.pid, config.memory, None)
+            still = frozen(folder, progress, last=True)
+            taken = await snapshot.take(up.folder, source, work, still, last=True)
             # Not asked to end: it would write to its memory again.
-            await vmm.kill()
-        progress("storing its memory")
-        layers = _layers(host.store.held(name), config, taken)
-        saved = await _stored(host, ref, config, layers, taken, prepared.domain)
-        host.drop(folder)
-        return saved
+            await up.vmm.kill()
+            progress("storing its memory")
+            layers = _layers(host.store.held(plan.name), config, taken)
+            saved = await _stored(host, ref, config, layers, taken, plan.domain)
+            host.drop(up.folder)
+            return saved
 
 
 async def save_guest(
@@ -169,22 +171,6 @@ async def save_guest(
             progress("storing its memory")
             layers = _layers(host.store.held(name), config, taken)
             return await _stored(host, ref, config, layers, taken, record.domain)
-
-
-def _require_free(host: Runtime, ref: Reference, root: str) -> None:
-    """Raise unless a guest of ``root`` can be saved as ``ref``, before it is booted."""
-    host.store.require_free("system", ref, Access(domain=host.store.access(root).domain))
-
-
-def _launched(
-    host: Runtime, prepared: BootPlan, folder: Path, name: str, card: Nic | None
-) -> Launch:
-    """How QEMU is told to boot a guest that is to be saved."""
-    spec = launch_spec(host, prepared, folder, name, card)
-    # Freed memory is zeroes, which need not be stored. Not for guests that stay: it makes a kernel
-    # touch all its RAM while it boots.
-    kernel = spec.kernel and replace(spec.kernel, append=f"{spec.kernel.append} init_on_free=1")
-    return replace(spec, kernel=kernel)
 
 
 def _source(record: GuestRecord) -> Source:
@@ -296,12 +282,14 @@ async def _cpu_room(folder: Path) -> int:
     return decimal(last, "the last processor of the guest", most=1 << 16) + 1 if last else 0
 
 
-async def _quiet(vmm: Vmm, *, with_init: bool) -> None:
+async def _come_to_rest(folder: Path, vmm: Vmm, *, with_init: bool) -> None:
     """Wait until the guest rests: what it was still about to do each clone would do again.
 
     Right after boot that is much: links coming up, delayed work, start-up jobs, with an init of the
     image's own also modules for its devices. A guest that never rests is taken as it is.
     """
+    if with_init:
+        await run_captured(folder, ["sh", "-c", _SETTLED], timeout=600)
     rest = _REST_OF_INIT if with_init else _REST
     deadline = time.monotonic() + (_PATIENCE_WITH_INIT if with_init else _PATIENCE)
     used = process.cpu_seconds(vmm.pid)
@@ -343,10 +331,3 @@ async def _stored(
     return Saved(
         artifact, config.memory, stored, taken.pause, config.clone_hooks, config.generators
     )
-
-
-def dry_run(host: Runtime, prepared: BootPlan) -> list[str]:
-    """QEMU's command line, but for names made when it runs."""
-    folder, card = host.run / "saving", display_nic(network_of(prepared.spec))
-    spec = _launched(host, prepared, folder, folder.name, card)
-    return command(with_segments(prepared.hardware, display_slots(prepared.placed)), spec)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,15 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import GuestFailed
-from onecopy.guest.lifecycle import admission
-from onecopy.guest.lifecycle.batch import names_for, start_many, turns
-from onecopy.guest.lifecycle.restore import CloneSpec, Template, start_clone, template
+from onecopy.guest.lifecycle import start
+from onecopy.guest.lifecycle.batch import turns
+from onecopy.guest.lifecycle.launchplan import CloneSpec
 from onecopy.guest.observe.accounts import guest_maps
-from onecopy.guest.run_directory import Batch, GuestRecord
+from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import files, process
 from onecopy.linux.counters import meminfo
+from onecopy.model import Reference
 from onecopy.sharing.cross_check import Before, Check, check
 from onecopy.sharing.forecast import Profile, Work
 from onecopy.sharing.report import collect
@@ -57,19 +59,21 @@ async def measure(
 
     Raises what starts do, Incompatible, InsufficientResources; GuestFailed if ``work`` fails.
     """
-    source = template(host, system)
-    names = names_for("plan", None, size.first + size.more)
+    spec = CloneSpec(
+        system=Reference(system.name, digest=system.digest),
+        publish=((0, work.port),) if work.port else (),
+    )
     before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
     started: list[GuestRecord] = []
     with host.owner() as owner:
         try:
             tell(f"starting {size.first} clones")
-            started += (await _start(host, source, names[: size.first], owner, work.port))[0]
+            started += (await _start(host, spec, size.first, owner))[0]
             await _do(work, started)
             await asyncio.sleep(size.settle)
             few = _look(host, started, before)
             tell(f"starting {size.more} more")
-            more, seconds = await _start(host, source, names[size.first :], owner, work.port)
+            more, seconds = await _start(host, spec, size.more, owner)
             started += more
             await _do(work, more)
             tell("leaving them alone for a while")
@@ -83,7 +87,7 @@ async def measure(
     return Profile(
         system=system.ref,
         digest=system.digest,
-        accel=source.accel.name,
+        accel=started[0].accel,
         qemu=host.qemu.version,
         processors=processors,
         shared=many.blobs,
@@ -96,17 +100,13 @@ async def measure(
 
 
 async def _start(
-    host: Runtime, source: Template, names: list[str], owner: Path, port: int
+    host: Runtime, spec: CloneSpec, count: int, owner: Path
 ) -> tuple[list[GuestRecord], float]:
     """The guests, and how many seconds it took until they were handed out."""
-    need = admission.of_clones(source.accel.name, len(names))
-    spec = CloneSpec(publish=((0, port),) if port else (), translated=need.translated)
-
-    def start(name: str, batch: Batch) -> asyncio.Future[GuestRecord]:
-        return asyncio.ensure_future(start_clone(host, source, name, spec, batch))
-
+    group = start.plan(host, start.Request(spec, count, name=f"plan-{secrets.token_hex(2)}"))
     began = time.monotonic()
-    done = await start_many(host, names, start, owner=owner, each=need.each)
+    # What fills pools again would be measured, too.
+    done = await start.start(host, group, owner=owner, refill=False)
     return list(done.guests), time.monotonic() - began
 
 

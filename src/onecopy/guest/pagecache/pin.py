@@ -28,11 +28,11 @@ from onecopy.errors import (
 from onecopy.guest.pagecache.preload import blobs_of, data_of
 from onecopy.linux import process
 from onecopy.linux.counters import meminfo
+from onecopy.linux.process import capabilities
 from onecopy.model import MIB
 from onecopy.store import Artifact, Lease, Store
 from onecopy.store.lease import PIN
 from onecopy.subprocesses import Detached
-from onecopy.vmm.vmm_user import capabilities
 
 #: What is left to guests and to the host itself; bytes.
 _RESERVE = 256 * MIB

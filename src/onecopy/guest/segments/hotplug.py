@@ -15,8 +15,7 @@ import msgspec
 
 from onecopy.errors import AlreadyExists, GuestFailed, InvalidInput, NotFound
 from onecopy.guest.backing import Backing, backings
-from onecopy.guest.lifecycle.launch import attached
-from onecopy.guest.machine import Placed, check_mountpoint, ranges_of
+from onecopy.guest.machine import Placed, attached, check_mountpoint, ranges_of
 from onecopy.guest.run_directory import Attached, GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segment_costs import require_room
