@@ -56,7 +56,7 @@ def _page(command: Help) -> str:
         lines += [*_paragraphs(each.text), f"    {each.path} {each.usage}", ""]
         titles = dict.fromkeys(option.group for option in each.options)
         for title in titles:
-            lines += [f"**{title}**", ""] if title else []
+            lines += [f"**{title}**", ""] if title != "Options" else []
             lines += _option_table(o for o in each.options if o.group == title)
         if each.examples:
             lines += ["**Examples**", ""]
@@ -77,7 +77,7 @@ def _paragraphs(text: Iterable[str]) -> list[str]:
 
 def _option_table(options: Iterable[Option]) -> list[str]:
     rows = [f"| `{option.syntax}` | {cell(option.text)} |" for option in options]
-    return ["| Option | Effect |", "|---|---|", *rows, ""]
+    return ["| Option | Effect |", "|---|---|", *rows, ""] if rows else []
 
 
 def cell(text: str) -> str:

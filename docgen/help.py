@@ -6,12 +6,12 @@ Not here: how the help is shown (command_pages.py, man.py).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import click
 
-from onecopy.cli import commands, onecopy
+from onecopy.cli import onecopy
 from onecopy.cli.commands import GROUPS, Command, Group
 
 
@@ -73,7 +73,8 @@ def main_help() -> Help:
 
 def _context(command: click.Command, parent: click.Context | None) -> click.Context:
     # Without colours, and with metavars as the terminal shows them.
-    return click.Context(command, parent=parent, info_name=command.name, color=False)
+    settings = command.context_settings
+    return click.Context(command, parent=parent, info_name=command.name, color=False, **settings)
 
 
 def _command(group: click.Group, context: click.Context, name: str) -> click.Command:
@@ -103,9 +104,28 @@ def _help(command: click.Command, parent: click.Context | None, *, deep: bool = 
 
 
 def _options(command: click.Command, context: click.Context) -> Iterator[Option]:
-    for param in command.get_params(context):
-        record = param.get_help_record(context)
-        if record and record[1]:
-            yield Option(
-                record[0], record[1], param.group if isinstance(param, commands.Option) else ""
-            )
+    shown = _Record()
+    command.format_options(context, shown)
+    for title, rows in shown.sections:
+        # A group also writes its commands, which have pages of their own. All have --help.
+        if title != "Commands" and title not in GROUPS:
+            options = [Option(names, text, title) for names, text in rows if text]
+            yield from (o for o in options if not context.parent or "--help" not in o.syntax)
+
+
+class _Record(click.HelpFormatter):
+    """Keeps what a command writes into its help: the title and the rows of each section."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sections: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def write_heading(self, heading: str) -> None:
+        """Begin a section."""
+        self.sections.append((heading, []))
+
+    def write_dl(
+        self, rows: Iterable[tuple[str, str | None]], col_max: int = 30, col_spacing: int = 2
+    ) -> None:
+        """Add rows to the section."""
+        self.sections[-1][1].extend((names, text or "") for names, text in rows)

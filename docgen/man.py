@@ -52,7 +52,7 @@ def render(command: Help) -> str:
     """Return the manual page of one command."""
     lines = [*_head(command), ".SH DESCRIPTION", *_paragraphs(command.text)]
     for title in dict.fromkeys(option.group for option in command.options):
-        lines.append(f".SS {roff(title)}" if title else ".SH OPTIONS")
+        lines.append(".SH OPTIONS" if title == "Options" else f".SS {roff(title)}")
         lines += _options(o for o in command.options if o.group == title)
     if command.subcommands:
         lines.append(".SH COMMANDS")

@@ -44,7 +44,7 @@ def test_every_option_is_on_the_page() -> None:
         page = pages[f"reference/commands/{path.split()[1]}.md"]
         options = [each for each in command.params if isinstance(each, click.Option)]
         for option in options:
-            assert option.hidden or f"{option.opts[-1]}" in page, (path, option.opts)
+            assert option.hidden or option.opts[-1] in page, (path, option.opts)
         assert path in page
 
 
@@ -74,7 +74,7 @@ def test_manual_pages_show_text_as_it_is(tmp_path: Path) -> None:
         cannot_run("there is no man")
     text = r"'quoted .dots \back -n ~x ^y `bold`"
     examples = (("onecopy it -n 4", ".hidden"),)
-    option = Option("--it [a|b]", text, "Group")
+    option = Option("--it [a|b]", text, "Options")
     page = Help("onecopy it", "[OPTIONS]", "Do it.", (text, "\b\n.as\n  is"), (option,), examples)
     path = tmp_path / "onecopy-it.1"
     path.write_text(man.render(page))
