@@ -14,7 +14,7 @@ from itertools import zip_longest
 
 import onecopy
 from docgen.exit_codes import classes
-from onecopy.aio.options import BootOptions
+from onecopy.aio.options import BootOptions, GuestBootOptions, StartOptions
 from onecopy.errors import OnecopyError
 from onecopy.guest.exec import Completed
 
@@ -37,7 +37,9 @@ def page() -> str:
         parts += [f"## {kind.__name__}", document(inspect.getdoc(kind) or "")]
         parts += [_member(kind.__name__, name, each) for name, each in _members(kind)]
     parts += ["## Completed", document(inspect.getdoc(Completed) or ""), _fields(Completed)]
-    parts += ["## Boot options", document(inspect.getdoc(BootOptions) or ""), _fields(BootOptions)]
+    for options in (StartOptions, GuestBootOptions, BootOptions):
+        parts += [f"## {options.__name__}", document(inspect.getdoc(options) or "")]
+        parts.append(_fields(options))
     parts += ["## Errors", _errors()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,14 +95,24 @@ def _plain(annotation: object) -> str:
 
 def _fields(kind: type) -> str:
     """Return the fields of a class, each with the string that stands under it."""
+    rows = [f"| `{name}` | `{type_}` | {text} |" for name, type_, text in _attributes(kind)]
+    return "\n".join(["| Field | Type | Meaning |", "|---|---|---|", *rows])
+
+
+def _attributes(kind: type) -> Iterator[tuple[str, str, str]]:
+    """Give name, type and meaning of each field: of the bases in the same file, then its own.
+
+    The source is read, because a TypedDict forgets its bases and nobody keeps these strings.
+    """
     tree = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(tree, ast.ClassDef)
-    rows = ["| Field | Type | Meaning |", "|---|---|---|"]
+    for base in map(ast.unparse, tree.bases):
+        found = getattr(inspect.getmodule(kind), base, None)
+        if inspect.isclass(found) and found.__module__ == kind.__module__:
+            yield from _attributes(found)
     for each, after in zip_longest(tree.body, tree.body[1:]):
         if isinstance(each, ast.AnnAssign):
-            name, type_ = ast.unparse(each.target), ast.unparse(each.annotation)
-            rows.append(f"| `{name}` | `{type_}` | {_below(after)} |")
-    return "\n".join(rows)
+            yield ast.unparse(each.target), ast.unparse(each.annotation), _below(after)
 
 
 def _below(statement: ast.stmt | None) -> str:

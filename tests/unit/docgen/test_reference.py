@@ -9,6 +9,7 @@ import msgspec
 
 import onecopy
 from docgen import exit_codes, json_schemas, python_api
+from onecopy.aio.options import BootOptions, GuestBootOptions, StartOptions
 from onecopy.errors import OnecopyError
 from tests.unit.guest_kit import record
 
@@ -33,8 +34,18 @@ def test_the_python_page_has_every_public_name() -> None:
 def test_signatures_are_as_they_are_called() -> None:
     page = python_api.page()
     assert "Host.guest(name: str) -> Guest\n" in page
-    assert "    *,\n    name: str | None = None,\n" in page
+    assert "    *,\n    on_clone: str | None = None,\n" in page
+    assert "    system: str,\n    count: int = 1,\n    **options: Unpack[StartOptions],\n" in page
     assert ") -> ContextManager[list[Guest]]\n" in page
+
+
+def test_options_have_those_of_their_bases() -> None:
+    """Each field of the class has a row, and a row has what stands under the field."""
+    page = python_api.page()
+    for kind in (StartOptions, GuestBootOptions, BootOptions):
+        table = page.partition(f"\n## {kind.__name__}\n")[2].partition("\n## ")[0]
+        assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == kind.__annotations__.keys()
+        assert "| `accel` | `str` | `auto`, `kvm` or `tcg`. |" in table
 
 
 def test_docstrings_become_markdown() -> None:
