@@ -24,6 +24,7 @@ RELEASES = {"bookworm": "~deb12", "trixie": "~deb13"}
 _ENTER = """
 set -e
 mount --make-rprivate /
+mount --bind "$ROOT" "$ROOT"  # unshare(1) wants / to be a mount point
 mount -t proc proc "$ROOT/proc"
 mount --rbind /sys "$ROOT/sys"
 mount --rbind /dev "$ROOT/dev"
