@@ -50,11 +50,13 @@ class OnecopyError(Exception):
 
     id: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
+    default_hint: ClassVar[str] = ""
+    """What to do where the place that fails cannot say more."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
 
 class InvalidInput(OnecopyError):
@@ -113,6 +115,7 @@ class CommandFailed(OnecopyError):
 
     id = "command-failed"
     exit_code = 7
+    default_hint = "run the command of the message by hand to see more"
 
     def __init__(
         self,
@@ -140,6 +143,7 @@ class BadSource(OnecopyError):
 
     id = "bad-source"
     exit_code = 8
+    default_hint = "check that the source exists, can be read, and is of the kind that was named"
 
 
 class InsufficientResources(OnecopyError):
@@ -163,6 +167,7 @@ class GuestFailed(OnecopyError):
 
     id = "guest-failed"
     exit_code = 10
+    default_hint = "`onecopy logs GUEST` shows what the guest and its QEMU printed"
 
     def __init__(
         self,
@@ -192,6 +197,7 @@ class AgentFailed(OnecopyError):
 
     id = "agent-failed"
     exit_code = 12
+    default_hint = "`onecopy logs GUEST` shows whether the guest still works; if not, stop it"
 
 
 class Incompatible(OnecopyError):
@@ -310,6 +316,7 @@ class Unreadable(OnecopyError):
 
     id = "unreadable"
     exit_code = 25
+    default_hint = "try again; if it fails again, leave that process out"
 
 
 class Interrupted(OnecopyError):

@@ -6,6 +6,7 @@ Not here: the list of commands and their classes (commands.py).
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 
@@ -21,6 +22,8 @@ from onecopy.errors import Interrupted, OutputFailed
 #: Commands whose exit code is that of a program in the guest: ours is then always 125.
 _PASSING = ("exec",)
 PASSED_FAILURE = 125
+#: What shells set when they ask what can be completed.
+_COMPLETE = "_ONECOPY_COMPLETE"
 #: 128 + SIGPIPE, as a shell has it of any program whose output is read no more.
 READER_GONE = 141
 
@@ -72,6 +75,10 @@ def _main(args: list[str]) -> int:
 
 def _run(args: list[str]) -> int:
     try:
+        if _COMPLETE in os.environ:
+            from onecopy.cli import completion
+
+            completion.register()
         result = onecopy.main(args, prog_name="onecopy", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_:

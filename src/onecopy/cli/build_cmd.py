@@ -41,7 +41,7 @@ from onecopy.model import PageClass, Reference, check_new_name, format_size
     type=click.Choice(["erofs", "ext2"]),
     default="erofs",
     show_default=True,
-    help="File system of the image. Guests execute files of both in place.",
+    help="File system of the image. Guests execute files in place from either.",
 )
 @click.option(
     "--class",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from click.shell_completion import BashComplete, CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, add_completion_class
 
 from onecopy.errors import OnecopyError
 
@@ -112,6 +112,11 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         if ":" in os.environ.get("COMP_WORDBREAKS", ":"):
             kept = incomplete.rfind(":") + 1
         return f"{item.type},{str(item.value)[kept:]}"
+
+
+def register() -> None:
+    """Let click use these classes, for scripts and for what the scripts ask."""
+    add_completion_class(Bash)
 
 
 def _words(line: str) -> list[str]:

@@ -25,8 +25,9 @@ def command(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    from onecopy.cli import onecopy
+    from onecopy.cli import completion, onecopy
 
+    completion.register()
     found = get_completion_class(shell)
     if found is not None:
         print(found(onecopy, {}, "onecopy", "_ONECOPY_COMPLETE").source())

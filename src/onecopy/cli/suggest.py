@@ -63,16 +63,17 @@ ELSEWHERE = {
     "warm": "preload",
 }
 _MOST = 3
-#: How much of two names must be equal.
-_LIKE = 0.7
 #: Kind of artifact -> the command that starts guests from it.
 _STARTS = {"segment": "boot", "system": "run"}
 
 
-def near(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known names that are most like a wrong one, the best first."""
+def near(name: str, known: Iterable[str], like: float = 0.6) -> list[str]:
+    """Return the known names that are most like a wrong one, the best first.
+
+    ``like`` is how much of two names must be equal.
+    """
     # What difflib does takes the square of a name's length.
-    return difflib.get_close_matches(name[:64], list(known), n=_MOST, cutoff=_LIKE)
+    return difflib.get_close_matches(name[:64], list(known), n=_MOST, cutoff=like)
 
 
 def no_command(name: str, path: str, known: Sequence[str]) -> InvalidInput:

@@ -28,18 +28,18 @@ def explained(error: click.ClickException) -> OnecopyError:
 
 def _no_option(error: NoSuchOption, context: click.Context) -> OnecopyError:
     options = [name for param in context.command.params for name in param.opts]
-    found = suggest.near(error.option_name, [name for name in options if name[:1] == "-"])
+    found = suggest.near(error.option_name, [name for name in options if name[:1] == "-"], 0.7)
     others = suggest.commands_with(error.option_name)
     if found:
-        hint = f"did you mean {' or '.join(found)}?"
+        hint = f"did you mean {' or '.join(found)}? "
     elif others:
-        hint = f"{' and '.join(f'`onecopy {name}`' for name in others)} have it"
+        hint = f"{' and '.join(f'`onecopy {name}`' for name in others)} have it; "
         hint = hint if len(others) > 1 else hint.replace(" have ", " has ")
     else:
-        hint = "write -- before an argument that begins with -"
+        hint = "write -- before an argument that begins with -; "
     return InvalidInput(
         f"{context.command_path} has no option {error.option_name}",
-        hint=f"{hint}; `{context.command_path} --help` lists the options",
+        hint=f"{hint}`{context.command_path} --help` lists the options",
     )
 
 

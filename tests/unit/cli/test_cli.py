@@ -254,29 +254,6 @@ def _wait_for_lock(process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"it does not wait: {process.poll()}")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_loads(shell: str) -> None:
-    done = _onecopy("completion", shell)
-    assert done.returncode == 0
-    assert f"_ONECOPY_COMPLETE={shell}_complete" in done.stdout
-    # bash is everywhere; the other two are tried where they are.
-    if shell == "bash":
-        command = ["bash", "--norc", "-c", f"{done.stdout}\ncomplete -p onecopy"]
-        loaded = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert loaded.stdout.startswith("complete")
-    elif program := shutil.which(shell):
-        subprocess.run([program, "--no-execute"], input=done.stdout, text=True, check=True)
-
-
-def test_completion_knows_commands_and_names(home: Store) -> None:
-    put(home, "application:1")
-    put(home, "other:1")
-    for typed, offered in (("onecopy rep", "report"), ("onecopy rm app", "application:1")):
-        environment = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
-        done = _onecopy(_ONECOPY_COMPLETE="bash_complete", **environment)
-        assert done.stdout.split() == [f"plain,{offered}"]
-
-
 def test_rm_and_verify_really_do(home: Store) -> None:
     put(home, "app:1")
     put(home, "app:2", b"other")
