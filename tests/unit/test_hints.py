@@ -14,9 +14,8 @@ from tests.unit.raised_errors import Made, made_errors
 
 SOURCE = Path(__file__).parents[2] / "src/onecopy"
 HINTS = Path(__file__).parent / "data/hints.txt"
-CLASSES: dict[str, type[OnecopyError]] = {
-    each.__name__: each for each in [OnecopyError, *OnecopyError.__subclasses__()]
-}
+_ALL: list[type[OnecopyError]] = [OnecopyError, *OnecopyError.__subclasses__()]
+CLASSES = {each.__name__: each for each in _ALL}
 #: Classes that make their hint of what they are given.
 OWN = {"MissingProgram", "OutputFailed", "ProgramFailed"}
 _CALLER = "only code can pass such a value, and the message names it"

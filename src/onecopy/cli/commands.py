@@ -151,10 +151,9 @@ class Group(click.Group):
         from onecopy.cli.suggest import no_command
 
         name = args[0]
-        if not ctx.resilient_parsing and not name.startswith("-"):
-            known = self.list_commands(ctx)
-            if name not in known:
-                raise no_command(name, ctx.command_path, known)
+        wrong = not name.startswith("-") and self.get_command(ctx, name) is None
+        if wrong and not ctx.resilient_parsing:
+            raise no_command(name, ctx.command_path, self.list_commands(ctx))
         return super().resolve_command(ctx, args)
 
 

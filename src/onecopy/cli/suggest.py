@@ -87,16 +87,6 @@ def no_command(name: str, path: str, known: Sequence[str]) -> InvalidInput:
     )
 
 
-def commands_with(option: str) -> list[str]:
-    """Name the commands that start guests and have an option of this name."""
-    from onecopy.cli.boot_cmd import command as boot
-    from onecopy.cli.run_cmd import command as run
-
-    return [
-        str(each.name) for each in (boot, run) if any(option in param.opts for param in each.params)
-    ]
-
-
 def hint_of(error: OnecopyError) -> str:
     """Return the hint of an error.
 

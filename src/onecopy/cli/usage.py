@@ -29,7 +29,7 @@ def explained(error: click.ClickException) -> OnecopyError:
 def _no_option(error: NoSuchOption, context: click.Context) -> OnecopyError:
     options = [name for param in context.command.params for name in param.opts]
     found = suggest.near(error.option_name, [name for name in options if name[:1] == "-"], 0.7)
-    others = suggest.commands_with(error.option_name)
+    others = _commands_with(error.option_name, context.find_root())
     if found:
         hint = f"did you mean {' or '.join(found)}? "
     elif others:
@@ -41,6 +41,19 @@ def _no_option(error: NoSuchOption, context: click.Context) -> OnecopyError:
         f"{context.command_path} has no option {error.option_name}",
         hint=f"{hint}`{context.command_path} --help` lists the options",
     )
+
+
+def _commands_with(option: str, root: click.Context) -> list[str]:
+    """Name the commands that start guests and have an option of this name."""
+    group = root.command
+    if not isinstance(group, click.Group):
+        return []
+    commands = {name: group.get_command(root, name) for name in ("boot", "run")}
+    return [
+        name
+        for name, command in commands.items()
+        if command and any(option in param.opts for param in command.params)
+    ]
 
 
 def _usage(context: click.Context) -> str:

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import fields
 
-from onecopy.cli import onecopy
+from onecopy.cli import ls_cmd, onecopy
 from onecopy.cli.save_cmd import document
 from onecopy.demo import show
 from onecopy.demo.measure import Measured
@@ -119,6 +119,7 @@ def test_the_page_names_what_is_printed(tmp_path: Path) -> None:
     # Configs of segments are what builds write: see the next test.
     documented.pop("inspect: config of a segment")
     assert documented.keys() == printed.keys()
+    assert list(ls_cmd.FIELDS) == printed["ls: artifact"]
     for heading, names in printed.items():
         assert sorted(documented[heading]) == sorted(names), heading
 
