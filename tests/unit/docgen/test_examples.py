@@ -41,7 +41,9 @@ def _fault(line: str) -> str:
             return f"there is no {name!r}"
         command = found
     try:
-        command.make_parser(click.Context(command)).parse_args(words)
+        # As below `onecopy`: click keeps the option --help that it made for the first context.
+        context = click.Context(command, help_option_names=["-h", "--help"])
+        command.make_parser(context).parse_args(words)
     except click.UsageError as error:
         return error.format_message()
     return ""
