@@ -29,7 +29,7 @@ _DROP = Path("/proc/sys/vm/drop_caches")
 WAYS = {
     "cold": "dropped, nothing recorded",
     "start": "dropped, recorded: the start itself begins to read",
-    "recorded": "dropped, then `warm` with a record",
+    "recorded": "dropped, then `preload` with a record",
     "whole": "dropped, then `preload --whole`",
     "memory": "not dropped",
 }
@@ -42,7 +42,7 @@ class FirstGuest:
     seconds: Spread
     """From asking for the guest until it is ready (its application answers)."""
     warming: Spread
-    """Seconds that `warm` took before."""
+    """Seconds that `preload` took before."""
     read: Spread
     """Bytes that the VMM had the kernel read from storage (/proc/PID/io, read_bytes)."""
     waits: Spread

@@ -246,7 +246,7 @@ def _first_guests(first: FirstGuests) -> str:
         ]
         for way, each in first.ways.items()
     ]
-    head = ["files of the guest", "until it is ready", "of the first", "`warm` before that"]
+    head = ["files of the guest", "until it is ready", "of the first", "`preload` before that"]
     head += ["read ahead", "read by the VMM", "its major faults"]
     ahead = _size(first.read_ahead)
     return table(head, rows) + (

@@ -179,7 +179,7 @@ def test_they_are_removed(host: Runtime, saved: Artifact, ended: dict[str, Guest
     # The name is free, and a guest that has it takes the place of what was kept.
     onecopy("run", "--name", "asked", saved.ref)
     assert "asked" not in {each.name for each in host.ended()}
-    assert "a guest that runs" in onecopy("rm", "asked", code=3).stderr
+    assert "is a running guest" in onecopy("rm", "asked", code=3).stderr
     assert onecopy("stop", "asked").stdout == "asked shut down\n"
     assert {each.name for each in host.ended()} == ended.keys() - {
         *("panics", "done", "killed", "asked")

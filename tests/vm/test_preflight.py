@@ -355,7 +355,7 @@ CASES: dict[str, Case] = {
     "a small guest": (lambda w: w.boot(memory=MIB), InsufficientResources, "memory for a guest"),
     "a bare machine with a command": (
         lambda w: w.boot(root=MEMTEST, command="true"),
-        *(InvalidInput, "--run does not go with"),
+        *(InvalidInput, "--command does not go with"),
     ),
     "a command without an agent": (
         lambda w: replace(w.boot(root=MEMTEST, command=None), needs_agent=True),

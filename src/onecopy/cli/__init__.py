@@ -17,7 +17,7 @@ from onecopy.cli import streams
 from onecopy.cli.commands import COMMANDS as COMMANDS
 from onecopy.cli.commands import Main
 from onecopy.cli.output import debugging, escaping, show_place, tell_error
-from onecopy.errors import Interrupted, OutputFailed
+from onecopy.errors import Interrupted, InvalidInput, OutputFailed
 
 #: Commands whose exit code is that of a program in the guest: ours is then always 125.
 _PASSING = ("exec",)
@@ -30,6 +30,8 @@ READER_GONE = 141
 
 @click.group(
     cls=Main,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     examples=[
         ("onecopy build python --from debian:bookworm --include python3", "Build a root segment."),
@@ -44,7 +46,8 @@ READER_GONE = 141
     "arise. ONECOPY_DEBUG=1 does the same.",
 )
 @click.version_option(__version__, message="onecopy %(version)s")
-def onecopy(debug: bool) -> None:
+@click.pass_context
+def onecopy(context: click.Context, debug: bool) -> None:
     """Run many similar QEMU/KVM guests on one copy of memory.
 
     A reference to a segment, saved system or kernel is NAME[:VERSION] or NAME@sha256:DIGEST.
@@ -54,6 +57,9 @@ def onecopy(debug: bool) -> None:
         from onecopy.cli.debug import enable
 
         enable()
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(InvalidInput.exit_code)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -83,9 +89,6 @@ def _run(args: list[str]) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return _code(args, error.exit_code)
     except click.ClickException as error:
         from onecopy.cli.usage import explained
 

@@ -69,7 +69,7 @@ def command(
     free_space: int,
     domain: str | None,
 ) -> None:
-    """Build a segment from Debian packages, a directory, an archive or a disk image.
+    """Build a segment from packages, files, an archive or a disk image.
 
     The same source gives the same digest. If NAME exists, it gets the new content; guests that use
     the old content keep it.

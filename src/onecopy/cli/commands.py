@@ -17,17 +17,17 @@ import click
 #: Heading -> command -> its one-line help.
 GROUPS = {
     "Images": {
-        "build": "Build a segment from Debian packages, a directory, an archive or a disk image.",
+        "build": "Build a segment from packages, files, an archive or a disk image.",
         "create": "Create a segment from ranges of memory.",
         "ls": "List segments, saved systems and kernels.",
-        "inspect": "Print everything known about a segment, saved system, kernel or guest.",
-        "verify": "Check the digests and file systems of segments and saved systems.",
+        "inspect": "Print all details of a segment, saved system, kernel or guest.",
+        "verify": "Check digests and file systems of segments and saved systems.",
         "tag": "Add a name or version to a segment, saved system or kernel.",
         "rm": "Remove segments, saved systems, kernels and ended guests.",
         "grant": "Restrict a segment or saved system to certain guests.",
         "revoke": "Withdraw grants from a segment or saved system.",
         "write": "Write standard input to an SC range of a segment.",
-        "preload": "Load segments, saved systems or kernels into memory before guests need them.",
+        "preload": "Load segments, systems or kernels into memory in advance.",
     },
     "Guests": {
         "boot": "Boot guests from a root segment or a bare kernel.",
@@ -45,7 +45,7 @@ GROUPS = {
     "Segments in guests": {
         "attach": "Load a segment into a running guest.",
         "detach": "Unload a segment from a running guest.",
-        "commit": "Store a guest's changes to an exclusive segment as its new version.",
+        "commit": "Store a guest's changes to a segment as its new version.",
     },
     "Memory": {
         "report": "Show the memory of all guests, by the kernel's counters.",

@@ -30,7 +30,7 @@ from onecopy.model import Reference, format_size
     help="Name of the new version, which must be free. Default: the name it was loaded by.",
 )
 def command(guest: str, segment: str, target: Reference | None) -> None:
-    """Store a guest's changes to an exclusive segment as its new version.
+    """Store a guest's changes to a segment as its new version.
 
     The segment must be of class EW, or attached with --exclusive. The guest is paused while its
     pages are copied. Guests that use the old version keep it. The command ends when the new version

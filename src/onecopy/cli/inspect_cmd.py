@@ -19,7 +19,7 @@ from onecopy.model import Reference
 )
 @click.argument("name", type=ReferenceType(guests=True))
 def command(name: Reference) -> None:
-    """Print everything known about a segment, saved system, kernel or guest.
+    """Print all details of a segment, saved system, kernel or guest.
 
     The output is JSON; docs/json.md has the fields. If names are equal, a running guest comes first
     and an ended guest last. A running guest is shown with the memory that the kernel counts for it.

@@ -47,7 +47,7 @@ def command(
     unpin: bool,
     as_json: bool,
 ) -> None:
-    """Load segments, saved systems or kernels into memory before guests need them.
+    """Load segments, systems or kernels into memory in advance.
 
     The command loads the recorded pages; without a record, everything. To make a record, start a
     guest, let it work, and run `onecopy preload --record NAME`. Later starts then read these pages

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("names", nargs=-1, type=ReferenceType(), metavar="[NAME]...")
 @click.option("--all", "everything", is_flag=True, help="Check all entries of the store.")
 def command(names: tuple[Reference, ...], everything: bool) -> None:
-    """Check the digests and file systems of segments and saved systems.
+    """Check digests and file systems of segments and saved systems.
 
     The command reads every entry, and fails at the end if one is damaged. It also tells whether
     fs-verity protects the files, so that the kernel checks what guests read.

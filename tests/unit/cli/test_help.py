@@ -96,6 +96,8 @@ def test_the_one_line_help_is_the_command_s_own(name: str) -> None:
     command = ALL[(name,)]
     assert command.name == name
     assert command.get_short_help_str(limit=1000) == COMMANDS[name]
+    # It is one line on a terminal of 80 columns.
+    assert len(COMMANDS[name]) <= 80 - len("  completion  ")
 
 
 def test_every_file_of_a_command_is_listed() -> None:
