@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_CUT = "[...]"
 #: What differs from run to run: sizes and times, then digests.
 _DIFFERS = (
     (re.compile(r"\d+(?:\.\d+)? (s|KiB|MiB|GiB)\b"), r"# \1"),
@@ -45,9 +44,10 @@ def _steps(block: str) -> Iterator[Step]:
 
 
 def follow(session: list[Step], directory: Path, env: dict[str, str], *, only: bool = False) -> str:
-    """Run a session in ``directory``; return all output.
+    """Run a session in ``directory``; return what all of it prints on standard output.
 
-    ``env`` comes to this process' environment, or with ``only`` takes its place.
+    ``env`` comes to this process' environment, or with ``only`` takes its place. Progress and
+    warnings, on standard error, are not compared.
 
     Raises AssertionError if a command fails, or prints what the page does not show.
     """
@@ -58,12 +58,11 @@ def follow(session: list[Step], directory: Path, env: dict[str, str], *, only: b
             cwd=directory,
             env=env if only else os.environ | env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            capture_output=True,
             text=True,
-            timeout=600,
+            timeout=1800,
         )
-        told = f"$ {step.command}\n{done.stdout}(exit code {done.returncode})"
+        told = f"$ {step.command}\n{done.stdout}{done.stderr}(exit code {done.returncode})"
         assert done.returncode == 0, told
         assert shows(step.output, done.stdout), f"the page shows:\n{step.output}\nbut:\n{told}"
         said += done.stdout
@@ -71,9 +70,11 @@ def follow(session: list[Step], directory: Path, env: dict[str, str], *, only: b
 
 
 def shows(page: str, output: str) -> bool:
-    """Whether ``output`` is what a page shows."""
-    parts = (re.escape(_plain(part)) for part in page.split(_CUT))
-    return re.fullmatch(".*".join(parts), _plain(output), re.DOTALL) is not None
+    """Whether ``output`` is what a page shows. A line ``[...]`` stands for any lines, or none."""
+    pattern = ""
+    for part in re.split(r"(^\[\.\.\.\]\n|\[\.\.\.\])", page, flags=re.MULTILINE):
+        pattern += {"[...]\n": r"(?:.*\n)?", "[...]": ".*"}.get(part, re.escape(_plain(part)))
+    return re.fullmatch(pattern, _plain(output), re.DOTALL) is not None
 
 
 def _plain(text: str) -> str:

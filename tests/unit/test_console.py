@@ -39,6 +39,9 @@ def test_sessions_are_read() -> None:
         ("a:latest sha256:12ab[...] 2.0 MiB\n", "b:latest sha256:ffff 15.5 MiB\n", False),
         ("[...]\nlast\n", "first\n\nsecond\nlast\n", True),
         ("[...]\nlast\n", "first\nlast one\n", False),
+        ("[...]\nlast\n", "last\n", True),
+        ("[...]\nlast\n", "", False),
+        ("[...]\n", "", True),
         ("up   0.1 s\n", "up 12 s\n", True),
     ],
 )
