@@ -74,7 +74,7 @@ class _Line(logging.Formatter):
         fields: dict[str, object] = getattr(record, "fields", {})
         kind = record.getMessage()
         if record.name != _logger.name:  # a message of QMP
-            fields = {"guest": record.name.rpartition(".")[2], "message": kind[4:]}
+            fields = {"message": " ".join(kind[4:].split())}
             kind = "qmp-sent" if kind.startswith("-->") else "qmp-received"
         passed = time.monotonic() - _start
         told = "".join(f" {key}={_shown(value)}" for key, value in fields.items())

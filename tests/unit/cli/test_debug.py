@@ -82,13 +82,13 @@ def test_messages_of_qmp_are_told() -> None:
     program = (
         "import logging\n"
         "log = logging.getLogger('qemu.qmp.protocol.web')\n"
-        "log.debug('--> %s', '{\"execute\": \"stop\"}')\n"
+        "log.debug('--> %s', '{\\n  \"execute\": \"stop\"\\n}')\n"
         "log.debug('<-- %s', '{\"return\": {}}')\n"
         "log.debug('Disconnected.')\n"
     )
     _, sent, received = debugged(program)
-    assert sent.endswith(' qmp-sent guest="web" message="{\\"execute\\": \\"stop\\"}"')
-    assert ' qmp-received guest="web"' in received
+    assert sent.endswith(' qmp-sent message="{ \\"execute\\": \\"stop\\" }"')
+    assert " qmp-received message=" in received
 
 
 def test_it_costs_nothing_when_it_is_off(tmp_path: Path) -> None:
