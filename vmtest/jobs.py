@@ -28,7 +28,9 @@ from vmtest.images import PROJECT, RELEASES, Debian, ensure_debian, ensure_image
 LIMIT = 7200.0
 #: The first builds Debian roots from the network, which an emulated host does not have; the second
 #: boots emulated hosts. Under KVM they would show nothing else.
-_ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_vmtest.py")
+_ELSEWHERE = tuple(
+    f"--ignore=tests/vm/test_{name}.py" for name in ("build_debian", "tutorial", "vmtest")
+)
 
 #: Beside tests/vm: a workload, and power cuts.
 _WORKLOADS = "tests/workloads/test_short.py"
