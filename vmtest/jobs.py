@@ -26,8 +26,8 @@ from vmtest.images import PROJECT, RELEASES, Debian, ensure_debian, ensure_image
 
 #: Seconds that one emulated host may take for all it is to do.
 LIMIT = 7200.0
-#: The first two build Debian roots from a mirror, and an emulated host has no network; the last boots
-#: emulated hosts. Under KVM they would show nothing else.
+#: The first two build Debian roots from a mirror, and an emulated host has no network; the last
+#: boots emulated hosts. Under KVM they would show nothing else.
 _ELSEWHERE = tuple(
     f"--ignore=tests/vm/test_{name}.py" for name in ("build_debian", "tutorial", "vmtest")
 )
