@@ -26,9 +26,11 @@ from vmtest.images import PROJECT, RELEASES, Debian, ensure_debian, ensure_image
 
 #: Time limit of a job in an emulated host, in seconds.
 LIMIT = 7200.0
-#: The first builds Debian roots from the network, which an emulated host does not have. The second
-#: boots emulated hosts. KVM makes no difference to either.
-_ELSEWHERE = ("--ignore=tests/vm/test_build_debian.py", "--ignore=tests/vm/test_vmtest.py")
+#: The first two build Debian roots from the network, which an emulated host does not have. The
+#: last boots emulated hosts. KVM makes no difference to any of them.
+_ELSEWHERE = tuple(
+    f"--ignore=tests/vm/test_{name}.py" for name in ("build_debian", "tutorial", "vmtest")
+)
 
 #: Tests beside tests/vm: a workload, and power cuts.
 _WORKLOADS = "tests/workloads/test_short.py"

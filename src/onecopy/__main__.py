@@ -5,7 +5,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and exit with its documented code (docs/exit-codes.md)."""
+    """Run the command line and exit with its documented code (docs/reference/exit-codes.md)."""
     from onecopy.cli import main as cli_main
     from onecopy.cli.signals import ignore
 

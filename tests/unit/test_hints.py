@@ -24,7 +24,6 @@ _FILE = "the message names the file, which is the user's own argument"
 NO_HINT = {
     "cli/__init__.py:_run Interrupted": "the user has interrupted it",
     "guest/observe/ksm_auto.py:_look Incompatible": "the kernel cannot be changed meanwhile",
-    "guest/segments/live_write.py:write InvalidInput": _CALLER,
     "guest/segments/protocol.py:exclusive InvalidInput": "a guest is answered, and nobody reads it",
     "linux/counters/kpage.py:_entry InvalidInput": _CALLER,
     "linux/counters/pagemap.py:read InvalidInput": _CALLER,

@@ -16,7 +16,7 @@ from onecopy import __version__
 from onecopy.cli import streams
 from onecopy.cli.commands import COMMANDS as COMMANDS
 from onecopy.cli.commands import Main
-from onecopy.cli.output import escaping, show_place, tell_error
+from onecopy.cli.output import debugging, escaping, show_place, tell_error
 from onecopy.errors import Interrupted, InvalidInput, OutputFailed
 
 #: Commands whose exit code is that of a program in the guest: ours is then always 125.
@@ -39,14 +39,24 @@ READER_GONE = 141
         ("onecopy run --count 4 --name web hello", "Start four clones: web-1 to web-4."),
     ],
 )
+@click.option(
+    "--debug",
+    is_flag=True,
+    help="Write steps, programs that run and QMP messages to standard error, and where errors "
+    "arise. ONECOPY_DEBUG=1 does the same.",
+)
 @click.version_option(__version__, message="onecopy %(version)s")
 @click.pass_context
-def onecopy(context: click.Context) -> None:
+def onecopy(context: click.Context, debug: bool) -> None:
     """Run many similar QEMU/KVM guests on one copy of memory.
 
     A reference to a segment, saved system or kernel is NAME[:VERSION] or NAME@sha256:DIGEST.
     `onecopy COMMAND --help` explains a command.
     """
+    if debug or debugging():
+        from onecopy.cli.debug import enable
+
+        enable()
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(InvalidInput.exit_code)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from onecopy.errors import HostFailed, InvalidInput, NotFound, NotPermitted, OnecopyError
 
-_HINT = "ONECOPY_DEBUG=1 shows a traceback"
+_HINT = "`onecopy --debug COMMAND` shows a traceback"
 
 
 def explained(error: BaseException) -> OnecopyError:

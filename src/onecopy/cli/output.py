@@ -98,6 +98,11 @@ def _json_escape(character: str) -> str:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows the current step: live on a terminal, otherwise as lines."""
+    if debugging():
+        from onecopy.cli.debug import step
+
+        yield step
+        return
     if not sys.stderr.isatty():
         yield lambda text: print_line(f"onecopy: {text}", sys.stderr)
         return
@@ -135,9 +140,14 @@ def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
     return next(iter(codes), 0)
 
 
+def debugging() -> bool:
+    """Whether --debug is on (cli/debug.py)."""
+    return os.environ.get("ONECOPY_DEBUG") == "1"
+
+
 def show_place(error: Exception) -> None:
-    """Print the traceback of an error if ONECOPY_DEBUG=1."""
-    if os.environ.get("ONECOPY_DEBUG") == "1":
+    """Print the traceback of an error if the user asked for it (--debug)."""
+    if debugging():
         import traceback
 
         traceback.print_exception(error)
