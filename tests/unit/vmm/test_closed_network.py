@@ -15,7 +15,8 @@ from onecopy.vmm import closed_network
 from onecopy.vmm.vmm_user import CLOSED, OPEN, User
 from tests.conftest import cannot_run
 
-#: Checks rules, which puts none in force; puts them in force twice, with another name server the second time, and then flushed ones.
+#: Checks rules, which puts none in force. Puts them in force twice, with another name server the
+#: second time, and then flushed ones.
 _LOADS = """
 import json
 from onecopy.linux import nftables
