@@ -15,15 +15,19 @@ from onecopy.vmm import closed_network
 from onecopy.vmm.vmm_user import CLOSED, OPEN, User
 from tests.conftest import cannot_run
 
-#: Puts rules in force twice, with another name server the second time, and then flushed ones.
+#: Checks rules, which puts none in force. Puts them in force twice, with another name server the
+#: second time, and then flushed ones.
 _LOADS = """
 import json
 from onecopy.linux import nftables
-from onecopy.vmm import closed_network
+from onecopy.vmm import closed_network, vmm_user
 from onecopy.vmm.vmm_user import CLOSED, User
 
 found, loads, load = [], [], nftables.load
-nftables.load = lambda rules: (loads.append(rules), load(rules))
+nftables.load = lambda rules, check=False: (check or loads.append(rules), load(rules, check=check))
+vmm_user.why_not = lambda accel: ""
+closed_network.check("tcg")
+assert not nftables.count_marked(closed_network.TABLE, ""), "it was only to be checked"
 for servers in (("127.0.0.53",), ("127.0.0.53",), ("192.0.2.1",), ("192.0.2.1",)):
     closed_network.resolvers = lambda: servers
     closed_network.require(User(CLOSED.start), "")
