@@ -61,8 +61,8 @@ def test_a_guest(
 ) -> None:
     monkeypatch.setattr(Runtime, "guests", lambda _: [record("web-1"), record("db")])
     for line in ("logs wbe-1", "stop wbe-1", "exec wbe-1 true"):
-        assert hint(capsys, line).startswith("did you mean web-1? `onecopy ps`")
-    assert hint(capsys, "logs qqqqq") == "`onecopy ps` lists the running guests"
+        assert hint(capsys, line).startswith("did you mean web-1? list the guests")
+    assert hint(capsys, "logs qqqqq") == "list the guests with `onecopy ps`"
 
 
 def test_a_reference(home: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +70,6 @@ def test_a_reference(home: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert hint(capsys, "verify debain:12").startswith("did you mean debian:12?")
     assert hint(capsys, "logs debian") == (
         "debian is a segment, and `onecopy boot debian` starts guests from it; "
-        "`onecopy ps` lists the running guests"
+        "list the guests with `onecopy ps`"
     )
     assert hint(capsys, "run debian:12").startswith("boot it with `onecopy boot debian:12`")
