@@ -67,8 +67,8 @@ class Limits(msgspec.Struct, frozen=True):
     """Of a file that it writes (RLIMIT_FSIZE)."""
     processes: int = 1
     """Where it has a user of its own (RLIMIT_NPROC)."""
-    files: int = 256
-    """Open at once (RLIMIT_NOFILE). mkfs.erofs 1.8 has 128 open that wait for its threads."""
+    files: int = 1024
+    """Open at once (RLIMIT_NOFILE). mkfs.erofs 1.8 opens hundreds, which wait for its threads."""
     output: int = 1 << 20
     """On standard output, where that is kept."""
 
