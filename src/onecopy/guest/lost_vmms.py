@@ -119,10 +119,11 @@ def _is_here(folder: Path) -> bool:
 def _has_run_folder(folder: Path) -> bool:
     """Whether a process works in a run folder that is there: then a store knows it.
 
-    Only a VMM of that folder can be in it: nobody else but root reaches it.
+    Only a VMM of that folder can be in it: nobody else but root reaches it. The folder need not be
+    one that is seen from here: in a chroot or a mount namespace /run may be another one.
     """
-    where = (folder / "cwd").readlink()
-    return where.is_relative_to(run_base()) and where.is_dir()
+    where = folder / "cwd"
+    return where.readlink().is_relative_to(run_base()) and where.stat().st_nlink > 0
 
 
 def _name_of(pid: int) -> str:
