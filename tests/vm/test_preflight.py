@@ -264,7 +264,7 @@ CASES: dict[str, Case] = {
         lambda w: _open_to_all(w, CommandFailed("nft -f -", 1, "no such table")),
         *(Incompatible, "nft refused the rules: no such table"),
     ),
-    "neither users nor a router": (_no_numbers, Incompatible, "cannot prevent the guest from reaching"),
+    "neither users nor a router": (_no_numbers, Incompatible, "cannot prevent the guest from"),
     "a damaged state": (_damaged, StoreDamaged, "differs from what was saved"),
     "less memory": (lambda w: w.clone(memory=64 * MIB), InvalidInput, "cannot have less"),
     "odd memory": (lambda w: w.clone(memory=129 * MIB), InvalidInput, "multiples of 128 MiB"),

@@ -72,4 +72,4 @@ def test_a_reference(home: Store, capsys: pytest.CaptureFixture[str]) -> None:
         "debian is a segment, and `onecopy boot debian` starts guests from it; "
         "list the guests with `onecopy ps`"
     )
-    assert hint(capsys, "run debian:12").startswith("boot it with `onecopy boot debian:12`")
+    assert hint(capsys, "run debian:12").startswith("`onecopy boot debian:12` boots it")
