@@ -1,7 +1,7 @@
 """Install and try the Debian packages in clean roots of their releases: script/test-package.
 
 ``python -m tests.package.clean_root bookworm trixie``. mmdebstrap makes each root, apt installs the
-package, and chroot(1) enters the root in a mount namespace of its own. There the README's commands
+package, and chroot(1) enters the root in namespaces of its own. There the README's commands
 run in an empty directory, and the guests say who they are.
 """
 
@@ -40,7 +40,8 @@ def enter(root: Path, script: str) -> str:
     """Run a script of bash in the root; return what it prints. Raises AssertionError."""
     env = os.environ | {"ROOT": str(root), "SCRIPT": f"cd /root/empty\n{script}"}
     done = subprocess.run(
-        ["unshare", "--mount", "--", "sh", "-c", _ENTER],
+        # Processes of their own, too: onecopy ends VMMs that it finds on no record in /run.
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--", "sh", "-c", _ENTER],
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -69,8 +69,8 @@ class Limits(msgspec.Struct, frozen=True):
     """Each file that it writes (RLIMIT_FSIZE)."""
     processes: int = 1
     """Processes, if it runs as a user of its own (RLIMIT_NPROC)."""
-    files: int = 256
-    """Open files (RLIMIT_NOFILE). mkfs.erofs 1.8 keeps 128 files open for its threads."""
+    files: int = 1024
+    """Open files (RLIMIT_NOFILE). mkfs.erofs 1.8 keeps hundreds of files open for its threads."""
     output: int = 1 << 20
     """Standard output, if it is returned."""
 
