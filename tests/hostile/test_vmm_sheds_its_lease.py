@@ -26,7 +26,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.linux import vmm_registry
 from onecopy.model import Reference
 from onecopy.store import Artifact
-from tests.command import answer, onecopy
+from tests.command import ONECOPY, STUCK, answer, onecopy
 from tests.conftest import cannot_run
 from tests.vm.conftest import Cold
 from tests.vm.guests import boot_plan
@@ -171,6 +171,23 @@ def test_its_record_is_removed(host: Runtime, memtest: Artifact, guest: GuestRec
     (host.run / guest.name / "guest.json").unlink()
     assert "record" in str(check_known(host, memtest, guest)["note"])
     check_ended(host, guest, guest.name)
+
+
+@pytest.mark.parametrize("chroot", [False, True])
+def test_elsewhere_it_is_nobody_s_stray(guest: GuestRecord, tmp_path: Path, chroot: bool) -> None:
+    """Where /run is another one, in a chroot as well, onecopy neither shows nor ends the guest."""
+    root = tmp_path / "root"
+    root.mkdir()
+    enter = f"mount --rbind / {root} && mount -t tmpfs run {root}/run && chroot {root}"
+    if not chroot:
+        enter = "mount -t tmpfs run /run && env"
+    command = f"ONECOPY_HOME={tmp_path}/home {ONECOPY}"
+    script = f"{enter} sh -c '{command} ps --json && {command} stop --all'"
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=STUCK)
+    assert done.returncode == 0, done
+    assert guest.name not in done.stdout + done.stderr
+    assert guest.process.lives()
 
 
 def test_all_run_folders_are_removed(host: Runtime, guest: GuestRecord) -> None:
