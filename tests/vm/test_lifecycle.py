@@ -450,7 +450,7 @@ def test_a_kernel_of_ones_own(modules: Path, lasting: dict[str, Any]) -> None:
     inside = onecopy("exec", LASTING, "--", "cat", f"/lib/modules/{release}/modules.dep").stdout
     assert "virtio_pmem.ko" in inside
     boot = ["boot", "--command", "", "--kernel", "/boot/vmlinuz", "web-root"]
-    assert "go together" in onecopy(*boot, code=8).stderr
+    assert "need each other" in onecopy(*boot, code=8).stderr
 
 
 def test_an_ext2_root_is_executed_in_place(lasting: dict[str, Any]) -> None:

@@ -221,7 +221,7 @@ CASES: dict[str, Case] = {
     ),
     "no guests": (lambda w: w.clone(0), InvalidInput, "0 guests cannot be started"),
     "a bad name": (lambda w: w.clone(name="no_name"), InvalidInput, "no_name"),
-    "a taken name": (lambda w: w.clone(name=TAKEN), AlreadyExists, "taken runs already"),
+    "a taken name": (lambda w: w.clone(name=TAKEN), AlreadyExists, "taken is already running"),
     "a taken port": (
         lambda w: w.clone(publish=((w.port, 80),)),
         *(InUse, "on 127.0.0.1 is taken"),
@@ -264,7 +264,10 @@ CASES: dict[str, Case] = {
         lambda w: _open_to_all(w, CommandFailed("nft -f -", 1, "no such table")),
         *(Incompatible, "nft refused the rules: no such table"),
     ),
-    "neither users nor a router": (_no_numbers, Incompatible, "cannot keep a guest from reaching"),
+    "neither users nor a router": (
+        *(_no_numbers, Incompatible),
+        "cannot prevent the guest from reaching",
+    ),
     "a damaged state": (_damaged, StoreDamaged, "differs from what was saved"),
     "less memory": (lambda w: w.clone(memory=64 * MIB), InvalidInput, "cannot have less"),
     "odd memory": (lambda w: w.clone(memory=129 * MIB), InvalidInput, "multiples of 128 MiB"),
@@ -345,13 +348,13 @@ CASES: dict[str, Case] = {
     ),
     "a disk with another head": (
         lambda w: w.clone(disks=(w.image("raw.qcow2"),)),
-        *(InvalidInput, "is no qcow2 image"),
+        *(InvalidInput, "has no qcow2 header"),
     ),
     "a file of the store": (
         lambda w: w.clone(disks=(DiskSpec(file=w.host.store.root / "index.json"),)),
         *(InvalidInput, "is part of the store"),
     ),
-    "too many disks": (_many_disks, NoSlot, "slots left for segments and disks"),
+    "too many disks": (_many_disks, NoSlot, "free slots for segments and disks"),
     "no root": (lambda w: w.boot(root=Reference("nothing")), NotFound, "nothing"),
     "no init": (lambda w: w.boot(command=None), InvalidInput, "has no init"),
     "a small guest": (lambda w: w.boot(memory=MIB), InsufficientResources, "memory for a guest"),

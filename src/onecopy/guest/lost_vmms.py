@@ -123,8 +123,8 @@ def _is_here(folder: Path) -> bool:
 def _has_run_folder(folder: Path) -> bool:
     """Return whether a process's working directory is an existing run directory.
 
-    Then it is the VMM of that directory, and its store knows it: only that VMM and root can enter.
-    The path alone does not tell: in a chroot or a mount namespace /run may be another directory.
+    Then it is the VMM of that directory: only that VMM and root can enter. The directory may be
+    invisible from here: in a chroot or a mount namespace /run may be another one.
     """
     where = folder / "cwd"
     return where.readlink().is_relative_to(run_base()) and where.stat().st_nlink > 0
