@@ -187,8 +187,8 @@ def _watched() -> Iterator[dict[str, float]]:
         return launch(*args, **options)
 
     @contextlib.asynccontextmanager
-    async def connecting(path: Path) -> AsyncIterator[Monitor]:
-        async with connect(path) as monitor:
+    async def connecting(directory: Path) -> AsyncIterator[Monitor]:
+        async with connect(directory) as monitor:
             marks["greeting"] = time.monotonic()
             yield monitor
 

@@ -107,7 +107,7 @@ async def _guest(setup: Setup, size: int) -> AsyncIterator[GuestRecord]:
 
 
 async def _dropped(setup: Setup, guest: GuestRecord) -> int:
-    async with connect(setup.host.run / guest.name / "monitor.sock") as monitor:
+    async with connect(setup.host.run / guest.name) as monitor:
         said = await monitor.human("info jit")
     found = re.search(r"TB flush count\s+(\d{1,18})", said)
     if not found:

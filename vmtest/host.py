@@ -95,7 +95,7 @@ class EmulatedHost:
             try:
                 async with (
                     asyncio.timeout(30),
-                    connect(self.run_folder / "monitor.sock") as monitor,
+                    connect(self.run_folder) as monitor,
                 ):
                     registers = await monitor.human("info registers -a")
             except (TimeoutError, OnecopyError) as error:

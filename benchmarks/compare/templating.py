@@ -69,7 +69,7 @@ async def start_from(template: Snapshot, setup: Setup, name: str, ports: Ports) 
     )
     vmm = launch_plain(setup, spec)
     try:
-        async with connect(vmm.folder / "monitor.sock") as monitor:
+        async with connect(vmm.folder) as monitor:
             with template.state.open("rb") as state:
                 await monitor.incoming(state.fileno())
             await monitor.execute("cont")

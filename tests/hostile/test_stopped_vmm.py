@@ -169,9 +169,9 @@ def test_a_monitor_that_is_taken_is_told(host: Runtime, clones: Clones) -> None:
     async def both() -> None:
         from onecopy.deadline import Deadline
 
-        async with connect(path) as first:
+        async with connect(path.parent) as first:
             with pytest.raises(GuestFailed, match="QEMU did not answer within"):
-                async with connect(path, Deadline.after(0.5)):
+                async with connect(path.parent, Deadline.after(0.5)):
                     pass
             assert await first.execute("query-version")
 

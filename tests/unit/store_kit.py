@@ -129,11 +129,14 @@ def kills(make: Callable[[], Path], change: Callable[[], object]) -> Iterator[Pa
     what is on disk: so it is killed before each line of onecopy before which the disk has changed,
     and before the first. The last round is not killed.
     """
+    # What this process finds out once, and then remembers, is lines that no later round has.
+    make()
+    change()
     steps = _steps_that_change(make(), change)
     assert len(steps) > 3, "nothing to see"
     for step in (1, *steps):
         root = make()
-        assert killed_at(step, change)
+        assert killed_at(step, change), (step, steps)
         yield root
     root = make()
     assert os.waitpid(fork(change), 0)[1] == 0

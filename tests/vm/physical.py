@@ -48,7 +48,7 @@ def query(host: Runtime, guest: GuestRecord, command: str) -> Any:
     """Ask the guest's QEMU something."""
 
     async def ask() -> Any:
-        async with connect(host.run / guest.name / "monitor.sock") as monitor:
+        async with connect(host.run / guest.name) as monitor:
             return await monitor.execute(command)
 
     return asyncio.run(ask())

@@ -61,7 +61,7 @@ EXPECTED = {
 
 
 async def quit_by_monitor(folder: Path) -> None:
-    async with connect(folder / "monitor.sock") as monitor:
+    async with connect(folder) as monitor:
         await monitor.execute("quit")
 
 

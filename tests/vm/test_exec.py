@@ -250,7 +250,7 @@ def test_more_at_once_than_there_are_ports_for(
         assert [each.exit_code for each in done] == [1, 2, 3, 4]
 
     async def in_use() -> int:
-        async with connect(folder / "monitor.sock") as monitor:
+        async with connect(folder) as monitor:
             chardevs = await monitor.execute("query-chardev")
         return sum(str(each["label"]).startswith("exec.") for each in chardevs)
 
@@ -275,7 +275,7 @@ def exec_ports(host: Runtime, guest: GuestRecord) -> list[str]:
     """QEMU's character devices that belong to running programs."""
 
     async def ask() -> Any:
-        async with connect(host.run / guest.name / "monitor.sock") as monitor:
+        async with connect(host.run / guest.name) as monitor:
             return await monitor.execute("query-chardev")
 
     labels = [str(chardev["label"]) for chardev in asyncio.run(ask())]

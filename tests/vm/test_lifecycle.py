@@ -230,7 +230,7 @@ def test_run_ps_and_inspect_are_right_about_guests(host: Runtime, web: str) -> N
 
 
 async def memory_of(host: Runtime, name: str) -> Any:
-    async with connect(host.run / name / "monitor.sock") as monitor:
+    async with connect(host.run / name) as monitor:
         return (await monitor.execute("query-memory-size-summary"))["base-memory"]
 
 
@@ -272,7 +272,7 @@ def pss_is_told(guests: list[dict[str, Any]]) -> bool:
 
 async def halt(host: Runtime, name: str) -> None:
     """Stop the guest's processors, so that two looks at its memory see the same."""
-    async with connect(host.run / name / "monitor.sock") as monitor:
+    async with connect(host.run / name) as monitor:
         await monitor.execute("stop")
 
 

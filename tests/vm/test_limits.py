@@ -118,7 +118,7 @@ def test_translated_code(host: Runtime, little: GuestRecord, run_in: RunIn) -> N
 
 
 async def _human(host: Runtime, guest: GuestRecord, line: str) -> str:
-    async with connect(host.run / guest.name / "monitor.sock") as monitor:
+    async with connect(host.run / guest.name) as monitor:
         return await monitor.human(line)
 
 

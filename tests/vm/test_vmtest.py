@@ -35,7 +35,7 @@ async def call(
     async def freeze(emulated: EmulatedHost) -> None:
         while b"before" not in said:
             await asyncio.sleep(0.05)
-        async with connect(emulated.run_folder / "monitor.sock") as monitor:
+        async with connect(emulated.run_folder) as monitor:
             await monitor.execute("stop")
 
     images = Images(Reference.parse(root.ref), ())

@@ -12,6 +12,7 @@ from onecopy.cli import streams
 from onecopy.cli.commands import Command
 from onecopy.cli.params import GuestType
 from onecopy.errors import GuestFailed
+from onecopy.vmm.sockets import CONSOLE
 
 _ESCAPE = b"\x1d"  # Ctrl-]
 
@@ -35,7 +36,7 @@ def command(guest: str) -> None:
     folder = Runtime.open().guest(guest)
     with socket.socket(socket.AF_UNIX) as console:
         try:
-            console.connect(str(folder.path / "console.sock"))
+            console.connect(str(folder.path / CONSOLE))
         except OSError as error:
             raise GuestFailed(
                 f"the console of {guest} cannot be reached: {error.strerror}",

@@ -96,7 +96,7 @@ async def _plug_all(folder: Path, names: Sequence[str], sockets: Ports, deadline
 
 async def _try_plug(folder: Path, names: Sequence[str], sockets: Ports) -> bool:
     """Plug in all ports or none; return whether they fit."""
-    async with connect(folder / "monitor.sock") as monitor:
+    async with connect(folder) as monitor:
         await _remove_abandoned(monitor, folder)
         try:
             for name in names:
@@ -127,7 +127,7 @@ async def _unplug_all(folder: Path, names: Sequence[str], seconds: float) -> Non
     """Unplug ports; ignore a QEMU that is gone or does not answer. The next command retries."""
     if names:
         with contextlib.suppress(GuestFailed, TimeoutError):
-            async with asyncio.timeout(seconds), connect(folder / "monitor.sock") as monitor:
+            async with asyncio.timeout(seconds), connect(folder) as monitor:
                 await _unplug(monitor, names)
 
 

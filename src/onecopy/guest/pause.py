@@ -79,7 +79,7 @@ async def stopped(folder: RunDirectory, *, go_on: bool = True) -> AsyncIterator[
     Raises:
         GuestFailed: QEMU failed, or another command has the guest paused.
     """
-    async with _marked(folder) as mark, connect(folder.path / "monitor.sock") as monitor:
+    async with _marked(folder) as mark, connect(folder.path) as monitor:
         running = (await monitor.ask("query-status", _Run)).running
         resumed, seconds = True, TIMEOUT
         try:

@@ -45,7 +45,7 @@ async def _go_on(folder: Path) -> None:
             return
         os.pwrite(fd, b"!", 0)
         with contextlib.suppress(GuestFailed):
-            async with asyncio.timeout(_MOMENT), connect(folder / "monitor.sock") as monitor:
+            async with asyncio.timeout(_MOMENT), connect(folder) as monitor:
                 await monitor.execute("cont")
                 mark.unlink(missing_ok=True)
 

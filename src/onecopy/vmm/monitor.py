@@ -27,6 +27,7 @@ from onecopy.deadline import Deadline
 from onecopy.errors import AgentFailed, GuestFailed
 from onecopy.linux.lock import locked
 from onecopy.vmm.guest_reply import convert
+from onecopy.vmm.sockets import MONITOR
 
 # The library logs errors that it also raises.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -216,12 +217,17 @@ def _no_answer(what: str, seconds: float) -> GuestFailed:
 
 
 @contextlib.asynccontextmanager
-async def connect(path: Path, deadline: Deadline | None = None) -> AsyncIterator[Monitor]:
+async def connect(directory: Path, deadline: Deadline | None = None) -> AsyncIterator[Monitor]:
     """Connect to a VMM's monitor, by ``deadline`` or within TIMEOUT seconds.
+
+    Args:
+        directory: The VMM's run directory.
+        deadline: None for no earlier one.
 
     Raises:
         GuestFailed: QEMU has ended, does not answer, or is busy with other commands.
     """
+    path = directory / MONITOR
     async with contextlib.AsyncExitStack() as stack:
         seconds = (deadline or Deadline()).sooner(TIMEOUT).left() or 0.0
         try:

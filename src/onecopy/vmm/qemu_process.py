@@ -25,7 +25,7 @@ from onecopy.linux.process import stat, wait_for_end
 from onecopy.linux.sandbox import seccomp
 from onecopy.linux.vmm_registry import has_ended
 from onecopy.model import Mergeable
-from onecopy.vmm import closed_network, end_traces, logs, name_servers, vmm_limits
+from onecopy.vmm import closed_network, end_traces, logs, name_servers, sockets, vmm_limits
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.open_notify import Answers
@@ -201,8 +201,8 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         closed_network.require(user, why_not(spec.accel))
     with contextlib.ExitStack() as stack:
         machine, named, files = stack.enter_context(pass_files(hardware, spec, user, inherit))
-        monitor = stack.enter_context(_listen(spec.folder / "monitor.sock"))
-        console = stack.enter_context(_listen(spec.folder / "console.sock"))
+        monitor = stack.enter_context(_listen(spec.folder / sockets.MONITOR))
+        console = stack.enter_context(_listen(spec.folder / sockets.CONSOLE))
         named = replace(named, monitor_fd=monitor, console_fd=console)
         asks = not spec.rom and seccomp.can_ask()
         inet = spec.card is not None and spec.card.tap is None

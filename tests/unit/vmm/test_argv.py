@@ -198,7 +198,7 @@ async def _state(hardware: Hardware, spec: Launch) -> tuple[str, int, int]:
     """Run state, bytes of RAM and number of processors, as QEMU says."""
     vmm = launch(hardware, spec)
     try:
-        async with connect(spec.folder / "monitor.sock") as monitor:
+        async with connect(spec.folder) as monitor:
             status = (await monitor.execute("query-status"))["status"]
             size = (await monitor.execute("query-memory-size-summary"))["base-memory"]
             cpus = len(await monitor.execute("query-cpus-fast"))

@@ -99,7 +99,7 @@ def test_a_greeting_that_is_none(tmp_path: Path, greeting: bytes) -> None:
     async def main() -> None:
         async with qemu(tmp_path, silent, greeting) as path:
             with pytest.raises(GuestFailed):
-                async with connect(path, Deadline.after(1)):
+                async with connect(path.parent, Deadline.after(1)):
                     pass
 
     began = time.monotonic()
@@ -109,7 +109,7 @@ def test_a_greeting_that_is_none(tmp_path: Path, greeting: bytes) -> None:
 
 def test_a_command_that_is_not_answered(tmp_path: Path) -> None:
     async def main() -> None:
-        async with qemu(tmp_path, silent) as path, connect(path) as monitor:
+        async with qemu(tmp_path, silent) as path, connect(path.parent) as monitor:
             with pytest.raises(GuestFailed, match=r"did not answer query-x within 0\.1 s"):
                 await monitor.execute("query-x", timeout=0.1)
 
@@ -124,7 +124,7 @@ def test_an_answer_that_comes_too_late_is_that_of_nothing_else(tmp_path: Path) -
         return b"".join(held) if len(held) > 1 else None
 
     async def main() -> None:
-        async with qemu(tmp_path, late) as path, connect(path) as monitor:
+        async with qemu(tmp_path, late) as path, connect(path.parent) as monitor:
             with pytest.raises(GuestFailed):
                 await monitor.execute("one", timeout=0.1)
             assert await monitor.ask("two", str) == "two"
@@ -135,7 +135,7 @@ def test_an_answer_that_comes_too_late_is_that_of_nothing_else(tmp_path: Path) -
 def test_nobody_listens(tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(GuestFailed, match="ended before it answered"):
-            async with connect(tmp_path / "monitor.sock"):
+            async with connect(tmp_path):
                 pass
 
     run(main())
@@ -155,7 +155,7 @@ def test_a_queue_that_is_full(tmp_path: Path) -> None:
                     waiting.setblocking(False)
                     waiting.connect(str(path))
             with pytest.raises(GuestFailed, match=r"did not answer within 0\."):
-                async with connect(path, Deadline.after(0.3)):
+                async with connect(path.parent, Deadline.after(0.3)):
                     pass
 
     run(main())
@@ -165,7 +165,7 @@ def test_who_has_the_monitor_does_not_hold_up_for_ever(tmp_path: Path) -> None:
     async def main() -> None:
         async with locked(tmp_path / "monitor.lock"):
             with pytest.raises(GuestFailed, match=r"did not answer within 0\."):
-                async with connect(tmp_path / "monitor.sock", Deadline.after(0.2)):
+                async with connect(tmp_path, Deadline.after(0.2)):
                     pass
 
     run(main())
@@ -179,7 +179,7 @@ def test_whatever_it_answers_is_an_error_of_ours(said: bytes) -> None:
     async def main(folder: Path) -> None:
         async with qemu(folder, lambda _: said) as path:
             with pytest.raises(GuestFailed):
-                async with connect(path, Deadline.after(1)) as monitor:
+                async with connect(path.parent, Deadline.after(1)) as monitor:
                     await monitor.execute("query-status", timeout=0.05)
 
     with TemporaryDirectory() as name:
@@ -194,7 +194,7 @@ def test_whatever_its_results_are(value: Any) -> None:
     async def main(folder: Path) -> None:
         async with (
             qemu(folder, lambda request: done(request, value)) as path,
-            connect(path) as monitor,
+            connect(path.parent) as monitor,
         ):
             for work in (monitor.members("/"), monitor.human("info"), monitor.ram_address()):
                 with contextlib.suppress(GuestFailed):
@@ -297,7 +297,7 @@ def test_cancelled_at_any_moment_it_leaves_nothing_open(tmp_path: Path) -> None:
     """Nor does it wait: a command that is interrupted ends."""
 
     async def speak(path: Path) -> None:
-        async with connect(path) as monitor:
+        async with connect(path.parent) as monitor:
             await monitor.execute("query-x")
 
     async def main() -> None:

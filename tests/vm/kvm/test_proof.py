@@ -19,7 +19,7 @@ from tests.vm.conftest import Clones, RunIn
 
 
 async def _query(folder: Path, command: str) -> Any:
-    async with connect(folder / "monitor.sock") as monitor:
+    async with connect(folder) as monitor:
         return await monitor.execute(command)
 
 

@@ -48,7 +48,7 @@ async def ready(folder: Path, spec: BootSpec) -> None:
     """Wait for the agent, then for the sign of readiness; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
     # Once QEMU answers it has its pipes open.
-    async with connect(folder / "monitor.sock"):
+    async with connect(folder):
         pass
     try:
         await Agent(folder).ping(spec.timeout)

@@ -140,7 +140,7 @@ async def _come_up(
         await race_exit(vmm, boot.ready(folder.path, plan.boot.spec), _BOOT_ENDED)
         (folder.path / "initrd").unlink()
     # A bare machine that boots is up once QEMU answers.
-    async with connect(folder.path / "monitor.sock") as monitor:
+    async with connect(folder.path) as monitor:
         if state is not None:
             await monitor.incoming(state)
             if not plan.standby:

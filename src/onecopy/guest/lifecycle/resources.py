@@ -162,7 +162,7 @@ async def fit(
     with contextlib.ExitStack() as files:
         disks = [files.enter_context(opened(host, record.name, each)) for each in wanted.disks]
         words: list[str] = []
-        async with connect(folder.path / "monitor.sock") as monitor:
+        async with connect(folder.path) as monitor:
             words += await _grow(monitor, record, wanted)
             if disks:
                 with host.locked():

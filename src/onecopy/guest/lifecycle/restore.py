@@ -31,7 +31,7 @@ async def wake(folder: RunDirectory, record: GuestRecord, publish: Ports) -> Gue
     Raises Incompatible if it cannot be kept from this host, InUse.
     """
     require_closed(record, folder.path)
-    async with connect(folder.path / "monitor.sock") as monitor:
+    async with connect(folder.path) as monitor:
         await forward(monitor, folder.path, publish)
         await monitor.execute("cont")
         ports = await published(monitor, folder.path, publish)

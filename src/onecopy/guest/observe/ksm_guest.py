@@ -37,7 +37,7 @@ async def set_mergeable(host: Runtime, name: str, *, mergeable: bool) -> None:
         )
     if not mergeable:
         _require_memory(record.pid)
-    async with connect(host.run / name / "monitor.sock") as monitor:
+    async with connect(host.run / name) as monitor:
         for name in _RAM & await monitor.members("/objects"):
             change = {"property": "merge", "value": mergeable}
             await monitor.execute("qom-set", {"path": f"/objects/{name}", **change})

@@ -144,7 +144,7 @@ async def _plug(
     classes = [item.segment.page_class for item in placed]
     with host.store.extend(record.name, [artifact.digest]) as lease:
         async with (
-            connect(folder.path / "monitor.sock") as monitor,
+            connect(folder.path) as monitor,
             backings(host, classes, lease, late=True) as found,
         ):
             numbers = pmem_hotplug.choose(
