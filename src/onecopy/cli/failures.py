@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from onecopy.errors import HostFailed, InvalidInput, NotFound, NotPermitted, OnecopyError
+from onecopy.linux.statfs import is_full
 
 _HINT = "`onecopy --debug COMMAND` shows a traceback"
 
@@ -52,7 +53,7 @@ def _of_system(error: OSError) -> OnecopyError:
             f"too many open files: the limit of this command is {limit}",
             hint=f"raise the limit, at most to {most}: ulimit -n {min(1024, most)}",
         )
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return HostFailed(said, hint="free disk space: `onecopy rm` removes images")
     if isinstance(error, PermissionError) or error.errno == errno.EROFS:
         return NotPermitted(said, hint=f"run the command as a user with that permission; {_HINT}")

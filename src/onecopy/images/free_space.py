@@ -5,13 +5,13 @@ Not here: freeing space (the store's garbage collection).
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from onecopy.errors import CommandFailed, InsufficientResources
+from onecopy.linux.statfs import is_full
 
 _HINT = "remove unused segments with `onecopy rm`, or set ONECOPY_HOME to a larger disk"
 _SIGNS = ("No space left on device", "You don't have enough free space")
@@ -33,7 +33,7 @@ def disk_space(folder: Path, needed: int) -> Iterator[None]:
             raise not_enough(folder, needed) from error
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise not_enough(folder, needed) from error
         raise
 

@@ -1,4 +1,4 @@
-"""Find out whether a file system is local: statfs(2).
+"""File systems: whether one is local (statfs(2)), and whether an error means that it is full.
 
 Not here: its free space (os.statvfs), and what must be on a local one (store/opening.py).
 """
@@ -6,6 +6,7 @@ Not here: its free space (os.statvfs), and what must be on a local one (store/op
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -28,6 +29,11 @@ _REMOTE = {
 }
 # Its first member, f_type, is a long; its size is 120 bytes (asm-generic/statfs.h).
 _STRUCT_SIZE = 256
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether an error means that no block or inode is left, for anyone or for this user."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def remote_kind(path: Path) -> str | None:

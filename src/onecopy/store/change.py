@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from onecopy.linux.statfs import is_full
 from onecopy.store import access, collect, oci, reserve
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
@@ -40,7 +41,7 @@ def _create_marker(layout: Layout) -> None:
     try:
         mark.touch()
     except OSError as error:
-        if not reserve.is_full(error) or not reserve.take(layout, reserve.MARK, mark):
+        if not is_full(error) or not reserve.take(layout, reserve.MARK, mark):
             raise
 
 
@@ -58,5 +59,5 @@ def write_index(layout: Layout, index: oci.Index) -> None:
     try:
         layout.write(layout.index, data)
     except OSError as error:
-        if not reserve.is_full(error) or not reserve.write(layout, layout.index, data):
+        if not is_full(error) or not reserve.write(layout, layout.index, data):
             raise

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from onecopy.errors import InsufficientResources, NotPermitted, StoreDamaged, as_root
+from onecopy.linux.statfs import is_full
 
 # Bytes that suffice for the records of one change: config, manifest, index and lease.
 _RECORDS = 1 << 20
@@ -51,7 +52,7 @@ def file_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             available = free_bytes(root)
             missing = "space" if os.statvfs(root).f_favail else "inodes (none are free)"
             raise InsufficientResources(

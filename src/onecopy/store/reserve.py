@@ -9,7 +9,6 @@ Not here: the change (change.py).
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -20,11 +19,6 @@ from onecopy.store.layout import Layout
 MARK, INDEX = "mark", "index"
 #: Bytes by which the index may grow as names are given on a full disk; one takes about 400.
 _GROWTH = 32 << 10
-
-
-def is_full(error: OSError) -> bool:
-    """Whether an error means that no block or inode is left, for all users or for this one."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def take(layout: Layout, name: str, path: Path) -> bool:

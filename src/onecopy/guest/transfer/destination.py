@@ -23,6 +23,7 @@ from onecopy.errors import (
     NotPermitted,
 )
 from onecopy.linux.removal import remove_tree
+from onecopy.linux.statfs import is_full
 from onecopy.store.disk import free_bytes
 
 StrPath = str | os.PathLike[str]
@@ -173,7 +174,7 @@ def host_errors(path: StrPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             available = free_bytes(Path(path).absolute().parent)
             raise InsufficientResources(
                 "disk",
