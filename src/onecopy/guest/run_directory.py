@@ -36,7 +36,6 @@ and VMMs whose mark nobody locks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 from collections.abc import Container, Iterable
@@ -48,7 +47,7 @@ from onecopy.errors import AgentFailed, Incompatible, NotFound, OnecopyError
 from onecopy.guest.end_reason import Ended
 from onecopy.linux import files, process
 from onecopy.linux.files import process_directory
-from onecopy.linux.lock import is_held, is_left
+from onecopy.linux.lock import flock, is_held, is_left
 from onecopy.linux.removal import remove_tree
 from onecopy.linux.run_base import run_base
 from onecopy.linux.vmm_registry import Process, store_id
@@ -393,5 +392,5 @@ def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
     """Make a mark of kind ``starting``, ``owner`` or ``ending``; return it and its locked file."""
     mark = run / f".{kind}-{secrets.token_hex(8)}"
     fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
+    flock(fd)
     return mark, fd

@@ -18,6 +18,24 @@ from onecopy.errors import OnecopyError
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+def flock(fd: int, *, wait: bool = True) -> bool:
+    """Take the exclusive lock on an open file, as long as any copy of the descriptor is open.
+
+    Args:
+        wait: Block this thread until the lock is free; if False, return False if it is not.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(fd: int) -> None:
+    """Drop the lock even if a child that was forked meanwhile has a copy of the descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def is_held(path: Path) -> bool:
     """Whether a process holds the exclusive lock on ``path``; False if the file does not exist."""
     return _free_links(path) is None
@@ -65,7 +83,7 @@ def _open_locked(path: Path) -> int:
     while True:
         fd = os.open(path, _FLAGS, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            flock(fd)
             if os.fstat(fd).st_nlink:
                 return fd
         except BaseException:
@@ -84,7 +102,7 @@ def take_over(path: Path) -> Iterator[int | None]:
         yield None
         return
     try:
-        yield fd if _try_flock(fd) and os.fstat(fd).st_nlink else None
+        yield fd if flock(fd, wait=False) and os.fstat(fd).st_nlink else None
     finally:
         os.close(fd)
 
@@ -126,15 +144,7 @@ async def locked_within(path: Path, seconds: float, late: OnecopyError) -> Async
 def _take(path: Path) -> int | None:
     """Take the lock if it is free now, unless the file was just removed."""
     fd = os.open(path, _FLAGS, 0o600)
-    if _try_flock(fd) and os.fstat(fd).st_nlink:
+    if flock(fd, wait=False) and os.fstat(fd).st_nlink:
         return fd
     os.close(fd)
     return None
-
-
-def _try_flock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

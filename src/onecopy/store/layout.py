@@ -17,7 +17,6 @@ Not here: how a store is created (opening.py), what the files contain (oci.py), 
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import msgspec
 
+from onecopy.linux.lock import flock, unlock
 from onecopy.store.disk import sync_directory
 
 #: O_NOFOLLOW: through a symbolic link another user's file would be opened.
@@ -91,17 +91,13 @@ class Layout(msgspec.Struct, frozen=True):
         """
         fd = os.open(self.root / "lock", _LOCK, 0o600)
         try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
+            if not flock(fd, wait=wait):
                 yield False
                 return
             try:
                 yield True
             finally:
-                # close() alone might not unlock: a child forked meanwhile has a copy of the
-                # descriptor.
-                fcntl.flock(fd, fcntl.LOCK_UN)
+                unlock(fd)
         finally:
             os.close(fd)
 

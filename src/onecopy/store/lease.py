@@ -13,7 +13,6 @@ Not here: which blobs may be removed (collect.py).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from pathlib import Path
@@ -23,7 +22,7 @@ import msgspec
 from msgspec.structs import replace
 
 from onecopy.linux import vmm_registry
-from onecopy.linux.lock import is_held
+from onecopy.linux.lock import flock, is_held
 from onecopy.linux.removal import remove_tree
 from onecopy.store import oci
 from onecopy.store.layout import Layout
@@ -117,7 +116,7 @@ def create(layout: Layout, record: LeaseRecord, path: Path) -> Lease:
     fd = os.open(temp, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # It is locked before it gets its name, so no process ever sees it unlocked in the meantime.
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        flock(fd)
         lease = Lease(record, path, fd)
         lease.files.mkdir(mode=0o700, exist_ok=True)
         temp.replace(path)

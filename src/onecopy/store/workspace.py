@@ -8,13 +8,12 @@ Not here: how results get into the store (store.py).
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onecopy.linux.lock import is_held
+from onecopy.linux.lock import flock, is_held
 from onecopy.linux.removal import remove_tree
 from onecopy.store.disk import file_errors
 from onecopy.store.layout import Layout
@@ -33,7 +32,7 @@ def workspace(layout: Layout) -> Iterator[Path]:
     with file_errors(layout.root), layout.locked():
         path.mkdir(mode=0o700)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        flock(fd)
     try:
         yield path
     finally:

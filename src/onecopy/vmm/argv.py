@@ -27,6 +27,8 @@ FIRST_SEGMENT_SLOT = 0x10
 MAX_SEGMENTS = 0x1F - FIRST_SEGMENT_SLOT
 #: The id of the virtio-serial device.
 SERIAL = "serial"
+#: The id of the memory backend of RAM.
+RAM_BACKEND = "ram"
 #: The root bus does not support hot-plug; the bus behind this bridge does.
 HOT_BUS = "hot"
 #: Slots on that bus; slot 0 belongs to the bridge's hot-plug controller.
@@ -228,7 +230,7 @@ def _machine(hardware: Hardware, launch: Launch) -> list[str]:
         options += ",mem-merge=off"
     return [
         "-machine",
-        f"{hardware.machine},{options},memory-backend=ram",
+        f"{hardware.machine},{options},memory-backend={RAM_BACKEND}",
         "-accel",
         accelerator(launch.accel, launch.translated),
         "-cpu",
@@ -264,9 +266,10 @@ def _ram(hardware: Hardware, launch: Launch) -> list[str]:
     size = hardware.memory
     match launch.ram:
         case Ram.ANONYMOUS:
-            backend = f"memory-backend-ram,id=ram,size={size}"
+            backend = f"memory-backend-ram,id={RAM_BACKEND},size={size}"
         case Ram.COPY_ON_WRITE:
-            backend = f"memory-backend-file,id=ram,size={size},mem-path={launch.ram_path},share=off"
+            backend = f"memory-backend-file,id={RAM_BACKEND},size={size}"
+            backend += f",mem-path={launch.ram_path},share=off"
             if launch.rom:
                 backend += ",readonly=on,rom=off"
     # virtio-pmem devices are in the hot-plug region above RAM.

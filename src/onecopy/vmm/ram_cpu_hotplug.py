@@ -18,6 +18,8 @@ from onecopy.vmm.monitor import Monitor
 #: arch/x86/include/asm/sparsemem.h).
 MEMORY_BLOCK = 128 * MIB
 
+#: The id of the memory backend of added RAM.
+ADDED_BACKEND = "added-memory"
 _PLACE = ("socket-id", "die-id", "core-id", "thread-id")
 
 
@@ -44,9 +46,9 @@ async def add_memory(monitor: Monitor, size: int) -> int:
     # QEMU would choose the address right after a segment, wherever that ends.
     end = max((each.data.memaddr + each.data.size for each in devices), default=0)
     address = align_up(end, MEMORY_BLOCK)
-    memory = {"qom-type": "memory-backend-ram", "id": "added-memory", "size": size}
+    memory = {"qom-type": "memory-backend-ram", "id": ADDED_BACKEND, "size": size}
     await monitor.execute("object-add", memory)
-    dimm = {"driver": "pc-dimm", "id": "added", "memdev": "added-memory", "addr": address}
+    dimm = {"driver": "pc-dimm", "id": "added", "memdev": ADDED_BACKEND, "addr": address}
     await monitor.execute("device_add", dimm)
     return address
 

@@ -11,10 +11,9 @@ from onecopy.errors import InsufficientResources, InvalidInput
 from onecopy.guest.runtime import Runtime
 from onecopy.linux.counters import ksm, meminfo
 from onecopy.model import PAGE_SIZE
+from onecopy.vmm.argv import RAM_BACKEND
 from onecopy.vmm.monitor import connect
-
-#: IDs of the memory backends of RAM (vmm/argv.py, vmm/ram_cpu_hotplug.py).
-_RAM = {"ram", "added-memory"}
+from onecopy.vmm.ram_cpu_hotplug import ADDED_BACKEND
 
 
 async def set_mergeable(host: Runtime, name: str, *, mergeable: bool) -> None:
@@ -38,7 +37,7 @@ async def set_mergeable(host: Runtime, name: str, *, mergeable: bool) -> None:
     if not mergeable:
         _require_memory(record.pid)
     async with connect(host.run / name) as monitor:
-        for name in _RAM & await monitor.members("/objects"):
+        for name in {RAM_BACKEND, ADDED_BACKEND} & await monitor.members("/objects"):
             change = {"property": "merge", "value": mergeable}
             await monitor.execute("qom-set", {"path": f"/objects/{name}", **change})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterable
 
 from onecopy.errors import InvalidInput
@@ -10,6 +9,7 @@ from onecopy.guest.backing import live_file
 from onecopy.guest.machine import Placed, ranges_of
 from onecopy.images.range_record import SegmentConfig
 from onecopy.linux.files import write_at
+from onecopy.linux.lock import flock
 from onecopy.model import PageClass, Reference
 from onecopy.store import Store
 from onecopy.store.disk import file_errors
@@ -47,7 +47,7 @@ def write(
     if offset < 0:
         raise InvalidInput(f"the offset {offset} is negative", hint="give an offset from 0")
     with file_errors(store.root), path.open("r+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file.fileno())
         at = offset
         for part in data:
             room = item.segment.size - at

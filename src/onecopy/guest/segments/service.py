@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments import protocol
 from onecopy.guest.segments.handlers import answer
 from onecopy.guest.segments.protocol import Lines, MalformedRequest, Request
+from onecopy.linux.lock import flock
 from onecopy.vmm.port_pipe import Pipe
 
 #: Seconds between two searches for new guests.
@@ -90,13 +90,12 @@ def _folders(run: Path) -> Iterator[tuple[tuple[str, int], Path]]:
 def _alone(host: Runtime) -> Iterator[None]:
     fd = os.open(host.run / ".serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not flock(fd, wait=False):
+            raise AlreadyExists(
+                "another `onecopy serve` is running for this store",
+                hint="use that one, or end it first",
+            )
         yield
-    except BlockingIOError as error:
-        raise AlreadyExists(
-            "another `onecopy serve` is running for this store",
-            hint="use that one, or end it first",
-        ) from error
     finally:
         os.close(fd)
 

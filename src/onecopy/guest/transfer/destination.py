@@ -8,7 +8,6 @@ the same place. Their locks and links are ignored.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from onecopy.errors import (
     NotFound,
     NotPermitted,
 )
+from onecopy.linux.lock import flock
 from onecopy.linux.removal import remove_tree
 from onecopy.linux.statfs import is_full
 from onecopy.store.disk import free_bytes
@@ -140,7 +140,8 @@ def _locked(name: str, way: int) -> int:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(name, flags, dir_fd=way)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not flock(fd, wait=False):
+            raise BlockingIOError(errno.EWOULDBLOCK, "another process is using it")
     except OSError:
         os.close(fd)
         raise
