@@ -100,7 +100,7 @@ def test_it_is_carried_out(host: Runtime, clones: Clones, files: Path, run_in: R
         "advise", guest.name, "--files", files, "--html", files.parent / "page.html"
     ).stdout
     # Where the guest has freed much, KSM is advised as well.
-    taken = "Take: extra. " in text or "Take: extra and ksm. " in text
+    taken = "Advice: extra. " in text or "Advice: extra and ksm. " in text
     assert taken, f"{text}\nKSM before: {before}\nKSM after: {ksm.read()}"
     assert str(files / "known") in text
     page = (files.parent / "page.html").read_text()
