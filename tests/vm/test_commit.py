@@ -126,7 +126,7 @@ def test_only_what_was_loaded_to_be_written(
     (guest,) = clones(1)
     load(host, guest, "notes:/notes")
     assert run_in(guest, "touch", "/notes/new").exit_code != 0
-    with pytest.raises(InvalidInput, match="not loaded"):
+    with pytest.raises(InvalidInput, match="has no writable copy"):
         make(host, guest)
 
 

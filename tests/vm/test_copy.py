@@ -126,7 +126,7 @@ def test_what_cannot_be_copied(
         (f"{name}:/nothing", tmp_path, 3, f"there is no /nothing in {name}"),
         (f"{name}:/etc/passwd/", tmp_path, 2, "/etc/passwd/ is not a directory"),
         (f"{name}:/p", tmp_path, 2, "neither a file nor a directory"),
-        (f"{name}:/etc/passwd", tmp_path / "no/such", 3, "there is not a directory"),
+        (f"{name}:/etc/passwd", tmp_path / "no/such", 3, "there is no directory"),
         (f"{name}:/etc/passwd", f"{tmp_path}/no/", 2, "is not a directory"),
         (f"{name}:/etc/passwd", "/proc/x", 3, "/proc"),
         (f"{name}:/tmp", folder / "empty", 2, "Not a directory"),

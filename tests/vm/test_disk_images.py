@@ -172,7 +172,7 @@ def test_what_is_left_out_is_told(machine: tuple[Path, Unpacked]) -> None:
         "/elsewhere (/dev/sdb1), which is not on this disk",
         "/nfs (server:/share), which is not on this disk",
         "1 socket",
-        "what lies in /srv/my data/lost+found",
+        "the content of /srv/my data/lost+found",
         "the subvolume @snapshot",
     ]
 
@@ -220,7 +220,7 @@ def test_each_root_as_it_is(two_roots: tuple[Path, Reader]) -> None:
         tree, left_out = copied(guest, number, here / f"{turn}")
         assert facts(tree) == facts(here / "tree")
         assert "1 socket" in left_out and "#6 (128.0 MiB): btrfs" in left_out
-        assert "all mounts of /etc/fstab, because" in left_out
+        assert any(each.startswith("all mounts of /etc/fstab, because") for each in left_out)
         make_image(tree, here / f"{turn}.image", "erofs")
         digests.append(hashlib.sha256((here / f"{turn}.image").read_bytes()).digest())
     assert digests[0] == digests[2]

@@ -124,7 +124,7 @@ def test_ps(ended: dict[str, GuestRecord]) -> None:
         assert lines[name].endswith(reason) and found in lines[name]
     plain = onecopy("ps")
     assert not set(EXPECTED) & set(plain.stdout.split())
-    assert f"{len(EXPECTED)} guests have ended: `onecopy ps -a`" in plain.stderr
+    assert f"{len(EXPECTED)} guests have ended: `onecopy ps --all`" in plain.stderr
     quiet = onecopy("ps", "--json")
     assert (json.loads(quiet.stdout), quiet.stderr) == ([], "")
 
