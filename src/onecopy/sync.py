@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 _A = TypeVar("_A", covariant=True)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -149,7 +149,7 @@ class Host:
         """
         self._async = aio.Host(home)
         self._loop = LoopThread()
-        self._forget: Callable[[], None] = _nothing
+        self._forget: Callable[[], None] = _do_nothing
 
     def open(self) -> Host:
         """Open the host without a ``with`` block; `close` closes it.

@@ -92,7 +92,7 @@ class Host:
 
     def guests(self) -> list[Guest]:
         """Return all running guests, including those of other programs."""
-        host = self._swept()
+        host = self._sweep()
         return [Guest(host, record) for record in host.guests()]
 
     def guest(self, name: str) -> Guest:
@@ -101,7 +101,7 @@ class Host:
         Raises:
             NotFound: No running guest has this name.
         """
-        host = self._swept()
+        host = self._sweep()
         return Guest(host, host.guest(name).record())
 
     def ended(self) -> list[GuestRecord]:
@@ -109,7 +109,7 @@ class Host:
 
         The field ``ended`` of a record has the time and reason.
         """
-        return self._swept().ended()
+        return self._sweep().ended()
 
     def forget(self, *names: str) -> None:
         """Remove the records and logs of guests that ended by themselves.
@@ -117,7 +117,7 @@ class Host:
         Args:
             names: Names of ended guests; other names have no effect.
         """
-        self._swept().forget(*names)
+        self._sweep().forget(*names)
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
         """Return the segments, saved systems and kernels in the store.
@@ -125,11 +125,11 @@ class Host:
         Args:
             kind: Only ``segment``, ``system`` or ``kernel``; None for all kinds.
         """
-        return self._both()[0].store.artifacts(kind)
+        return self._require_open()[0].store.artifacts(kind)
 
     async def report(self) -> Report:
         """Measure the memory, in bytes, of all guests and of other QEMU processes."""
-        return await asyncio.to_thread(report_all, self._swept())
+        return await asyncio.to_thread(report_all, self._sweep())
 
     async def pool(self, system: str, size: int) -> int:
         """Keep guests of a saved system ready, so that `start` takes less time.
@@ -147,7 +147,7 @@ class Host:
             NotFound: The saved system does not exist.
             InsufficientResources: The host has no memory for so many guests.
         """
-        host = self._swept()
+        host = self._sweep()
         found = host.store.resolve(Reference.parse(system), "system")
         return len((await pool_fill.resize(host, found, size)).ready)
 
@@ -173,7 +173,7 @@ class Host:
             Incompatible: This host cannot start the saved system.
             GuestFailed, AgentFailed: A guest did not start.
         """
-        async with self._started(request(clone_spec(system, options), count, options)) as guests:
+        async with self._start(request(clone_spec(system, options), count, options)) as guests:
             yield guests
 
     @asynccontextmanager
@@ -194,7 +194,7 @@ class Host:
             NotReady: A guest was not ready within its time.
             OnecopyError: Any other error of `start`.
         """
-        async with self._started(request(boot_spec(segment, options), count, options)) as guests:
+        async with self._start(request(boot_spec(segment, options), count, options)) as guests:
             yield guests
 
     async def save(
@@ -229,12 +229,12 @@ class Host:
         """
         spec, ref, hooks = boot_spec(root, options), Reference.parse(system), checked(clone_hooks)
         return await save.save_system(
-            self._swept(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
+            self._sweep(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
         )
 
     @asynccontextmanager
-    async def _started(self, wanted: Request) -> AsyncIterator[list[Guest]]:
-        host, owner = self._swept(), self._both()[1]
+    async def _start(self, wanted: Request) -> AsyncIterator[list[Guest]]:
+        host, owner = self._sweep(), self._require_open()[1]
         group = await asyncio.to_thread(start.plan, host, wanted)
         started = await start.start(host, group, owner=owner)
         guests = [Guest(host, record) for record in started.guests]
@@ -256,14 +256,14 @@ class Host:
             pids = {guest.record.pid for guest in guests}
             host.end(*(record for record in host.owned(owner) if record.pid in pids))
 
-    def _swept(self) -> Runtime:
+    def _sweep(self) -> Runtime:
         """Return the host after removing the remains of guests that ended, as each command does."""
-        host, _ = self._both()
+        host, _ = self._require_open()
         host.store.sweep()
         host.sweep()
         return host
 
-    def _both(self) -> tuple[Runtime, Path]:
+    def _require_open(self) -> tuple[Runtime, Path]:
         if self._opened is None:
             raise RuntimeError(NOT_OPEN)
         return self._opened

@@ -99,10 +99,10 @@ async def _settle(
         CancelledError: This task was cancelled.
         Exception: A start failed with an error that is no OnecopyError.
     """
-    cancelled = await _ended(tasks.values())
+    cancelled = await _cancel(tasks.values())
     keep = keep and not cancelled
     results = await asyncio.gather(*tasks.values(), return_exceptions=True)
-    outcome = {name: _seen(result) for name, result in zip(tasks, results, strict=True)}
+    outcome = {name: _check_alive(result) for name, result in zip(tasks, results, strict=True)}
     kept = [each for each in outcome.values() if isinstance(each, GuestRecord)]
     if cancelled or len(kept) < len(tasks):
         kept = kept if keep else []
@@ -120,7 +120,7 @@ async def _settle(
     return Started(tuple(kept), tuple(failures))
 
 
-async def _ended(tasks: Iterable[asyncio.Future[GuestRecord]]) -> asyncio.CancelledError | None:
+async def _cancel(tasks: Iterable[asyncio.Future[GuestRecord]]) -> asyncio.CancelledError | None:
     """Cancel tasks and wait for their ends; return the last cancellation of this task, if any."""
     left, cancelled = set(tasks), None
     while left:
@@ -140,7 +140,7 @@ def undo(host: Runtime, records: Sequence[GuestRecord]) -> None:
         remove_made(host, record)
 
 
-def _seen(result: GuestRecord | BaseException) -> GuestRecord | BaseException:
+def _check_alive(result: GuestRecord | BaseException) -> GuestRecord | BaseException:
     """Return the result of one start; GuestFailed if the guest ended before all had started."""
     if isinstance(result, GuestRecord) and not exists(result.pid):
         return GuestFailed(

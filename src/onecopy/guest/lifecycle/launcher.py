@@ -112,7 +112,7 @@ async def running(host: Runtime, plan: LaunchPlan, batch: Batch) -> AsyncIterato
                 vmm = restore.vmm_of(*taken)
                 async with kill_on_error(vmm):
                     record = await restore.wake(*taken, plan.spec.publish)
-                    yield Up(taken[0], vmm, record, _connected)
+                    yield Up(taken[0], vmm, record, _do_nothing)
                 return
         number = host.next_number()
         digests = [artifact.digest for artifact in plan.artifacts]
@@ -129,7 +129,7 @@ async def running(host: Runtime, plan: LaunchPlan, batch: Batch) -> AsyncIterato
             boot.write_initrd(plan, plan.boot, folder.path, card)
         prepare(folder.path)
         spec = launch_spec(host, plan, folder.path, card)
-        async with _spawned(host, plan, spec, lease) as (vmm, attached):
+        async with _spawn(host, plan, spec, lease) as (vmm, attached):
             yield await _come_up(plan, folder, vmm, spec, state, attached)
 
 
@@ -181,16 +181,16 @@ async def _come_up(
         traced="-trace" in vmm.argv,
     )
     if plan.boot or not plan.spec.bridge or not card or not isinstance(card.tap, int):
-        return Up(folder, vmm, record, _connected)
+        return Up(folder, vmm, record, _do_nothing)
     return Up(folder, vmm, record, partial(connect_tap, card.tap, plan.spec.bridge))
 
 
-def _connected() -> None:
+def _do_nothing() -> None:
     """Do nothing: the network card is connected."""
 
 
 @contextlib.asynccontextmanager
-async def _spawned(
+async def _spawn(
     host: Runtime, plan: LaunchPlan, spec: Launch, lease: Lease
 ) -> AsyncIterator[tuple[Vmm, tuple[Attached, ...]]]:
     """Start a guest's VMM with the memory of its segments, under its lease.

@@ -128,7 +128,7 @@ async def save_system(
         async with launcher.running(host, plan, batch) as up:
             folder, config = up.folder.path, plan.config
             await _read_folders(folder, config.segments)
-            config = await _told(folder, on_clone, config)
+            config = await _set_on_clone(folder, on_clone, config)
             config = await _install_hooks(folder, clone_hooks, config, progress)
             config = await _rehearse(folder, plan.name, launcher.card_of(up.record), config)
             progress("ready; waiting until it is quiet")
@@ -141,7 +141,7 @@ async def save_system(
             await up.vmm.kill()
             progress("storing its memory")
             layers = _layers(host.store.held(plan.name), config, taken)
-            saved = await _stored(host, ref, config, layers, taken, plan.domain)
+            saved = await _store(host, ref, config, layers, taken, plan.domain)
             host.drop(up.folder)
             return saved
 
@@ -175,23 +175,23 @@ async def save_guest(
             folder.require_agent()
         if config.agent:
             progress("letting it get ready")
-        config = await _told(folder.path, on_clone, config)
+        config = await _set_on_clone(folder.path, on_clone, config)
         config = await _install_hooks(folder.path, clone_hooks, config, progress)
-        config = await _prepared(folder.path, config, card=bool(record.mac))
+        config = await _prepare(folder.path, config, card=bool(record.mac))
         with host.store.workspace() as work:
             progress("freezing it")
-            still = _frozen(folder.path, progress, config)
+            still = _freezing(folder.path, progress, config)
             taken = await snapshot.take(folder, _source(record), work, still)
             progress("storing its memory")
             layers = _layers(host.store.held(name), config, taken)
-            return await _stored(host, ref, config, layers, taken, record.domain)
+            return await _store(host, ref, config, layers, taken, record.domain)
 
 
 def _source(record: GuestRecord) -> Source:
     return Source(record.pid, record.memory, Path(record.ram_path) if record.ram_path else None)
 
 
-async def _told(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
+async def _set_on_clone(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
     """Write the command that clones run last into the guest; return the new configuration."""
     if on_clone is None:
         return config
@@ -215,7 +215,7 @@ async def _install_hooks(
     return replace(config, clone_hooks=found.runs, generators=found.generators)
 
 
-def _frozen(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> snapshot.Freezing:
+def _freezing(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> snapshot.Freezing:
     """Return the context that freezes a guest's programs; a bare machine has no freezer."""
     return frozen(folder, tell) if config.agent else snapshot.NOT_FROZEN
 
@@ -230,7 +230,7 @@ async def _rehearse(
     return replace(config, machine_id=machine_id is not None, cpu_room=room)
 
 
-async def _prepared(folder: Path, config: SystemConfig, *, card: bool) -> SystemConfig:
+async def _prepare(folder: Path, config: SystemConfig, *, card: bool) -> SystemConfig:
     """Prepare a running guest for a save without changing it; a bare machine needs none."""
     if not config.agent:
         return config
@@ -330,7 +330,7 @@ def _layers(held: Sequence[Artifact], config: SystemConfig, taken: Snapshot) -> 
     ]
 
 
-async def _stored(
+async def _store(
     host: Runtime,
     ref: Reference,
     config: SystemConfig,

@@ -88,10 +88,10 @@ async def stop_guests(
         endings = await asyncio.gather(*map(one, records), return_exceptions=True)
         # All guests end, even if asking one of them failed.
         host.end(*records)
-    return [_known(each) for each in endings]
+    return [_result_or_raise(each) for each in endings]
 
 
-def _known(ending: Stopped | BaseException) -> Stopped:
+def _result_or_raise(ending: Stopped | BaseException) -> Stopped:
     if isinstance(ending, BaseException):
         raise ending
     return ending
@@ -105,24 +105,24 @@ class _Stopping:
         self._record = record
         self._seconds = seconds
         self._log: logs.Log | None = None
-        self._said = ""
+        self._output = ""
 
     async def run(self, turn: asyncio.Semaphore) -> Stopped:
         with contextlib.ExitStack() as ends:
             with contextlib.suppress(OSError):
                 self._log = logs.Log(self._folder.path, logs.CONSOLE)
                 ends.callback(self._log.close)
-            self._hear()
-            self._said = ""
+            self._read_console()
+            self._output = ""
             async with turn:
                 if not await self._ask():
                     return Stopped(Ending.DEAF)
                 patience = FairTime(self._record.pid, self._seconds + _GRACE)
-                ended = await self._ended(patience, while_busy=True)
-            ended = ended or await self._ended(patience)
-            if not ended and self._left():
-                ended = await self._ended(FairTime(self._record.pid, _FINISHING))
-            if left := self._left():
+                ended = await self._wait(patience, while_busy=True)
+            ended = ended or await self._wait(patience)
+            if not ended and self._find_killed():
+                ended = await self._wait(FairTime(self._record.pid, _FINISHING))
+            if left := self._find_killed():
                 return Stopped(Ending.KILLED, left)
             return Stopped(Ending.SHUT_DOWN if ended else Ending.LATE)
 
@@ -143,7 +143,7 @@ class _Stopping:
             with contextlib.suppress(OnecopyError, asyncio.CancelledError):
                 await asking
 
-    async def _ended(self, patience: FairTime, *, while_busy: bool = False) -> bool:
+    async def _wait(self, patience: FairTime, *, while_busy: bool = False) -> bool:
         """Wait for the end of the guest while there is patience; return whether it has ended."""
         while pause := patience.pause():
             if await wait_for_end(self._record, pause):
@@ -152,19 +152,19 @@ class _Stopping:
                 break
         return await wait_for_end(self._record, 0)
 
-    def _left(self) -> str:
+    def _find_killed(self) -> str:
         """Return the programs that the guest reports as killed; "" if there are none."""
-        self._hear()
-        if told := _LEFT.search(self._said):
+        self._read_console()
+        if told := _LEFT.search(self._output):
             return f"{told[1]}: {told[2].rstrip()}"
-        killed = _KILLED.findall(self._said)
+        killed = _KILLED.findall(self._output)
         return f"{len(killed)}: {', '.join(killed[:8])}" if killed else ""
 
-    def _hear(self) -> None:
+    def _read_console(self) -> None:
         """Read new output of the console, and keep the newest 64 KiB."""
         if self._log:
             for data in self._log.read():
-                self._said = (self._said + data.decode(errors="replace"))[-(1 << 16) :]
+                self._output = (self._output + data.decode(errors="replace"))[-(1 << 16) :]
 
 
 async def sync_disks(host: Runtime, record: GuestRecord) -> None:
