@@ -105,7 +105,7 @@ async def trace(system: str) -> Walk:
         start = host.start(system, overcommit=True)
         with (
             patch.object(asyncio, "to_thread", _inline),
-            patch.object(Host, "_swept", lambda self: self._both()[0]),
+            patch.object(Host, "_sweep", lambda self: self._require_open()[0]),
         ):
             sys.setprofile(tracer)
             try:

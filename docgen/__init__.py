@@ -1,5 +1,6 @@
-"""Reference pages and manual pages, generated from the code that they describe.
+"""Generates reference pages and manual pages from the code that they describe.
 
-`mkdocs build` loads site.py, which adds the pages below reference/ when the site is built. None is
-committed. ``python -m docgen man DIRECTORY`` writes the manual pages. Not part of the package.
+`mkdocs build` loads site.py, which adds the pages below reference/ to the site. They are not
+committed. ``python -m docgen man DIRECTORY`` writes the manual pages. The package does not contain
+docgen.
 """

@@ -1,4 +1,4 @@
-"""Write the manual pages: ``python -m docgen man DIRECTORY``."""
+"""Writes the manual pages: ``python -m docgen man DIRECTORY``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from docgen import man
 
 
 def main(args: list[str]) -> int:
-    """Run what ``args`` name; return the exit code."""
+    """Write the pages that ``args`` name; return the exit code."""
     if len(args) != 2 or args[0] != "man":
         print("usage: python -m docgen man DIRECTORY", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from docgen.help import Help, Option, groups, main_help
 
-#: The directory of the pages, as seen from docs/.
+#: The directory of the pages, relative to docs/.
 PLACE = "reference/commands"
 
 
@@ -81,12 +81,12 @@ def _option_table(options: Iterable[Option]) -> list[str]:
 
 
 def cell(text: str) -> str:
-    """Return text of the help as the content of a table's cell."""
+    """Return text of the help as Markdown for a cell of a table."""
     return prose(" ".join(text.split()))
 
 
 def prose(text: str) -> str:
-    """Return text of the help as Markdown: options as code, and nothing that Markdown obeys."""
+    """Return text of the help as Markdown: options as code, special characters escaped."""
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else _quote(part) for part in parts)
 

@@ -1,6 +1,6 @@
-"""Read the help of every command from click: one value for each command.
+"""Reads the help of every command from click: one value for each command.
 
-Not here: how the help is shown (command_pages.py, man.py).
+Not here: formatting the help (command_pages.py, man.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onecopy.cli.commands import GROUPS, Command, Group
 
 @dataclass(frozen=True)
 class Option:
-    """One option: how it is typed, what it does, and the group that the help shows it in."""
+    """One option: its syntax, its effect, and its group in the help."""
 
     syntax: str
     text: str
@@ -30,10 +30,10 @@ class Help:
 
     Attributes:
         path: The words of the command line, ``onecopy ksm on``.
-        usage: What follows these words.
+        usage: The syntax after these words.
         summary: The first sentence.
-        text: All paragraphs; one that click does not wrap begins with ``\\b`` and a line end.
-        examples: Pairs of a command line and what it does.
+        text: All paragraphs; those that click does not wrap begin with ``\\b`` and a line end.
+        examples: Pairs of a command line and its description.
         subcommands: The help of the subcommands.
     """
 
@@ -51,7 +51,7 @@ class Help:
         return self.path.replace(" ", "-")
 
     def all(self) -> Iterator[Help]:
-        """Give this command and its subcommands."""
+        """Yield this command and its subcommands."""
         yield self
         for each in self.subcommands:
             yield from each.all()
@@ -114,7 +114,7 @@ def _options(command: click.Command, context: click.Context) -> Iterator[Option]
 
 
 class _Record(click.HelpFormatter):
-    """Keeps what a command writes into its help: the title and the rows of each section."""
+    """Records the sections of a command's help: their titles and rows."""
 
     def __init__(self) -> None:
         super().__init__()

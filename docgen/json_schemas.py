@@ -1,6 +1,6 @@
-"""JSON Schemas of what commands print, from the types that they encode.
+"""JSON Schemas of the commands' output, from the types that they encode.
 
-Not here: what the fields mean (docs/json.md).
+Not here: the meaning of fields (docs/json.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onecopy.sharing.report import Blob
 from onecopy.sharing.survey import LeftOut
 
 PLACE = "reference/schemas"
-#: File -> the objects that it describes, where they are printed, and their type.
+#: File -> its objects, the commands that print them, and their type.
 SCHEMAS: dict[str, tuple[str, type[Any]]] = {
     "guest": ("each guest of `ps`, `run` and `boot`", GuestRecord),
     "disk": ("each disk of `disks`", OwnDisk),
@@ -85,5 +85,5 @@ def schema(name: str) -> str:
 
 
 def _other(kind: type) -> dict[str, Any]:
-    """Describe a type that msgspec leaves to the encoder: it is printed as text."""
+    """Describe a type that msgspec leaves to the encoder, which prints it as text."""
     return {"type": "string", "title": kind.__name__}

@@ -1,4 +1,4 @@
-"""Manual pages, in roff(7) with the macros of man(7), from the help of the commands."""
+"""Manual pages in roff(7), with the macros of man(7), from the help of the commands."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _options(options: Iterable[Option]) -> list[str]:
 
 
 def roff(text: str) -> str:
-    """Return text that roff shows as it is; what stands in backticks is bold."""
+    """Escape text for roff, with bold for text in backticks."""
     shown = (
         text.replace("\\", "\\e").replace("-", "\\-").replace("~", "\\(ti").replace("^", "\\(ha")
     )

@@ -1,7 +1,7 @@
 """The page of the Python API, from signatures and docstrings.
 
-Docstrings are reStructuredText in its plainest form, with sections that end in a colon (Args,
-Returns, Raises...), each with lines "NAME: text".
+Docstrings are plain reStructuredText, with sections that end with a colon (Args, Returns,
+Raises...) and have lines "NAME: text".
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _signature(function: Callable[..., object]) -> str:
     found = inspect.signature(function)
     shown = list(_parameters(list(found.parameters.values())[1:]))
     after = _plain(found.return_annotation)
-    # What a decorator makes of an asynchronous generator (contextlib).
+    # contextlib turns an asynchronous generator into a context manager.
     after = after.replace("AsyncIterator[", "ContextManager[")
     line = f"({', '.join(shown)}) -> {after}"
     if len(line) <= 70:
@@ -88,21 +88,22 @@ def _value(default: object) -> str:
 
 
 def _plain(annotation: object) -> str:
-    """A type without its modules."""
+    """Return a type as text, without the names of modules."""
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
 
 
 def _fields(kind: type) -> str:
-    """Return the fields of a class, each with the string that stands under it."""
+    """Return a table of a class's fields, each with the string below it."""
     rows = [f"| `{name}` | `{type_}` | {text} |" for name, type_, text in _attributes(kind)]
     return "\n".join(["| Field | Type | Meaning |", "|---|---|---|", *rows])
 
 
 def _attributes(kind: type) -> Iterator[tuple[str, str, str]]:
-    """Give name, type and meaning of each field: of the bases in the same file, then its own.
+    """Yield name, type and meaning of each field, first of bases in the same file.
 
-    The source is read, because a TypedDict forgets its bases and nobody keeps these strings.
+    This function reads the source, because a TypedDict has no bases at run time, and Python drops
+    the strings below fields.
     """
     tree = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(tree, ast.ClassDef)
@@ -148,7 +149,7 @@ def document(text: str) -> str:
 
 
 def _entry(line: str) -> str:
-    """Return a line of a section: a new entry if it is indented once, else more of the last."""
+    """Return a line of a section: a new entry if indented once, else more of the last entry."""
     depth = len(line) - len(line.lstrip())
     name, colon, rest = line.strip().partition(": ")
     if depth > 4:
@@ -159,7 +160,7 @@ def _entry(line: str) -> str:
 
 
 def inline(text: str) -> str:
-    """Return a line with ``code`` and `names` as Markdown has them."""
+    """Return a line with ``code`` and `names` in Markdown."""
     parts = re.split(r"(``?[^`]+``?)", text)
     return "".join(
         f"`{part.strip('`')}`" if part.startswith("`") else re.sub(r"([*_])", r"\\\1", part)

@@ -1,4 +1,4 @@
-"""What `mkdocs build` calls (mkdocs.yml, hooks): generated pages, and links into the sources."""
+"""The hooks of `mkdocs build` (mkdocs.yml): generated pages, and links into the sources."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ sys.path.insert(0, str(PROJECT))
 
 from docgen import command_pages, exit_codes, json_schemas, python_api  # noqa: E402
 
-#: Pages that are files of the project: they stand where developers look for them.
+#: Pages that are files outside docs/, where developers look for them.
 COPIED = {
     "changelog.md": "CHANGELOG.md",
     "contributing.md": "CONTRIBUTING.md",
     "tests.md": "tests/README.md",
 }
-#: The navigation's entry that stands for the pages of the commands.
+#: The entry of the navigation that the pages of the commands replace.
 _COMMANDS = command_pages.PLACE
 _LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
 
 
 def generated() -> dict[str, str]:
-    """Return path -> content of all pages and files that are made when the site is built."""
+    """Return path -> content of all pages and files that a build generates."""
     copied = {page: _copied(source) for page, source in COPIED.items()}
     return {
         **command_pages.pages(),
@@ -43,7 +43,7 @@ def generated() -> dict[str, str]:
 
 
 def _copied(source: str) -> str:
-    """A file of the project, whose links start at docs/ in place of its own directory."""
+    """Return a file of the project, with its links rewritten to start at docs/."""
     place = posixpath.dirname(source)
 
     def moved(match: re.Match[str]) -> str:
@@ -56,7 +56,7 @@ def _copied(source: str) -> str:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Take the repository's address from pyproject.toml, and the commands into the navigation."""
+    """Set the repository's address from pyproject.toml, and add the commands to the navigation."""
     with (PROJECT / "pyproject.toml").open("rb") as file:
         urls = tomllib.load(file)["project"]["urls"]
     config.repo_url, config.repo_name = urls["Repository"], "Repository"
@@ -73,17 +73,17 @@ def _with_commands(entry: Any) -> Any:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add what is generated."""
+    """Add the generated pages and files."""
     for path, text in generated().items():
         files.append(File.generated(config, path, content=text))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Let links to files of the project lead into the repository.
+    """Rewrite links to files of the project as links into the repository.
 
     Raises:
-        PluginError: There is no such file.
+        PluginError: A link leads to no file.
     """
     place = posixpath.dirname(page.file.src_uri)
 

@@ -1,7 +1,7 @@
-"""onecopy: one copy of every page that guests have in common.
+"""onecopy: one copy in memory of every page that QEMU/KVM guests share.
 
-From Python it is what the command is. A saved system (`onecopy save`, or `Host.save`) starts as
-often as you like, in some hundredths of a second each::
+The Python API does what the command does. A saved system (`onecopy save`, or `Host.save`) starts
+any number of guests, each in some hundredths of a second::
 
     import onecopy
 
@@ -13,13 +13,13 @@ often as you like, in some hundredths of a second each::
                 print(guest.name, guest.port(80), done.text)
                 guest.copy_out("/work/report.xml", f"report-{guest.name}.xml")
 
-The guests end with their block, whatever happens in it. `Host.boot` boots a segment instead;
-`Host.guests` are all that run; `Guest.keep` lets one outlive the program.
+The guests end with their block, also after an error in it. `Host.boot` boots guests from a segment
+instead. `Host.guests` returns all running guests. `Guest.keep` lets a guest outlive the program.
 
-All errors are of one tree (`onecopy.errors`): each says what happened and has a ``hint``. A program
-that fails in a guest is `ProgramFailed`, unless it was run with ``check=False``.
+All errors are subclasses of `OnecopyError` (`onecopy.errors`): each has a message and a ``hint``. A
+program that fails in a guest raises `ProgramFailed`, unless ``check=False`` is given.
 
-`onecopy.aio` has the same for asyncio. docs/python.md says more.
+`onecopy.aio` has the same classes for asyncio. docs/python.md shows more.
 """
 
 from importlib import import_module
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-#: Imported when they are used: the command must not wait for all of it.
+#: Modules of the public names. Each is imported at its first use, so that the command starts fast.
 _PLACES = {
     "Completed": "onecopy.guest.exec",
     "Guest": "onecopy.sync",

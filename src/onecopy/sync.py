@@ -1,6 +1,7 @@
-"""onecopy from Python, with blocking calls: `onecopy.aio`, run in a thread.
+"""The Python API with blocking calls: runs `onecopy.aio` in a thread.
 
-Each method is the one of the same name there. Any number of threads may use one Host.
+Each method calls the method of the same name in `onecopy.aio`. Any number of threads may use one
+Host.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from onecopy.leaving import at_exit
 from onecopy.loop import LoopThread
 from onecopy.store import Artifact
 
-#: Seconds that what runs may take to be undone when the program leaves.
+#: Seconds for running calls to undo their work when the program exits.
 _PATIENCE = 10.0
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _A = TypeVar("_A", covariant=True)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
 class _Blocking(Protocol[_A]):
-    """One of our objects, with what it stands for."""
+    """An object of this file, with the asyncio object that it wraps and the loop of both."""
 
     @property
     def _async(self) -> _A: ...
@@ -65,7 +66,11 @@ def _guests(
 
 
 class Guest:
-    """A running guest."""
+    """A running guest.
+
+    `Host.start`, `Host.boot`, `Host.guests` and `Host.guest` return the instances.
+    Methods that need the guest to run raise NotFound if it has ended.
+    """
 
     def __init__(self, guest: aio.Guest, loop: LoopThread) -> None:
         self._async = guest
@@ -76,28 +81,45 @@ class Guest:
 
     @property
     def name(self) -> str:
-        """Its name, and its hostname at the start."""
+        """The guest's name, which is also its hostname when it starts."""
         return self._async.name
 
     @property
     def record(self) -> GuestRecord:
-        """What it is (docs/json.md), as it was when it was looked up."""
+        """The guest's record (docs/json.md) from the time of the look-up."""
         return self._async.record
 
     def port(self, port: int) -> int:
-        """The port of 127.0.0.1 by which a published port of the guest is reached."""
+        """Return the host's port, on 127.0.0.1, that leads to a published port of the guest.
+
+        Args:
+            port: The guest's port.
+
+        Raises:
+            NotFound: The port is not published.
+        """
         return self._async.port(port)
 
     def keep(self) -> None:
-        """Let it outlive its block and this process: it is the user's, as `onecopy run`'s are."""
+        """Let the guest outlive its block and this process, like a guest of `onecopy run`."""
         self._async.keep()
 
     def log(self) -> str:
-        """What QEMU and the guest's console have printed; the last of it if it ended by itself."""
+        """Return the output of QEMU and of the guest's console.
+
+        For a guest that ended by itself, return the last part of it.
+
+        Raises:
+            NotFound: The guest was stopped, or forgotten after its end.
+        """
         return self._async.log()
 
     def ended(self) -> Ended | None:
-        """How it ended, if it did by itself and is still known; None if not."""
+        """Return when and why the guest ended by itself.
+
+        Returns:
+            None if the guest runs, was stopped, or was forgotten after its end.
+        """
         return self._async.ended()
 
     exec = _blocking(aio.Guest.exec)
@@ -112,22 +134,33 @@ class Guest:
 
 
 class Host:
-    """A host: its store, and its guests. A context manager, at whose end its guests end.
+    """A host with its store and its guests; a context manager.
 
-    Guests that a program starts belong to it: they end with their block, after Ctrl-C, too, and if
-    the program is killed with the next onecopy command.
+    The guests that a program starts belong to the program. They end with the block that started
+    them, also after Ctrl-C. If the program is killed, the next onecopy command ends them.
+    Methods raise RuntimeError if the host is not open.
     """
 
     def __init__(self, home: StrPath | None = None) -> None:
-        """``home`` is the store's folder; default: that of the commands."""
+        """Prepare a host; `open` or a ``with`` block begins its use.
+
+        Args:
+            home: The store's directory; None for the directory that the commands use.
+        """
         self._async = aio.Host(home)
         self._loop = LoopThread()
-        self._forget: Callable[[], None] = _nothing
+        self._forget: Callable[[], None] = _do_nothing
 
     def open(self) -> Host:
-        """Begin to use it, without a ``with`` block; `close` ends that. Raises RuntimeError.
+        """Open the host without a ``with`` block; `close` closes it.
 
-        A program that leaves without closing it ends its guests all the same.
+        If the program exits without `close`, its guests end as well.
+
+        Returns:
+            This host.
+
+        Raises:
+            RuntimeError: The host is already open.
         """
         self._async.require_closed()
         self._loop.__enter__()
@@ -140,7 +173,7 @@ class Host:
         return self
 
     def close(self) -> None:
-        """End its guests, and what still runs; as often as you like."""
+        """End the program's guests and running calls; repeated calls have no effect."""
         self._forget()
         if self._loop.runs:
             self._loop.run(self._async.close())
@@ -157,23 +190,38 @@ class Host:
         self.close()
 
     def guests(self) -> list[Guest]:
-        """All guests that run, also those that others have started."""
+        """Return all running guests, including those of other programs."""
         return [Guest(each, self._loop) for each in self._async.guests()]
 
     def guest(self, name: str) -> Guest:
-        """A running guest; raise NotFound."""
+        """Return a running guest by its name.
+
+        Raises:
+            NotFound: No running guest has this name.
+        """
         return Guest(self._async.guest(name), self._loop)
 
     def ended(self) -> list[GuestRecord]:
-        """Guests that ended by themselves, and are known until `forget`; ``ended`` says why."""
+        """Return the records of guests that ended by themselves, until `forget` removes them.
+
+        The field ``ended`` of a record has the time and reason.
+        """
         return self._async.ended()
 
     def forget(self, *names: str) -> None:
-        """Remove what is known of guests that ended by themselves, their logs included."""
+        """Remove the records and logs of guests that ended by themselves.
+
+        Args:
+            names: Names of ended guests; other names have no effect.
+        """
         self._async.forget(*names)
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
-        """What is stored: every ``segment``, ``system`` and ``kernel``."""
+        """Return the segments, saved systems and kernels in the store.
+
+        Args:
+            kind: Only ``segment``, ``system`` or ``kernel``; None for all kinds.
+        """
         return self._async.artifacts(kind)
 
     start = _guests(aio.Host.start)

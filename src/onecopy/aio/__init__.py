@@ -1,7 +1,7 @@
-"""onecopy from Python, for asyncio: one host, and the guests that a program starts on it.
+"""The Python API for asyncio: a host, and the guests that a program starts on it.
 
-What the commands do, by the same code, and no more. `onecopy.sync` has the same in blocking calls.
-Wrong input and failures raise the classes of `onecopy.errors`.
+The API does what the commands do, by the same code. `onecopy.sync` has the same classes with
+blocking calls. Wrong input and failures raise the classes of `onecopy.errors`.
 """
 
 from onecopy.aio.guest import Guest

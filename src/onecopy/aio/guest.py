@@ -1,4 +1,7 @@
-"""A running guest, for asyncio."""
+"""The asyncio API of a running guest.
+
+Not here: how the guest started (host.py).
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,34 @@ from onecopy.vmm.qemu_process import printed
 
 
 class Guest:
-    """A running guest."""
+    """A running guest.
+
+    `Host.start`, `Host.boot`, `Host.guests` and `Host.guest` return the instances.
+    Methods that need the guest to run raise NotFound if it has ended.
+    """
 
     def __init__(self, host: Runtime, record: GuestRecord) -> None:
         self._host = host
         self.record = record
-        """What it is (docs/json.md), as it was when it was looked up."""
+        """The guest's record (docs/json.md) from the time of the look-up."""
 
     def __repr__(self) -> str:
         return f"<guest {self.name}: {self.record.kind} of {self.record.source}>"
 
     @property
     def name(self) -> str:
-        """Its name, and its hostname at the start."""
+        """The guest's name, which is also its hostname when it starts."""
         return self.record.name
 
     def port(self, port: int) -> int:
-        """The port of 127.0.0.1 by which a published port of the guest is reached."""
+        """Return the host's port, on 127.0.0.1, that leads to a published port of the guest.
+
+        Args:
+            port: The guest's port.
+
+        Raises:
+            NotFound: The port is not published.
+        """
         for here, there in self.record.publish:
             if there == port:
                 return here
@@ -55,12 +69,26 @@ class Guest:
         stdout: Sink | None = None,
         stderr: Sink | None = None,
     ) -> Completed:
-        """Run a program in the guest, to its end, as root in ``/``.
+        """Run a program in the guest as root in ``/``, and wait for its end.
 
-        ``timeout`` seconds later it is killed, with all that it started, and its exit code is 124.
-        Output is kept, up to 64 MiB of each of the two, beyond which TooLarge is raised; or given
-        piece by piece to ``stdout`` and ``stderr``, and if one returns an awaitable the program
-        waits for that. With ``check`` any exit code but 0 raises ProgramFailed.
+        Args:
+            argv: The program and its arguments; no shell reads them.
+            check: Raise ProgramFailed for any exit code but 0.
+            stdin: Bytes for the program's standard input; None for an empty input.
+            timeout: Seconds after which the program and its children are killed, with exit code
+                124; None for no limit.
+            stdout: A function that gets the output piece by piece. If it returns an awaitable, the
+                program waits for that. None keeps the output, up to 64 MiB.
+            stderr: The same for standard error.
+
+        Returns:
+            The exit code and the kept output.
+
+        Raises:
+            ProgramFailed: The exit code is not 0.
+            TooLarge: The program wrote more output than is kept.
+            InvalidInput: ``argv`` is a string or empty, or the guest is a bare machine.
+            AgentFailed, GuestFailed: The guest or its agent failed.
         """
         if isinstance(argv, str) or not argv:
             raise InvalidInput(
@@ -75,29 +103,95 @@ class Guest:
         return Completed(code, bytes(out), bytes(err))
 
     async def copy_in(self, source: StrPath, target: str) -> None:
-        """Copy a file or folder of the host to ``target`` in the guest, as `onecopy cp` does."""
+        """Copy a file or directory of the host into the guest, like `onecopy cp`.
+
+        Args:
+            source: The path on the host.
+            target: The path in the guest; an existing directory gets the copy inside.
+
+        Raises:
+            NotFound, InvalidInput, AlreadyExists, NotPermitted: A path cannot be used.
+            InsufficientResources: The guest has too little free space.
+            AgentFailed, GuestFailed: The guest or its agent failed.
+        """
         await copy.copy_in(self._with_agent().path, source, target)
 
     async def copy_out(
         self, source: str, target: StrPath, *, max_size: int = 16 << 30, max_files: int = 1_000_000
     ) -> None:
-        """Copy a file or folder of the guest to ``target`` on the host, as `onecopy cp` does."""
+        """Copy a file or directory of the guest to the host, like `onecopy cp`.
+
+        Args:
+            source: The path in the guest.
+            target: The path on the host; an existing directory gets the copy inside.
+            max_size: The most bytes to copy.
+            max_files: The most files to copy.
+
+        Raises:
+            TooLarge: The copy exceeds a limit.
+            NotFound, InvalidInput, AlreadyExists, NotPermitted: A path cannot be used.
+            InsufficientResources: The host's disk has too little free space.
+            AgentFailed, GuestFailed: The guest or its agent failed.
+        """
         limits = Limits(max_size, max_files)
         await copy.copy_out(self._with_agent().path, source, target, limits)
 
     async def attach(self, segment: str, *, exclusive: bool = False) -> Attached:
-        """Load ``SEGMENT[:/MOUNTPOINT]``; ``exclusive``: a copy of its own, to write to."""
+        """Load a segment into the guest, like `onecopy attach`.
+
+        Args:
+            segment: ``SEGMENT`` or ``SEGMENT:/MOUNTPOINT``.
+            exclusive: Give the guest a copy of its own, which it can write to.
+
+        Returns:
+            The entry of the segment in the guest's record.
+
+        Raises:
+            NotFound, Restricted, OtherDomain, AlreadyExists: The guest cannot have the segment.
+            InvalidInput, NoSlot, TooLarge, InsufficientResources: The segment does not fit the
+                guest.
+            AgentFailed, GuestFailed: QEMU or the guest failed.
+        """
         ref, mountpoint = parse_mount(segment)
         self._folder()
         return await attach.attach(self._host, self.name, ref, mountpoint, exclusive=exclusive)
 
     async def detach(self, segment: str) -> Attached:
-        """Unload a segment; the guest keeps its device, and the lease, until it ends."""
+        """Unload a segment, like `onecopy detach`.
+
+        QEMU cannot unplug memory: the guest keeps the device and the lease until it ends.
+
+        Args:
+            segment: The name of a segment that the guest has loaded.
+
+        Returns:
+            The entry of the segment in the guest's record, in state ``kept``.
+
+        Raises:
+            NotFound: The guest has not loaded the segment.
+            InvalidInput: The guest runs from the segment.
+            NotUnmounted: Processes in the guest hold the segment; the error lists them.
+            AgentFailed, GuestFailed: QEMU or the guest failed.
+        """
         self._folder()
         return await attach.detach(self._host, self.name, segment)
 
     async def commit(self, segment: str, target: str | None = None) -> commit.Committed:
-        """Make what it has written to its own copy of a segment the new version, or ``target``."""
+        """Store the guest's changes to a segment as a new version, like `onecopy commit`.
+
+        Args:
+            segment: A segment of which the guest has a copy of its own.
+            target: ``NAME[:VERSION]`` of the new version; None replaces the segment's version.
+
+        Returns:
+            The new version, the bytes of changed pages, and the pause of the guest in seconds.
+
+        Raises:
+            NotFound, InvalidInput: The guest has not loaded the segment, or has no copy of its own.
+            NameConflict: The name no longer means the segment that the guest loaded.
+            StoreDamaged: The guest's file system is damaged.
+            OnecopyError: QEMU, the guest's agent or the store failed.
+        """
         self._folder()
         ref = None if target is None else Reference.parse(target)
         return await commit.commit(self._host, self.name, segment, ref)
@@ -109,7 +203,24 @@ class Guest:
         on_clone: str | None = None,
         clone_hooks: Sequence[str] | None = None,
     ) -> save.Saved:
-        """Store it, as it is now, as a saved system; it goes on."""
+        """Save the guest as it is now, like `onecopy save --from`; the guest keeps running.
+
+        Args:
+            system: ``NAME[:VERSION]`` of the new saved system.
+            on_clone: A shell command that each clone runs after its hooks; None keeps the command
+                of the guest's own saved system.
+            clone_hooks: Hooks that each clone runs before it is handed out, as for `onecopy save
+                --clone-hook`; None keeps those of the guest's own saved system.
+
+        Returns:
+            The saved system, its sizes in bytes, and the pause of the guest in seconds.
+
+        Raises:
+            InvalidInput: The guest has resources that a saved system cannot have.
+            InUse: A program runs in the guest by `exec`.
+            InsufficientResources: The disk has too little free space.
+            AgentFailed, GuestFailed: QEMU or the guest failed.
+        """
         self._folder()
         ref, hooks = Reference.parse(system), checked(clone_hooks)
         return await save.save_guest(
@@ -117,21 +228,41 @@ class Guest:
         )
 
     async def wait(self, timeout: float | None = None) -> bool:
-        """Wait up to ``timeout`` seconds until it ends by itself; return whether it has ended."""
+        """Wait until the guest ends.
+
+        Args:
+            timeout: The most seconds to wait; None for no limit.
+
+        Returns:
+            Whether the guest has ended.
+        """
         return await stop.wait_for_end(self.record, timeout)
 
     async def stop(self, timeout: float = stop.PATIENCE) -> bool:
-        """Ask it to shut down, and end it after ``timeout`` seconds; whether it did by itself."""
+        """Ask the guest to shut down, and end it when the time is over.
+
+        Args:
+            timeout: Seconds for the guest to shut down; 0 ends it at once.
+
+        Returns:
+            Whether the guest shut down by itself, with all of its programs.
+        """
         self._folder()
         (ending,) = await stop.stop_guests(self._host, [self.record], timeout)
         return ending.how is stop.Ending.SHUT_DOWN
 
     def keep(self) -> None:
-        """Let it outlive its block and this process: it is the user's, as `onecopy run`'s are."""
+        """Let the guest outlive its block and this process, like a guest of `onecopy run`."""
         self._folder().keep()
 
     def log(self) -> str:
-        """What QEMU and the guest's console have printed; the last of it if it ended by itself."""
+        """Return the output of QEMU and of the guest's console.
+
+        For a guest that ended by itself, return the last part of it.
+
+        Raises:
+            NotFound: The guest was stopped, or forgotten after its end.
+        """
         try:
             return printed(self._folder().path)
         except NotFound:
@@ -140,18 +271,22 @@ class Guest:
             return printed(ended_guests.path(self._host.run, self.name))
 
     def ended(self) -> Ended | None:
-        """How it ended, if it did by itself and is still known; None if not."""
+        """Return when and why the guest ended by itself.
+
+        Returns:
+            None if the guest runs, was stopped, or was forgotten after its end.
+        """
         self._host.sweep()
         found = ended_guests.find(self._host.run, self.name)
         return found.ended if found and found.process == self.record.process else None
 
     def _with_agent(self) -> RunDirectory:
-        """Raise InvalidInput, too, for a bare machine."""
+        """Return the run directory like `_folder`; raise InvalidInput for a bare machine."""
         self._folder()
         return self._host.guest_with_agent(self.name)
 
     def _folder(self) -> RunDirectory:
-        """Raise NotFound if it has ended, and another one may have its name."""
+        """Return the run directory; raise NotFound if the guest ended or another has its name."""
         folder = self._host.guest(self.name)
         if folder.record().pid != self.record.pid:
             raise NotFound(f"{self.name} has ended", hint="another guest has this name now")

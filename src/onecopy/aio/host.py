@@ -1,4 +1,7 @@
-"""A host, for asyncio: its guests, and those that a program starts."""
+"""The asyncio API of a host: its guests, its store, and the guests that a program starts.
+
+Not here: the options of starts (options.py), a running guest (guest.py).
+"""
 
 from __future__ import annotations
 
@@ -32,23 +35,33 @@ from onecopy.store import Artifact
 
 
 class Host:
-    """A host: its store, and its guests. A context manager, at whose end its guests end.
+    """A host with its store and its guests; a context manager.
 
-    Guests that a program starts belong to it: they end with their block, and if the program is
-    killed with the next onecopy command.
+    The guests that a program starts belong to the program. They end with the block that started
+    them. If the program is killed, the next onecopy command ends them. Methods raise RuntimeError
+    if the host is not open.
     """
 
     def __init__(self, home: StrPath | None = None) -> None:
-        """``home`` is the store's folder; default: that of the commands."""
+        """Prepare a host; `open` or a ``with`` block begins its use.
+
+        Args:
+            home: The store's directory; None for the directory that the commands use.
+        """
         self._home = None if home is None else Path(home)
         self._stack = ExitStack()
         self._opened: tuple[Runtime, Path] | None = None
 
     async def open(self) -> Host:
-        """Begin to use it, without an ``async with`` block; `close` ends that.
+        """Open the host without an ``async with`` block; `close` closes it.
 
-        A program that leaves without closing it ends its guests all the same. Raises RuntimeError
-        if it is open.
+        If the program exits without `close`, its guests end as well.
+
+        Returns:
+            This host.
+
+        Raises:
+            RuntimeError: The host is already open.
         """
         self.require_closed()
         host = await asyncio.to_thread(Runtime.open, self._home)
@@ -57,17 +70,17 @@ class Host:
         return self
 
     async def close(self) -> None:
-        """End its guests; as often as you like."""
+        """End the program's guests, and close the host; repeated calls have no effect."""
         self.leave()
 
     def leave(self) -> None:
-        """The same, from any thread, and without an event loop."""
+        """Close the host like `close`, but from any thread and without an event loop."""
         stack, self._stack, self._opened = self._stack, ExitStack(), None
-        # Nothing is awaited, so that nothing interrupts it.
+        # Without an await, so that no cancellation can interrupt it.
         stack.close()
 
     def require_closed(self) -> None:
-        """Raise RuntimeError if it is open."""
+        """Raise RuntimeError if the host is open."""
         if self._opened is not None:
             raise RuntimeError("this Host is open already: close() it first")
 
@@ -78,37 +91,63 @@ class Host:
         await self.close()
 
     def guests(self) -> list[Guest]:
-        """All guests that run, also those that others have started."""
-        host = self._swept()
+        """Return all running guests, including those of other programs."""
+        host = self._sweep()
         return [Guest(host, record) for record in host.guests()]
 
     def guest(self, name: str) -> Guest:
-        """A running guest; raise NotFound."""
-        host = self._swept()
+        """Return a running guest by its name.
+
+        Raises:
+            NotFound: No running guest has this name.
+        """
+        host = self._sweep()
         return Guest(host, host.guest(name).record())
 
     def ended(self) -> list[GuestRecord]:
-        """Guests that ended by themselves, and are known until `forget`; ``ended`` says why."""
-        return self._swept().ended()
+        """Return the records of guests that ended by themselves, until `forget` removes them.
+
+        The field ``ended`` of a record has the time and reason.
+        """
+        return self._sweep().ended()
 
     def forget(self, *names: str) -> None:
-        """Remove what is known of guests that ended by themselves, their logs included."""
-        self._swept().forget(*names)
+        """Remove the records and logs of guests that ended by themselves.
+
+        Args:
+            names: Names of ended guests; other names have no effect.
+        """
+        self._sweep().forget(*names)
 
     def artifacts(self, kind: str | None = None) -> list[Artifact]:
-        """What is stored: every ``segment``, ``system`` and ``kernel``."""
-        return self._both()[0].store.artifacts(kind)
+        """Return the segments, saved systems and kernels in the store.
+
+        Args:
+            kind: Only ``segment``, ``system`` or ``kernel``; None for all kinds.
+        """
+        return self._require_open()[0].store.artifacts(kind)
 
     async def report(self) -> Report:
-        """What the memory of all guests costs, and that of other QEMU processes (bytes)."""
-        return await asyncio.to_thread(report_all, self._swept())
+        """Measure the memory, in bytes, of all guests and of other QEMU processes."""
+        return await asyncio.to_thread(report_all, self._sweep())
 
     async def pool(self, system: str, size: int) -> int:
-        """Keep ``size`` guests of a saved system prepared, so that they start faster; 0 for none.
+        """Keep guests of a saved system ready, so that `start` takes less time.
 
-        Returns how many are ready. They are nobody's guests: they stay when the program ends.
+        The ready guests do not belong to the program: they stay when it ends.
+
+        Args:
+            system: The saved system.
+            size: The number of guests to keep ready; 0 removes the pool.
+
+        Returns:
+            The number of guests that are ready.
+
+        Raises:
+            NotFound: The saved system does not exist.
+            InsufficientResources: The host has no memory for so many guests.
         """
-        host = self._swept()
+        host = self._sweep()
         found = host.store.resolve(Reference.parse(system), "system")
         return len((await pool_fill.resize(host, found, size)).ready)
 
@@ -116,16 +155,46 @@ class Host:
     async def start(
         self, system: str, count: int = 1, **options: Unpack[StartOptions]
     ) -> AsyncIterator[list[Guest]]:
-        """Start guests from a saved system, all or none; at the end of the block they are ended."""
-        async with self._started(request(clone_spec(system, options), count, options)) as guests:
+        """Start guests from a saved system, all or none; the end of the block ends them.
+
+        Args:
+            system: The saved system.
+            count: The number of guests.
+            options: Fields of `StartOptions`.
+
+        Yields:
+            The running guests.
+
+        Raises:
+            NotFound: The saved system, or another object that an option names, does not exist.
+            InvalidInput: An option is wrong.
+            AlreadyExists, InUse: A name, port or disk is taken.
+            InsufficientResources: The host has no memory for all guests.
+            Incompatible: This host cannot start the saved system.
+            GuestFailed, AgentFailed: A guest did not start.
+        """
+        async with self._start(request(clone_spec(system, options), count, options)) as guests:
             yield guests
 
     @asynccontextmanager
     async def boot(
         self, segment: str, count: int = 1, **options: Unpack[GuestBootOptions]
     ) -> AsyncIterator[list[Guest]]:
-        """Boot guests from a root segment; all else as `start`."""
-        async with self._started(request(boot_spec(segment, options), count, options)) as guests:
+        """Boot guests from a root segment, all or none; the end of the block ends them.
+
+        Args:
+            segment: The root segment, or a bare kernel.
+            count: The number of guests.
+            options: Fields of `GuestBootOptions`.
+
+        Yields:
+            The running guests.
+
+        Raises:
+            NotReady: A guest was not ready within its time.
+            OnecopyError: Any other error of `start`.
+        """
+        async with self._start(request(boot_spec(segment, options), count, options)) as guests:
             yield guests
 
     async def save(
@@ -138,19 +207,34 @@ class Host:
         progress: Callable[[str], None] = lambda _: None,
         **options: Unpack[BootOptions],
     ) -> save.Saved:
-        """Boot a root segment, wait until it is ready, and save it as a system.
+        """Boot a guest from a root segment, save it when it is ready, and end it.
 
-        Each clone runs ``clone_hooks`` (as `onecopy save --clone-hook`), then ``on_clone``, a shell
-        command, before it is handed out.
+        Args:
+            system: ``NAME[:VERSION]`` of the new saved system.
+            root: The root segment.
+            on_clone: A shell command that each clone runs after its hooks.
+            clone_hooks: Hooks that each clone runs before it is handed out, as for `onecopy save
+                --clone-hook`.
+            progress: A function that gets a line of text at each step.
+            options: Fields of `BootOptions`.
+
+        Returns:
+            The saved system, its sizes in bytes, and the pause of the guest in seconds.
+
+        Raises:
+            NotFound: The root segment does not exist.
+            InvalidInput: An option or a hook is wrong.
+            NotReady: The guest was not ready within its time.
+            InsufficientResources: The host has too little memory or disk space.
         """
         spec, ref, hooks = boot_spec(root, options), Reference.parse(system), checked(clone_hooks)
         return await save.save_system(
-            self._swept(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
+            self._sweep(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
         )
 
     @asynccontextmanager
-    async def _started(self, wanted: Request) -> AsyncIterator[list[Guest]]:
-        host, owner = self._swept(), self._both()[1]
+    async def _start(self, wanted: Request) -> AsyncIterator[list[Guest]]:
+        host, owner = self._sweep(), self._require_open()[1]
         group = await asyncio.to_thread(start.plan, host, wanted)
         started = await start.start(host, group, owner=owner)
         guests = [Guest(host, record) for record in started.guests]
@@ -166,20 +250,20 @@ class Host:
             await asyncio.gather(*(stop.sync_disks(host, guest.record) for guest in guests))
 
     def _end(self, guests: Sequence[Guest]) -> None:
-        """End those that were not kept; nothing is awaited, so that nothing interrupts it."""
-        if self._opened:  # else they have ended
+        """End the guests without `keep`; it has no await, so no cancellation can interrupt it."""
+        if self._opened:  # `leave` has ended them otherwise
             host, owner = self._opened
             pids = {guest.record.pid for guest in guests}
             host.end(*(record for record in host.owned(owner) if record.pid in pids))
 
-    def _swept(self) -> Runtime:
-        """The host without what ended since; as each command finds it."""
-        host, _ = self._both()
+    def _sweep(self) -> Runtime:
+        """Return the host after removing the remains of guests that ended, as each command does."""
+        host, _ = self._require_open()
         host.store.sweep()
         host.sweep()
         return host
 
-    def _both(self) -> tuple[Runtime, Path]:
+    def _require_open(self) -> tuple[Runtime, Path]:
         if self._opened is None:
             raise RuntimeError(NOT_OPEN)
         return self._opened

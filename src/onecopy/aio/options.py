@@ -1,4 +1,7 @@
-"""What a program says when it starts, boots or saves guests: what the commands' options say."""
+"""The options of `Host.start`, `Host.boot` and `Host.save`: those of the commands.
+
+Not here: options of the command line (cli/start_options.py).
+"""
 
 from __future__ import annotations
 
@@ -17,72 +20,77 @@ from onecopy.vmm.accel import Choice
 
 class _MachineOptions(TypedDict, total=False):
     segments: Sequence[str]
-    """Further segments: ``SEGMENT``, or ``SEGMENT:/MOUNTPOINT``."""
+    """Further segments to load: ``SEGMENT`` or ``SEGMENT:/MOUNTPOINT``."""
     allow_host: bool
-    """Whether the guest reaches what listens on the host (127.0.0.1 is its 198.18.0.2), and not the
-    outside only."""
+    """Whether the guest can reach the host's listening ports. The host's 127.0.0.1 is 198.18.0.2 in
+    the guest. Default: False."""
     accel: str
-    """``auto``, ``kvm`` or ``tcg``."""
+    """The accelerator: ``auto`` (the default), ``kvm`` or ``tcg``."""
 
 
 class _GroupOptions(TypedDict, total=False):
     name: str | None
-    """The guest's, or NAME-1..N for several; None: one is made."""
+    """The guest's name; several guests get NAME-1, NAME-2 and so on. None: onecopy makes one."""
     publish: Iterable[tuple[int, int]]
-    """(port of 127.0.0.1, port of the guest) pairs. The host's ports count up from guest to guest;
-    0 is any free one, which `Guest.port` tells."""
+    """Pairs (port of 127.0.0.1, port of the guest). The host's port counts up from guest to guest;
+    0 is any free port, which `Guest.port` returns."""
     bridge: str
-    """A bridge of the host's, to be ports of."""
+    """The host's bridge to connect to; default: a user-mode network."""
     ksm: str
-    """What KSM may merge: ``none``, ``ram`` or ``all``, QEMU's own memory included."""
+    """The memory that KSM may merge: ``none``, ``ram`` (the guest's RAM, the default) or ``all``
+    (QEMU's own memory as well)."""
     disks: Sequence[str]
-    """As `onecopy run --disk` has them. They are synced at the end of the block, unless it ends by
-    an exception."""
+    """Disks, as for `onecopy run --disk`. The guest syncs them at the end of the block, unless an
+    exception ends it."""
     overcommit: bool
-    """The host need not have the memory for all."""
+    """Whether to start the guests even if the host lacks memory for all. Default: False."""
 
 
 class BootOptions(_MachineOptions, total=False):
-    """How a guest boots: the options of `onecopy boot` and `onecopy save --root`."""
+    """Options of `Host.save`: those of `onecopy save --root`."""
 
     memory: int | str
-    """Bytes, or for example "256M"."""
+    """The guest's RAM: bytes, or text such as "256M". Default: 256 MiB."""
     cpus: int
+    """The number of processors. Default: 1."""
     cpu: str
-    """CPU model."""
+    """The CPU model, as for `onecopy boot --cpu`."""
     run: str
-    """A command to run with a minimal init in place of the image's own; the guest ends with it."""
+    """A command that a minimal init runs in place of the image's init; the guest ends with it."""
     ready: str
-    """A command that exits 0 in the guest once it is ready."""
+    """A shell command that exits with 0 in the guest when the guest is ready."""
     timeout: float
-    """Seconds that booting and getting ready may take."""
+    """Seconds for the guest to boot and become ready. Default: 300."""
     network: bool
+    """Whether the guest has a network card. Default: True."""
     kernel: StrPath
+    """The kernel image (bzImage) to boot; default: the Debian kernel in the store."""
     modules: StrPath
+    """The modules of ``kernel``: its directory lib/modules/RELEASE."""
 
 
 class GuestBootOptions(BootOptions, _GroupOptions, total=False):
-    """How guests boot and what they are given: the options of `onecopy boot`."""
+    """Options of `Host.boot`: those of `onecopy boot`."""
 
 
 class StartOptions(_MachineOptions, _GroupOptions, total=False):
-    """What guests from a saved system are given: the options of `onecopy run`."""
+    """Options of `Host.start`: those of `onecopy run`."""
 
     memory: int | str | None
-    """Bytes, or for example "256M": more than was saved."""
+    """RAM in all, at least as much as saved: bytes, or text such as "256M". None: as saved."""
     cpus: int | None
-    """More than were saved."""
+    """Processors in all, at least as many as saved. None: as saved."""
 
 
 def choice(accel: str) -> Choice:
-    """The accelerator that was asked for; raise InvalidInput."""
+    """Return the accelerator of that name; raise InvalidInput."""
     if accel not in list(Choice):
         raise InvalidInput(f"{accel!r} is no accelerator", hint="auto, kvm or tcg")
     return Choice(accel)
 
 
 def mergeable(text: str) -> Mergeable:
-    """What KSM may merge; raise InvalidInput."""
+    """Return the memory that KSM may merge; raise InvalidInput."""
     if text not in list(Mergeable):
         raise InvalidInput(f"{text!r} is nothing that KSM can do", hint="none, ram or all")
     return Mergeable(text)
@@ -102,7 +110,7 @@ _GROUP = ("name", "overcommit")
 
 
 def boot_spec(root: str, options: Mapping[str, Any]) -> BootSpec:
-    """What boots; raise InvalidInput."""
+    """Return the specification of a boot; raise InvalidInput."""
     fields = _fields(options)
     if "run" in fields:
         fields["command"] = fields.pop("run")
@@ -110,12 +118,12 @@ def boot_spec(root: str, options: Mapping[str, Any]) -> BootSpec:
 
 
 def clone_spec(system: str, options: Mapping[str, Any]) -> CloneSpec:
-    """What starts from a saved system; raise InvalidInput."""
+    """Return the specification of a clone; raise InvalidInput."""
     return CloneSpec(system=Reference.parse(system), **_fields(options))
 
 
 def request(spec: BootSpec | CloneSpec, count: int, options: Mapping[str, Any]) -> Request:
-    """The guests that are asked for."""
+    """Return the request for ``count`` guests."""
     return Request(spec, count, **{key: options[key] for key in _GROUP if key in options})
 
 

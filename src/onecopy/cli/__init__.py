@@ -19,12 +19,12 @@ from onecopy.cli.commands import Main
 from onecopy.cli.output import debugging, escaping, show_place, tell_error
 from onecopy.errors import Interrupted, InvalidInput, OutputFailed
 
-#: Commands whose exit code is that of a program in the guest: ours is then always 125.
+#: Commands that exit with the code of a program in the guest; failures of onecopy exit with 125.
 _PASSING = ("exec",)
 PASSED_FAILURE = 125
-#: What shells set when they ask what can be completed.
+#: The environment variable that a shell sets in a request for completions.
 _COMPLETE = "_ONECOPY_COMPLETE"
-#: 128 + SIGPIPE, as a shell has it of any program whose output is read no more.
+#: 128 + SIGPIPE: the exit code in a shell of a program whose reader has left.
 READER_GONE = 141
 
 
@@ -75,7 +75,7 @@ def _main(args: list[str]) -> int:
     try:
         streams.finish()
     except OutputFailed as error:
-        return _lost(args, error, code)
+        return _fail_output(args, error, code)
     return code
 
 
@@ -96,16 +96,16 @@ def _run(args: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail(args, Interrupted())
     except OutputFailed as error:
-        return _lost(args, error)
+        return _fail_output(args, error)
     except Exception as error:
         return _fail(args, error)
 
 
-def _lost(args: list[str], error: OutputFailed, code: int = 0) -> int:
+def _fail_output(args: list[str], error: OutputFailed, code: int = 0) -> int:
     """Return the exit code if output cannot be written; ``code`` is that of an earlier failure."""
     streams.give_up()
     if error.errno == errno.EPIPE:
-        # The reader left early: say nothing, as programs that SIGPIPE ends.
+        # The reader left early: print nothing, like programs that SIGPIPE ends.
         return code or READER_GONE
     return _fail(args, error)
 

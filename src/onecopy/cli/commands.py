@@ -1,8 +1,8 @@
-"""What the command line is made of: the list of commands, and the classes that show their help.
+"""The list of commands, and the classes that show their help.
 
-Commands are imported only when they are used, so that `onecopy --help` is instant; GROUPS has their
-one-line helps (a test holds them equal to the commands' own). Not here: what commands do, and how
-a wrong command line is told (usage.py).
+Commands are imported only when they are used, so that `onecopy --help` is instant. GROUPS has their
+one-line helps; a test keeps them equal to those of the commands. Not here: the commands themselves,
+and errors of the command line (usage.py).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ GROUPS = {
     },
 }
 COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
-#: Seconds: what times cannot exceed, which nobody needs to be told.
+#: Seconds: the upper limit of times, which the help does not show.
 _YEAR = 366 * 86400
 Examples = Sequence[tuple[str, str]]
 
@@ -80,11 +80,11 @@ class Command(click.Command):
         """Make a command.
 
         Args:
-            args: As click takes them.
-            examples: Pairs of a command line and what it does.
-            option_groups: Group of options (`Option`) -> its title in the help, in their order;
-                options of no such group stand before them.
-            attrs: As click takes them.
+            args: Arguments of click.Command.
+            examples: Pairs of a command line and its description.
+            option_groups: Group of options (`Option`) -> its title in the help, in order; options
+                without a group come first.
+            attrs: Keyword arguments of click.Command.
         """
         super().__init__(*args, **attrs)
         self.examples = tuple(examples)
@@ -181,7 +181,7 @@ class Main(Group):
 
 
 def write_examples(formatter: click.HelpFormatter, examples: Examples) -> None:
-    """Write each example as it is typed, under what it does."""
+    """Write each example under its description."""
     with formatter.section("Examples"):
         for number, (line, what) in enumerate(examples):
             if number:

@@ -1,7 +1,7 @@
-"""What shells complete: names of guests, references, and paths behind a prefix such as dir:.
+"""Completions for shells: names of guests, references, and paths after a prefix such as dir:.
 
-Nothing here fails: a shell that completes nothing is better than an error in the middle of a line.
-Not here: which argument completes what (params.py).
+No function here raises: no completion is better than an error in the middle of a line. Not here:
+the completions of each argument (params.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from click.shell_completion import BashComplete, CompletionItem, add_completion_
 
 from onecopy.errors import OnecopyError
 
-#: Names that are offered at most: no shell shows more.
+#: The most names to offer.
 _MOST = 1000
 
 
 def offered(find: Callable[[], Iterable[str]], incomplete: str) -> list[CompletionItem]:
-    """Return those names of ``find`` that begin with what was typed."""
+    """Return the names of ``find`` that begin with the typed text."""
     with contextlib.suppress(OnecopyError, OSError):
         found = sorted({name for name in find() if name.startswith(incomplete)})
         return [CompletionItem(name) for name in found[:_MOST]]
@@ -30,7 +30,7 @@ def offered(find: Callable[[], Iterable[str]], incomplete: str) -> list[Completi
 
 
 def guests(*, ended: bool = False) -> list[str]:
-    """Name the running guests, and with ``ended`` those that are still known."""
+    """Return the names of running guests, and with ``ended`` of known ended ones."""
     from onecopy.guest.runtime import Runtime
 
     host = Runtime.open()
@@ -38,21 +38,21 @@ def guests(*, ended: bool = False) -> list[str]:
 
 
 def references(kind: str | None = None) -> list[str]:
-    """Name what is in the store (of ``kind``) as NAME:VERSION."""
+    """Return the references NAME:VERSION in the store, with ``kind`` only of that kind."""
     from onecopy.store import Store
 
     return [artifact.ref for artifact in Store().artifacts(kind)]
 
 
 def names() -> list[str]:
-    """Name what is in the store, without versions."""
+    """Return the names in the store, without versions."""
     from onecopy.store import Store
 
     return [artifact.name for artifact in Store().artifacts()]
 
 
 def segments_of(guest: str | None) -> list[str]:
-    """Name the segments that a guest has loaded."""
+    """Return the names of the segments that a guest has loaded."""
     from onecopy.guest.runtime import Runtime
 
     found = [each for each in Runtime.open().guests() if each.name == guest]
@@ -60,7 +60,7 @@ def segments_of(guest: str | None) -> list[str]:
 
 
 def paths(prefix: str, typed: str) -> list[str]:
-    """Complete a path that stands behind ``prefix``, as in dir:PATH; directories end with /."""
+    """Complete a path after ``prefix``, as in dir:PATH; directories end with /."""
     folder, _, start = typed.rpartition("/")
     above = f"{folder}/" if "/" in typed else ""
     with os.scandir(Path(above or ".").expanduser()) as entries:
@@ -72,10 +72,10 @@ def paths(prefix: str, typed: str) -> list[str]:
 
 
 class Bash(BashComplete):
-    """Completion for bash, in which a colon ends a word but not one of our arguments.
+    """Completion for bash, where a colon ends a word but not an argument of onecopy.
 
-    bash splits what was typed at colons (COMP_WORDBREAKS), and replaces only what stands behind
-    the last one. So the line itself is read, and of each completion that rest is handed back.
+    bash splits the typed text at colons (COMP_WORDBREAKS), and replaces only the text after the
+    last one. So this class reads the whole line, and returns that part of each completion.
     """
 
     source_template: ClassVar[str] = """\
@@ -101,12 +101,12 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 """
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """Return the words before the one that is typed, and that."""
+        """Return the words before the typed word, and the typed word."""
         words = _words(os.environ.get("COMP_LINE", os.environ.get("COMP_WORDS", "")))
         return words[1:-1], words[-1]
 
     def format_completion(self, item: CompletionItem) -> str:
-        """Return the text that bash puts behind the last colon of the word."""
+        """Return the text that bash puts after the last colon of the word."""
         _, incomplete = self.get_completion_args()
         kept = 0
         if ":" in os.environ.get("COMP_WORDBREAKS", ":"):
@@ -115,12 +115,12 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 def register() -> None:
-    """Make click use `Bash` for its script, and for the requests of that script."""
+    """Make click use `Bash` for its script and for requests of that script."""
     add_completion_class(Bash)
 
 
 def _words(line: str) -> list[str]:
-    """Split a line that need not be whole; the last word is the one that is typed, or empty."""
+    """Split a line that may be incomplete; the last word is the typed one, or empty."""
     lexer = shlex.shlex(line, posix=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     words: list[str] = []

@@ -1,13 +1,13 @@
-"""`onecopy --debug`: what a command does, step by step, on standard error.
+"""`onecopy --debug`: prints the steps of a command on standard error.
 
-One line for each step, each program that is started, and each QMP message:
+It prints one line for each step, each program that is started, and each QMP message:
 
     onecopy: debug: +0.052 program argv="qemu-img info disk.raw" cwd="/"
 
-An audit hook of Python (PEP 578) sees programs, and the logger of qemu.qmp sees messages. So the
-other rooms know nothing of this file, and it costs nothing when it is off. Lines are bounded in
-length and number. They hold no environment, standard input, shell command or kernel command line:
-these may hold secrets.
+An audit hook of Python (PEP 578) reports programs, and the logger of qemu.qmp reports messages. So
+other modules do not depend on this file, and it costs nothing when it is off. The number and length
+of lines are limited. Lines have no environment, standard input, shell command or kernel command
+line, because these may contain secrets.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 from onecopy import __version__
 from onecopy.printable import printable
 
-#: Characters of one value, and lines of one command.
+#: The most characters of one value, and the most lines of one command.
 VALUE_LIMIT, LINE_LIMIT = 1000, 10_000
-#: What follows these in a command line is a user's own text.
+#: Arguments that are followed by a user's own text.
 _USERS_OWN = ("-c", "-append")
 _HIDDEN = "[...]"
 
@@ -36,7 +36,7 @@ _on = False
 
 
 def enable() -> None:
-    """Write what happens from now on to standard error, until the process ends."""
+    """Print the steps of this process on standard error from now on."""
     global _on
     if _on:
         return
@@ -52,37 +52,37 @@ def enable() -> None:
     messages.setLevel(logging.DEBUG)
     messages.propagate = False
     sys.addaudithook(_audit)
-    # So that errors show where they come from, too (cli/output.py).
+    # Errors then print a traceback as well (cli/output.py).
     os.environ["ONECOPY_DEBUG"] = "1"
     event("onecopy", version=__version__, python=sys.version.split()[0], uid=os.geteuid())
 
 
 def event(kind: str, **fields: object) -> None:
-    """Write one line; of each field at most VALUE_LIMIT characters."""
+    """Write one line with at most VALUE_LIMIT characters of each field."""
     _logger.debug(kind, extra={"fields": fields})
 
 
 def step(text: str) -> None:
-    """Write what a command tells of its progress."""
+    """Write one step of a command's progress."""
     event("step", text=text)
 
 
 class _Line(logging.Formatter):
-    """From a record to a line: fields as KEY=VALUE, with values as JSON has strings."""
+    """Formats a record as a line: fields as KEY=VALUE, with values as JSON strings."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, object] = getattr(record, "fields", {})
         kind = record.getMessage()
-        if record.name != _logger.name:  # a message of QMP
+        if record.name != _logger.name:  # A QMP message.
             fields = {"message": " ".join(kind[4:].split())}
             kind = "qmp-sent" if kind.startswith("-->") else "qmp-received"
         passed = time.monotonic() - _start
-        told = "".join(f" {key}={_shown(value)}" for key, value in fields.items())
+        told = "".join(f" {key}={_format_value(value)}" for key, value in fields.items())
         return f"onecopy: debug: +{passed:.3f} {kind}{told}"
 
 
 class _Bound(logging.Filter):
-    """Of qemu.qmp only its messages, and no more than LINE_LIMIT lines in all."""
+    """Passes only messages of qemu.qmp, and at most LINE_LIMIT lines in all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class _Bound(logging.Filter):
             return self._left >= 0
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     text = str(value)
     if len(text) > VALUE_LIMIT:
         half = VALUE_LIMIT // 2

@@ -64,7 +64,7 @@ async def _stdin() -> asyncio.StreamReader:
     try:
         with select.epoll() as poll:
             poll.register(0)
-    except PermissionError:  # epoll(7) takes no files, and so asyncio does not either
+    except PermissionError:  # epoll(7) accepts no regular files, so asyncio does not either.
         return _File()
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()

@@ -1,7 +1,7 @@
-"""From what Python raises to an error of ours: every command's last net.
+"""Turns any exception of Python into an OnecopyError, as the last step of every command.
 
-Errors are best told where they arise, with what to do; what comes here was foreseen by nobody. Not
-here: what the user sees of it (cli/__init__.py).
+Code that expects an error raises an OnecopyError with a hint itself; only unexpected exceptions
+come here. Not here: printing the error (cli/__init__.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HINT = "`onecopy --debug COMMAND` shows a traceback"
 
 
 def explained(error: BaseException) -> OnecopyError:
-    """Return the OnecopyError that tells the user what ``error`` means."""
+    """Return the OnecopyError that explains ``error`` to the user."""
     if isinstance(error, OnecopyError):
         return error
     if isinstance(error, BaseExceptionGroup):

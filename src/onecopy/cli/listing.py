@@ -1,7 +1,7 @@
-"""What all listing commands have in common: --json, --format, --filter and --quiet.
+"""The options of all listing commands: --json, --format, --filter and --quiet.
 
-A command hands over its rows as the objects that --json prints; their fields are those of
-docs/json.md. Not here: how a table is laid out (tables.py).
+A command passes its rows as the objects that --json prints; docs/json.md has their fields. Not
+here: the layout of tables (tables.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Filter(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """How a list is to be printed."""
+    """The options of a listing command."""
 
     as_json: bool
     format: str | None
@@ -42,17 +42,17 @@ class Listing(NamedTuple):
 
     @property
     def by_script(self) -> bool:
-        """Whether a program reads the list: notes beside it are left out."""
+        """Whether a program reads the list; the command then prints no notes."""
         return self.as_json or self.quiet or self.format is not None
 
 
 class FilterType(ParamType):
-    """FIELD=PATTERN."""
+    """The type of FIELD=PATTERN."""
 
     name = "filter"
 
     def convert(self, value: Any, param: object, ctx: object) -> Filter:
-        """Split what a user typed."""
+        """Split the typed text into field and pattern."""
         field, equals, pattern = str(value).partition("=")
         if not (field and equals):
             raise InvalidInput(
@@ -96,14 +96,14 @@ def print_list(
     name: Callable[[Row], str] = lambda row: str(row["name"]),
     table: Callable[[Sequence[Row]], None],
 ) -> None:
-    """Print the rows that the filters leave, in the form that the user asked for.
+    """Print the rows that match the filters, in the requested format.
 
     Args:
-        listing: What the user asked for.
+        listing: The options of the command.
         rows: The objects that --json prints.
-        fields: The names of their fields, known even if there are no rows.
-        name: What --quiet prints of a row.
-        table: Prints the rows for a reader.
+        fields: The names of their fields, also if there are no rows.
+        name: Returns the name of a row, for --quiet.
+        table: Prints the rows as a table.
     """
     if listing.as_json + listing.quiet + (listing.format is not None) > 1:
         raise InvalidInput(

@@ -47,8 +47,8 @@ def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
     from onecopy.vmm import logs
 
     host = Runtime.open()
-    write = _as_it_is if raw else _shown()
-    log, folder = _opened(host, guest, logs.QEMU if qemu else logs.CONSOLE)
+    write = _as_it_is if raw else _printer()
+    log, folder = _open_log(host, guest, logs.QEMU if qemu else logs.CONSOLE)
     if log.was_cut:
         print_line("onecopy: older lines were dropped", sys.stderr)
     with contextlib.closing(log):
@@ -63,7 +63,7 @@ def command(guest: str, follow: bool, qemu: bool, raw: bool) -> None:
             time.sleep(0.2)
 
 
-def _opened(host: Runtime, guest: str, name: str) -> tuple[Log, RunDirectory | None]:
+def _open_log(host: Runtime, guest: str, name: str) -> tuple[Log, RunDirectory | None]:
     """Open a guest's log; return it with the guest's directory, or None if the guest has ended."""
     from onecopy.guest import ended_guests
     from onecopy.guest.run_directory import no_guest
@@ -84,10 +84,10 @@ def _as_it_is(data: bytes, _: bool) -> None:
     sys.stdout.buffer.write(data)
 
 
-def _shown() -> Callable[[bytes, bool], None]:
-    """Writes bytes as text; ``True`` says that they are the last.
+def _printer() -> Callable[[bytes, bool], None]:
+    """Return a function that prints bytes as text; its second argument marks the last bytes.
 
-    A line may end as a serial line's does, with a carriage return.
+    Lines may end with a carriage return, as on a serial line.
     """
     decoder = io.IncrementalNewlineDecoder(
         codecs.getincrementaldecoder("utf-8")("surrogateescape"), translate=True

@@ -9,7 +9,7 @@ from onecopy.cli.listing import Listing, Row, listing_options, print_list
 from onecopy.cli.tables import print_table
 from onecopy.model import format_size, in_order
 
-#: What --json prints of each entry (docs/json.md).
+#: The fields of an entry that --json prints (docs/json.md).
 FIELDS = (
     *("name", "version", "kind", "state", "domain", "grants", "classes", "digest", "created"),
     *("size", "resident", "users", "pinned"),

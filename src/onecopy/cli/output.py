@@ -1,8 +1,8 @@
-"""How commands speak: lines and JSON on standard output, progress on standard error.
+"""The output of commands: lines and JSON on standard output, progress on standard error.
 
-What guests, files and other processes say, or are called, never reaches a terminal as it is: `main`
-puts both streams behind `escaping`, whoever writes to them. Bytes that go to ``sys.stdout.buffer``
-are not touched (exec, console, logs --raw).
+Text and names from guests, files and other processes never reach a terminal unescaped: `main` puts
+both streams behind `escaping`. Bytes that are written to ``sys.stdout.buffer`` stay unchanged
+(exec, console, logs --raw).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NOT_ASCII = re.compile("[^\0-\x7f]")
 
 
 class _Escaping:
-    """A text stream that shows what it should not obey; lines and tabs stay."""
+    """A text stream that escapes control characters, except newlines and tabs."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -57,7 +57,7 @@ def escaping() -> Iterator[None]:
 
 
 def as_it_is(stream: TextIO) -> TextIO:
-    """Return the stream behind `escaping`, for text that is printable already."""
+    """Return the stream behind `escaping`, for text that is already printable."""
     return stream.stream if isinstance(stream, _Escaping) else stream
 
 
@@ -67,9 +67,9 @@ def print_line(text: str, to: TextIO | None = None) -> None:
 
 
 def tell_error(error: OnecopyError, before: str = "") -> None:
-    """Print what failed and what to do.
+    """Print the message of an error and its hint.
 
-    What others printed is indented: no line of it looks like a message of ours.
+    Output of other programs is indented, so that no line of it looks like a message of onecopy.
     """
     from onecopy.cli.suggest import hint_of
 
@@ -89,7 +89,7 @@ def print_json(value: object) -> None:
 
 
 def _json_escape(character: str) -> str:
-    """Escape a character for JSON; a lone surrogate, as Python decodes invalid UTF-8, as text."""
+    """Escape a character for JSON; write a lone surrogate (from invalid UTF-8) as text."""
     if "\ud800" <= character <= "\udfff":
         return f"\\{escape(character)}"
     return json.dumps(character)[1:-1]
@@ -109,14 +109,14 @@ def progress() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.text import Text
 
-    # Text, because rich reads markup in a string: [link=...].
+    # A rich Text, because rich interprets markup such as [link=...] in a string.
     with Console(file=as_it_is(sys.stderr)).status(Text("...")) as status:
 
         def tell(text: str) -> None:
             shown = printable(text)
             status.update(Text(shown))
             if text.startswith("left out: "):
-                # Such lines stay on the screen.
+                # These lines stay on the screen.
                 status.console.print(Text(f"onecopy: {shown}"))
 
         yield tell
@@ -125,7 +125,10 @@ def progress() -> Iterator[Callable[[str], None]]:
 def each_of(items: Iterable[_T], work: Callable[[_T], object]) -> int:
     """Call ``work`` for each item, even if others fail.
 
-    Errors are printed as they occur. Returns the exit code of the first, or 0.
+    Errors are printed as they occur.
+
+    Returns:
+        The exit code of the first error; 0 if there is none.
     """
     codes = []
     for item in items:
@@ -154,7 +157,7 @@ def show_place(error: Exception) -> None:
 
 
 def reasons(guests: Iterable[GuestRecord]) -> list[str]:
-    """Say why guests run under their accelerators, each reason once and in short."""
+    """Return the reasons for the guests' accelerators, in short and each once."""
     from onecopy.vmm.accel import in_short
 
     return sorted({f"{g.accel}: {in_short(g.accel_reason)}" for g in guests if g.accel})

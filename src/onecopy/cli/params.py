@@ -1,4 +1,4 @@
-"""Parameter types and options that several commands share; what they complete.
+"""Parameter types and options that several commands share, with their completions.
 
 Not here: the options of starts (start_options.py) and of lists (listing.py).
 """
@@ -40,7 +40,7 @@ _SOURCES = ("debian:bookworm", "debian:trixie", "dir:", "tar:", "disk:", "kernel
 
 
 class ReferenceType(ParamType):
-    """A segment, saved system or kernel (of ``kind``); with ``guests`` also a guest's name."""
+    """The type of references, with ``kind`` of one kind only, with ``guests`` also of guests."""
 
     name = "reference"
 
@@ -59,7 +59,7 @@ class ReferenceType(ParamType):
 
 
 class GuestType(ParamType):
-    """A running guest, or with ``ended`` also one that has ended."""
+    """The type of running guests' names, with ``ended`` also of ended guests."""
 
     name = "guest"
 
@@ -71,7 +71,7 @@ class GuestType(ParamType):
 
 
 class NewGuestType(ParamType):
-    """The name of a guest that is to start."""
+    """The type of a new guest's name."""
 
     name = "name"
 
@@ -80,7 +80,7 @@ class NewGuestType(ParamType):
 
 
 class LoadedType(ParamType):
-    """A segment that the guest, the command's first argument, has loaded."""
+    """The type of segments that the guest in the first argument has loaded."""
 
     name = "segment"
 
@@ -92,7 +92,7 @@ class LoadedType(ParamType):
 
 
 class GrantType(ParamType):
-    """A guest's name, a pattern of such, or domain:NAME."""
+    """The type of grants: a guest's name, a pattern of names, or domain:NAME."""
 
     name = "grant"
 
@@ -101,7 +101,7 @@ class GrantType(ParamType):
 
 
 class SizeType(ParamType):
-    """Bytes: 256M, 1G."""
+    """The type of sizes in bytes, such as 256M or 1G."""
 
     name = "size"
 
@@ -110,21 +110,21 @@ class SizeType(ParamType):
 
 
 class SecondsType(click.FloatRange):
-    """A finite time of ``least`` seconds or more: at most a year, which any clock can count."""
+    """The type of times from ``least`` seconds to a year, which any clock can count."""
 
     def __init__(self, least: float) -> None:
         super().__init__(least, 366 * 86400)
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         found = float(super().convert(value, param, ctx))
-        # NaN compares false with both limits, so every range holds it.
+        # NaN compares false with both limits, so every range would accept it.
         if math.isnan(found):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)
         return found
 
 
 class PublishType(ParamType):
-    """[HOST:]GUEST ports."""
+    """The type of published ports, [HOST:]GUEST."""
 
     name = "[host:]guest"
 
@@ -137,7 +137,7 @@ class PublishType(ParamType):
 
 
 class NameType(ParamType):
-    """The name of segments or saved systems, all versions."""
+    """The type of names without versions."""
 
     name = "name"
 
@@ -149,7 +149,7 @@ class NameType(ParamType):
 
 
 class AttachType(ParamType):
-    """SEGMENT, or SEGMENT:/MOUNTPOINT."""
+    """The type of SEGMENT or SEGMENT:/MOUNTPOINT."""
 
     name = "segment[:/mountpoint]"
 
@@ -161,7 +161,7 @@ class AttachType(ParamType):
 
 
 class SourceType(ParamType):
-    """What a segment is built from: KIND:WHERE."""
+    """The type of a segment's source, KIND:WHERE."""
 
     name = "source"
 
@@ -173,7 +173,7 @@ class SourceType(ParamType):
 
 
 class RangeType(ParamType):
-    """A range of a segment that is created: CLASS:SIZE[:FILE]."""
+    """The type of a new segment's range, CLASS:SIZE[:FILE]."""
 
     name = "class:size[:file]"
 
@@ -187,7 +187,7 @@ class RangeType(ParamType):
 
 
 class CopyType(ParamType):
-    """A path of the host, or GUEST:PATH: the guest (None for the host), and the path."""
+    """The type of PATH on the host or GUEST:PATH; the value is (guest or None, path)."""
 
     name = "[guest:]path"
 
@@ -203,7 +203,7 @@ class CopyType(ParamType):
 
 
 class DiskType(ParamType):
-    """SIZE or FILE, and where to mount it."""
+    """The type of disks: SIZE or FILE, with an optional mount point."""
 
     name = "size|file[:/mountpoint]"
 
@@ -217,7 +217,7 @@ class DiskType(ParamType):
 
 
 class OwnDiskType(ParamType):
-    """The name of the guests that find a disk."""
+    """The type of names of disks that guests own."""
 
     name = "disk"
 
@@ -241,14 +241,14 @@ domain_option = click.option(
 
 
 def domain_of(text: str | None) -> str | None:
-    """Return the trust domain that a user typed; None if none was."""
+    """Return the typed trust domain; None without one."""
     from onecopy.store.access import check_domain
 
     return None if text is None else "" if text == "-" else check_domain(text)
 
 
 def new_access(domain: str | None) -> Access | None:
-    """Return who may load a new name in a trust domain; None if none was typed."""
+    """Return the access of a new name in a trust domain; None without one."""
     from onecopy.store import Access
 
     found = domain_of(domain)
@@ -256,7 +256,7 @@ def new_access(domain: str | None) -> Access | None:
 
 
 def print_access(name: str, access: Access) -> None:
-    """Print who may load a name."""
+    """Print the access of a name."""
     from onecopy.store.access import describe_domain
 
     if access.restricted:
@@ -271,12 +271,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 def collect(
     parameter: str, kind: Callable[..., Any], options: Sequence[Callable[[Any], Any]]
 ) -> Callable[[_F], _F]:
-    """Make a decorator that adds ``options`` to a command, which gets them as one value.
+    """Return a decorator that adds ``options`` to a command as one parameter.
 
     Args:
         parameter: The command's parameter for that value.
         kind: The NamedTuple that holds it; its fields are the parameters of the options.
-        options: What `click.option` returned.
+        options: Results of `click.option`.
     """
     fields: tuple[str, ...] = kind._fields  # type: ignore[attr-defined]
 
@@ -305,7 +305,7 @@ def accel_option(command: _F) -> _F:
 
 
 def program_argument(*, required: bool = False) -> Callable[[_F], _F]:
-    """Add the argument for a program of the guest and its own arguments, ``program``."""
+    """Add the argument ``program``: a program in the guest with its arguments."""
     return click.argument(
         "program",
         nargs=-1,
@@ -319,7 +319,7 @@ def program_argument(*, required: bool = False) -> Callable[[_F], _F]:
 def _program(
     context: click.Context, param: click.Parameter, words: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Remove a -- before the program; refuse an option in place of a program."""
+    """Remove a -- before the program; reject an option in place of a program."""
     if words[:1] == ("--",):
         if param.required and not words[1:]:
             raise click.MissingParameter(ctx=context, param=param)

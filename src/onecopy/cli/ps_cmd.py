@@ -93,7 +93,7 @@ def _row(guest: GuestRecord) -> list[str]:
 
 
 def _state(guest: GuestRecord) -> str:
-    """Return ``running``, or when and why the guest ended; a killed QEMU records no time."""
+    """Return ``running``, or the time and reason of the end; a killed QEMU records no time."""
     if not guest.ended:
         return guest.kind if guest.kind == "lost" else "running"
     when = duration(max(time.time() - (guest.ended.at or guest.ended.found), 0))

@@ -98,14 +98,14 @@ def command(
 
 
 class Hooks(NamedTuple):
-    """What each clone runs when it starts; None leaves what a clone has from its own system."""
+    """The hooks that each clone runs when it starts; None keeps those of the guest's own system."""
 
     on_clone: str | None
     clone_hooks: tuple[str, ...] | None
 
 
 def _require_no_boot() -> None:
-    """Raise InvalidInput if an option is typed that a running guest cannot have."""
+    """Raise InvalidInput for an option of a boot, which a running guest cannot have."""
     context = click.get_current_context()
     for each in context.command.params:
         name = each.name or ""
@@ -154,7 +154,7 @@ def _print(saved: Saved, as_json: bool) -> None:
 
 
 def document(saved: Saved) -> dict[str, Any]:
-    """Return what --json prints (docs/json.md)."""
+    """Return the object that --json prints (docs/json.md)."""
     import msgspec
 
     return {
@@ -178,7 +178,7 @@ def _way(found: Generator) -> str:
 
 
 def warning(generators: Sequence[Generator]) -> list[str]:
-    """Return lines that name generators which clones share; none if hooks cover all of them."""
+    """Return lines about random generators that clones share; none if hooks cover all."""
     left = sorted((g for g in generators if not g.covered), key=lambda g: not g.secrets)
     if not left:
         return []

@@ -1,4 +1,4 @@
-"""When a command can no longer be interrupted."""
+"""Protects the end of a command from interrupts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import signal
 
 
 def ignore() -> None:
-    """Ignore signals from now on: the work is done, and only its report is left."""
+    """Ignore signals from now on, because only the report of finished work is left."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

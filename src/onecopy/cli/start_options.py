@@ -1,6 +1,6 @@
 """The options of commands that start guests: `boot`, `run` and `save`.
 
-Options that go together reach a command as one value. Not here: what is done with them.
+Options of a group reach a command as one value. Not here: the starts (starting.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _COMMAND = "command:"
 
 
 class BootOptions(NamedTuple):
-    """How a guest boots: the options of `boot`, and of `save --root`."""
+    """The options of `boot` and of `save --root`."""
 
     segments: tuple[tuple[Reference, str], ...]
     memory: int
@@ -53,7 +53,7 @@ class BootOptions(NamedTuple):
     accel: str
 
     def spec(self, root: Reference, start: StartOptions | None = None) -> BootSpec:
-        """Return what boots a root segment or bare kernel so."""
+        """Return the specification for a boot of a root segment or bare kernel."""
         from onecopy.guest.lifecycle.launchplan import BootSpec
         from onecopy.vmm.accel import Choice
 
@@ -76,7 +76,7 @@ class BootOptions(NamedTuple):
 
 
 class StartOptions(NamedTuple):
-    """How many guests start, and what each gets: the options of `boot` and `run`."""
+    """The number of guests and their resources: the options of `boot` and `run`."""
 
     number: int
     name: str | None
@@ -96,7 +96,7 @@ class StartOptions(NamedTuple):
 
 
 class CloneOptions(NamedTuple):
-    """What clones get beyond what was saved: options of `run`."""
+    """Resources of clones beyond the saved ones: options of `run`."""
 
     segments: tuple[tuple[Reference, str], ...]
     memory: int | None
@@ -105,7 +105,7 @@ class CloneOptions(NamedTuple):
     accel: str
 
     def spec(self, system: Reference, start: StartOptions) -> CloneSpec:
-        """Return what starts clones of a saved system so."""
+        """Return the specification for clones of a saved system."""
         from onecopy.guest.lifecycle.launchplan import CloneSpec
         from onecopy.vmm.accel import Choice
 
@@ -121,19 +121,19 @@ class CloneOptions(NamedTuple):
 
 
 class HookType(ParamType):
-    """A clone hook: a ready one, or what is to be done."""
+    """The type of clone hooks: the name of a ready hook, or an action."""
 
     name = "hook"
 
     def convert(self, value: Any, param: object, ctx: object) -> str:
-        """Check what a user typed."""
+        """Check the typed hook."""
         from onecopy.guest.lifecycle.clone_hooks import check_hook
 
         text = str(value)
         return text if text.startswith(_COMMAND) else check_hook(text)
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        """Complete the names of ready hooks, and how others begin."""
+        """Complete the names of ready hooks and the prefixes of actions."""
         return completion.offered(_hooks, incomplete)
 
 
@@ -146,7 +146,7 @@ def _hooks() -> list[str]:
 def split_hooks(hooks: Sequence[str]) -> tuple[str | None, tuple[str, ...] | None]:
     """Return the shell command that clones run last, and the hooks before it.
 
-    None leaves what a guest has from its own saved system; ``none`` takes both away.
+    None keeps those of the guest's own saved system; ``none`` removes both.
     """
     commands = [hook.removeprefix(_COMMAND) for hook in hooks if hook.startswith(_COMMAND)]
     others = tuple(hook for hook in hooks if not hook.startswith(_COMMAND))

@@ -1,6 +1,6 @@
-"""Starting guests from the command line: what `boot` and `run` have in common.
+"""Starts guests for the commands `boot` and `run`.
 
-Not here: their options (start_options.py), and what starts guests (guest/lifecycle).
+Not here: their options (start_options.py), the start itself (guest/lifecycle).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def start_guests(spec: BootSpec | CloneSpec, start: StartOptions, program: Sequence[str]) -> int:
-    """Start the guests, or print how; return the exit code of the command."""
+    """Start the guests, or print their command lines; return the exit code of the command."""
     from onecopy.guest.lifecycle import start as door
     from onecopy.guest.runtime import Runtime
 
@@ -51,7 +51,7 @@ def start_guests(spec: BootSpec | CloneSpec, start: StartOptions, program: Seque
         group = door.plan(host, request, tell)
         if not start.dry_run:
             begun = door.start(host, group)
-            result = _finished(host, begun, program, keep=start.keep)
+            result = _run_to_end(host, begun, program, keep=start.keep)
             return print_started(result, as_json=start.as_json, quiet=bool(program))
     for argv in door.dry_run(host, group):
         print(shlex.join(argv))
@@ -66,32 +66,35 @@ def _tell_of_ksm(tell: Callable[[str], None]) -> None:
         tell("KSM is stopped and merges nothing yet (root: `onecopy ksm on`)")
 
 
-def _finished(
+def _run_to_end(
     host: Runtime, start: Awaitable[Started], program: Sequence[str], *, keep: bool
 ) -> tuple[Started, int]:
-    """Call _then(); if it is interrupted, end the guests that were not reported."""
+    """Call `_start_and_run`; after an interrupt end the guests that were not reported."""
     from onecopy.guest.lifecycle.batch import undo
 
-    untold: list[GuestRecord] = []
+    unreported: list[GuestRecord] = []
     try:
-        result = asyncio.run(_then(host, start, program, keep, untold))
+        result = asyncio.run(_start_and_run(host, start, program, keep, unreported))
         signals.ignore()
     except BaseException:
-        undo(host, untold)
+        undo(host, unreported)
         raise
     return result
 
 
-async def _then(
+async def _start_and_run(
     host: Runtime,
     start: Awaitable[Started],
     program: Sequence[str],
     keep: bool,
-    untold: list[GuestRecord],
+    unreported: list[GuestRecord],
 ) -> tuple[Started, int]:
-    """Start, then run ``program`` in each guest; return the first exit code that is not 0.
+    """Start guests and run ``program`` in each; return the first exit code that is not 0.
 
-    Without a program ``untold`` gets the guests, in the same step in which they are handed out.
+    Args:
+        keep: Keep the guests after the program.
+        unreported: Without a program this list gets the guests, in the same step in which they are
+            handed out.
     """
     from onecopy.guest.exec import run_streaming
     from onecopy.guest.exec_streams import Streams, to_file
@@ -99,7 +102,7 @@ async def _then(
 
     started = await start
     if not program:
-        untold += started.guests
+        unreported += started.guests
         return started, 0
     sys.stdout.flush()
     passed = Streams(to_file(1), to_file(2))
@@ -115,7 +118,7 @@ async def _then(
 
 
 def print_started(result: tuple[Started, int], *, as_json: bool, quiet: bool) -> int:
-    """Print which guests started and which did not; return the exit code."""
+    """Print the guests that started and those that did not; return the exit code."""
     import msgspec
 
     started, code = result
@@ -136,7 +139,7 @@ def print_started(result: tuple[Started, int], *, as_json: bool, quiet: bool) ->
 
 
 def _print_failed(failures: Sequence[tuple[str, OnecopyError]]) -> int:
-    """Print which guests did not start, or would not; return the exit code."""
+    """Print the guests that did not or cannot start; return the exit code."""
     for name, error in failures:
         tell_error(error, f"{name} did not start: ")
     return failures[0][1].exit_code if failures else 0

@@ -1,7 +1,7 @@
-"""Standard input, output and error as we find them: closed, full, or with nobody behind them.
+"""Standard input, output and error, which may be closed, full or without a reader.
 
-One place, for all commands: output that cannot be written ends a command with `OutputFailed`;
-messages that cannot be written end nothing. Not here: what is written (output.py).
+If output cannot be written, the command ends with `OutputFailed`. If a message cannot be written,
+the command goes on. Not here: formatting the output (output.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 
 def secure() -> None:
-    """Open what is closed of descriptors 0 to 2, and guard Python's streams on them.
+    """Open the closed descriptors among 0 to 2, and guard Python's streams on them.
 
-    Call it before any other file is opened: that would take the free number, and be written to.
+    Call this before any other file is opened. Such a file would get the free number, and receive
+    the output.
     """
     for fd, mode in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -34,7 +35,7 @@ def secure() -> None:
             os.open(os.devnull, mode)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 - open until the process ends
-    # Streams that a test has replaced stay.
+    # Streams that a test has replaced stay unchanged.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _guarded(_Output(1, "w", closefd=False))
     if sys.stderr is sys.__stderr__:
@@ -42,9 +43,10 @@ def secure() -> None:
 
 
 def put(fd: int, data: Buffer) -> int:
-    """Write some of ``data``, and return how many bytes; waits while nothing more is taken.
+    """Write a part of ``data`` and return its length in bytes; block while the stream is full.
 
-    Raises OutputFailed.
+    Raises:
+        OutputFailed: The stream cannot be written.
     """
     while True:
         try:
@@ -78,7 +80,7 @@ def take(size: int) -> bytes:
 
 
 def finish() -> None:
-    """Write what is kept back of standard output; raise OutputFailed."""
+    """Write the buffered standard output; raise OutputFailed."""
     sys.stdout.flush()
 
 
@@ -110,7 +112,7 @@ def _guarded(raw: io.FileIO) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding=before.encoding if before else "utf-8",
-        # Names of files need not be valid text, and messages must show them.
+        # Names of files may be invalid text, and messages must show them.
         errors="backslashreplace",
         line_buffering=raw.isatty() or raw.fileno() == 2,
     )

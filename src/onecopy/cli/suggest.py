@@ -1,7 +1,7 @@
-"""Did you mean: what a wrong name is taken for, of commands, guests and references.
+"""Suggestions for wrong names of commands, guests and references.
 
-Not here: options, which click compares by itself, and references that the store looks up
-(store/names.py compares those).
+Not here: options (click suggests those), and references that the store looks up (store/names.py
+suggests those).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from onecopy.errors import InvalidInput, NotFound, OnecopyError
 
-#: Commands of Docker, libvirt and others -> what does that here.
+#: Command of Docker, libvirt or others -> the equivalent in onecopy.
 ELSEWHERE = {
     "clone": "run",
     "cmd": "exec",
@@ -68,9 +68,10 @@ _STARTS = {"segment": "boot", "system": "run"}
 
 
 def near(name: str, known: Iterable[str], like: float = 0.6) -> list[str]:
-    """Return the known names that are most like a wrong one, the best first.
+    """Return the known names that are most similar to a wrong one, the best first.
 
-    ``like`` is how much of two names must be equal.
+    Args:
+        like: The least similarity, from 0 to 1.
     """
     # difflib takes time quadratic in the length of a name.
     return difflib.get_close_matches(name[:64], list(known), n=_MOST, cutoff=like)
@@ -90,7 +91,7 @@ def no_command(name: str, path: str, known: Sequence[str]) -> InvalidInput:
 def hint_of(error: OnecopyError) -> str:
     """Return the hint of an error.
 
-    If a guest does not exist, the hint begins with the names that are most like its name.
+    If a guest does not exist, the hint begins with the most similar names.
     """
     if not isinstance(error, NotFound) or not error.guest:
         return error.hint

@@ -1,6 +1,6 @@
-"""Tables for readers: columns as wide as their content, or as the terminal allows.
+"""Lays out tables: columns are as wide as their content, or as the terminal allows.
 
-Not here: which rows and columns there are (each command), and what scripts read (listing.py).
+Not here: the rows and columns (each command), output for scripts (listing.py).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from onecopy.printable import printable
 
 _GAP = "  "
-#: A column is not made narrower than this, as long as others can be.
+#: A column gets narrower than this only if all other columns have this width.
 _LEAST = 8
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; on a terminal no line is wider than it."""
+    """Print a table; on a terminal no line is wider than the terminal."""
     for line in table_lines(headings, rows, terminal_width()):
         print(line)
 
 
 def terminal_width() -> int | None:
-    """Return the columns of the terminal that standard output is; None if it is none."""
+    """Return the width of the terminal; None if standard output is no terminal."""
     if not sys.stdout.isatty():
         return None
     if (told := os.environ.get("COLUMNS", "")).isdecimal() and int(told):
@@ -37,13 +37,13 @@ def terminal_width() -> int | None:
 def table_lines(
     headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
 ) -> list[str]:
-    """Lay a table out, figures to the right.
+    """Lay out a table, with numbers aligned to the right.
 
     Args:
         headings: One for each column.
         rows: The cells of each row, one for each column.
-        width: Columns of the terminal; the widest columns of text are shortened to fit. None: all
-            is shown.
+        width: Columns of the terminal; the widest columns of text are shortened to fit. None
+            shortens nothing.
 
     Returns:
         The lines, headings first.
@@ -81,7 +81,7 @@ def _fitted(widths: Sequence[int], numeric: Sequence[bool], width: int) -> list[
 
 
 def _cells(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
+    """Return the number of terminal columns that a text takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from onecopy.guest.observe.top import View
     from onecopy.sharing.live_figures import Row
 
-#: What is typed to sort by it: the first letters of SORTS, which a test holds equal.
+#: The keys that select an order: the first letters of SORTS, as a test checks.
 _KEYS = {"c": "cpu", "o": "own", "s": "shared", "m": "merged", "n": "name"}
 
 
@@ -83,7 +83,7 @@ def _live(look: Callable[[], View], sort: str, interval: float) -> None:
             lines = _lines(view, sort, console.height, console.width)
             text = Text("\n".join(map(printable, lines)), no_wrap=True, overflow="crop")
             live.update(text, refresh=True)
-            key = _typed(interval)
+            key = _read_key(interval)
             if key == "q":
                 return
             if key in _KEYS:
@@ -103,8 +103,8 @@ def _keys() -> Iterator[None]:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
-def _typed(seconds: float) -> str:
-    """Return the key typed within this time: "" if none, ``q`` if standard input is closed."""
+def _read_key(seconds: float) -> str:
+    """Wait up to ``seconds`` for a key; "" is no key, ``q`` also a closed standard input."""
     ready, _, _ = select.select([0], [], [], seconds)
     if not ready:
         return ""

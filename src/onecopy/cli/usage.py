@@ -1,6 +1,6 @@
-"""A wrong command line, told as any other error: from click's exceptions to ours.
+"""Turns click's exceptions for a wrong command line into OnecopyErrors.
 
-Not here: wrong commands (suggest.py), and values that our own types refuse (params.py).
+Not here: wrong commands (suggest.py), values that onecopy's own types reject (params.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from onecopy.errors import InvalidInput, OnecopyError
 
 
 def explained(error: click.ClickException) -> OnecopyError:
-    """Return the error of ours that tells what click found wrong."""
+    """Return the OnecopyError for an exception of click."""
     context = error.ctx if isinstance(error, UsageError) else None
     text = _sentence(error.format_message())
     if context is None:
@@ -44,7 +44,7 @@ def _no_option(error: NoSuchOption, context: click.Context) -> OnecopyError:
 
 
 def _commands_with(option: str, root: click.Context) -> list[str]:
-    """Name the commands that start guests and have an option of this name."""
+    """Return the names of commands that start guests and have this option."""
     group = root.command
     if not isinstance(group, click.Group):
         return []
@@ -62,7 +62,7 @@ def _usage(context: click.Context) -> str:
 
 
 def _sentence(text: str) -> str:
-    """Return a message of click's in our form: one line, no capital, no full stop."""
+    """Return a message of click in onecopy's form: one line, no capital, no full stop."""
     # click puts each choice on a line of its own.
     text = " ".join(text.split()).removesuffix(".")
     return text[:1].lower() + text[1:]

@@ -50,7 +50,7 @@ def command(names: tuple[Reference, ...], everything: bool) -> None:
         except StoreDamaged as error:
             damaged.append(error)
         else:
-            print(f"{artifact.ref} is whole{_told(checked)}{_protected(artifact)}")
+            print(f"{artifact.ref} is whole{_describe_checks(checked)}{_describe_verity(artifact)}")
     if damaged:
         raise StoreDamaged(
             "\n".join(error.message for error in damaged),
@@ -58,12 +58,12 @@ def command(names: tuple[Reference, ...], everything: bool) -> None:
         )
 
 
-def _told(checked: list[str]) -> str:
+def _describe_checks(checked: list[str]) -> str:
     return f", its file systems are sound: {', '.join(checked)}" if checked else ""
 
 
-def _protected(artifact: Artifact) -> str:
-    """Return for how many files fs-verity is on; "" if for none."""
+def _describe_verity(artifact: Artifact) -> str:
+    """Return the number of files with fs-verity as text; "" if there are none."""
     from onecopy.linux.verity import is_enabled
 
     found = [is_enabled(layer.path) for layer in artifact.layers]

@@ -45,7 +45,7 @@ def test_options_have_those_of_their_bases() -> None:
     for kind in (StartOptions, GuestBootOptions, BootOptions):
         table = page.partition(f"\n## {kind.__name__}\n")[2].partition("\n## ")[0]
         assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == kind.__annotations__.keys()
-        assert "| `accel` | `str` | `auto`, `kvm` or `tcg`. |" in table
+        assert "| `accel` | `str` | The accelerator: `auto` (the default), `kvm` or" in table
 
 
 def test_docstrings_become_markdown() -> None:

@@ -1,1 +1,1 @@
-"""The life of a guest: boot, restore, save, stop."""
+"""The lifecycle of guests: plan, boot, restore, save and stop."""

@@ -1,8 +1,9 @@
-"""Admission: no guest is started that the host has no memory for, unless its user wants it.
+"""Admission: refuses guests for which the host has too little memory, unless the user overcommits.
 
-Counted is what QEMU may take, and of a cold guest its whole RAM, which it may write to at any time.
-A clone shares what was saved; what it may write later is not counted, since most never do. So many
-busy clones can still exhaust a host: what they take is in `onecopy report`.
+Admission counts QEMU's own memory. For a cold guest it adds the whole RAM, which the guest may
+write at any time. A clone shares the saved RAM. Pages that a clone writes later are not counted,
+because most clones write few. So many busy clones can still exhaust a host; `onecopy report` shows
+their memory.
 """
 
 from __future__ import annotations
@@ -15,25 +16,25 @@ from onecopy.linux.counters import meminfo
 from onecopy.model import MIB
 from onecopy.vmm.argv import LEAST_TRANSLATED, TRANSLATED
 
-#: Bytes of a resting clone that nobody shares, QEMU's included, and some more (docs/performance.md
-#: has what was measured). TCG has its translation of the guest's code besides, which work fills.
+#: Private bytes of an idle clone and its QEMU, with a margin (measured: docs/performance.md). TCG
+#: also needs memory for translated code, which grows as the guest works.
 _CLONE = 20 * MIB
-#: Besides that QEMU keeps the kernel and initramfs that it has booted.
+#: Bytes for the kernel and initramfs, which QEMU keeps after a boot.
 _BOOTED = 16 * MIB
-#: The part of the host's memory that stays free, for itself and the page cache of what is shared.
+#: The part of the host's memory that stays free, for the host and the page cache of shared files.
 _KEPT = 0.05
 
 
 class Need(msgspec.Struct, frozen=True):
-    """What one more guest of some needs; in bytes."""
+    """The memory that one more guest needs, in bytes."""
 
     each: int
     translated: int
-    """Of that: room for translated code."""
+    """The part of ``each`` for translated code."""
 
 
 def of_plan(plan: LaunchPlan, count: int = 1) -> Need:
-    """What each of ``count`` guests of a plan needs."""
+    """Return the memory that each of ``count`` guests of a plan needs."""
     if plan.boot:
         return of_cold(plan.accel.name, plan.config.memory, count)
     added = max((plan.extra.memory or 0) - plan.config.memory, 0)
@@ -41,16 +42,21 @@ def of_plan(plan: LaunchPlan, count: int = 1) -> Need:
 
 
 def of_clones(accel: str, count: int = 1, added: int = 0) -> Need:
-    """What each of ``count`` more clones needs under ``kvm`` or ``tcg``, with ``added`` RAM.
+    """Return the memory that each of ``count`` more clones needs.
 
-    Under TCG they get as much room for translated code as work needs, and less, down to what they
-    are started with at least, if the host has not the memory for all of them.
+    Under TCG each clone gets as much room for translated code as busy guests need. If the host
+    lacks the memory for that, each gets less, but at least `LEAST_TRANSLATED`.
+
+    Args:
+        accel: ``kvm`` or ``tcg``.
+        count: The number of clones.
+        added: Bytes of RAM for each clone beyond the saved RAM.
     """
     return _of(accel, count, _CLONE + added)
 
 
 def of_cold(accel: str, memory: int, count: int = 1) -> Need:
-    """The same of cold guests with ``memory`` bytes of RAM."""
+    """Return the memory that each of ``count`` cold guests with ``memory`` bytes of RAM needs."""
     return _of(accel, count, _CLONE + _BOOTED + memory)
 
 

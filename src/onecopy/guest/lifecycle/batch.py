@@ -1,4 +1,7 @@
-"""Several guests at once: all start, or none does; they take turns."""
+"""Starts several guests concurrently: all of them or none.
+
+Not here: how one guest starts (launcher.py).
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from onecopy.linux.process import exists
 
 
 class Started(msgspec.Struct, frozen=True):
-    """What came of starting several guests."""
+    """The result of starting several guests."""
 
     guests: tuple[GuestRecord, ...]
     failures: tuple[tuple[str, OnecopyError], ...]
-    """(name, why) of those that could not start."""
+    """Pairs (name, error) of the guests that did not start."""
 
 
 def turns() -> asyncio.Semaphore:
-    """What each of many guests waits for before it has work for the host's processors.
+    """Return a semaphore that bounds how many guests use the host's processors at once.
 
-    More at once than there are processors only makes each of them ready later.
+    With more busy guests than processors, each guest only becomes ready later.
     """
     return asyncio.Semaphore(2 * (os.cpu_count() or 1))
 
@@ -42,13 +45,18 @@ async def start_many(
     each: int = 0,
     ran: Callable[[GuestRecord], None] | None = None,
 ) -> Started:
-    """Start guests concurrently, by name, and hand them out together.
+    """Start guests concurrently and hand them out together; a cancellation leaves none.
 
-    If one cannot start all others are ended again and its error is raised, unless ``keep_going``:
-    then they run on, and the failures are told beside them. Interrupted, it leaves none. Those of
-    an ``owner`` (Runtime.owner) end with it. Raises InsufficientResources if the host has no memory
-    for guests of ``each`` bytes (admission.py); with 0 it does not look. ``ran`` is called of each
-    guest that runs.
+    Args:
+        starts: Name of a guest -> the function that starts it.
+        keep_going: Return failures beside the guests that run. False: one failure ends all guests.
+        owner: The directory of an owner, with which the guests end (Runtime.owner).
+        each: Bytes that the host must have for each guest (admission.py); 0 skips the check.
+        ran: Called with each guest that runs.
+
+    Raises:
+        InsufficientResources: The host has too little memory.
+        OnecopyError: The first failure, without ``keep_going``.
     """
     if each and not keep_going:
         admission.require(each, len(starts))
@@ -57,7 +65,7 @@ async def start_many(
     async def one(name: str, batch: Batch) -> GuestRecord:
         async with turn:
             if each:
-                # Others may have taken it meanwhile, or these guests more than was thought.
+                # Meanwhile other processes, or these guests, may have taken more than expected.
                 admission.require(each)
             record = await starts[name](batch)
             if ran:
@@ -82,14 +90,19 @@ async def start_many(
 async def _settle(
     host: Runtime, tasks: Mapping[str, asyncio.Future[GuestRecord]], *, keep: bool
 ) -> Started:
-    """End what still starts and, unless ``keep``, what runs if not all do; return what is left.
+    """End the pending starts and, after a failure without ``keep``, the guests that run.
 
-    Raises what is no OnecopyError.
+    Returns:
+        The remaining guests, and the failures.
+
+    Raises:
+        CancelledError: This task was cancelled.
+        Exception: A start failed with an error that is no OnecopyError.
     """
-    cancelled = await _ended(tasks.values())
+    cancelled = await _cancel(tasks.values())
     keep = keep and not cancelled
     results = await asyncio.gather(*tasks.values(), return_exceptions=True)
-    outcome = {name: _seen(result) for name, result in zip(tasks, results, strict=True)}
+    outcome = {name: _check_alive(result) for name, result in zip(tasks, results, strict=True)}
     kept = [each for each in outcome.values() if isinstance(each, GuestRecord)]
     if cancelled or len(kept) < len(tasks):
         kept = kept if keep else []
@@ -107,8 +120,8 @@ async def _settle(
     return Started(tuple(kept), tuple(failures))
 
 
-async def _ended(tasks: Iterable[asyncio.Future[GuestRecord]]) -> asyncio.CancelledError | None:
-    """Cancel tasks, and wait for all of them whoever cancels us meanwhile; the last who did."""
+async def _cancel(tasks: Iterable[asyncio.Future[GuestRecord]]) -> asyncio.CancelledError | None:
+    """Cancel tasks and wait for their ends; return the last cancellation of this task, if any."""
     left, cancelled = set(tasks), None
     while left:
         for task in left:
@@ -121,14 +134,14 @@ async def _ended(tasks: Iterable[asyncio.Future[GuestRecord]]) -> asyncio.Cancel
 
 
 def undo(host: Runtime, records: Sequence[GuestRecord]) -> None:
-    """End guests as if they had never been: with the disks that were made for them."""
+    """End guests and remove the disks that were made for them."""
     host.end(*records)
     for record in records:
         remove_made(host, record)
 
 
-def _seen(result: GuestRecord | BaseException) -> GuestRecord | BaseException:
-    """What came of one: it may have ended, unseen, before all had been started."""
+def _check_alive(result: GuestRecord | BaseException) -> GuestRecord | BaseException:
+    """Return the result of one start; GuestFailed if the guest ended before all had started."""
     if isinstance(result, GuestRecord) and not exists(result.pid):
         return GuestFailed(
             f"the QEMU of {result.name} ended again before all had been started",

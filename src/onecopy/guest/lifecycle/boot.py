@@ -1,6 +1,6 @@
-"""What is said to a guest that boots: its kernel and initramfs, and how it tells that it is ready.
+"""Gives a booting guest its kernel and initramfs, and waits until the guest is ready.
 
-Not here: what a guest is made of (bootplan.py), how its VMM starts (launcher.py).
+Not here: the plan of a boot (bootplan.py), the start of its VMM (launcher.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onecopy.vmm.tcg import kernel_words
 
 
 def kernel_of(plan: LaunchPlan, boot: Boot, folder: Path) -> Kernel:
-    """What QEMU boots: Linux with our initramfs, or a kernel by itself."""
+    """Return what QEMU boots: Linux with onecopy's initramfs, or a bare kernel."""
     if not boot.tools:
         return Kernel(plan.source.layer("kernel").path, None)
     words = kernel_words(plan.accel.name, plan.config.qemu, plan.config.cpu)
@@ -31,7 +31,7 @@ def kernel_of(plan: LaunchPlan, boot: Boot, folder: Path) -> Kernel:
 
 
 def write_initrd(plan: LaunchPlan, boot: Boot, folder: Path, card: Nic | None) -> None:
-    """Write the initramfs of one guest into its run folder; not that of a bare machine."""
+    """Write the guest's initramfs into its run directory; a bare machine has none."""
     if boot.tools:
         wanted = initramfs.Boot(
             hostname=plan.name,
@@ -45,9 +45,9 @@ def write_initrd(plan: LaunchPlan, boot: Boot, folder: Path, card: Nic | None) -
 
 
 async def ready(folder: Path, spec: BootSpec) -> None:
-    """Wait for the agent, then for the sign of readiness; raise NotReady."""
+    """Wait for the agent, then until the readiness check succeeds; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
-    # Once QEMU answers it has its pipes open.
+    # QEMU has opened its pipes when it answers.
     async with connect(folder):
         pass
     try:
@@ -59,7 +59,7 @@ async def ready(folder: Path, spec: BootSpec) -> None:
         ) from None
     script = spec.ready or _DEFAULT_READY
     left = max(deadline - time.monotonic(), 1)
-    # The loop runs in the guest: one program, not one each try.
+    # The loop runs in the guest, so all attempts take one program.
     loop = f"until out=$({script}) 2>&1; do sleep 0.2; done"
     done: Completed = await run_captured(folder, ["sh", "-c", loop], timeout=left)
     if done.exit_code:
@@ -71,8 +71,8 @@ async def ready(folder: Path, spec: BootSpec) -> None:
         )
 
 
-#: systemd is ready when its start-up jobs are done, failed ones included; any other init when it
-#: has taken over from our second stage; a command of the user's when it has been started.
+#: systemd is ready when its start-up jobs have ended, even if some failed. Any other init is ready
+#: when it has replaced onecopy's second stage. A command of the user is ready when it has started.
 _DEFAULT_READY = f"""
     case $(readlink /proc/1/exe) in
         */systemd) case $(systemctl is-system-running 2>/dev/null) in
@@ -85,7 +85,7 @@ _DEFAULT_READY = f"""
 
 
 async def given_address(folder: Path) -> str:
-    """The address that its network has given the guest (images/files/dhcp)."""
+    """Return the address that the guest got by DHCP (images/files/dhcp)."""
     done = await run_captured(folder, ["cat", "/run/onecopy/address"], timeout=30)
     if done.exit_code:
         raise GuestFailed(

@@ -1,7 +1,8 @@
-"""Plan a boot: what a booted guest is made of is found, or fetched into the store.
+"""Plans a boot: finds the parts of a guest in the store, or fetches them.
 
-It may also be a bare machine: a kernel by itself (images/sources/bare_kernel.py), with no segments
-and nothing of ours in it; what needs an agent is refused of it. Not here: how it boots (boot.py).
+A guest may also be a bare machine: a kernel by itself (images/sources/bare_kernel.py), without
+segments and without onecopy's programs. Options that need the agent are refused for it. Not here:
+how a guest boots (boot.py).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from onecopy.store import Artifact, Store
 from onecopy.vmm.accel import choose
 from onecopy.vmm.cpu import qemu_cpu
 
-#: Bytes that a guest needs to come up. QEMU 10.0.13 tells guests of queues eight times as long as
-#: others do (1024), which Linux fills with a page each: 4 MiB for every virtio port.
+#: Bytes of RAM that a guest needs to boot. QEMU 10.0.13 announces queues of 1024 entries, eight
+#: times as many as other versions. Linux fills each entry with a page: 4 MiB for each virtio port.
 MINIMUM_MEMORY = 128 * MIB
 
 
@@ -36,8 +37,13 @@ def plan_boot(
 ) -> LaunchPlan:
     """Resolve names, fetch kernel and tools if the store lacks them, choose the accelerator.
 
-    Raises NotFound, InvalidInput, OtherDomain, InsufficientResources, Incompatible, and what
-    building raises, and for what keeps guests of the plan from starting; then nothing runs.
+    Args:
+        progress: Called with a line of text at each step.
+
+    Raises:
+        NotFound, OtherDomain: A segment or kernel cannot be used.
+        InvalidInput, InsufficientResources, Incompatible: No guest of the plan can start.
+        OnecopyError: The kernel or the tools cannot be fetched or built.
     """
     bare = host.store.find(spec.root, "kernel")
     if bare and KernelConfig.of(bare).bare:
@@ -78,7 +84,7 @@ def _plan(
         kernel=KernelConfig.of(boot.kernel).release,
         root=root.ref,
         command=None,
-        # Only the guest can tell.
+        # Known only when the guest runs.
         machine_id=False,
         segments=tuple(item.segment for item in placed),
         agent=boot.tools is not None,
@@ -106,7 +112,7 @@ def _plan(
 def _plan_bare(
     host: Runtime, spec: BootSpec, bare: Artifact, progress: Callable[[str], None]
 ) -> LaunchPlan:
-    """As `plan_boot`; raise InvalidInput for what a bare machine cannot have."""
+    """Plan like `plan_boot`; raise InvalidInput for options that a bare machine cannot have."""
     options = {
         "--segment": spec.segments,
         "--command": spec.command,
@@ -122,12 +128,12 @@ def _plan_bare(
             )
     _require_memory(spec.memory)
     kernel = ensure_kernel(host.store, progress=progress)
-    # Nobody could tell its clones who they are in a network.
+    # Without an agent its clones cannot get addresses of their own.
     return _plan(host, bare, (), (), Boot(replace(spec, network=False), kernel, None))
 
 
 def in_domain(store: Store, artifact: Artifact, domain: str) -> Artifact:
-    """What comes with every guest, for those of a trust domain: a copy, under a name of its own."""
+    """Return an artifact for guests of a trust domain: a copy under a name of its own."""
     if not domain:
         return artifact
     ref = Reference(f"{artifact.name}.{domain}", artifact.version)
@@ -136,7 +142,7 @@ def in_domain(store: Store, artifact: Artifact, domain: str) -> Artifact:
 
 
 def _command(spec: BootSpec, root: Artifact) -> str | None:
-    """None for the image's own init; raise InvalidInput if there is none, and nothing to run."""
+    """Return the command; None for the image's init. Raise InvalidInput if there is neither."""
     if spec.command is not None or has_init(root):
         return spec.command
     if spec.idle:
@@ -148,7 +154,7 @@ def _command(spec: BootSpec, root: Artifact) -> str | None:
 
 
 def has_init(root: Artifact) -> bool:
-    """Whether the image brings an init (images/build.py looked)."""
+    """Whether the image has an init, as recorded by images/build.py."""
     return bool(SegmentConfig.of(root).init)
 
 

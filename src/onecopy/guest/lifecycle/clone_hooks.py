@@ -1,9 +1,9 @@
-"""What clones run before they are handed out, and the generators that make it necessary.
+"""Clone hooks: programs that clones run before they are handed out, to reseed random generators.
 
 A random generator outside the guest's kernel is part of the saved state: all clones draw the same
 values from it, request after request. `save` finds the programs that hold one (images/files:
-generators), and clone hooks (clone, hooks/) have them seeded again. What a guest says of its
-programs is bounded here. Not here: what each clone does without being asked (guest/identity.py).
+generators), and clone hooks (clone, hooks/) reseed them. This file bounds the guest's report of its
+programs. Not here: what each clone does without hooks (guest/identity.py).
 """
 
 from __future__ import annotations
@@ -22,37 +22,42 @@ from onecopy.images.initramfs import TOOLS_MOUNTPOINT
 from onecopy.images.tools import ready_hooks
 from onecopy.vmm.guest_reply import decimal, shown
 
-#: Takes the ready hooks of all programs that were found.
+#: Selects the ready hooks of all programs that were found.
 AUTO = "auto"
-#: Takes none, also where the guest has some from its own saved system.
+#: Selects no hooks, and removes those of the guest's own saved system.
 NONE = "none"
-#: Each clone gets host keys of its own, at which OpenSSH's server starts itself anew (renew).
+#: Each clone gets host keys of its own. OpenSSH's server then restarts itself (renew).
 _KEYS = "SSH host keys"
 _UNIT = ".service"
-#: Tabs in a line about a generator.
+#: The number of tabs in a line about a generator.
 _TABS = 5
-#: Entries of each kind that a guest may tell, and characters of a word.
+#: The most entries of each kind in a guest's report, and the most characters of a word.
 _MOST = 100
 _WORD = 80
-#: Seconds that the guest may take.
+#: Seconds for the guest to answer.
 _TIMEOUT = 120.0
 _FORM = re.compile(r"[a-z][a-z-]*|restart:[\w@:.\\-]+|signal:[A-Z0-9+]+:[\w@.+*-]+", re.ASCII)
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What a guest has told."""
+    """A guest's report.
+
+    Attributes:
+        runs: The hooks that its clones run, in that order.
+        generators: The random generators in its programs.
+    """
 
     runs: tuple[str, ...] = ()
     generators: tuple[Generator, ...] = ()
 
 
 def checked(texts: Iterable[str] | None) -> tuple[str, ...] | None:
-    """Return what a user typed if all can be clone hooks; raise InvalidInput."""
+    """Return the texts if all of them are valid clone hooks; raise InvalidInput."""
     return None if texts is None else tuple(check_hook(each) for each in texts)
 
 
 def check_hook(text: str) -> str:
-    """Return what can be a clone hook; raise InvalidInput."""
+    """Return the text if it is a valid clone hook; raise InvalidInput."""
     ready = ready_hooks()
     if not _FORM.fullmatch(text) or (":" not in text and text not in (AUTO, NONE, *ready)):
         raise InvalidInput(
@@ -66,13 +71,19 @@ def check_hook(text: str) -> str:
 async def hooked(
     folder: Path, wanted: Sequence[str] | None, progress: Callable[[str], None]
 ) -> Found:
-    """Choose the clone hooks of the guest of a run folder, and look for generators in it.
+    """Choose a guest's clone hooks, and find the generators in its programs.
 
-    ``wanted`` None leaves those that it has. Raises InvalidInput for a hook that it cannot have,
-    AgentFailed, GuestFailed.
+    Args:
+        folder: The guest's run directory.
+        wanted: The hooks; None keeps those that the guest has.
+        progress: Called with a line for each hook that is left out.
+
+    Raises:
+        InvalidInput: The guest cannot have one of the hooks.
+        AgentFailed, GuestFailed: The guest or its agent failed.
     """
     if wanted is not None:
-        # Each look takes the guest seconds under TCG.
+        # Each search takes seconds under TCG.
         found = await _look(folder) if AUTO in wanted else Found()
         await _choose(folder, wanted, found, progress)
     return await _look(folder)
@@ -86,7 +97,7 @@ async def _look(folder: Path) -> Found:
 
 
 def read(told: bytes) -> Found:
-    """Read what a guest tells (images/files/clone, look); raise AgentFailed."""
+    """Parse a guest's report (images/files/clone, look); raise AgentFailed."""
     lines = told.decode(errors="replace").splitlines()
     runs = [shown(line[5:], _WORD) for line in lines if line.startswith("runs ")]
     rows = [line.split("\t") for line in lines if line.count("\t") == _TABS]
@@ -95,7 +106,7 @@ def read(told: bytes) -> Found:
 
 
 def _generator(row: Sequence[str], runs: Sequence[str]) -> Generator:
-    """One line of the guest's (images/files/generators)."""
+    """Parse one line of the report (images/files/generators)."""
     kind, program, unit, source, hook, processes = (shown(word, _WORD) for word in row)
     unit = "" if unit == "-" else unit
     ready = hook if hook in ready_hooks() else ""
@@ -114,7 +125,7 @@ def _generator(row: Sequence[str], runs: Sequence[str]) -> Generator:
 
 
 def _signals(hook: str, program: str) -> bool:
-    """Whether a hook is a signal to that program."""
+    """Whether a hook sends a signal to ``program``."""
     name = hook.rpartition(":")[2]
     return hook.startswith("signal:") and (
         name == program or (name.endswith("*") and program.startswith(name[:-1]))
@@ -124,7 +135,7 @@ def _signals(hook: str, program: str) -> bool:
 async def _choose(
     folder: Path, wanted: Sequence[str], found: Found, progress: Callable[[str], None]
 ) -> None:
-    """Have the clones of a guest run these hooks, in that order."""
+    """Set the hooks that the clones of a guest run, in that order."""
     ready = sorted({each.hook for each in found.generators if each.hook})
     words: list[str] = []
     for hook in wanted:
@@ -142,6 +153,6 @@ async def _choose(
 
 
 async def _clone(folder: Path, *words: str) -> Completed:
-    # The image's own shell may be any.
+    # The image may have any shell, or none.
     argv = [f"{TOOLS_MOUNTPOINT}/bin/busybox", "sh", f"{TOOLS_MOUNTPOINT}/clone", *words]
     return await run_captured(folder, argv, timeout=_TIMEOUT)

@@ -1,8 +1,9 @@
-"""Disks of guests: what they write there stays when they end.
+"""Guests' disks, whose content stays when the guest ends.
 
-A guest's own disk is a sparse raw image with an ext4, ``ROOT/disks/GUEST.img`` in the store's
-folder, found again by the guest's name. Any other file is its user's. Whoever uses one has it
-locked (linux/disk_image.py). Not here: how it comes into the guest (resources.py).
+A guest's own disk is a sparse raw image with an ext4 file system: ``ROOT/disks/GUEST.img``, where
+ROOT is the store's directory. A later guest of the same name gets the same disk. Any other file
+belongs to the user. A disk in use is locked (linux/disk_image.py). Not here: plugging a disk into
+a guest (resources.py).
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from onecopy.subprocesses import find_program, run
 from onecopy.vmm.confined_tool import run_on_file
 
 _SUFFIX = ".img"
-#: Below this there is no room for a journal.
+#: Bytes below which a disk has no room for a journal.
 _MINIMUM = 16 * MIB
 
 
 class DiskSpec(msgspec.Struct, frozen=True):
-    """A disk that a user asks for: the guest's own, of ``size`` bytes, or ``file``."""
+    """A requested disk: the guest's own, of ``size`` bytes, or the image ``file``."""
 
     size: int = 0
     file: Path | None = None
     mountpoint: str = ""
-    """"" leaves it as a device."""
+    """The mount point in the guest; "" leaves the disk unmounted."""
 
     @classmethod
     def parse(cls, text: str) -> DiskSpec:
-        """``SIZE`` or ``FILE``, and ``:/MOUNTPOINT`` if it is to be mounted."""
+        """Parse ``SIZE`` or ``FILE``, with ``:/MOUNTPOINT`` for a disk to mount."""
         what, colon, mountpoint = text.rpartition(":/")
         where = f"/{mountpoint.rstrip('/')}" if colon else ""
         what = what if colon else text
@@ -52,7 +53,7 @@ class DiskSpec(msgspec.Struct, frozen=True):
 
 
 class OpenDisk(msgspec.Struct, frozen=True):
-    """A disk, open and locked."""
+    """An open and locked disk."""
 
     spec: DiskSpec
     path: Path
@@ -60,25 +61,31 @@ class OpenDisk(msgspec.Struct, frozen=True):
     form: str
     """``raw`` or ``qcow2``."""
     made: bool = False
-    """Whether it was made just now."""
+    """Whether this start made the disk."""
 
 
 class OwnDisk(msgspec.Struct, frozen=True):
-    """A guest's own disk, as it lies in the store's folder."""
+    """A guest's own disk in the store's directory."""
 
     name: str
     size: int
-    """Bytes."""
+    """Bytes that the guest sees."""
     allocated: int
-    """Bytes that it takes."""
+    """Bytes that the image takes on the host's disk."""
     guest: str
-    """The guest that uses it; "" if none does."""
+    """The guest that uses the disk; "" if none does."""
 
 
 def check_disks(specs: Sequence[DiskSpec], *, named: bool, count: int) -> None:
-    """Raise InvalidInput for disks that guests cannot have together, before any is started.
+    """Check before a start that guests can have these disks together.
 
-    ``named``: the user named the guests; ``count`` is how many there are.
+    Args:
+        specs: The disks of each guest.
+        named: Whether the user named the guests.
+        count: The number of guests.
+
+    Raises:
+        InvalidInput: The guests cannot have these disks.
     """
     own = [spec for spec in specs if spec.file is None]
     if len(own) > 1:
@@ -101,10 +108,14 @@ def check_disks(specs: Sequence[DiskSpec], *, named: bool, count: int) -> None:
 
 @contextlib.contextmanager
 def opened(host: Runtime, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
-    """A disk for a guest, open and locked; its own is made, or made larger, if need be.
+    """Yield a guest's disk, open and locked; make or enlarge the guest's own disk if needed.
 
-    At an error what was made for it is removed. Raises InUse, InvalidInput, NotFound, NotPermitted,
-    InsufficientResources (disk), CommandFailed, MissingProgram.
+    After an error a new disk is removed.
+
+    Raises:
+        NotFound, NotPermitted, InUse, InvalidInput: The disk cannot be used.
+        InsufficientResources: The host's disk has too little free space.
+        CommandFailed, MissingProgram: A tool for file systems failed or is not installed.
     """
     with contextlib.ExitStack() as ends:
         if spec.file is not None:
@@ -127,7 +138,7 @@ def opened(host: Runtime, guest: str, spec: DiskSpec) -> Iterator[OpenDisk]:
 
 
 def check_usable(host: Runtime, guest: str, specs: Sequence[DiskSpec]) -> None:
-    """Raise as `opened` does for disks of one guest, and make, lock and change nothing."""
+    """Raise the errors of `opened` for one guest's disks, but make, lock and change nothing."""
     seen: list[tuple[int, int]] = []
     for spec in specs:
         path = spec.file or _path(host, guest)
@@ -181,7 +192,7 @@ def _in_use(host: Runtime, path: Path) -> InUse:
 
 
 def _user(host: Runtime, path: Path) -> str:
-    """The guest that has a file as its disk; "" if none on record has."""
+    """Return the running guest that has the file as a disk; "" if none has."""
     for record in host.guests():
         for disk in record.disks:
             with contextlib.suppress(OSError):
@@ -204,7 +215,7 @@ def _path(host: Runtime, guest: str) -> Path:
 
 
 def _make(host: Runtime, path: Path, size: int) -> None:
-    """A new disk, there as a whole or not at all."""
+    """Make a disk; after a failure or a crash no part of it remains."""
     with file_errors(host.store.root), host.store.workspace() as work:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         new = work / "disk"
@@ -230,20 +241,20 @@ def _set_size(fd: int, size: int) -> None:
 
 
 def _enlarge(path: Path, fd: int, size: int) -> None:
-    """Give a disk, and the file system that it was made with, ``size`` bytes."""
+    """Enlarge a disk and its file system to ``size`` bytes."""
     present = _require_larger(path, fd, size)
     if size > present:
         _set_size(fd, size)
-    # Not by the length of the file: an earlier command may have been killed after that.
+    # The length of the file is no proof: an earlier command may have been killed after setting it.
     inside = disk_image.file_system_size(fd)
     if inside is not None and size - inside >= MIB:
-        # Replays the journal, and repairs what can be without asking: exit code 1 (e2fsck(8)).
+        # e2fsck replays the journal and makes safe repairs; exit code 1 means repaired (e2fsck(8)).
         run_on_file(["e2fsck", "-f", "-p"], fd, fine=(0, 1))
         run_on_file(["resize2fs"], fd)
 
 
 def _require_larger(path: Path, fd: int, size: int) -> int:
-    """How large a disk is; raise InvalidInput if it is to be made smaller."""
+    """Return the size of a disk; raise InvalidInput if ``size`` is smaller."""
     present = os.fstat(fd).st_size
     if size < present:
         raise InvalidInput(
@@ -254,7 +265,7 @@ def _require_larger(path: Path, fd: int, size: int) -> int:
 
 
 def list_own_disks(host: Runtime) -> list[OwnDisk]:
-    """All guests' own disks, by name."""
+    """Return all disks that guests own, by name."""
     found = []
     disks = (host.store.root / "disks").glob(f"*{_SUFFIX}")
     for path in sorted(disks, key=lambda path: in_order(path.stem)):
@@ -267,7 +278,7 @@ def list_own_disks(host: Runtime) -> list[OwnDisk]:
 
 
 def remove_made(host: Runtime, record: GuestRecord) -> None:
-    """Remove the disk that was made for a guest whose start is undone; its VMM is gone."""
+    """Remove the disk that a failed start made for its guest; the VMM must have ended."""
     if any(disk.created for disk in record.disks):
         remove(host, record.name)
 

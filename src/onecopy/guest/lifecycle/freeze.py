@@ -1,9 +1,9 @@
-"""Freezing a guest's programs for a snapshot: a clone thaws them when it is a machine of its own.
+"""Freezes a guest's programs for a snapshot; a clone thaws them when it has its own identity.
 
-Until then nothing of what was saved runs under another guest's name and clock. The program that
-gives clones their identity does it (images/files/freezer.c), and what belongs to it: calendar
-timers are stopped, and connections looked for. A guest whose host is gone thaws by itself. Not
-here: its processors (guest/pause.py).
+Until then no saved program runs under another guest's name and clock. The program that gives clones
+their identity freezes and thaws (images/files/freezer.c). It also stops calendar timers and finds
+open TCP connections. If the host no longer answers, the guest thaws by itself. Not here: stopping
+the guest's processors (guest/pause.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from onecopy.guest import identity
 from onecopy.vmm.monitor import GRACE
 from onecopy.vmm.port_pipe import Pipe
 
-#: Seconds after which a guest thaws by itself (images/files/identity.c), less some.
+#: Seconds after which a guest thaws by itself (images/files/identity.c), less a margin.
 _DEADLINE = 18.0
-#: Seconds that stopping timers and programs may take.
+#: Seconds for the guest to stop timers and programs.
 _TIMEOUT = 120.0
 
 _LACKING = {
@@ -38,10 +38,18 @@ Still = Callable[[], None]
 async def frozen(
     folder: Path, tell: Callable[[str], None], *, last: bool = False
 ) -> AsyncIterator[Still]:
-    """Have the guest's programs frozen meanwhile, and for good if that is the ``last`` it does.
+    """Keep the guest's programs frozen during the block.
 
-    What this yields raises GuestFailed if the guest may have thawed by itself. ``tell`` is told
-    what clones will lack. Raises AgentFailed, GuestFailed.
+    Args:
+        folder: The guest's run directory.
+        tell: Called with a line for each feature that clones will lack.
+        last: Leave the programs frozen after the block, because the guest ends then.
+
+    Yields:
+        A function that raises GuestFailed if the guest may have thawed by itself.
+
+    Raises:
+        AgentFailed, GuestFailed: The guest did not freeze.
     """
     with Pipe(folder, "identity") as pipe:
         pipe.drain()
@@ -59,19 +67,19 @@ async def frozen(
 
             yield still
         except BaseException as error:
-            # The first error is the one to tell.
+            # The first error must reach the caller, so later ones are suppressed.
             seconds = _TIMEOUT if isinstance(error, Exception) else GRACE
             raise
         finally:
-            # One that is saved as its last is ended, whatever happens.
+            # With ``last`` the caller ends the guest, also after an error.
             if not last:
                 await _thaw(pipe, seconds)
 
 
 async def _freeze(pipe: Pipe, tell: Callable[[str], None]) -> float:
-    """Let programs stand still; since when that lasts, by time.monotonic()."""
+    """Freeze the programs; return the time of the request that counts, by time.monotonic()."""
     await identity.ask(pipe, "freeze", "frozen", _TIMEOUT)
-    # Again, which takes no time: by now the guest counts.
+    # A second request takes no time, and restarts the time limit in the guest.
     asked = time.monotonic()
     for lacking in (await identity.ask(pipe, "freeze", "frozen", _TIMEOUT)).split():
         if lacking in _LACKING:
@@ -80,7 +88,7 @@ async def _freeze(pipe: Pipe, tell: Callable[[str], None]) -> float:
 
 
 async def _thaw(pipe: Pipe, seconds: float) -> None:
-    """Let programs go on; the guest does so by itself if it does not hear of it."""
+    """Thaw the programs; a guest that does not get the request thaws by itself."""
     with contextlib.suppress(TimeoutError, OnecopyError):
         async with asyncio.timeout(seconds):
             await identity.ask(pipe, "thaw", "thawed", seconds)

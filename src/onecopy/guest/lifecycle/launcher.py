@@ -1,8 +1,8 @@
-"""Carry out a plan: start its VMM, let the guest become what was planned, and write its record.
+"""Carries out a plan: starts the VMM, makes the guest ready, and writes its record.
 
-One way for a guest that boots, for a clone, and for a VMM that waits to become one. Not here: what
-is planned and refused (launchplan.py), what is said to a guest then (boot.py, restore.py), several
-guests at once (start.py).
+Cold guests, clones and VMMs that wait in a pool all start here. Not here: plans and refusals
+(launchplan.py), the guest's boot or wake-up (boot.py, restore.py), several guests at once
+(start.py).
 """
 
 from __future__ import annotations
@@ -42,32 +42,38 @@ from onecopy.vmm.qemu_process import launch as launch_vmm
 T = TypeVar("T")
 _ENDED = "QEMU ended while starting"
 _BOOT_ENDED = "the guest ended while starting"
-#: Seconds from losing QEMU's pipes to its end.
+#: Seconds that QEMU may run on after its pipes have closed.
 _ENDING = 0.2
-#: The layer with the state of a saved system's devices: QEMU trusts what it reads there. One byte
-#: more than it can have, and what a trust domain adds (store/domain.py).
+#: The layer with a saved system's device state, which QEMU trusts; its name in messages; and a size
+#: limit with room for the bytes that a trust domain adds (store/domain.py).
 _DEVICES = "state", "the device state", 2 * STATE_ROOM
-#: QEMU's exit code for a command line that it cannot do, and what it says of a port (net/slirp.c).
+#: QEMU's exit code for a failed command line, and its message for a taken port (net/slirp.c).
 _REFUSED, _NO_PORT = 1, "host forwarding rule"
 
 
 class Up(NamedTuple):
-    """A guest whose VMM is up, and which is not handed out yet."""
+    """A guest whose VMM is up, before the guest is handed out."""
 
     folder: RunDirectory
     vmm: Vmm
     record: GuestRecord
     connect: Callable[[], None]
-    """Connects its network card, where that has not been done."""
+    """A function that connects the network card, unless it is connected."""
 
 
 async def launch(host: Runtime, plan: LaunchPlan, batch: Batch | None = None) -> GuestRecord:
-    """Start the guest of a plan, which has a name and was checked.
+    """Start the guest of a plan that has a name and was checked; return its record.
 
-    A clone gets a name and an identity of its own, as far as it can have one: nothing can be told
-    to a bare machine. The guest is handed out with its ``batch``; without one, at once. Raises
-    AlreadyExists if the name is taken by now, InUse if a port is, StoreDamaged, NotReady,
-    GuestFailed, AgentFailed, Incompatible, and what it cannot be given (resources.py).
+    A clone gets a name and an identity of its own; a bare machine, without an agent, cannot.
+
+    Args:
+        batch: Hand the guest out with this batch; None hands it out at once.
+
+    Raises:
+        AlreadyExists, InUse: The name or a port was taken meanwhile.
+        StoreDamaged, Incompatible: The saved system cannot be loaded.
+        NotReady, GuestFailed, AgentFailed: The guest did not start.
+        OnecopyError: The guest cannot get a resource (resources.py).
     """
     began = time.monotonic()
     with contextlib.nullcontext(batch) if batch else host.starting() as mine:
@@ -94,9 +100,9 @@ async def launch(host: Runtime, plan: LaunchPlan, batch: Batch | None = None) ->
 
 @contextlib.asynccontextmanager
 async def running(host: Runtime, plan: LaunchPlan, batch: Batch) -> AsyncIterator[Up]:
-    """A guest that is up and ready, or runs on as who was saved; on any error its VMM is ended.
+    """Yield a guest that is ready after boot, or a clone that still has its source's identity.
 
-    The VMM of a clone is one that was prepared (pool.py), if there is one that suits.
+    A clone takes a ready VMM (pool.py) if one suits. Any error ends the VMM.
     """
     with contextlib.ExitStack() as ends:
         if plan.suits_standby:
@@ -106,16 +112,16 @@ async def running(host: Runtime, plan: LaunchPlan, batch: Batch) -> AsyncIterato
                 vmm = restore.vmm_of(*taken)
                 async with kill_on_error(vmm):
                     record = await restore.wake(*taken, plan.spec.publish)
-                    yield Up(taken[0], vmm, record, _connected)
+                    yield Up(taken[0], vmm, record, _do_nothing)
                 return
         number = host.next_number()
         digests = [artifact.digest for artifact in plan.artifacts]
         folder, lease = ends.enter_context(host.claim(plan.name, digests, batch))
-        # In a bridge a clone is still taken for who was saved; a bare machine cannot tell when it
-        # no longer is.
+        # Until a clone has its own identity, it would appear in a bridge with that of its source. A
+        # bare machine cannot report a new identity, so its card is connected at once.
         at_once = plan.boot is not None or not plan.config.agent
         card = ends.enter_context(new_nic(folder.path, plan.network, number, connected=at_once))
-        # Not before it is leased: another command may remove it until then.
+        # Opened under the lease, because another command may remove the system before that.
         state = None if plan.boot else ends.enter_context(sealed_layer(plan.source, *_DEVICES))
         preload.begin_aside(host.store, [layer for each in plan.artifacts for layer in each.layers])
         plan.config.write(folder.path)
@@ -123,7 +129,7 @@ async def running(host: Runtime, plan: LaunchPlan, batch: Batch) -> AsyncIterato
             boot.write_initrd(plan, plan.boot, folder.path, card)
         prepare(folder.path)
         spec = launch_spec(host, plan, folder.path, card)
-        async with _spawned(host, plan, spec, lease) as (vmm, attached):
+        async with _spawn(host, plan, spec, lease) as (vmm, attached):
             yield await _come_up(plan, folder, vmm, spec, state, attached)
 
 
@@ -135,11 +141,11 @@ async def _come_up(
     state: int | None,
     attached: tuple[Attached, ...],
 ) -> Up:
-    """Wait until the guest is ready, or load its saved state and let it run on."""
+    """Wait until the guest is ready, or load its saved state and resume it."""
     if plan.boot and plan.config.agent:
         await race_exit(vmm, boot.ready(folder.path, plan.boot.spec), _BOOT_ENDED)
         (folder.path / "initrd").unlink()
-    # A bare machine that boots is up once QEMU answers.
+    # A bare machine that boots is up when QEMU answers.
     async with connect(folder.path) as monitor:
         if state is not None:
             await monitor.incoming(state)
@@ -175,22 +181,26 @@ async def _come_up(
         traced="-trace" in vmm.argv,
     )
     if plan.boot or not plan.spec.bridge or not card or not isinstance(card.tap, int):
-        return Up(folder, vmm, record, _connected)
+        return Up(folder, vmm, record, _do_nothing)
     return Up(folder, vmm, record, partial(connect_tap, card.tap, plan.spec.bridge))
 
 
-def _connected() -> None:
-    """Leave the network card: it is connected."""
+def _do_nothing() -> None:
+    """Do nothing: the network card is connected."""
 
 
 @contextlib.asynccontextmanager
-async def _spawned(
+async def _spawn(
     host: Runtime, plan: LaunchPlan, spec: Launch, lease: Lease
 ) -> AsyncIterator[tuple[Vmm, tuple[Attached, ...]]]:
-    """Start the VMM of a guest with the memory of its segments, under its lease.
+    """Start a guest's VMM with the memory of its segments, under its lease.
 
-    On any error it is ended (`kill_on_error`). Raises InsufficientResources, NotPermitted,
-    StoreDamaged, Incompatible, InUse (a port was taken meanwhile).
+    Any error ends the VMM (`kill_on_error`).
+
+    Raises:
+        InsufficientResources, NotPermitted: The host cannot provide a segment's memory.
+        StoreDamaged, Incompatible: A segment cannot be mapped.
+        InUse: A port was taken meanwhile.
     """
     classes = [item.segment.page_class for item in plan.placed]
     async with contextlib.AsyncExitStack() as life:
@@ -205,7 +215,7 @@ async def _spawned(
 
 
 def launch_spec(host: Runtime, plan: LaunchPlan, folder: Path, card: Nic | None) -> Launch:
-    """How QEMU is told to start this guest."""
+    """Return the settings with which QEMU starts this guest."""
     return Launch(
         binary=host.qemu.binary,
         accel=plan.accel.name,
@@ -221,16 +231,19 @@ def launch_spec(host: Runtime, plan: LaunchPlan, folder: Path, card: Nic | None)
         card=card,
         publish=plan.spec.publish,
         ports_later=plan.standby,
-        # KSM knows no trust domains.
+        # KSM merges memory across trust domains.
         ksm=Mergeable.NONE if plan.domain else plan.spec.ksm,
         translated=plan.translated,
     )
 
 
 def dry_run(host: Runtime, plan: LaunchPlan) -> list[str]:
-    """The exact command line, but for the numbers of inherited sockets, and addresses.
+    """Return QEMU's exact command line, except for numbers of inherited sockets and addresses.
 
-    What only a try can tell is tried. Raises StoreDamaged, Incompatible.
+    Checks that need an attempt are carried out.
+
+    Raises:
+        StoreDamaged, Incompatible: The guest cannot start.
     """
     rehearse(plan.network)
     if plan.boot is None:
@@ -242,18 +255,18 @@ def dry_run(host: Runtime, plan: LaunchPlan) -> list[str]:
 
 
 def card_of(record: GuestRecord) -> Nic | None:
-    """The network card as a guest is told of it."""
+    """Return the network card for a guest's identity; None if it has none."""
     return Nic(record.mac, record.address) if record.mac else None
 
 
 async def race_exit(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _ENDED) -> T:
-    """Do ``work``, which does not see the VMM end: raise GuestFailed, saying ``ended``, then."""
+    """Do ``work``; if the VMM ends meanwhile, raise GuestFailed with the message ``ended``."""
     done, end = asyncio.ensure_future(work), asyncio.ensure_future(vmm.wait())
     try:
         await asyncio.wait({done, end}, return_when=asyncio.FIRST_COMPLETED)
         lost = done.done() and not done.cancelled() and isinstance(done.exception(), GuestFailed)
         if lost:
-            # Its pipes and sockets end a moment before it does.
+            # Its pipes and sockets close a moment before the VMM ends.
             await asyncio.wait({end}, timeout=_ENDING)
         if not done.done() or (lost and end.done()):
             code = vmm.returncode
@@ -267,9 +280,10 @@ async def race_exit(vmm: Vmm, work: Coroutine[Any, Any, T], ended: str = _ENDED)
 
 @contextlib.asynccontextmanager
 async def kill_on_error(vmm: Vmm, publish: Ports = ()) -> AsyncIterator[None]:
-    """On any error end the VMM; that QEMU or the agent failed then says what the guest printed.
+    """End the VMM after any error; add the guest's output to an error of QEMU or the agent.
 
-    If QEMU ended because a port of ``publish`` was taken since it was looked at, that is InUse.
+    Raises:
+        InUse: QEMU ended because a port of ``publish`` was taken after its check.
     """
     try:
         yield

@@ -1,9 +1,9 @@
-"""One start as a value: what a user asks for, and the plan that is made of it and checked.
+"""One start as a value: the user's request, and the checked plan that is made from it.
 
-A BootSpec or a CloneSpec says what is wanted. `plan_clone` makes a LaunchPlan of it here, plan_boot
-in bootplan.py, and launcher.py carries that out. Whatever can be refused is refused when it is made
-and by `check_guest`, for a dry run as for a start. What changes after that the launcher meets: a
-name or port is taken.
+A BootSpec or a CloneSpec is the request. `plan_clone` makes a LaunchPlan from it; for boots,
+bootplan.py does. launcher.py carries the plan out. The planners and `check_guest` refuse all that
+can be refused in advance, for a dry run as for a start. The launcher handles later changes, such as
+a name or port that was taken meanwhile.
 """
 
 from __future__ import annotations
@@ -35,47 +35,50 @@ DEFAULT_MEMORY = 256 * MIB
 
 
 class GuestSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What a user asks for of any guest."""
+    """The options of any guest."""
 
     segments: tuple[tuple[Reference, str], ...] = ()
-    """(segment, mount point) pairs; "" leaves it as a device. A clone gets them as further ones."""
+    """Further segments as pairs (segment, mount point); "" leaves a segment unmounted."""
     publish: Ports = ()
     bridge: str = ""
-    """Of the host, to be a port of; "" for a user-mode network."""
+    """The host's bridge to connect to; "" for a user-mode network."""
     allow_host: bool = False
-    """Whether a user-mode network reaches what listens on the host."""
+    """Whether the guest reaches the host's listening ports from a user-mode network."""
     ksm: Mergeable = Mergeable.RAM
-    """A guest of a trust domain is closed to it all the same."""
+    """The memory that KSM may merge; none for a guest of a trust domain."""
     disks: tuple[DiskSpec, ...] = ()
-    """They come once the guest is ready."""
+    """Disks, which are plugged in when the guest is ready."""
     accel: Choice = Choice.AUTO
 
 
 class BootSpec(GuestSpec, frozen=True):
-    """What a user asks for when booting a guest."""
+    """The options of a guest that boots."""
 
     root: Reference
-    """A root segment, or a kernel by itself."""
+    """A root segment, or a bare kernel."""
     memory: int = DEFAULT_MEMORY
-    """Bytes."""
+    """Bytes of RAM."""
     cpus: int = 1
     cpu: str = DEFAULT
-    """CPU model (vmm/cpu.py)."""
+    """The CPU model (vmm/cpu.py)."""
     command: str | None = None
-    """Run with a minimal init, which with "" just stays up; None: the image's own init."""
+    """A command that a minimal init runs; "" only stays up. None: the image's own init."""
     idle: bool = False
-    """An image without an init just stays up: what it is to run comes later."""
+    """Whether an image without an init stays up, for programs that run later."""
     ready: str | None = None
-    """A shell command that exits 0 in the guest once it is ready."""
+    """A shell command that exits with 0 in the guest when the guest is ready."""
     timeout: float = 300
-    """Seconds that booting and getting ready may take."""
+    """Seconds for the guest to boot and become ready."""
     network: bool = True
+    """Whether the guest has a network card."""
     kernel: Path | None = None
+    """A kernel image; None: the kernel in the store."""
     modules: Path | None = None
+    """The directory lib/modules/RELEASE of ``kernel``."""
 
 
 class CloneSpec(GuestSpec, frozen=True):
-    """What a user asks for when starting a clone: what may differ from what was saved."""
+    """The options of a clone, which may differ from its saved system."""
 
     system: Reference
     memory: int | None = None
@@ -85,49 +88,49 @@ class CloneSpec(GuestSpec, frozen=True):
 
 
 class Boot(msgspec.Struct, frozen=True):
-    """What a guest boots that comes from no saved system."""
+    """The parts that a cold guest boots from."""
 
     spec: BootSpec
     kernel: Artifact
-    """Linux: what guests with a root boot, and what KVM is tried with."""
+    """The Linux that guests with a root segment boot, and that tests KVM."""
     tools: Artifact | None
     """None for a bare machine."""
     words: str = ""
-    """What else its kernel is told."""
+    """Further words of the kernel's command line."""
 
 
 class LaunchPlan(msgspec.Struct, frozen=True):
-    """One guest that is to start: all of it is found and in the store, and nothing runs yet."""
+    """The plan of one guest: all parts are in the store, and nothing runs yet."""
 
     spec: GuestSpec
     source: Artifact
-    """The root segment, the kernel by itself, or the saved system."""
+    """The root segment, the bare kernel, or the saved system."""
     artifacts: tuple[Artifact, ...]
-    """What is leased while the guest runs."""
+    """The artifacts that the guest's lease holds."""
     config: SystemConfig
-    """The machine; what the guest would be saved as."""
+    """The machine, as a saved system would record it."""
     placed: tuple[Placed, ...]
     accel: Accelerator
     domain: str
-    """The trust domain of the source, and so of the guest."""
+    """The trust domain of the source and of the guest."""
     extra: ExtraResources
-    """What comes once it runs."""
+    """Resources that the guest gets when it runs."""
     hardware: Hardware
-    """Of ``config``, without its segments, whose memory belongs to one guest (guest/backing.py)."""
+    """The hardware of ``config`` without segments, which each guest maps (guest/backing.py)."""
     network: Network
     boot: Boot | None = None
-    """None: it starts from a saved system."""
+    """None for a guest that starts from a saved system."""
     name: str = ""
-    """The guest's; "" until it has one (`named`)."""
+    """The guest's name; "" until `named` sets it."""
     standby: bool = False
-    """Its VMM waits to become a clone later (pool.py)."""
+    """Whether the VMM waits in a pool to become a clone (pool.py)."""
     suits_standby: bool = False
-    """A VMM that waits can become this guest: what it asks for can be had later, too."""
+    """Whether a VMM that waits in a pool can become this guest."""
     translated: int = TRANSLATED
     """Bytes for translated code under TCG (admission.py)."""
 
     def named(self, name: str, publish: Ports) -> LaunchPlan:
-        """The same for the guest of that name, and with its ports."""
+        """Return the plan for one guest, with its name and ports."""
         spec = self.spec
         special = spec.bridge or spec.allow_host or (publish and need_rights(publish))
         plain = spec.ksm is Mergeable.RAM and not special
@@ -138,21 +141,24 @@ class LaunchPlan(msgspec.Struct, frozen=True):
         )
 
     def varied(self, **changes: Any) -> LaunchPlan:
-        """The same for a spec that differs in ports, KSM, or how it tells that it is ready."""
+        """Return the plan with changed options: ports, KSM or the readiness check."""
         spec = replace(self.spec, **changes)
         boot = self.boot and replace(self.boot, spec=spec)
         return replace(self, spec=spec, boot=boot)
 
     @property
     def ram(self) -> Path:
-        """The saved RAM; a guest that boots has none."""
+        """The file with the saved RAM; a guest that boots has none."""
         return self.source.layer("ram").path
 
 
 def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
-    """Find a saved system, and check that it can be started here.
+    """Find a saved system and check that this host can start it.
 
-    Raises NotFound, Incompatible with the reason, StoreDamaged, and as `check`.
+    Raises:
+        NotFound: The saved system, or a segment for its clones, does not exist.
+        Incompatible, StoreDamaged: The saved system cannot start here.
+        InvalidInput, TooLarge, AlreadyExists: The clones cannot have what an option requests.
     """
     system = host.store.resolve(spec.system, "system")
     config = SystemConfig.of(system)
@@ -163,7 +169,7 @@ def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
             f"{system.ref} was saved under {config.accel} and cannot be started under {spec.accel}",
             hint=f"leave --accel out, or save it again with --accel {spec.accel}",
         )
-    # KVM is tried with a Linux: the kernel of a bare machine may be none.
+    # The test of KVM boots Linux, and the kernel of a bare machine may be another system.
     kernel = system if config.agent else ensure_kernel(host.store)
     image = kernel.layer("kernel").path
     chosen = choose(Choice(config.accel), host.qemu.binary, image, host.store.cache)
@@ -188,10 +194,12 @@ def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
 
 
 def check_guest(host: Runtime, plan: LaunchPlan) -> None:
-    """Raise for what keeps the guest of a plan from starting, and not others of the same.
+    """Check conditions that may keep this guest from starting, but not others of the same plan.
 
-    Raises AlreadyExists, InUse, NotPermitted, Restricted, OtherDomain, and what a disk is refused
-    for (disks.py).
+    Raises:
+        AlreadyExists, InUse, NotPermitted: The name or a port is taken, or not allowed.
+        Restricted, OtherDomain: The guest may not load a segment or saved system.
+        OnecopyError: A disk cannot be used (disks.py).
     """
     if plan.spec.publish:
         require_free(plan.spec.publish)
@@ -205,7 +213,7 @@ def check_guest(host: Runtime, plan: LaunchPlan) -> None:
 
 
 def require_merging(plan: LaunchPlan) -> None:
-    """Raise if KSM were to merge memory across trust domains, or cannot merge QEMU's own."""
+    """Raise if KSM would merge memory across trust domains, or cannot merge QEMU's memory."""
     if plan.domain:
         raise InvalidInput(
             f"KSM would merge memory of the trust domain {plan.domain} with that of others",

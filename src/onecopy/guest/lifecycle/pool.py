@@ -1,11 +1,11 @@
-"""Pools: VMMs that have loaded a saved system and wait, so that a start need not.
+"""Pools: VMMs that have loaded a saved system and wait, so that a start takes less time.
 
-What is left of a start is to let the guest run and give it an identity (launcher.py). A prepared
-VMM has a run folder and a lease like a guest, but no guest's name. Pools have a size, which is
-noted in the run folder of all guests: like the VMMs it is gone when the host is booted. Once half
-of a pool has been taken, a process in the background fills it again.
+A start then only resumes the guest and gives it an identity (launcher.py). A ready VMM has a run
+directory and a lease like a guest, but no guest's name. The sizes of pools are in a file in the
+directory of all run directories; a boot of the host removes it and ends the VMMs. When half of a
+pool has been taken, a background process fills the pool again.
 
-Not here: preparing them (pool_fill.py), taking one (Runtime.taking).
+Not here: filling pools (pool_fill.py), taking a VMM from a pool (Runtime.taking).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from onecopy.linux import child_reaper, files
 from onecopy.model import Reference, in_order
 from onecopy.store import Artifact
 
-#: There while any pool has a size.
+#: The file with the sizes; it exists while there is a pool.
 SIZES = ".pools.json"
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """What is prepared of one saved system."""
+    """The pool of one saved system."""
 
     system: str
     """``NAME:VERSION``."""
     size: int
-    """How many are wanted."""
+    """The number of VMMs to keep ready."""
     ready: tuple[GuestRecord, ...]
-    """Those that there are."""
+    """The VMMs that are ready."""
 
 
 def pools(host: Runtime) -> list[Pool]:
-    """All pools, by system; of one that was removed or replaced nothing is ready."""
+    """Return all pools, by system; the pool of a removed or replaced system is empty."""
     current = {artifact.ref: artifact for artifact, _ in wanted(host).values()}
     return [
         Pool(ref, size, tuple(ready(host, current[ref])) if ref in current else ())
@@ -49,7 +49,7 @@ def pools(host: Runtime) -> list[Pool]:
 
 
 def trim(host: Runtime) -> None:
-    """End what is prepared of systems that were removed or replaced, and what is too many."""
+    """End ready VMMs of removed or replaced systems, and those beyond the size of their pool."""
     left = {digest: size for digest, (_, size) in wanted(host).items()}
     unwanted = []
     for record in host.prepared():
@@ -61,7 +61,7 @@ def trim(host: Runtime) -> None:
 
 
 def remove(host: Runtime, ref: Reference) -> None:
-    """Give up the pool of a system that is to be removed, if no guest uses that."""
+    """Remove the pool of a system before the system is removed, unless guests use the system."""
     with contextlib.suppress(NotFound, StoreDamaged):
         artifact = host.store.resolve(ref, "system")
         if all(user.startswith(POOL) for user in host.store.users(artifact.digest)):
@@ -70,7 +70,7 @@ def remove(host: Runtime, ref: Reference) -> None:
 
 
 def refill(host: Runtime) -> None:
-    """Have pools filled, by a process that outlives this one, if half of one has been taken."""
+    """Start a background process that fills all pools, if half of one has been taken."""
     if not any(len(ready(host, artifact)) * 2 <= size for artifact, size in wanted(host).values()):
         return
     process = subprocess.Popen(
@@ -81,27 +81,27 @@ def refill(host: Runtime) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    # Popen would warn that it is still running.
+    # Otherwise Popen would warn that the process is still running.
     process.returncode = 0
     child_reaper.adopt(process.pid)
 
 
 def wanted(host: Runtime) -> dict[str, tuple[Artifact, int]]:
-    """Digest of a saved system -> it, and how many are wanted."""
+    """Return digest of a saved system -> the system, and the number of VMMs to keep ready."""
     found: dict[str, tuple[Artifact, int]] = {}
     for ref, size in _sizes(host).items():
         try:
             artifact = host.store.resolve(Reference.parse(ref), "system")
         except NotFound:
             continue
-        # It may have several names.
+        # A system may have several names, each with a pool.
         _, others = found.get(artifact.digest, (artifact, 0))
         found[artifact.digest] = artifact, size + others
     return found
 
 
 def _sizes(host: Runtime) -> dict[str, int]:
-    """Reference of a saved system -> the size of its pool."""
+    """Return reference of a saved system -> the size of its pool."""
     try:
         return msgspec.json.decode((host.run / SIZES).read_bytes(), type=dict[str, int])
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def _sizes(host: Runtime) -> dict[str, int]:
 
 
 def note(host: Runtime, ref: str, size: int) -> None:
-    """Note the size of a system's pool; 0 for none."""
+    """Record the size of a system's pool; 0 removes the pool."""
     path = host.run / SIZES
     with host.locked():
         sizes = _sizes(host)
@@ -123,5 +123,5 @@ def note(host: Runtime, ref: str, size: int) -> None:
 
 
 def ready(host: Runtime, artifact: Artifact) -> list[GuestRecord]:
-    """What is prepared of a saved system."""
+    """Return the ready VMMs of a saved system."""
     return [record for record in host.prepared() if record.digest == artifact.digest]

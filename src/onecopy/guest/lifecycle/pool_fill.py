@@ -1,4 +1,4 @@
-"""Fill pools (pool.py): start VMMs that wait, and end those that nobody wants any more."""
+"""Fills pools (pool.py): starts VMMs that wait, and ends those beyond a pool's size."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ _LOCK = ".pools.lock"
 
 
 async def resize(host: Runtime, artifact: Artifact, size: int) -> Pool:
-    """Give a saved system a pool of ``size``, and fill it; 0 for none.
+    """Set the size of a saved system's pool, and fill the pool.
 
-    Raises InsufficientResources if there is no memory for all of it, and what starting a clone
-    raises.
+    Args:
+        size: The number of VMMs to keep ready; 0 removes the pool.
+
+    Raises:
+        InsufficientResources: The host has no memory for all of them.
+        OnecopyError: Any error of a clone's start.
     """
     if size:
         source = start.plan_launch(host, _spec(artifact))
@@ -29,9 +33,13 @@ async def resize(host: Runtime, artifact: Artifact, size: int) -> Pool:
 
 
 async def fill(host: Runtime) -> None:
-    """Prepare what is missing, and end what nobody wants any more; one process at a time does.
+    """Start missing VMMs and end surplus ones; a lock admits one process at a time.
 
-    Raises InsufficientResources, and what starting a clone raises; what is prepared by then stays.
+    After an error the VMMs that are ready stay.
+
+    Raises:
+        InsufficientResources: The host has no memory for all of them.
+        OnecopyError: Any error of a clone's start.
     """
     async with locked(host.run / _LOCK):
         for artifact, size in pool.wanted(host).values():
@@ -43,5 +51,5 @@ async def fill(host: Runtime) -> None:
 
 
 def _spec(artifact: Artifact) -> CloneSpec:
-    # By its digest: its name may come to mean another one meanwhile.
+    # By digest, because the name may get another content meanwhile.
     return CloneSpec(system=Reference(artifact.name, digest=artifact.digest))

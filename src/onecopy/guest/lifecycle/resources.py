@@ -1,8 +1,8 @@
-"""What a guest is fitted with at its start: memory, processors, segments and disks of its own.
+"""Extra resources of a guest at its start: memory, processors, segments and disks.
 
-All of it comes while the guest runs already, and before it is handed out: what cannot be had, or
-what the guest does not confirm (images/files/fit), ends the start. Not here: the devices
-(vmm/ram_cpu_hotplug.py, vmm/disk_hotplug.py), and which files disks are (disks.py).
+QEMU hot-plugs them when the guest runs, before the guest is handed out. The start fails if a
+resource is not available, or if the guest does not confirm it (images/files/fit). Not here: the
+devices (vmm/ram_cpu_hotplug.py, vmm/disk_hotplug.py), the files of disks (disks.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from onecopy.vmm.argv import HOT_ROOM, cpu_room
 from onecopy.vmm.monitor import Monitor, connect
 from onecopy.vmm.ram_cpu_hotplug import MEMORY_BLOCK
 
-#: Seconds that the guest may take to bring all of it into use, and bytes of memory a second at
-#: the least: a kernel that was saved clears new memory, and under TCG does so slowly.
+#: Seconds for the guest to use its resources, and the least bytes of memory a second besides: a
+#: saved kernel clears new memory, slowly under TCG.
 _PATIENCE, _PACE = 60.0, 16 * MIB
-#: Linux describes each page of new memory in memory that it had (64 bytes for 4 KiB), and no more
-#: than a quarter of that should go there.
+#: The most new memory, as a multiple of the saved RAM. Linux describes each new page (4 KiB) with
+#: 64 bytes of its old memory; this takes at most a quarter of the old memory.
 _TIMES = 16
-#: Id of an error of the script -> what to do.
+#: Id of an error of the guest's script -> the hint.
 _HINTS = {
     "no-cpu": "save the system again with more --cpus",
     "no-memory": "save the system again with more --memory",
@@ -44,14 +44,14 @@ _HINTS = {
 
 
 class ExtraResources(msgspec.Struct, frozen=True):
-    """What a user asks for besides what was saved, or booted."""
+    """Resources beyond those of the saved system or of the boot."""
 
     memory: int | None = None
     """Bytes of RAM in all; None: as saved."""
     cpus: int | None = None
     """Processors in all; None: as saved."""
     segments: tuple[tuple[Reference, str], ...] = ()
-    """(segment, mount point) pairs; "" leaves it as a device."""
+    """Pairs (segment, mount point); "" leaves a segment unmounted."""
     disks: tuple[DiskSpec, ...] = ()
 
 
@@ -61,9 +61,15 @@ NOTHING = ExtraResources()
 def require_possible(
     host: Runtime, wanted: ExtraResources, config: SystemConfig, so_far: str
 ) -> None:
-    """Raise for what a machine cannot be fitted with, before anything is started.
+    """Check before a start that a machine can get these resources.
 
-    ``so_far`` says how it has what it has: "it boots". Raises InvalidInput, TooLarge, NotFound.
+    Args:
+        config: The machine.
+        so_far: The beginning of messages, such as "it boots".
+
+    Raises:
+        NotFound, AlreadyExists: A segment does not exist, or the machine has it already.
+        InvalidInput, TooLarge: The machine cannot get a resource.
     """
     if wanted == NOTHING:
         return
@@ -80,7 +86,7 @@ def require_possible(
     if further:
         sizes = [item.size for item in (*config.segments, *further)]
         require_room(sizes, wanted.memory or config.memory)
-    # None is taken when it starts.
+    # No slot is in use at the start.
     pmem_hotplug.choose(set(), len(further) + len(wanted.disks), "a guest")
     for spec in wanted.disks:
         _check_mountpoint(spec.mountpoint)
@@ -93,7 +99,7 @@ def require_possible(
 def _further(
     host: Runtime, wanted: ExtraResources, config: SystemConfig, so_far: str
 ) -> list[MappedSegment]:
-    """The ranges of further segments; raise as `attach` does before it does anything."""
+    """Return the ranges of further segments; raise what `attach` raises before it acts."""
     there = {item.ref.partition(":")[0] for item in config.segments}
     found = []
     for ref, mountpoint in wanted.segments:
@@ -152,10 +158,14 @@ def _require_cpus(wanted: int, config: SystemConfig, so_far: str) -> None:
 async def fit(
     host: Runtime, batch: Batch, folder: RunDirectory, record: GuestRecord, wanted: ExtraResources
 ) -> GuestRecord:
-    """Give a guest that is being started what it is to have; returns its record with that.
+    """Give a starting guest its extra resources; return its new record.
 
-    The VMM is the caller's to end if this fails. Raises what `disks.opened` and `attach` raise,
-    NoSlot, GuestFailed with what the guest could not do, AgentFailed.
+    After an error the caller must end the VMM.
+
+    Raises:
+        NoSlot: The guest has no slot for another device.
+        GuestFailed, AgentFailed: The guest could not use a resource.
+        OnecopyError: Any error of `disks.opened` and `attach`.
     """
     if wanted == NOTHING:
         return record
@@ -179,7 +189,7 @@ async def fit(
         )
         if not wanted.segments:
             return record
-        # What attaches one finds the guest by its record, and changes that.
+        # `attach` reads the guest's record and changes it.
         folder.write(record)
         for ref, mountpoint in wanted.segments:
             await attach(host.seeing(batch), record.name, ref, mountpoint)
@@ -187,7 +197,7 @@ async def fit(
 
 
 async def _grow(monitor: Monitor, record: GuestRecord, wanted: ExtraResources) -> list[str]:
-    """Plug in memory and processors; what the guest is told of them."""
+    """Plug in memory and processors; return the words about them for the guest's script."""
     words: list[str] = []
     more = (wanted.memory or record.memory) - record.memory
     if more:
@@ -221,7 +231,7 @@ async def _plug(monitor: Monitor, guest: str, disks: Sequence[OpenDisk]) -> tupl
 
 
 def _let_write(folder: Path, pid: int, disks: Sequence[OpenDisk]) -> None:
-    """Let QEMU write all of its disks, whose images may grow; under the host's lock."""
+    """Raise QEMU's limit on file sizes to the largest disk; the caller holds the host's lock."""
     logs.make_room(folder, pid, max(disk_image.largest_size(each.fd, each.form) for each in disks))
 
 

@@ -1,6 +1,6 @@
-"""Wake a VMM that has loaded a saved state before it was known who it would be (pool.py).
+"""Wakes a VMM from a pool, which has loaded a saved state but has no guest's name (pool.py).
 
-Not here: how it loaded that (launcher.py), what makes a clone a machine of its own (identity.py).
+Not here: loading the state (launcher.py), a clone's identity (guest/identity.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onecopy.vmm.qemu_process import Vmm
 
 
 def vmm_of(folder: RunDirectory, record: GuestRecord) -> Vmm:
-    """The VMM of a guest that was prepared; raise GuestFailed if it has ended."""
+    """Return the VMM of a ready guest; raise GuestFailed if it has ended."""
     try:
         argv = process.cmdline(record.pid)
         return Vmm(record.pid, folder.path, argv, listener=record.listener)
@@ -26,9 +26,19 @@ def vmm_of(folder: RunDirectory, record: GuestRecord) -> Vmm:
 
 
 async def wake(folder: RunDirectory, record: GuestRecord, publish: Ports) -> GuestRecord:
-    """Let a guest run that was prepared, now in the run folder of its own name.
+    """Resume a ready guest, whose run directory already has the guest's name.
 
-    Raises Incompatible if it cannot be kept from this host, InUse.
+    Args:
+        folder: The guest's run directory.
+        record: The record from the pool.
+        publish: The ports to publish.
+
+    Returns:
+        The guest's record.
+
+    Raises:
+        Incompatible: The guest's network cannot be closed to the host.
+        InUse: A port is taken.
     """
     require_closed(record, folder.path)
     async with connect(folder.path) as monitor:

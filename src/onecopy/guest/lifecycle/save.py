@@ -1,7 +1,8 @@
-"""Saving a system: a guest's RAM, frozen at one moment, and the state of its devices.
+"""Saves a system: a guest's RAM and device state at one moment.
 
-Either a guest is booted for it, and saved once it is ready and rests; or one that runs is saved as
-it is, and goes on. Both times the RAM becomes a file that clones map private (snapshot.py).
+`save_system` boots a guest and saves it when it is ready and idle. `save_guest` saves a running
+guest, which keeps running. In both cases the RAM becomes a file that clones map privately
+(snapshot.py).
 """
 
 from __future__ import annotations
@@ -38,44 +39,51 @@ from onecopy.vmm.argv import Nic
 from onecopy.vmm.guest_reply import decimal, shown
 from onecopy.vmm.qemu_process import Vmm
 
-#: A guest is quiet once its VMM uses no more than this share of a processor for as long (seconds):
-#: longer than the kernel puts off what is not urgent (one second: net/core/link_watch.c).
+#: A guest is idle when its VMM uses at most this share of a processor for this time (seconds). The
+#: kernel delays work that is not urgent by one second (net/core/link_watch.c).
 _RESTING = 0.02
 _REST = 1.25
-#: The same with an init of the image's own: udev ends workers that were idle for 3 to 4 s (see
-#: on_post() in systemd's src/udev/udevd.c), which each clone would do again. The last of them saw
-#: the port of our own exec go.
+#: The same time with the image's own init. udev ends workers after 3 to 4 idle seconds (on_post()
+#: in systemd's src/udev/udevd.c), and each clone would repeat that. The last worker handles the
+#: removal of the port of onecopy's own exec.
 _REST_OF_INIT = 5.0
-#: Seconds after which a guest that does not come to rest is saved all the same.
+#: Seconds after which a guest is saved even if it is not idle.
 _PATIENCE, _PATIENCE_WITH_INIT = 10.0, 25.0
-#: Wait until udev has seen to all devices, as `udevadm settle` does: systemd calls a system running
-#: while modules are still being loaded for its devices. Five minutes at most.
+#: Waits until udev has handled all devices, like `udevadm settle`, for at most five minutes.
+#: systemd reports a system as running while udev still loads modules for devices.
 _SETTLED = "n=0; while [ -e /run/udev/queue ] && [ $n -lt 600 ]; do sleep .5; n=$((n + 1)); done"
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """What a save came to."""
+    """The result of a save.
+
+    Attributes:
+        artifact: The saved system.
+    """
 
     artifact: Artifact
     memory: int
     """Bytes of RAM."""
     stored: int
-    """Bytes of it that take disk: what is not zeroes."""
+    """Bytes of the RAM that take disk space; zero pages take none."""
     pause: float
-    """Seconds that the guest stood still."""
+    """Seconds for which the guest was paused."""
     clone_hooks: tuple[str, ...] = ()
-    """What each clone runs before it is handed out, in that order."""
+    """The hooks that each clone runs before it is handed out, in that order."""
     generators: tuple[Generator, ...] = ()
-    """Programs whose random generators clones have in common."""
+    """Programs whose random generators have the same state in all clones."""
 
 
 def plan_save(
     host: Runtime, ref: Reference, spec: BootSpec, progress: Callable[[str], None] = lambda _: None
 ) -> LaunchPlan:
-    """Plan the boot of a guest that is to be saved as ``ref``, and check that it can be.
+    """Plan the boot of a guest, and check that it can be saved as ``ref``.
 
-    Raises what planning a boot raises (start.py), InvalidInput, AlreadyExists, OtherDomain,
-    InsufficientResources.
+    Raises:
+        AlreadyExists, OtherDomain: The name ``ref`` is taken.
+        InvalidInput: The guest cannot be saved.
+        InsufficientResources: The host has too little memory or disk space.
+        OnecopyError: Any other error of `start.plan_launch`.
     """
     host.store.require_free("system", ref, Access(domain=host.store.access(spec.root.name).domain))
     plan = start.plan_launch(host, spec, progress)
@@ -88,8 +96,8 @@ def plan_save(
     need = admission.of_plan(plan)
     admission.require(need.each)
     require_disk(host.store.root, plan.config.memory + STATE_ROOM)
-    # Freed memory is zeroes, which need not be stored. Not for guests that stay: it makes a kernel
-    # touch all its RAM while it boots.
+    # With this word the kernel zeroes freed memory, so it takes no disk space. Other guests boot
+    # without it, because it makes the kernel touch all of its RAM.
     boot = replace(plan.boot, words=" init_on_free=1")
     plan = replace(plan, boot=boot, translated=need.translated)
     return plan.named(f"saving-{secrets.token_hex(4)}", ())
@@ -104,19 +112,23 @@ async def save_system(
     on_clone: str | None = None,
     clone_hooks: Sequence[str] | None = None,
 ) -> Saved:
-    """Boot ``spec``, wait for its sign of readiness, and store it as saved system ``ref``.
+    """Boot a guest, wait until it is ready, and save it; the guest ends in any case.
 
-    Each clone runs ``clone_hooks`` (clone_hooks.py) and then ``on_clone``, a shell command, before
-    it is handed out, and must succeed in them. Raises what plan_save raises, InvalidInput for a
-    hook that the guest cannot have, GuestFailed, NotReady, and InsufficientResources for disk.
-    Nothing of the guest or of its files is left, whatever happens.
+    Args:
+        on_clone: A shell command that each clone runs after its hooks and that must succeed.
+        clone_hooks: Hooks that each clone runs before it is handed out (clone_hooks.py).
+
+    Raises:
+        InvalidInput: The guest cannot have one of the hooks.
+        NotReady, GuestFailed: The guest was not ready in time, or failed.
+        OnecopyError: Any other error of `plan_save`.
     """
     plan = plan_save(host, ref, spec, progress)
     with host.store.workspace() as work, host.batch() as batch:
         async with launcher.running(host, plan, batch) as up:
             folder, config = up.folder.path, plan.config
             await _read_folders(folder, config.segments)
-            config = await _told(folder, on_clone, config)
+            config = await _set_on_clone(folder, on_clone, config)
             config = await _install_hooks(folder, clone_hooks, config, progress)
             config = await _rehearse(folder, plan.name, launcher.card_of(up.record), config)
             progress("ready; waiting until it is quiet")
@@ -125,11 +137,11 @@ async def save_system(
             source = Source(up.vmm.pid, config.memory, None)
             still = frozen(folder, progress, last=True)
             taken = await snapshot.take(up.folder, source, work, still, last=True)
-            # Not asked to end: it would write to its memory again.
+            # Killed, because a guest that shuts down writes to its memory again.
             await up.vmm.kill()
             progress("storing its memory")
             layers = _layers(host.store.held(plan.name), config, taken)
-            saved = await _stored(host, ref, config, layers, taken, plan.domain)
+            saved = await _store(host, ref, config, layers, taken, plan.domain)
             host.drop(up.folder)
             return saved
 
@@ -143,12 +155,14 @@ async def save_guest(
     on_clone: str | None = None,
     clone_hooks: Sequence[str] | None = None,
 ) -> Saved:
-    """Store a running guest as saved system ``ref``, as it is now; it goes on.
+    """Save a running guest as it is now; the guest keeps running.
 
-    ``on_clone`` and ``clone_hooks`` are as for `save_system`; None leaves what the guest has from
-    its own saved system.
-    Raises NotFound, InvalidInput (it has what a saved system cannot have), InUse (a program runs in
-    it by exec), GuestFailed, AgentFailed, InsufficientResources, NotPermitted, OtherDomain.
+    ``on_clone`` and ``clone_hooks`` are those of `save_system`; None keeps the guest's own.
+
+    Raises:
+        NotFound, InvalidInput, InUse, NotPermitted, OtherDomain: The guest cannot be saved.
+        GuestFailed, AgentFailed: The guest or its agent failed.
+        InsufficientResources: The disk has too little free space.
     """
     async with changing(host, name) as folder:
         record = folder.record()
@@ -161,24 +175,24 @@ async def save_guest(
             folder.require_agent()
         if config.agent:
             progress("letting it get ready")
-        config = await _told(folder.path, on_clone, config)
+        config = await _set_on_clone(folder.path, on_clone, config)
         config = await _install_hooks(folder.path, clone_hooks, config, progress)
-        config = await _prepared(folder.path, config, card=bool(record.mac))
+        config = await _prepare(folder.path, config, card=bool(record.mac))
         with host.store.workspace() as work:
             progress("freezing it")
-            still = _frozen(folder.path, progress, config)
+            still = _freezing(folder.path, progress, config)
             taken = await snapshot.take(folder, _source(record), work, still)
             progress("storing its memory")
             layers = _layers(host.store.held(name), config, taken)
-            return await _stored(host, ref, config, layers, taken, record.domain)
+            return await _store(host, ref, config, layers, taken, record.domain)
 
 
 def _source(record: GuestRecord) -> Source:
     return Source(record.pid, record.memory, Path(record.ram_path) if record.ram_path else None)
 
 
-async def _told(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
-    """Give the guest the user's command that its clones are to run."""
+async def _set_on_clone(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
+    """Write the command that clones run last into the guest; return the new configuration."""
     if on_clone is None:
         return config
     argv = ["sh", "-c", "cat >/run/onecopy/on-clone"]
@@ -194,30 +208,30 @@ async def _install_hooks(
     config: SystemConfig,
     progress: Callable[[str], None],
 ) -> SystemConfig:
-    """Choose the hooks of its clones, and note why they should have some."""
+    """Choose the clones' hooks, and record the generators that need them."""
     if not config.agent:
         return config
     found = await hooked(folder, clone_hooks, progress)
     return replace(config, clone_hooks=found.runs, generators=found.generators)
 
 
-def _frozen(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> snapshot.Freezing:
-    """Have a guest's programs frozen; those of a bare machine cannot be."""
+def _freezing(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> snapshot.Freezing:
+    """Return the context that freezes a guest's programs; a bare machine has no freezer."""
     return frozen(folder, tell) if config.agent else snapshot.NOT_FROZEN
 
 
 async def _rehearse(
     folder: Path, name: str, card: Nic | None, config: SystemConfig
 ) -> SystemConfig:
-    """Let a guest of which nobody knows yet get ready to become another one."""
+    """Rehearse the change of identity in a guest that no user has yet."""
     machine_id = await _machine_id(folder)
     await identity.rehearse(folder, Identity(name, machine_id, card))
     room = await _cpu_room(folder)
     return replace(config, machine_id=machine_id is not None, cpu_room=room)
 
 
-async def _prepared(folder: Path, config: SystemConfig, *, card: bool) -> SystemConfig:
-    """Let a guest get ready that is not to change, which a bare machine cannot."""
+async def _prepare(folder: Path, config: SystemConfig, *, card: bool) -> SystemConfig:
+    """Prepare a running guest for a save without changing it; a bare machine needs none."""
     if not config.agent:
         return config
     await identity.prepare(folder, card=card)
@@ -226,7 +240,7 @@ async def _prepared(folder: Path, config: SystemConfig, *, card: bool) -> System
 
 
 def _require_fixed(segments: Sequence[MappedSegment]) -> None:
-    """Raise InvalidInput for a range that would not be the same when the system is started."""
+    """Raise InvalidInput for a range whose content changes between save and start."""
     for item in segments:
         if item.page_class is not PageClass.SR:
             raise InvalidInput(
@@ -237,7 +251,7 @@ def _require_fixed(segments: Sequence[MappedSegment]) -> None:
 
 
 def _require_unfitted(record: GuestRecord, config: SystemConfig) -> None:
-    """Raise InvalidInput for what a guest was given at its start: it is in no saved state."""
+    """Raise InvalidInput if the guest has extra resources, which a saved state lacks."""
     given = [f"the disk {disk.path}" for disk in record.disks]
     if record.added:
         given.append(f"{format_size(record.added)} more memory")
@@ -252,17 +266,17 @@ def _require_unfitted(record: GuestRecord, config: SystemConfig) -> None:
 
 
 async def _read_folders(folder: Path, segments: Sequence[MappedSegment]) -> None:
-    """Let the guest read the folders and inodes of its segments.
+    """Read the directories and inodes of all mounted segments in the guest.
 
-    File systems read these, unlike files, by block and into memory of the guest's own: now they are
-    in the saved system, and no clone reads or keeps any of them again.
+    File systems copy them into the guest's own memory, unlike the content of files. After this they
+    are in the saved RAM, so no clone reads or stores them again.
     """
     mountpoints = [item.mountpoint for item in segments if item.mountpoint]
-    # No file has 0 links: all are looked at, none is printed. Clones also do without, at a cost.
+    # No file has 0 links, so find reads all inodes and prints none. A failure only costs memory.
     await run_captured(folder, ["find", *mountpoints, "-xdev", "-links", "0"], timeout=300)
 
 
-#: D-Bus by itself has one of its own; with systemd that is a link.
+#: Without systemd, D-Bus has a machine id of its own; with systemd that file is a link.
 _READ_MACHINE_ID = "[ -s /etc/machine-id ] && cd /etc || cd /var/lib/dbus && cat machine-id"
 
 
@@ -272,10 +286,14 @@ async def _machine_id(folder: Path) -> str | None:
 
 
 async def _cpu_room(folder: Path) -> int:
-    """How many processors the guest's kernel can have (Linux admin-guide/cputopology.rst).
+    """Return the most processors that the guest's kernel can have.
 
-    Where it knows no hypervisor, as under TCG, Linux takes none while it runs (since 6.18, and in
-    stable versions: acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
+    Without a known hypervisor, as under TCG, Linux accepts no processor while it runs (since 6.18
+    and in stable versions).
+
+    Source:
+        Linux, admin-guide/cputopology.rst; acpi_is_processor_usable() in
+        arch/x86/kernel/acpi/boot.c.
     """
     done = await run_captured(folder, ["cat", "/sys/devices/system/cpu/possible"], timeout=30)
     last = shown(done.stdout).rpartition("-")[2]
@@ -283,10 +301,10 @@ async def _cpu_room(folder: Path) -> int:
 
 
 async def _come_to_rest(folder: Path, vmm: Vmm, *, with_init: bool) -> None:
-    """Wait until the guest rests: what it was still about to do each clone would do again.
+    """Wait until the guest is idle, because each clone would repeat its pending work.
 
-    Right after boot that is much: links coming up, delayed work, start-up jobs, with an init of the
-    image's own also modules for its devices. A guest that never rests is taken as it is.
+    Just after boot there is much: network links, delayed work, start-up jobs and, with the image's
+    own init, modules for devices. A guest that stays busy is saved after a time limit.
     """
     if with_init:
         await run_captured(folder, ["sh", "-c", _SETTLED], timeout=600)
@@ -301,7 +319,7 @@ async def _come_to_rest(folder: Path, vmm: Vmm, *, with_init: bool) -> None:
 
 
 def _layers(held: Sequence[Artifact], config: SystemConfig, taken: Snapshot) -> list[NewLayer]:
-    """The layers of a saved system: its own, and those of what the guest runs from."""
+    """Return the layers of a saved system: its own, its kernel's and its segments'."""
     blobs = {layer.digest: layer for artifact in held for layer in artifact.layers}
     kernel = next(each.layer("kernel") for each in held if each.kind in ("kernel", "system"))
     return [
@@ -312,7 +330,7 @@ def _layers(held: Sequence[Artifact], config: SystemConfig, taken: Snapshot) -> 
     ]
 
 
-async def _stored(
+async def _store(
     host: Runtime,
     ref: Reference,
     config: SystemConfig,
@@ -321,11 +339,11 @@ async def _stored(
     domain: str,
 ) -> Saved:
     stored = taken.ram.stat().st_blocks * 512
-    # An interrupt comes as a cancellation: heeded up to here,
+    # A cancellation that is pending here ends the save.
     await asyncio.sleep(0)
     access = Access(domain=domain)
     artifact = host.store.put("system", ref, msgspec.json.encode(config), layers, access=access)
-    # and too late after it.
+    # The system is stored, so a later cancellation has no effect.
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.sleep(0)
     return Saved(

@@ -1,8 +1,8 @@
-"""A guest's RAM and the state of its devices at one moment, as files.
+"""Writes a guest's RAM and device state, both of the same moment, to files.
 
-Only pages of the VMM's own are copied while the guest stands still: all of a booted guest's RAM,
-and of a clone's what it has written, over a copy of the saved RAM that it started from. Not here:
-who is saved, and as what (save.py).
+During the pause only the VMM's private pages are copied. For a cold guest that is all of the RAM.
+For a clone it is the pages that the clone wrote; they go over a copy of its saved RAM, which is
+made before the pause. Not here: choosing the guest, and storing the files (save.py).
 """
 
 from __future__ import annotations
@@ -28,33 +28,38 @@ from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.pmem_hotplug import EXEC_PORT, hotplugged_devices
 from onecopy.vmm.vmm_limits import writing_at_most
 
-#: Bytes that the state of a machine's devices may take; it takes some 300 KiB.
+#: The most bytes of a machine's device state; about 300 KiB are usual.
 STATE_ROOM = 16 * MIB
 
 
 class Source(msgspec.Struct, frozen=True):
-    """The RAM that is to be copied."""
+    """The RAM to copy."""
 
     pid: int
-    """Of the VMM."""
+    """The VMM's process id."""
     memory: int
-    """Bytes."""
+    """Bytes of RAM."""
     base: Path | None
-    """The file that it was mapped from; None for anonymous RAM."""
+    """The file that the VMM maps as RAM; None for anonymous RAM."""
 
 
-#: What it takes for programs to be frozen (freeze.py); and for those that cannot be.
+#: Keeps programs frozen during a block (freeze.py); and the same for guests without an agent.
 Freezing = contextlib.AbstractAsyncContextManager[Callable[[], None]]
 NOT_FROZEN: Freezing = contextlib.nullcontext(lambda: None)
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What was written."""
+    """The written files.
+
+    Attributes:
+        ram: The guest's RAM.
+        state: The state of its devices.
+    """
 
     ram: Path
     state: Path
     pause: float
-    """Seconds that it stood still."""
+    """Seconds for which the guest was paused."""
 
 
 async def take(
@@ -65,11 +70,20 @@ async def take(
     *,
     last: bool = False,
 ) -> Snapshot:
-    """Write RAM and state to ``work``; the guest goes on, unless it is the ``last`` it does.
+    """Pause a guest and write its RAM and device state.
 
-    Meanwhile, and in what is written, its programs are frozen by ``still``. Raises InvalidInput (it
-    has devices that came while it ran), InUse (a program runs in it that the host started),
-    GuestFailed, NotPermitted, InsufficientResources.
+    Args:
+        folder: The guest's run directory.
+        source: The guest's RAM.
+        work: The directory for the files.
+        still: Freezes the guest's programs; they are frozen in the files as well.
+        last: Leave the guest paused, because it ends now.
+
+    Raises:
+        InvalidInput: The guest has devices that were plugged in after its start.
+        InUse: A program of `onecopy exec` runs in the guest.
+        GuestFailed, NotPermitted: The state or RAM cannot be read.
+        InsufficientResources: The disk has too little free space.
     """
     ram, state = work / "ram", work / "state"
     with file_errors(work):
@@ -83,7 +97,7 @@ async def take(
                 address = await monitor.ram_address()
                 await asyncio.to_thread(_copy_own, folder.name, source, address, ram)
             pause = time.monotonic() - began
-    # Pages of zeroes need no disk and no page cache.
+    # Holes for zero pages save disk space and page cache.
     await asyncio.to_thread(run, ["fallocate", "--dig-holes", ram])
     return Snapshot(ram, state, pause)
 
@@ -98,7 +112,7 @@ def _copy_base(source: Source, ram: Path) -> None:
 
 
 async def _require_as_started(monitor: Monitor, name: str) -> None:
-    """Raise unless the machine has the devices that a start from the saved state gives it."""
+    """Raise if the guest has devices that a start from the saved state would not create."""
     later = await hotplugged_devices(monitor)
     if any(not device.startswith(EXEC_PORT) for device in later):
         raise InvalidInput(
@@ -115,8 +129,8 @@ async def _require_as_started(monitor: Monitor, name: str) -> None:
 
 
 async def _devices(monitor: Monitor, pid: int) -> bytes:
-    """The state of the machine's devices, copied out of what QEMU has written."""
-    # QEMU may keep what it was lent, and write to it when the state has been stored.
+    """Return the state of the devices, as a copy of QEMU's output."""
+    # QEMU may keep this file and write to it later, so the content is copied.
     lent = memfd.scratch("onecopy-state")
     try:
         with writing_at_most(pid, STATE_ROOM):

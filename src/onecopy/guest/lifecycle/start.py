@@ -1,8 +1,9 @@
-"""The door to guests: plan them, start them, or show how they would be started.
+"""The entry point for starts: plans guests, starts them, or shows their command lines.
 
-The command, the Python API, the demo, plans, pools and benchmarks all start guests here: resolve,
-check, name, number the ports, admit, start all or none, fill pools again. A dry run refuses what a
-start refuses, since both get the same checked plan. Not here: how one guest starts (launcher.py).
+The command, the Python API, the demo, plans, pools and benchmarks all start guests here. A start
+resolves names, checks options, names guests, numbers ports, checks memory, starts all guests or
+none, and refills pools. A dry run refuses what a start refuses, because both use the same checked
+plan. Not here: how one guest starts (launcher.py).
 """
 
 from __future__ import annotations
@@ -38,31 +39,36 @@ Tell = Callable[[str], None]
 
 
 class Request(msgspec.Struct, frozen=True):
-    """Guests that a user asks for."""
+    """A request for guests."""
 
     spec: BootSpec | CloneSpec
     count: int = 1
     name: str | None = None
-    """NAME, or NAME-1..N for several; None: one is made."""
+    """The name; several guests get NAME-1 to NAME-N. None: names are made."""
     keep_going: bool = False
-    """If a guest cannot start, keep the others."""
+    """Whether to keep the other guests if one cannot start."""
     overcommit: bool = False
-    """Start them even if the host may not have the memory for all."""
+    """Whether to start the guests even if the host lacks memory for all."""
     needs_agent: bool = False
-    """Something is to be run in them."""
+    """Whether the caller runs a program in the guests."""
     standby: bool = False
-    """They are to wait, and become clones later (pool.py)."""
+    """Whether the VMMs wait in a pool and become clones later (pool.py)."""
 
 
 class Group(msgspec.Struct, frozen=True):
-    """Guests that are to start together, planned and checked."""
+    """Planned and checked guests that start together.
+
+    Attributes:
+        plans: One plan for each guest.
+        keep_going: As in `Request`.
+    """
 
     plans: tuple[LaunchPlan, ...]
     each: int = 0
-    """Bytes that the host must have for each; 0: it is not looked at."""
+    """Bytes that the host must have for each guest; 0 skips the check."""
     keep_going: bool = False
     refused: tuple[tuple[str, OnecopyError], ...] = ()
-    """(name, why) of those that cannot start, while others are to."""
+    """Pairs (name, error) of the guests that cannot start, with ``keep_going``."""
 
 
 def _quiet(_: str) -> None:
@@ -70,10 +76,12 @@ def _quiet(_: str) -> None:
 
 
 def plan(host: Runtime, request: Request, tell: Tell = _quiet) -> Group:
-    """Plan guests, and check that they can start, each of them.
+    """Plan guests and check that each can start.
 
-    Raises what making a plan raises (bootplan.py, launchplan.py), what keeps guests from starting
-    (`check_guest`), InvalidInput (names, ports, disks), InsufficientResources (admission.py).
+    Raises:
+        InvalidInput: A name, port or disk is wrong.
+        InsufficientResources: The host has too little memory (admission.py).
+        OnecopyError: Any error of `plan_boot`, `plan_clone` and `check_guest`.
     """
     spec, count = request.spec, request.count
     if spec.disks:
@@ -117,7 +125,7 @@ def _names(request: Request) -> list[str]:
 
 
 def names_for(source: str, name: str | None, count: int) -> list[str]:
-    """Names for ``count`` new guests: ``name`` or NAME-1..N, else ones made from ``source``."""
+    """Return ``count`` names: NAME, or NAME-1 to NAME-N, or names made from ``source``."""
     if count < 1:
         raise InvalidInput(f"{count} guests cannot be started", hint="start at least one")
     if name is not None:
@@ -132,7 +140,7 @@ def names_for(source: str, name: str | None, count: int) -> list[str]:
 
 
 def plan_launch(host: Runtime, spec: BootSpec | CloneSpec, tell: Tell = _quiet) -> LaunchPlan:
-    """Plan guests of a kind, that have no names yet; raises as `plan`."""
+    """Plan guests without names; raise the errors of `plan_boot` and `plan_clone`."""
     if isinstance(spec, CloneSpec):
         return plan_clone(host, spec)
     made = plan_boot(host, spec, tell)
@@ -141,7 +149,7 @@ def plan_launch(host: Runtime, spec: BootSpec | CloneSpec, tell: Tell = _quiet) 
 
 
 def dry_run(host: Runtime, group: Group) -> list[list[str]]:
-    """The command line of each guest's QEMU; nothing is started."""
+    """Return the command line of each guest's QEMU, and start nothing."""
     return [launcher.dry_run(host, one) for one in group.plans]
 
 
@@ -153,10 +161,15 @@ async def start(
     refill: bool = True,
     ran: Callable[[GuestRecord], None] | None = None,
 ) -> Started:
-    """Start guests, all or none (batch.py), and fill pools from which some were taken.
+    """Start guests, all or none (batch.py).
 
-    Those of an ``owner`` (Runtime.owner) end with it. ``ran`` is called of each guest that runs,
-    before all are handed out.
+    Args:
+        owner: The directory of an owner, with which the guests end (Runtime.owner).
+        refill: Fill the pools from which VMMs were taken.
+        ran: Called with each guest that runs, before all are handed out.
+
+    Raises:
+        OnecopyError: Any error of `start_many` and `launcher.launch`.
     """
     if not group.plans:
         return Started((), group.refused)
@@ -172,7 +185,7 @@ async def start(
 async def start_one(
     host: Runtime, made: LaunchPlan, name: str, batch: Batch | None = None
 ) -> GuestRecord:
-    """Start one guest of a kind that was planned (`plan_launch`), whatever memory there is."""
+    """Start one guest of a plan of `plan_launch`, without a check of the host's memory."""
     one = made.named(name, made.spec.publish)
     if not one.standby:
         check_guest(host, one)

@@ -1,6 +1,6 @@
-"""Stopping guests: ask, wait, kill, clean up.
+"""Stops guests: ask, wait, kill, clean up.
 
-Not here: what a guest does when it is asked (images/files/stop), the time that it has
+Not here: the guest's side of a request (images/files/stop), the measure of its time
 (guest/fair_time.py).
 """
 
@@ -27,29 +27,29 @@ from onecopy.vmm import logs
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.guest_reply import Nothing
 
-#: Seconds that a guest gets to shut down by itself.
+#: Seconds for a guest to shut down by itself.
 PATIENCE = 10.0
-#: Seconds within which a live agent takes the request.
+#: Seconds for a live agent to accept the request.
 _ASKING = 3.0
-#: Seconds that a guest gets besides: to end when the time of its programs is over, which it counts,
-#: and if it has told that, to kill them and to write back what is theirs.
+#: Further seconds: for the guest to end after the time limit of its programs, which it counts; and,
+#: if it reports programs that are left, to kill them and write back their files.
 _GRACE, _FINISHING = 1.0, 10.0
 _SYNC = [f"{TOOLS_MOUNTPOINT}/bin/busybox", "sync"]
-#: What guests say on their consoles of programs that were killed: files/programs, and systemd.
+#: Lines on the console about killed programs: of files/programs, and of systemd.
 _LEFT = re.compile(r"onecopy: did not end in time: ([0-9]{1,6}): ([ -~]{1,200})")
 _KILLED = re.compile(r"systemd-shutdown\[1\]: Sending SIGKILL to PID [0-9]{1,7} \(([ -~]{1,64}?)\)")
 
 
 class Ending(Enum):
-    """How a guest was stopped, as it is told."""
+    """How a guest was stopped, as a clause for messages."""
 
     SHUT_DOWN = "shut down"
-    """By itself, and so did all of its programs."""
+    """The guest and all of its programs ended by themselves."""
     UNASKED = "was ended"
     DEAF = "was ended: it did not answer"
     LATE = "was ended: it did not shut down in time"
     KILLED = "was ended: not all programs ended in time"
-    """It killed them, and shut down then."""
+    """The guest killed the programs and then shut down."""
 
 
 class Stopped(msgspec.Struct, frozen=True):
@@ -57,11 +57,11 @@ class Stopped(msgspec.Struct, frozen=True):
 
     how: Ending
     programs: str = ""
-    """Names of some of the programs that had not ended, and how many there were."""
+    """The number of programs that did not end in time, and names of some of them."""
 
     @property
     def text(self) -> str:
-        """A clause about the guest."""
+        """The clause about the guest for messages."""
         return f"{self.how.value} ({self.programs})" if self.programs else self.how.value
 
 
@@ -70,9 +70,12 @@ async def stop_guests(
 ) -> list[Stopped]:
     """Stop guests; return how each of them ended.
 
-    ``patience`` (seconds) is how long one may take to shut down, from when it was asked: those that
-    keep the host's processors busy are asked in turn. 0 ends them unasked, and so ends a bare
-    machine, which hears nothing. Cancelled, it ends nobody; what was asked goes on shutting down.
+    Guests that keep the host's processors busy are asked in turn. After a cancellation no guest is
+    ended, but guests that were asked still shut down.
+
+    Args:
+        patience: Seconds for each guest to shut down after the request; 0 ends guests at once. A
+            bare machine is always ended at once, because it has no agent to ask.
     """
     turn = turns()
 
@@ -83,48 +86,48 @@ async def stop_guests(
 
     with host.ending(*records):
         endings = await asyncio.gather(*map(one, records), return_exceptions=True)
-        # Whatever became of asking one of them: all of them end.
+        # All guests end, even if asking one of them failed.
         host.end(*records)
-    return [_known(each) for each in endings]
+    return [_result_or_raise(each) for each in endings]
 
 
-def _known(ending: Stopped | BaseException) -> Stopped:
+def _result_or_raise(ending: Stopped | BaseException) -> Stopped:
     if isinstance(ending, BaseException):
         raise ending
     return ending
 
 
 class _Stopping:
-    """One guest that is being stopped."""
+    """The stop of one guest."""
 
     def __init__(self, host: Runtime, record: GuestRecord, seconds: float) -> None:
         self._folder = RunDirectory(host.run / record.name)
         self._record = record
         self._seconds = seconds
         self._log: logs.Log | None = None
-        self._said = ""
+        self._output = ""
 
     async def run(self, turn: asyncio.Semaphore) -> Stopped:
         with contextlib.ExitStack() as ends:
             with contextlib.suppress(OSError):
                 self._log = logs.Log(self._folder.path, logs.CONSOLE)
                 ends.callback(self._log.close)
-            self._hear()
-            self._said = ""
+            self._read_console()
+            self._output = ""
             async with turn:
                 if not await self._ask():
                     return Stopped(Ending.DEAF)
                 patience = FairTime(self._record.pid, self._seconds + _GRACE)
-                ended = await self._ended(patience, while_busy=True)
-            ended = ended or await self._ended(patience)
-            if not ended and self._left():
-                ended = await self._ended(FairTime(self._record.pid, _FINISHING))
-            if left := self._left():
+                ended = await self._wait(patience, while_busy=True)
+            ended = ended or await self._wait(patience)
+            if not ended and self._find_killed():
+                ended = await self._wait(FairTime(self._record.pid, _FINISHING))
+            if left := self._find_killed():
                 return Stopped(Ending.KILLED, left)
             return Stopped(Ending.SHUT_DOWN if ended else Ending.LATE)
 
     async def _ask(self) -> bool:
-        """Have the guest shut down (images/files/stop); whether it heard, whatever it says else."""
+        """Ask the guest to shut down (images/files/stop); return whether its agent answered."""
         hundredths = str(round(self._seconds * 100))
         argv = ["setsid", "sh", f"{TOOLS_MOUNTPOINT}/stop", hundredths]
         path = f"{TOOLS_MOUNTPOINT}/bin/busybox"
@@ -140,8 +143,8 @@ class _Stopping:
             with contextlib.suppress(OnecopyError, asyncio.CancelledError):
                 await asking
 
-    async def _ended(self, patience: FairTime, *, while_busy: bool = False) -> bool:
-        """Wait until it has ended, as long as there is patience; whether it has."""
+    async def _wait(self, patience: FairTime, *, while_busy: bool = False) -> bool:
+        """Wait for the end of the guest while there is patience; return whether it has ended."""
         while pause := patience.pause():
             if await wait_for_end(self._record, pause):
                 return True
@@ -149,23 +152,23 @@ class _Stopping:
                 break
         return await wait_for_end(self._record, 0)
 
-    def _left(self) -> str:
-        """The programs that had to be killed, as the guest tells; "" if there were none."""
-        self._hear()
-        if told := _LEFT.search(self._said):
+    def _find_killed(self) -> str:
+        """Return the programs that the guest reports as killed; "" if there are none."""
+        self._read_console()
+        if told := _LEFT.search(self._output):
             return f"{told[1]}: {told[2].rstrip()}"
-        killed = _KILLED.findall(self._said)
+        killed = _KILLED.findall(self._output)
         return f"{len(killed)}: {', '.join(killed[:8])}" if killed else ""
 
-    def _hear(self) -> None:
-        """Read what its console has said since the last time, or the newest of that."""
+    def _read_console(self) -> None:
+        """Read new output of the console, and keep the newest 64 KiB."""
         if self._log:
             for data in self._log.read():
-                self._said = (self._said + data.decode(errors="replace"))[-(1 << 16) :]
+                self._output = (self._output + data.decode(errors="replace"))[-(1 << 16) :]
 
 
 async def sync_disks(host: Runtime, record: GuestRecord) -> None:
-    """Let a guest write what it has for its disks, before it is ended unasked."""
+    """Sync a guest's disks before the guest is ended without a request."""
     if record.disks:
         # A guest that has ended has no run directory.
         with contextlib.suppress(OnecopyError, FileNotFoundError):
