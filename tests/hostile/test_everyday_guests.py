@@ -41,8 +41,8 @@ def guest(
     host: Runtime, busybox_root: Artifact, segments: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[GuestRecord]:
     """A guest that has as much to describe as it may."""
-    line = f"onecopy boot --command '' --name ends --memory 128M {busybox_root.ref}"
-    done = _onecopy(f"{line} --segment fits")
+    line = "onecopy boot --command '' --name ends --memory 128M --segment fits"
+    done = _onecopy(f"{line} {busybox_root.ref}")
     assert done.returncode == 0, done.stderr
     (found,) = [each for each in host.guests() if each.name == "ends"]
     yield found

@@ -161,7 +161,7 @@ def test_an_end_that_is_none(host: Runtime, liar: GuestRecord) -> None:
 def test_a_copy_has_its_limits(host: Runtime, liar: GuestRecord, tmp_path: Path) -> None:
     tell(host, liar, always(HONEST))
     folder = host.run / liar.name
-    with pytest.raises(TooLarge, match=r"larger than 1\.0 MiB") as caught:
+    with pytest.raises(TooLarge, match=r"exceeds 1\.0 MiB") as caught:
         asyncio.run(copy.copy_out(folder, "/usr/bin", tmp_path / "copy", Limits(size=MIB)))
     assert "--max-size" in told(caught.value)
     with pytest.raises(TooLarge, match="more than 3 files") as caught:

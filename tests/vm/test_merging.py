@@ -85,7 +85,7 @@ def test_equal_writes_of_clones_become_one(scanning: None, clones: Clones, run_i
 def test_a_running_guest_is_closed_to_it_and_opened(clones: Clones) -> None:
     guest, other = clones(2)
     assert offered(guest) and offered(other)
-    onecopy("ksm", "close", guest.name)
+    onecopy("ksm", "deny", guest.name)
     assert not offered(guest) and offered(other)
     onecopy("ksm", "allow", guest.name, other.name)
     assert offered(guest) and offered(other)
