@@ -124,30 +124,30 @@ def machine_facts(setup: Setup, runs: str = "Debian with Python") -> dict[str, s
 def _kinds(kinds: Sequence[Kind], merging: Merged | None) -> str:
     head = ["per guest", *(_NAMES[kind.name] for kind in kinds)]
     rows = [
-        ["start until it answers, first guest, files not in memory", *(_s(k.first) for k in kinds)],
-        ["the same, the other guests: median (min-max)", *(_spread(k.seconds) for k in kinds)],
+        ["start to first answer, first guest, files not in memory", *(_s(k.first) for k in kinds)],
+        ["the same for the other guests: median (min-max)", *(_spread(k.seconds) for k in kinds)],
         ["host memory: Pss of the VMM", *(_mib(k.memory.pss) for k in kinds)],
-        ["- of it guest RAM of its own", *(_mib(k.memory.ram_private) for k in kinds)],
-        ["- of it QEMU's own, private", *(_mib(k.memory.vmm_private) for k in kinds)],
+        ["- the guest's own RAM", *(_mib(k.memory.ram_private) for k in kinds)],
+        ["- QEMU's own private memory", *(_mib(k.memory.vmm_private) for k in kinds)],
         ["page tables of the VMM (not in Pss)", *(_mib(k.memory.page_tables) for k in kinds)],
         ["free memory taken, page cache included", *(_mib(k.memory.free_taken) for k in kinds)],
         ["MemAvailable taken", *(_mib(k.memory.available_taken) for k in kinds)],
-        ["CPU of the VMM until it answers", *(_s(k.cpu) for k in kinds)],
-        ["CPU of ksmd, shared out", *(_s(k.helper_cpu) if k.helper_cpu else "0" for k in kinds)],
+        ["CPU of the VMM until the first answer", *(_s(k.cpu) for k in kinds)],
+        ["CPU of ksmd, per guest", *(_s(k.helper_cpu) if k.helper_cpu else "0" for k in kinds)],
         ["CPU of an idle guest, of one core", *(f"{k.idle * 100:.2f} %" for k in kinds)],
     ]  # fmt: skip
     text = table(head, rows)
     if merging:
         text += (
             f"\n\nKSM took {merging.seconds:.0f} s, {merging.cpu:.1f} s of ksmd's CPU time and "
-            f"{merging.full_scans} full scans; the guests of that column are those of the first."
+            f"{merging.full_scans} full scans. The guests of that column are those of the first."
         )
     return text
 
 
 def _rooms(rooms: Sequence[Room]) -> str:
     most = {room.work: room for room in rooms if room.size == max(r.size for r in rooms)}
-    head = ["work", "room", "processor time", "of that with most room", "dropped", "QEMU's own"]
+    head = ["work", "room", "CPU time", "relative to the most room", "dropped", "QEMU's own"]
     rows = [
         [
             room.work,
@@ -166,7 +166,7 @@ def _starts(starts: Starts) -> str:
     rows = [
         ["`qemu -machine none -S`: until it answers a QMP command", starts.empty],
         ["bare `qemu -S`: the same", starts.bare],
-        ["saved system without network: until the guest is the user's", starts.alone["handed out"]],
+        ["saved system without network: until the guest is ready", starts.alone["handed out"]],
     ]
     rows += [
         [f"saved system: until {MOMENTS[key]}", starts.moments[key]]
@@ -174,7 +174,7 @@ def _starts(starts: Starts) -> str:
     ]
     rows += [
         ["the command `onecopy run SYSTEM`: until it exits", starts.command],
-        ["prepared (`onecopy pool`): until the guest is the user's", starts.prepared["handed out"]],
+        ["prepared (`onecopy pool`): until the guest is ready", starts.prepared["handed out"]],
         [f"prepared: until {MOMENTS['answered']}", starts.prepared["answered"]],
         ["prepared: the command, until it exits", starts.prepared_command],
     ]
@@ -183,13 +183,13 @@ def _starts(starts: Starts) -> str:
         for name, spread in rows
         if isinstance(spread, Spread)
     ]
-    head = ["from spawning QEMU, or asking", "median ms", "min-max ms", "times bare QEMU"]
-    return table(head, cells) + f"\n\n{len(starts.bare.values)} of each, in turn."
+    head = ["from spawning QEMU, or the request", "median ms", "min-max ms", "times bare QEMU"]
+    return table(head, cells) + f"\n\n{len(starts.bare.values)} starts of each, in turn."
 
 
 def _phases(starts: Starts) -> str:
     rows = [[f"until {text}", *_quartiles(starts.phases[key])] for key, text in MOMENTS.items()]
-    return table(["from the line before", "median ms", "min-max ms"], rows)
+    return table(["from the row above", "median ms", "min-max ms"], rows)
 
 
 def _batches(batches: Batches) -> str:
@@ -223,7 +223,7 @@ def _idle(kinds: Sequence[Idle]) -> str:
         ["- in no file, merged pages divided (Pss_Anon)", *(_mib(k.anonymous) for k in kinds)],
         ["- page tables", *(_mib(k.page_tables) for k in kinds)],
         ["- kernel stacks, KSM's records", *(_mib(k.kernel) for k in kinds)],
-        ["free memory taken, whatever for", *(_mib(k.free_taken) for k in kinds)],
+        ["free memory taken, for any use", *(_mib(k.free_taken) for k in kinds)],
         ["CPU, of one core", *(f"{k.cpu * 100:.2f} %" for k in kinds)],
     ]
     for name in [place.name for place in kinds[0].places if place.anonymous]:
@@ -246,13 +246,13 @@ def _first_guests(first: FirstGuests) -> str:
         ]
         for way, each in first.ways.items()
     ]
-    head = ["files of the guest", "until it is ready", "of the first", "`preload` before that"]
-    head += ["read ahead", "read by the VMM", "its major faults"]
+    head = ["files of the guest", "until it is ready", "relative to the first row"]
+    head += ["`preload` before that", "read ahead", "read by the VMM", "its major faults"]
     ahead = _size(first.read_ahead)
     return table(head, rows) + (
         f"\n\nMedians of {len(first.ways['cold'].seconds.values)} starts each, in turn; dropped by "
-        f"{first.dropped}. On record are {format_size(first.recorded)} of "
-        f"{format_size(first.blobs)}; the kernel reads {ahead} ahead on this disk."
+        f"{first.dropped}. The record has {format_size(first.recorded)} of "
+        f"{format_size(first.blobs)}. The kernel reads {ahead} ahead on this disk."
     )
 
 
@@ -261,7 +261,7 @@ def _layouts(layouts: Sequence[Layout]) -> str:
     head = ["", *(f"{places[k.place]}: {k.layout}" for k in layouts)]
     rows = [
         ["image", *(_mib(k.image) for k in layouts)],
-        ["of it in the host's memory, afterwards", *(_mib(k.resident.median) for k in layouts)],
+        ["in the host's memory afterwards", *(_mib(k.resident.median) for k in layouts)],
     ]
     for name in PROGRAMS:
         programs = [k.programs[name] for k in layouts]
@@ -281,17 +281,17 @@ def _layouts(layouts: Sequence[Layout]) -> str:
 def _many(many: Many) -> str:
     times = many.beside.median / many.alone.median
     rows = [
-        ["`run -n`, until all are handed out", _s(many.started)],
-        ["asked then, until each has answered over HTTP", _s(many.answered)],
+        ["`run -n`, until all are ready", _s(many.started)],
+        ["then until each has answered over HTTP", _s(many.answered)],
         ["one clone, while no other runs", _spread(many.alone)],
         [f"one clone, while all run ({times:.2f} times that)", _spread(many.beside)],
         ["`ps`", _spread(many.ps)],
         ["`report`", _spread(many.report)],
         ["`top` on a terminal, of one core", f"{many.top * 100:.1f} %"],
         ["`stop --all`", _s(many.stopped)],
-        ["clones that shut down by themselves in that time", str(many.shut_down)],
+        ["clones that shut down by themselves meanwhile", str(many.shut_down)],
         ["MemAvailable taken by each", _mib(many.available_taken)],
-        ["memory of all at rest, what they share included", _mib(many.memory)],
+        ["memory of all when idle, shared memory included", _mib(many.memory)],
         ["- as `plan` said", _planned(many.planned.memory, many.memory)],
         ["the same when all have answered", _mib(many.worked)],
         ["- as `plan --work` said", _planned(many.planned_worked.memory, many.worked)],
@@ -329,7 +329,7 @@ def _truth(truth: Truth) -> str:
         ["copying as much by process_vm_readv(2)", f"{gib / truth.peek_seconds:.1f} GiB"],
         ["copying as much, memory to memory", f"{gib / truth.copy_seconds:.1f} GiB"],
         ["100 guests of 256 MiB: largest size of the process", _mib(truth.many_memory)],
-        ["- processor time to compare them", _s(truth.many_seconds)],
+        ["- CPU time to compare them", _s(truth.many_seconds)],
     ]
     head = ["report --check", *(name for _, name, _ in LINES), ""]
     return "\n\n".join(

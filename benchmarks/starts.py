@@ -37,13 +37,13 @@ from onecopy.vmm.qemu_process import launch
 
 #: The moments of a start, in order; each is in seconds since spawning QEMU.
 MOMENTS = {
-    "greeting": "QEMU has greeted (QMP)",
+    "greeting": "QEMU has sent its greeting (QMP)",
     "loading": "QEMU was told to load the state",
     "loaded": "the state is loaded",
     "running": "`cont` has returned: the guest runs",
     "confirmed": "the guest has confirmed its identity",
-    "handed out": "the guest is the user's",
-    "answered": "its application has answered over HTTP",
+    "handed out": "the guest is ready",
+    "answered": "the application has answered over HTTP",
 }
 #: QMP command -> the moment at which it is sent.
 _BEFORE = {"migrate-incoming": "loading", "cont": "loaded"}

@@ -17,24 +17,24 @@ GUESTS = {"bookworm": "Debian 12", "trixie": "Debian 13"}
 ACCELS = ("kvm", "tcg")
 USERS = {"root": "root", "user": "a user of the group kvm"}
 _HEAD = """\
-# What runs where
+# Tested combinations
 
-Made by `script/test-kvm support` from what was run: in each host the everyday way, by the command
-line alone, from a root segment to two clones that answer over HTTP with their own names (`build`,
-`save`, `run`, `exec`, `report`, `stop`, `rm`; vmtest/flow.py). Each host had its release's QEMU,
-Python and tools; for KVM it was an emulated one, in which KVM is real ([testing](testing.md)). "Not
-run" says nothing about whether it works.
+`script/test-kvm support` makes this page from its results. In each host it runs the usual commands,
+on the command line alone (`build`, `save`, `run`, `exec`, `report`, `stop`, `rm`; vmtest/flow.py).
+They lead from a root segment to two clones that answer over HTTP with their own names. Each host
+had its release's QEMU, Python and tools. For KVM the host was an emulated one, in which KVM is real
+([testing](testing.md)). "Not run" says nothing about whether it works.
 
-| host | QEMU | guest | under | as | result |
+| Host | QEMU | Guest | Accelerator | User | Result |
 |---|---|---|---|---|---|
 """
 _MOVED = """
 ## Saved under one QEMU, started under another
 
-By `script/test-kvm moved`: the same system, saved and started on one kernel by the QEMUs of Debian
-12 and Debian 13.
+`script/test-kvm moved` saves a system under one release's QEMU and starts it under the other's. The
+QEMUs are those of Debian 12 and Debian 13; the kernel is the same.
 
-| saved by QEMU | started by QEMU | under | result |
+| Saved by QEMU | Started by QEMU | Accelerator | Result |
 |---|---|---|---|"""
 
 

@@ -40,17 +40,17 @@ def title(same: Sequence[Outcome]) -> str:
 
 def _table(found: Sequence[Outcome]) -> str:
     rows: list[tuple[str, Callable[[Outcome], str]]] = [
-        ("host memory, all guests at rest, MiB", lambda o: f"{o.resting / MIB:.0f}"),
+        ("host memory, all guests idle, MiB", lambda o: f"{o.resting / MIB:.0f}"),
         ("the same per guest", lambda o: f"{o.resting / MIB / o.guests:.1f}"),
-        ("their VMMs' Pss together, MiB", lambda o: f"{o.pss / MIB:.0f}"),
-        ("when some have worked, MiB", lambda o: f"{o.worked / MIB:.0f}"),
-        ("at most, MiB", lambda o: f"{o.peak / MIB:.0f}"),
+        ("sum of their VMMs' Pss, MiB", lambda o: f"{o.pss / MIB:.0f}"),
+        ("after some have worked, MiB", lambda o: f"{o.worked / MIB:.0f}"),
+        ("maximum, MiB", lambda o: f"{o.peak / MIB:.0f}"),
         ("start until the application answers: first guest, s", lambda o: f"{o.first:.2f}"),
         ("the other guests, median, s", lambda o: f"{o.seconds.median:.2f}"),
         ("CPU until then, median, s", lambda o: f"{o.boot_cpu:.2f}"),
         ("CPU of all guests to the end, s", lambda o: f"{o.vmm_cpu:.0f}"),
         ("CPU of ksmd, s", lambda o: f"{o.ksm_cpu:.1f}"),
-        ("a guest at rest, % of a core", lambda o: f"{o.idle * 100:.2f}"),
+        ("an idle guest, % of a core", lambda o: f"{o.idle * 100:.2f}"),
         *(
             (f"first start of a program beside {name}, s", _program(name))
             for name in found[0].program
