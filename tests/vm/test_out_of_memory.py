@@ -76,7 +76,7 @@ def test_in_the_middle_of_many(
 ) -> None:
     (other,) = clones(1)
     before, known = vmms(host), host.ended()
-    script = f"echo $$ >{group}/cgroup.procs; exec {ONECOPY} run {saved.name} -n 40 --overcommit"
+    script = f"echo $$ >{group}/cgroup.procs; exec {ONECOPY} run -n 40 --overcommit {saved.name}"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=300)
     assert _killed(group)
     # It may have been a VMM or the command itself that the kernel chose.
