@@ -67,7 +67,7 @@ def guest(
         ("onecopy cp $'b\\xff' ends:/e", 12, b"", "not a valid Unicode character"),
         ("mkdir gone; cd gone; rmdir ../gone; onecopy exec ends -- echo x", 0, b"x\n", ""),
         ("ulimit -n 20; onecopy exec ends -- echo x", 0, b"x\n", ""),
-        ("onecopy attach ends huge", 19, b"", "346.0 MiB of the guest's RAM"),
+        ("onecopy attach ends huge", 19, b"", "346.0 MiB of RAM for their page structures"),
     ],
 )
 def test_a_guest_is_used(

@@ -107,7 +107,7 @@ def test_an_unknown_package(tmp_path: Path) -> None:
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with pytest.raises(BadSource, match="cannot be reached") as caught:
+    with pytest.raises(BadSource, match="cannot reach the Debian mirror") as caught:
         open_source("debian:bookworm").unpack(tmp_path, lambda _: None)
     assert "network" in caught.value.hint
 
