@@ -33,7 +33,7 @@ def build(into: Path, suite: str, *include: str) -> Path:
     try:
         return open_source(f"debian:{suite}", include).unpack(into, lambda _: None)
     except BadSource as error:
-        if "cannot be reached" in error.message:
+        if "cannot reach" in error.message:
             cannot_run(error.message)
         raise
 
