@@ -38,13 +38,16 @@ def site(host: Runtime, tmp_path: Path) -> Artifact:
 @pytest.fixture
 def served(host: Runtime) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(SERVE, stderr=subprocess.PIPE, text=True) as process_:
-        assert process_.stderr and "answering" in process_.stderr.readline()
-        heard = threading.Thread(target=process_.stderr.read)
-        heard.start()
-        yield process_
-        process_.terminate()
-        assert process_.wait(30) == 130
-        heard.join()
+        try:
+            assert process_.stderr and "serving the guests" in process_.stderr.readline()
+            heard = threading.Thread(target=process_.stderr.read)
+            heard.start()
+            yield process_
+            process_.terminate()
+            assert process_.wait(30) == 130
+            heard.join()
+        finally:
+            process_.kill()
 
 
 def ask(run_in: RunIn, guest: GuestRecord, *words: str) -> Completed:
