@@ -91,7 +91,7 @@ def test_one_out_of_memory(host: Runtime, busybox_root: Artifact, tmp_path: Path
 @pytest.mark.parametrize(
     ("junit", "proof", "problem"),
     [
-        ("", None, "junit.xml is missing or cut off"),
+        ("", None, "junit.xml is missing or truncated"),
         ('<testsuite tests="5" skipped="1"/>', None, "1 skipped"),
         ('<testsuite tests="5" failures="2"/>', None, "2 failures"),
         ('<testsuite tests="0"/>', None, "no test ran"),
