@@ -459,7 +459,7 @@ def test_a_save_is_refused_before_it_boots(world: World) -> None:
         plan(root)
     with pytest.raises(InvalidInput, match="cannot be part of a saved system"):
         plan(Reference("new"), segments=((world.segment("common", PageClass.SW), ""),))
-    with pytest.raises(InvalidInput, match="by itself"):
+    with pytest.raises(InvalidInput, match="is a bare kernel"):
         plan(Reference("new"), root=MEMTEST, command=None)
     world.without(closed_network, "_is_in_force", lambda *_: False)
     world.without(nftables, "load", _refusing)

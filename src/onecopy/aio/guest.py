@@ -92,7 +92,7 @@ class Guest:
         """
         if isinstance(argv, str) or not argv:
             raise InvalidInput(
-                f"{argv!r} is not a program and its arguments",
+                f"{argv!r} is not a list of a program and its arguments",
                 hint=f'give a list; for a shell\'s line ["sh", "-c", {argv!r}]',
             )
         out, err = Kept(KEPT), Kept(KEPT)

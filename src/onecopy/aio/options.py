@@ -92,7 +92,9 @@ def choice(accel: str) -> Choice:
 def mergeable(text: str) -> Mergeable:
     """Return the memory that KSM may merge; raise InvalidInput."""
     if text not in list(Mergeable):
-        raise InvalidInput(f"{text!r} is nothing that KSM can do", hint="none, ram or all")
+        raise InvalidInput(
+            f"{text!r} is not a choice of what KSM may merge", hint="give none, ram or all"
+        )
     return Mergeable(text)
 
 

@@ -89,7 +89,7 @@ async def given_address(folder: Path) -> str:
     done = await run_captured(folder, ["cat", "/run/onecopy/address"], timeout=30)
     if done.exit_code:
         raise GuestFailed(
-            "the guest was given no address in the network of its bridge",
+            "the guest got no address in the network of its bridge",
             hint="that takes a DHCP server there; leave --bridge out for a user-mode network",
         )
     return guest_reply.address(done.stdout, "the guest's address")

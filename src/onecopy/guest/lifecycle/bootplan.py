@@ -1,6 +1,6 @@
 """Plans a boot: finds the parts of a guest in the store, or fetches them.
 
-A guest may also be a bare machine: a kernel by itself (images/sources/bare_kernel.py), without
+A guest may also be a bare machine: a bare kernel (images/sources/bare_kernel.py), without
 segments and without onecopy's programs. Options that need the agent are refused for it. Not here:
 how a guest boots (boot.py).
 """
@@ -123,7 +123,7 @@ def _plan_bare(
     for option, value in options.items():
         if value:
             raise InvalidInput(
-                f"{option} does not go with {bare.ref}, a kernel by itself",
+                f"{option} does not go with {bare.ref}, a bare kernel",
                 hint="build a root segment for guests that are more than a bare machine",
             )
     _require_memory(spec.memory)

@@ -92,7 +92,7 @@ async def hooked(
 async def _look(folder: Path) -> Found:
     done = await _clone(folder, "look")
     if done.exit_code:
-        raise GuestFailed(f"the guest does not tell what its programs are: {said(done)}")
+        raise GuestFailed(f"the guest does not list its programs: {said(done)}")
     return read(done.stdout)
 
 
@@ -144,7 +144,7 @@ async def _choose(
     done = await _clone(folder, "choose", *words)
     if done.exit_code:
         raise InvalidInput(
-            f"a clone hook cannot be: {said(done)}",
+            f"the guest refuses a clone hook: {said(done)}",
             hint="leave it out, or let --clone-hook command:CMD do what the clones need",
         )
     for line in done.text.splitlines()[:_MOST]:

@@ -75,7 +75,7 @@ def require_possible(
         return
     if not config.agent:
         raise InvalidInput(
-            f"{so_far} as a bare machine, where nobody can tell whether it uses what it is given",
+            f"{so_far} as a bare machine, which cannot confirm that it uses added resources",
             hint="leave out --memory, --cpus, --segment and --disk",
         )
     if wanted.memory is not None:
@@ -240,6 +240,6 @@ async def _confirm(folder: RunDirectory, words: Sequence[str], *, timeout: float
     if done.exit_code:
         reason = done.stderr.decode(errors="replace").partition(":")[0]
         raise GuestFailed(
-            f"{folder.name} cannot use what it was given: {guest_script.said(done)}",
+            f"{folder.name} cannot use the added resources: {guest_script.said(done)}",
             hint=_HINTS.get(reason, ""),
         )

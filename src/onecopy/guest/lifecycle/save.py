@@ -89,7 +89,7 @@ def plan_save(
     plan = start.plan_launch(host, spec, progress)
     if plan.boot is None or not plan.config.agent:
         raise InvalidInput(
-            f"{plan.source.ref} is a kernel by itself, of which nobody can tell when it is ready",
+            f"{plan.source.ref} is a bare kernel, which cannot say when it is ready",
             hint=f"`onecopy boot {plan.source.ref}`, and `onecopy save --from` that guest",
         )
     _require_fixed(plan.config.segments)
@@ -131,15 +131,15 @@ async def save_system(
             config = await _set_on_clone(folder, on_clone, config)
             config = await _install_hooks(folder, clone_hooks, config, progress)
             config = await _rehearse(folder, plan.name, launcher.card_of(up.record), config)
-            progress("ready; waiting until it is quiet")
+            progress("the guest is ready; waiting until it is idle")
             await _come_to_rest(folder, up.vmm, with_init=config.command is None)
-            progress("freezing it")
+            progress("freezing the guest")
             source = Source(up.vmm.pid, config.memory, None)
             still = frozen(folder, progress, last=True)
             taken = await snapshot.take(up.folder, source, work, still, last=True)
             # Killed, because a guest that shuts down writes to its memory again.
             await up.vmm.kill()
-            progress("storing its memory")
+            progress("storing the guest's memory")
             layers = _layers(host.store.held(plan.name), config, taken)
             saved = await _store(host, ref, config, layers, taken, plan.domain)
             host.drop(up.folder)
@@ -174,15 +174,15 @@ async def save_guest(
         if on_clone is not None or clone_hooks is not None:
             folder.require_agent()
         if config.agent:
-            progress("letting it get ready")
+            progress("preparing the guest")
         config = await _set_on_clone(folder.path, on_clone, config)
         config = await _install_hooks(folder.path, clone_hooks, config, progress)
         config = await _prepare(folder.path, config, card=bool(record.mac))
         with host.store.workspace() as work:
-            progress("freezing it")
+            progress("freezing the guest")
             still = _freezing(folder.path, progress, config)
             taken = await snapshot.take(folder, _source(record), work, still)
-            progress("storing its memory")
+            progress("storing the guest's memory")
             layers = _layers(host.store.held(name), config, taken)
             return await _store(host, ref, config, layers, taken, record.domain)
 
@@ -198,7 +198,7 @@ async def _set_on_clone(folder: Path, on_clone: str | None, config: SystemConfig
     argv = ["sh", "-c", "cat >/run/onecopy/on-clone"]
     done = await run_captured(folder, argv, stdin=on_clone.encode(), timeout=30)
     if done.exit_code:
-        raise GuestFailed(f"the guest does not take what its clones are to run: {said(done)}")
+        raise GuestFailed(f"the guest refuses the clone hook: {said(done)}")
     return replace(config, on_clone=on_clone or None)
 
 
