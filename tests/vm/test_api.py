@@ -208,7 +208,7 @@ def test_programs(mine: onecopy.Host, saved: Artifact) -> None:
         assert (failed.value.returncode, failed.value.stdout) == (7, b"why\n")
         with pytest.raises(onecopy.ProgramFailed, match="exit code 124"):
             guest.exec(["sleep", "1000"], timeout=0.5)
-        with pytest.raises(errors.InvalidInput, match="not a program"):
+        with pytest.raises(errors.InvalidInput, match="not a list of a program"):
             guest.exec("true")
         pieces: list[bytes] = []
         assert guest.exec(["echo", "piece"], stdout=pieces.append).stdout == b""
