@@ -179,4 +179,4 @@ def test_what_stands_still_and_what_does_not(
     _text(run_in, guest, "umount -l /sys/fs/cgroup; umount -l /run/onecopy/cgroup")
     said: list[str] = []
     asyncio.run(save_guest(host, AGAIN, guest.name, said.append))
-    assert [each for each in said if each.startswith("left out: the freezing of programs")]
+    assert [each for each in said if each.startswith("skipped: the freezing of programs")]

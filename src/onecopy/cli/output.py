@@ -109,13 +109,15 @@ def progress() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.text import Text
 
+    from onecopy.images.skipped import SKIPPED
+
     # A rich Text, because rich interprets markup such as [link=...] in a string.
     with Console(file=as_it_is(sys.stderr)).status(Text("...")) as status:
 
         def tell(text: str) -> None:
             shown = printable(text)
             status.update(Text(shown))
-            if text.startswith("left out: "):
+            if text.startswith(SKIPPED):
                 # These lines stay on the screen.
                 status.console.print(Text(f"onecopy: {shown}"))
 

@@ -14,6 +14,7 @@ import msgspec
 from onecopy.errors import InvalidInput
 from onecopy.images.fs_image import check_fs, make_image
 from onecopy.images.range_record import MEDIA_TYPE, Range, SegmentConfig, check, role
+from onecopy.images.skipped import SKIPPED
 from onecopy.images.source import open_source
 from onecopy.images.sources.bare_kernel import PREFIX, build_bare
 from onecopy.images.tree import find_init
@@ -94,7 +95,7 @@ def build_segment(
         layer = NewLayer(path=image, media_type=kind, annotations={ROLE: role(0)}, size=size)
         built = store.put("segment", ref, config.encode(), [layer], access=access)
     if left_out := [*opened.left_out, *lost]:
-        progress(f"skipped: {'; '.join(left_out)}")
+        progress(f"{SKIPPED}{'; '.join(left_out)}")
     return built
 
 

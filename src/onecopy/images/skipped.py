@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+#: The beginning of a line of progress about something that is left out. On a terminal such a line
+#: stays, and the next one does not replace it (cli/output.py).
+SKIPPED = "skipped: "
 #: Kinds to list by name; the rest are counted together.
 _MAX_KINDS = 8
 

@@ -17,6 +17,7 @@ from onecopy import cli
 from onecopy.cli import output, tables
 from onecopy.cli.commands import Main
 from onecopy.errors import AgentFailed, CommandFailed, GuestFailed, OnecopyError
+from onecopy.images.skipped import SKIPPED
 from onecopy.printable import printable
 
 #: A title, a colour, C1's CSI, a turned text, what cannot be seen, a byte that is no UTF-8, markup.
@@ -177,3 +178,14 @@ def test_json_where_output_is_no_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
     output.print_json(["é😀\udcff"])
     sys.stdout.flush()
     assert json.loads(raw.getvalue().decode("ascii")) == ["é😀\\xff"]
+
+
+def test_what_was_skipped_stays_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other steps are replaced by the next."""
+    streams = Streams(Terminal, monkeypatch)
+    with output.progress() as tell:
+        tell("storing it")
+        tell(f"{SKIPPED}1 socket")
+        tell("done")
+    assert "onecopy: skipped: 1 socket\n" in streams.err.getvalue()
+    assert "onecopy: storing it" not in streams.err.getvalue()

@@ -310,7 +310,7 @@ def test_answers_to_interrupted_commands_are_passed_over() -> None:
 
 def test_what_cannot_be_frozen_is_told() -> None:
     said = freezing(b"frozen nothing connections\n" * 2, b"", b"thawed\n")
-    told = [each for each in said if each.startswith("left out: ")]
+    told = [each for each in said if each.startswith("skipped: ")]
     assert len(told) == 2
     assert "control groups" in told[0]
     assert "INET_DIAG" in told[1]

@@ -19,6 +19,7 @@ from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.guest_script import said
 from onecopy.guest.machine import Generator
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT
+from onecopy.images.skipped import SKIPPED
 from onecopy.images.tools import ready_hooks
 from onecopy.vmm.guest_reply import decimal, shown
 
@@ -149,7 +150,7 @@ async def _choose(
         )
     for line in done.text.splitlines()[:_MOST]:
         if line.startswith("left "):
-            progress(f"left out: the clone hook {shown(line[5:])}")
+            progress(f"{SKIPPED}the clone hook {shown(line[5:])}")
 
 
 async def _clone(folder: Path, *words: str) -> Completed:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest import identity
+from onecopy.images.skipped import SKIPPED
 from onecopy.vmm.monitor import GRACE
 from onecopy.vmm.port_pipe import Pipe
 
@@ -83,7 +84,7 @@ async def _freeze(pipe: Pipe, tell: Callable[[str], None]) -> float:
     asked = time.monotonic()
     for lacking in (await identity.ask(pipe, "freeze", "frozen", _TIMEOUT)).split():
         if lacking in _LACKING:
-            tell(f"left out: {_LACKING[lacking]}")
+            tell(f"{SKIPPED}{_LACKING[lacking]}")
     return asked
 
 
