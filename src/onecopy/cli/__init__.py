@@ -131,5 +131,7 @@ def _fail(args: list[str], found: Exception) -> int:
 
 
 def _code(args: list[str], code: int) -> int:
-    passing = bool(args) and args[0] in _PASSING and code != Interrupted.exit_code
+    # Options of onecopy itself, which take no values, stand before the command.
+    command = next((word for word in args if not word.startswith("-")), "")
+    passing = command in _PASSING and code != Interrupted.exit_code
     return PASSED_FAILURE if passing else code

@@ -165,6 +165,11 @@ def test_ports_of_several_guests() -> None:
         numbered(((65535, 80),), 1)
 
 
+def test_exec_fails_in_one_way_behind_options_of_onecopy(tmp_path: Path) -> None:
+    done = _onecopy("--debug", "exec", "nobody", "true", ONECOPY_HOME=str(tmp_path / "home"))
+    assert done.returncode == cli.PASSED_FAILURE, done
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [
