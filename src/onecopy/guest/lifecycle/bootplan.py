@@ -12,9 +12,9 @@ from collections.abc import Callable
 from msgspec.structs import replace
 
 from onecopy.errors import InsufficientResources, InvalidInput
-from onecopy.guest import machine, network
-from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan, require_merging
-from onecopy.guest.lifecycle.resources import ExtraResources, require_possible
+from onecopy.guest import machine
+from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan, check
+from onecopy.guest.lifecycle.resources import ExtraResources
 from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import Network
 from onecopy.guest.runtime import Runtime
@@ -22,7 +22,7 @@ from onecopy.guest.segment_costs import require_room
 from onecopy.images.kernel import KernelConfig, ensure_kernel
 from onecopy.images.range_record import SegmentConfig
 from onecopy.images.tools import ensure_tools
-from onecopy.model import MIB, Mergeable, Reference, align_up
+from onecopy.model import MIB, Reference, align_up
 from onecopy.store import Artifact, Store
 from onecopy.vmm.accel import choose
 from onecopy.vmm.cpu import qemu_cpu
@@ -59,8 +59,7 @@ def plan_boot(
     placed = machine.place(root, tools, kernel, extra)
     require_room((item.segment.size for item in placed), align_up(spec.memory))
     others = (tools, kernel, *(artifact for artifact, _ in extra))
-    plan = _plan(host, root, others, tuple(placed), Boot(spec, kernel, tools))
-    return replace(plan, config=replace(plan.config, command=command))
+    return _plan(host, root, others, tuple(placed), Boot(spec, kernel, tools), command)
 
 
 def _plan(
@@ -69,6 +68,7 @@ def _plan(
     others: tuple[Artifact, ...],
     placed: tuple[Placed, ...],
     boot: Boot,
+    command: str | None = None,
 ) -> LaunchPlan:
     spec = boot.spec
     image = boot.kernel.layer("kernel").path
@@ -83,7 +83,7 @@ def _plan(
         qemu=host.qemu.version,
         kernel=KernelConfig.of(boot.kernel).release,
         root=root.ref,
-        command=None,
+        command=command,
         # Known only when the guest runs.
         machine_id=False,
         segments=tuple(item.segment for item in placed),
@@ -102,10 +102,7 @@ def _plan(
         network=Network(spec.network, spec.bridge, spec.allow_host),
         boot=boot,
     )
-    require_possible(host, plan.extra, config, "it boots")
-    if spec.ksm is Mergeable.ALL:
-        require_merging(plan)
-    network.check(plan.network, spec.publish, accel.name)
+    check(host, plan)
     return plan
 
 

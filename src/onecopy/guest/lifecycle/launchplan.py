@@ -185,12 +185,23 @@ def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
         hardware=machine.hardware_of(config),
         network=Network(config.network, spec.bridge, spec.allow_host),
     )
-    if plan.extra != NOTHING:
-        require_possible(host, plan.extra, config, f"{system.ref} was saved")
-    if spec.ksm is Mergeable.ALL:
-        require_merging(plan)
-    network.check(plan.network, spec.publish, plan.accel.name)
+    check(host, plan)
     return plan
+
+
+def check(host: Runtime, plan: LaunchPlan) -> None:
+    """Check conditions that may keep every guest of a plan from starting; the host stays as it is.
+
+    Raises:
+        NotFound, AlreadyExists: A segment, or the bridge, cannot be had.
+        InvalidInput, TooLarge, NotPermitted, Incompatible: No guest can have what an option asks.
+    """
+    if plan.extra != NOTHING:
+        so_far = "it boots" if plan.boot else f"{plan.source.ref} was saved"
+        require_possible(host, plan.extra, plan.config, so_far)
+    if plan.spec.ksm is Mergeable.ALL:
+        _require_merging(plan)
+    network.check(plan.network, plan.spec.publish, plan.accel.name)
 
 
 def check_guest(host: Runtime, plan: LaunchPlan) -> None:
@@ -212,7 +223,7 @@ def check_guest(host: Runtime, plan: LaunchPlan) -> None:
         disks.check_usable(host, plan.name, plan.extra.disks)
 
 
-def require_merging(plan: LaunchPlan) -> None:
+def _require_merging(plan: LaunchPlan) -> None:
     """Raise if KSM would merge memory across trust domains, or cannot merge QEMU's memory."""
     if plan.domain:
         raise InvalidInput(
