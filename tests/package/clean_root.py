@@ -40,7 +40,7 @@ def enter(root: Path, script: str) -> str:
     """Run a script of bash in the root; return what it prints. Raises AssertionError."""
     env = os.environ | {"ROOT": str(root), "SCRIPT": f"cd /root/empty\n{script}"}
     done = subprocess.run(
-        # Processes of their own, too: onecopy ends VMMs that it finds on no record in /run.
+        # A PID namespace: what a failed script leaves behind ends with it.
         ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--", "sh", "-c", _ENTER],
         env=env,
         stdin=subprocess.DEVNULL,
