@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -340,3 +340,9 @@ class Interrupted(OnecopyError):
 
     def __init__(self) -> None:
         super().__init__("interrupted")
+
+
+def did_you_mean(found: Iterable[str]) -> str:
+    """Return the question that begins a hint about a wrong name; "" if nothing like it is known."""
+    words = " or ".join(found)
+    return f"did you mean {words}? " if words else ""

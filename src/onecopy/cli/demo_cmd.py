@@ -35,7 +35,7 @@ from onecopy.cli.tables import print_table
     metavar="FILE",
     help="Write the picture (SVG) to this file.",
 )
-@accel_option
+@accel_option()
 def command(json_file: Path | None, picture: Path, accel: str) -> int:
     """Build, save, boot and clone guests, and compare their cost.
 

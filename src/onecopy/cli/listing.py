@@ -18,7 +18,7 @@ from onecopy.cli import suggest
 from onecopy.cli.output import print_json, print_line
 from onecopy.cli.params import ParamType, collect
 from onecopy.cli.tables import print_table
-from onecopy.errors import InvalidInput
+from onecopy.errors import InvalidInput, did_you_mean
 
 Row = Mapping[str, Any]
 _ESCAPES = {"\\t": "\t", "\\n": "\n", "\\\\": "\\"}
@@ -150,9 +150,9 @@ def _require(path: str, fields: Sequence[str]) -> None:
     name = path.partition(".")[0]
     if _plain(name) not in map(_plain, fields):
         near = suggest.near(name, fields)
-        question = f"did you mean {' or '.join(near)}? " if near else ""
         raise InvalidInput(
-            f"there is no field {name[:80]!r}", hint=f"{question}the fields are {', '.join(fields)}"
+            f"there is no field {name[:80]!r}",
+            hint=f"{did_you_mean(near)}the fields are {', '.join(fields)}",
         )
 
 

@@ -293,15 +293,18 @@ def collect(
     return decorate
 
 
-def accel_option(command: _F) -> _F:
-    """Add --accel."""
-    return click.option(
+def accel_option(
+    option: Callable[..., Callable[[Any], Any]] = click.option,
+    auto: str = "KVM if a probe guest runs under it, otherwise TCG",
+) -> Callable[[Any], Any]:
+    """Return --accel, made by ``option``; its help says what ``auto`` stands for."""
+    return option(
         "--accel",
         type=click.Choice(["auto", "kvm", "tcg"]),
         default="auto",
         show_default=True,
-        help="Accelerator. auto: KVM if a probe guest runs under it, otherwise TCG.",
-    )(command)
+        help=f"Accelerator. auto: {auto}.",
+    )
 
 
 def program_argument(*, required: bool = False) -> Callable[[_F], _F]:

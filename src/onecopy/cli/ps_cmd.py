@@ -51,13 +51,11 @@ def command(every: bool, listing: Listing) -> None:
     guests = shown(host)
     if every:
         guests = sorted(guests + host.ended(), key=lambda guest: in_order(guest.name))
-    rows = msgspec.to_builtins(guests)
-    guest_of = {id(row): guest for row, guest in zip(rows, guests, strict=True)}
     print_list(
         listing,
-        rows,
+        msgspec.to_builtins(guests),
         GuestRecord.__struct_fields__,
-        table=lambda left: _print([guest_of[id(row)] for row in left], every),
+        table=lambda rows: _print(msgspec.convert(rows, list[GuestRecord]), every),
     )
     count = 0 if every or listing.by_script else len(ended_guests.names(host.run))
     if count:

@@ -5,7 +5,7 @@ Options of a group reach a command as one value. Not here: the starts (starting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +23,7 @@ from onecopy.cli.params import (
     PublishType,
     SecondsType,
     SizeType,
+    accel_option,
     collect,
 )
 from onecopy.errors import InvalidInput
@@ -160,24 +161,32 @@ def split_hooks(hooks: Sequence[str]) -> tuple[str | None, tuple[str, ...] | Non
     return (commands[0] if commands else None), others or None
 
 
-_ALLOW_HOST = (
-    "Let guests reach this host: its 127.0.0.1 as 198.18.0.2, its other addresses, and published "
-    "ports of other guests. Default: guests reach only the outside."
-)
-_ACCEL = "Accelerator. auto: KVM if a probe guest runs under it, otherwise TCG."
 #: Keys of groups of options; each command gives them titles (`Command`).
 BOOT, START = "boot", "start"
 _boot = partial(click.option, cls=Option, group=BOOT)
 _start = partial(click.option, cls=Option, group=START)
-_BOOT = [
-    _boot(
+_ALLOW_HOST = _boot(
+    "--allow-host",
+    is_flag=True,
+    help="Let guests reach this host: its 127.0.0.1 as 198.18.0.2, its other addresses, and "
+    "published ports of other guests. Default: guests reach only the outside.",
+)
+
+
+def _segment(verb: str) -> Callable[[Any], Any]:
+    """Return --segment; ``verb`` says how the guest gets the segment."""
+    return _boot(
         "--segment",
         "segments",
         multiple=True,
         type=AttachType(),
         metavar="SEGMENT[:/MOUNTPOINT]",
-        help="Map a further segment: mounted, or as /dev/onecopy/NAME. May be repeated.",
-    ),
+        help=f"{verb} a further segment: mounted, or as /dev/onecopy/NAME. May be repeated.",
+    )
+
+
+_BOOT = [
+    _segment("Map"),
     _boot(
         "--memory",
         type=SizeType(),
@@ -222,7 +231,7 @@ _BOOT = [
         help="Fail if the guest is not ready after this time, in seconds.",
     ),
     _boot("--no-network", is_flag=True, help="Give the guest no network card."),
-    _boot("--allow-host", is_flag=True, help=_ALLOW_HOST),
+    _ALLOW_HOST,
     _boot(
         "--kernel",
         type=click.Path(path_type=Path),
@@ -235,13 +244,7 @@ _BOOT = [
         metavar="DIRECTORY",
         help="Modules of --kernel: its directory lib/modules/RELEASE.",
     ),
-    _boot(
-        "--accel",
-        type=click.Choice(["auto", "kvm", "tcg"]),
-        default="auto",
-        show_default=True,
-        help=_ACCEL,
-    ),
+    accel_option(_boot),
 ]
 _START = [
     _start(
@@ -308,14 +311,7 @@ _START = [
     _start("--json", "as_json", is_flag=True, help="Print JSON."),
 ]
 _CLONE = [
-    _boot(
-        "--segment",
-        "segments",
-        multiple=True,
-        type=AttachType(),
-        metavar="SEGMENT[:/MOUNTPOINT]",
-        help="Load a further segment: mounted, or as /dev/onecopy/NAME. May be repeated.",
-    ),
+    _segment("Load"),
     _boot(
         "--memory",
         type=SizeType(),
@@ -328,14 +324,8 @@ _CLONE = [
         metavar="N",
         help="vCPUs of the guest; more than were saved only under KVM. Default: what was saved.",
     ),
-    _boot("--allow-host", is_flag=True, help=_ALLOW_HOST),
-    _boot(
-        "--accel",
-        type=click.Choice(["auto", "kvm", "tcg"]),
-        default="auto",
-        show_default=True,
-        help="Accelerator. auto: the one that the system was saved under.",
-    ),
+    _ALLOW_HOST,
+    accel_option(_boot, "the one that the system was saved under"),
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-from onecopy.errors import InvalidInput, NotFound, OnecopyError
+from onecopy.errors import InvalidInput, NotFound, OnecopyError, did_you_mean
 
 #: Command of Docker, libvirt or others -> the equivalent in onecopy.
 ELSEWHERE = {
@@ -81,7 +81,7 @@ def no_command(name: str, path: str, known: Sequence[str]) -> InvalidInput:
     """Return the error for a command, or subcommand of ``path``, that does not exist."""
     elsewhere = ELSEWHERE.get(name) if path == "onecopy" else None
     found = [elsewhere] if elsewhere else near(name, known)
-    question = f"did you mean {_or(f'`{path} {each}`' for each in found)}? " if found else ""
+    question = did_you_mean(f"`{path} {each}`" for each in found)
     return InvalidInput(
         f"{path} has no command {name!r}",
         hint=f"{question}`{path} --help` lists the commands",
@@ -109,13 +109,9 @@ def _instead_of(name: str) -> str:
     host = Runtime.open()
     found = near(name, [guest.name for guest in host.guests() + host.ended()])
     if found:
-        return f"did you mean {_or(found)}? "
+        return did_you_mean(found)
     for artifact in host.store.artifacts():
         if artifact.name == name and artifact.kind in _STARTS:
             start = f"`onecopy {_STARTS[artifact.kind]} {name}`"
             return f"{name} is a {artifact.kind}, and {start} starts guests from it; "
     return ""
-
-
-def _or(words: Iterable[str]) -> str:
-    return " or ".join(words)

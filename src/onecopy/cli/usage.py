@@ -9,7 +9,7 @@ import click
 from click.exceptions import BadParameter, MissingParameter, NoSuchOption, UsageError
 
 from onecopy.cli import suggest
-from onecopy.errors import InvalidInput, OnecopyError
+from onecopy.errors import InvalidInput, OnecopyError, did_you_mean
 
 
 def explained(error: click.ClickException) -> OnecopyError:
@@ -31,7 +31,7 @@ def _no_option(error: NoSuchOption, context: click.Context) -> OnecopyError:
     found = suggest.near(error.option_name, [name for name in options if name[:1] == "-"], 0.7)
     others = _commands_with(error.option_name, context.find_root())
     if found:
-        hint = f"did you mean {' or '.join(found)}? "
+        hint = did_you_mean(found)
     elif others:
         hint = f"{' and '.join(f'`onecopy {name}`' for name in others)} have it; "
         hint = hint if len(others) > 1 else hint.replace(" have ", " has ")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from onecopy.errors import AlreadyExists, InvalidInput, NameConflict, NotFound
+from onecopy.errors import AlreadyExists, InvalidInput, NameConflict, NotFound, did_you_mean
 from onecopy.model import Reference, in_order
 from onecopy.store.oci import INDEX_TYPE, Descriptor, Index
 
@@ -113,8 +113,7 @@ def _suggest(entries: Sequence[Descriptor], ref: Reference, kind: str | None) ->
     known = [entry.ref for entry in entries if kind in (None, entry.kind)]
     near = [text for text in known if text.partition(":")[0] == ref.name]
     near = near or difflib.get_close_matches(f"{ref.name}:{ref.version}", known)
-    question = f"did you mean {' or '.join(near[:3])}? " if near else ""
-    return f"{question}`onecopy ls` lists all artifacts"
+    return f"{did_you_mean(near[:3])}`onecopy ls` lists all artifacts"
 
 
 def has_name(index: Index, name: str) -> bool:
