@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,21 @@ def test_live_sums_are_the_kernels_own() -> None:
         os.kill(process.pid, signal.SIGSTOP)
         while Path(f"/proc/{process.pid}/stat").read_text().split()[2] != "T":
             pass
-        mappings = smaps.read(process.pid)
-        text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        process.kill()
-    sums = rollup(text)
+        try:
+            mappings, sums = _of_one_moment(process.pid)
+        finally:
+            process.kill()
     check_against_rollup(mappings, sums)
+
+
+def _of_one_moment(pid: int) -> tuple[list[smaps.Mapping], dict[str, int]]:
+    """Read a stopped process while no other one begins or ends to share its libraries' pages."""
+    path, deadline = Path(f"/proc/{pid}/smaps_rollup"), time.monotonic() + 120
+    while True:
+        before, mappings = path.read_text(), smaps.read(pid)
+        if before == path.read_text():
+            return mappings, rollup(before)
+        assert time.monotonic() < deadline, "other processes never stay the same"
 
 
 def test_every_line_of_the_map_is_one_mapping() -> None:
