@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Unpack
 
@@ -151,10 +151,9 @@ class Host:
         found = host.store.resolve(Reference.parse(system), "system")
         return len((await pool_fill.resize(host, found, size)).ready)
 
-    @asynccontextmanager
-    async def start(
+    def start(
         self, system: str, count: int = 1, **options: Unpack[StartOptions]
-    ) -> AsyncIterator[list[Guest]]:
+    ) -> AbstractAsyncContextManager[list[Guest]]:
         """Start guests from a saved system, all or none; the end of the block ends them.
 
         Args:
@@ -162,8 +161,8 @@ class Host:
             count: The number of guests.
             options: Fields of `StartOptions`.
 
-        Yields:
-            The running guests.
+        Returns:
+            A context manager, which starts the guests and gives them.
 
         Raises:
             NotFound: The saved system, or another object that an option names, does not exist.
@@ -173,13 +172,11 @@ class Host:
             Incompatible: This host cannot start the saved system.
             GuestFailed, AgentFailed: A guest did not start.
         """
-        async with self._start(request(clone_spec(system, options), count, options)) as guests:
-            yield guests
+        return self._start(lambda: request(clone_spec(system, options), count, options))
 
-    @asynccontextmanager
-    async def boot(
+    def boot(
         self, segment: str, count: int = 1, **options: Unpack[GuestBootOptions]
-    ) -> AsyncIterator[list[Guest]]:
+    ) -> AbstractAsyncContextManager[list[Guest]]:
         """Boot guests from a root segment, all or none; the end of the block ends them.
 
         Args:
@@ -187,15 +184,14 @@ class Host:
             count: The number of guests.
             options: Fields of `GuestBootOptions`.
 
-        Yields:
-            The running guests.
+        Returns:
+            A context manager, which boots the guests and gives them.
 
         Raises:
             NotReady: A guest was not ready within its time.
             OnecopyError: Any other error of `start`.
         """
-        async with self._start(request(boot_spec(segment, options), count, options)) as guests:
-            yield guests
+        return self._start(lambda: request(boot_spec(segment, options), count, options))
 
     async def save(
         self,
@@ -233,9 +229,11 @@ class Host:
         )
 
     @asynccontextmanager
-    async def _start(self, wanted: Request) -> AsyncIterator[list[Guest]]:
+    async def _start(self, wanted: Callable[[], Request]) -> AsyncIterator[list[Guest]]:
+        # The only asynchronous generator of a block: the end of a loop closes all that are open at
+        # once, and one that closes another fails then.
         host, owner = self._sweep(), self._require_open()[1]
-        group = await asyncio.to_thread(start.plan, host, wanted)
+        group = await asyncio.to_thread(start.plan, host, wanted())
         started = await start.start(host, group, owner=owner)
         guests = [Guest(host, record) for record in started.guests]
         try:
