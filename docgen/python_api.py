@@ -63,8 +63,7 @@ def _signature(function: Callable[..., object]) -> str:
     found = inspect.signature(function)
     shown = list(_parameters(list(found.parameters.values())[1:]))
     after = _plain(found.return_annotation)
-    # contextlib turns an asynchronous generator into a context manager.
-    after = after.replace("AsyncIterator[", "ContextManager[")
+    after = after.replace("AbstractAsyncContextManager[", "ContextManager[")
     line = f"({', '.join(shown)}) -> {after}"
     if len(line) <= 70:
         return line

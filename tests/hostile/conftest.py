@@ -11,9 +11,9 @@ import pytest
 from onecopy.linux.syscall import unshare_mounts
 from tests.vm.conftest import (  # noqa: F401
     app,
+    boot,
     busybox_root,
     clones,
-    cold,
     guests,
     host,
     minimal,

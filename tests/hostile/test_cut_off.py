@@ -22,7 +22,7 @@ from onecopy.vmm import cmdline
 
 RECORDED = Path(__file__).parents[1] / "unit/data/6.18.44-fc-v669"
 PID = 1001
-MAPS = GuestMaps("cold", PID, None, 256 * MIB)
+MAPS = GuestMaps("booted", PID, None, 256 * MIB)
 READERS: dict[str, list[Callable[[Path], object]]] = {
     "stat": [lambda root: process.stat(PID, root), lambda root: process.exists(PID, root)],
     "cmdline": [lambda root: cmdline.parse(process.cmdline(PID, root))],
@@ -35,7 +35,7 @@ READERS: dict[str, list[Callable[[Path], object]]] = {
 }
 ALL: list[Callable[[Path], object]] = [
     lambda root: report.collect([MAPS], root=root),
-    lambda root: live_figures.sample([("cold", PID)], merging=True, root=root),
+    lambda root: live_figures.sample([("booted", PID)], merging=True, root=root),
 ]
 fast = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -78,7 +78,7 @@ def test_one_that_ended_while_it_was_read_is_left_out(root: Path) -> None:
         assert report.collect([MAPS], root=root).guests == ()
     path.write_text(" ".join(fields) + "\n")
     assert len(report.collect([MAPS], root=root).guests) == 1
-    later = GuestMaps("cold", PID, None, 256 * MIB, start_ticks=int(fields[21]) + 1)
+    later = GuestMaps("booted", PID, None, 256 * MIB, start_ticks=int(fields[21]) + 1)
     assert report.collect([later], root=root).guests == ()
 
 
@@ -86,7 +86,7 @@ def test_what_ends_before_it_is_read_at_all(root: Path) -> None:
     for name in READERS:
         (root / "proc" / str(PID) / name).write_bytes(b"")
     assert report.collect([MAPS], root=root).guests == ()
-    assert live_figures.sample([("cold", PID)], merging=True, root=root) == []
+    assert live_figures.sample([("booted", PID)], merging=True, root=root) == []
     with pytest.raises(NotFound):
         smaps.read_rollup(PID, root)
 

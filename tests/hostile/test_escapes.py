@@ -73,7 +73,7 @@ def test_what_it_says_of_failures(host: Runtime, clones: Clones) -> None:
 
 def test_a_hook_that_fails(host: Runtime, guests: Guests, saved: Artifact) -> None:
     (guest,) = guests.clone(saved)
-    done = guest.save("hooked", on_clone=f"printf '{HOSTILE}\\n' >&2; exit 3")
+    done = guest.save("hooked", clone_hooks=[f"command:printf '{HOSTILE}\\n' >&2; exit 3"])
     try:
         assert r"\x1b]0;owned\x07\x9b2J" in _refused(onecopy(host, "run", "hooked"))
         two = ("run", "-n", "2", "--keep-going", "hooked")

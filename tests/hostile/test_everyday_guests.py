@@ -91,8 +91,8 @@ def test_what_the_guest_describes_leaves_it_room(guest: GuestRecord) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "told"),
     [
-        ("boot {root}", 2, "has no init to boot"),
-        ("save x --root {root}", 2, "say what is to run in it: --command CMD"),
+        ("boot {root}", 2, "has no init (/sbin/init)"),
+        ("save x --root {root}", 2, "give a command with --command CMD"),
         ("save {root} --root {root} --command ''", 5, "is a segment"),
         ("boot --command '' --segment huge --memory 256M {root}", 19, "--memory 1408M or more"),
         ("save x --root {root} --command '' --segment huge", 19, "64.0 MiB"),

@@ -28,7 +28,7 @@ from onecopy.model import Reference
 from onecopy.store import Artifact
 from tests.command import ONECOPY, STUCK, answer, onecopy
 from tests.conftest import cannot_run
-from tests.vm.conftest import Cold
+from tests.vm.conftest import Boot
 from tests.vm.guests import boot_plan
 from tests.vm.kept import MEMTEST
 
@@ -62,8 +62,8 @@ def memtest(host: Runtime) -> Artifact:
 
 
 @pytest.fixture
-def guest(memtest: Artifact, cold: Cold) -> Iterator[GuestRecord]:
-    record = cold(memtest)
+def guest(memtest: Artifact, boot: Boot) -> Iterator[GuestRecord]:
+    record = boot(memtest)
     yield record
     vmm_registry.end([record.process])
 
@@ -126,7 +126,7 @@ def test_one_that_lets_go_of_its_lease(
     with pytest.raises(InUse):
         host.store.remove(Reference.parse(memtest.ref))
     found = check_known(host, memtest, guest)
-    assert found["kind"] == "cold" and "lease" in str(found["note"])
+    assert found["kind"] == "booted" and "lease" in str(found["note"])
     check_ended(host, guest, guest.name)
     assert host.store.users(memtest.digest) == []
     assert list((host.store.root / "leases").iterdir()) == []
@@ -248,10 +248,10 @@ def test_another_process_with_its_number_is_not_ended(host: Runtime, guest: Gues
 
 
 def test_a_stopped_qemu_holds_up_no_other_command(
-    host: Runtime, guest: GuestRecord, cold: Cold, memtest: Artifact
+    host: Runtime, guest: GuestRecord, boot: Boot, memtest: Artifact
 ) -> None:
     """One that stands still for a killed command, and answers nobody."""
-    second = cold(memtest)
+    second = boot(memtest)
     (host.run / guest.name / "paused").touch()
     os.kill(guest.pid, 19)
     try:

@@ -34,7 +34,7 @@ def soaked(folder: Path) -> Iterator[Runtime]:
                 str(PYTHON_ROOT),
                 segments=["app:/srv/app"],
                 memory="128M",
-                run="exec python3 /srv/app/app.py",
+                command="exec python3 /srv/app/app.py",
                 ready="wget -q -O /dev/null http://127.0.0.1/",
             )
         # ext4 takes blocks for its own records only when it writes a file back.

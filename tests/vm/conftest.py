@@ -76,8 +76,8 @@ class RunIn(Protocol):
     ) -> Completed: ...
 
 
-class Cold(Protocol):
-    """The fixture ``cold``: boot one guest from a segment; ``options`` are `Host.boot`'s."""
+class Boot(Protocol):
+    """The fixture ``boot``: boot one guest from a segment; ``options`` are `Host.boot`'s."""
 
     def __call__(self, root: Artifact, **options: object) -> GuestRecord: ...
 
@@ -232,7 +232,7 @@ def saved(host: Runtime, python_root: Artifact, app: Artifact) -> Artifact:
             python_root,
             segments=[f"{app.ref}:/srv/app"],
             memory="256M",
-            run="exec python3 /srv/app/app.py",
+            command="exec python3 /srv/app/app.py",
             ready="wget -q -O /dev/null http://127.0.0.1/",
         )
 
@@ -244,7 +244,7 @@ def minimal(host: Runtime, busybox_root: Artifact) -> Artifact:
     """Saved system: ``busybox_root`` under our minimal init, and nothing else."""
 
     def make() -> Artifact:
-        return save_system("minimal", busybox_root, memory="128M", run="")
+        return save_system("minimal", busybox_root, memory="128M", command="")
 
     return kept_system(host, "minimal", make)
 
@@ -263,8 +263,8 @@ def clones(guests: Guests, saved: Artifact) -> Clones:
 
 
 @pytest.fixture
-def cold(guests: Guests) -> Cold:
-    """``cold(root, **options)`` boots a guest, for tests of what the host has on record."""
+def boot(guests: Guests) -> Boot:
+    """``boot(root, **options)`` boots a guest, for tests of what the host has on record."""
     return lambda root, **options: guests.boot(root, **options).record
 
 

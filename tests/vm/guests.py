@@ -34,7 +34,7 @@ class Guests:
         """Boot one guest from a root segment; one that has no init just stays up."""
         if isinstance(root, Artifact):
             if root.kind == "segment" and not SegmentConfig.of(root).init:
-                options = {"run": "", **options}
+                options = {"command": "", **options}
             root = root.ref
         (guest,) = self._started(self.host.boot(root, **{"overcommit": True, **options}))
         return guest

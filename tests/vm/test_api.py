@@ -283,7 +283,7 @@ def test_boot_attach_save(
     host: Runtime, mine: onecopy.Host, busybox_root: Artifact, app: Artifact, tmp_path: Path
 ) -> None:
     (tmp_path / "state").write_text("kept\n")
-    with mine.boot(busybox_root.ref, memory="128M", name="booted", run="") as [guest]:
+    with mine.boot(busybox_root.ref, memory="128M", name="booted", command="") as [guest]:
         assert "SeaBIOS" in guest.log()
         guest.copy_in(tmp_path / "state", "/state")
         stored = guest.save("again").artifact

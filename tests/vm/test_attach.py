@@ -27,7 +27,7 @@ from onecopy.images.build import build_segment
 from onecopy.images.create import NewRange, create_segment
 from onecopy.model import MIB, PageClass, Reference
 from onecopy.store import Access, Artifact
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 from tests.vm.guests import Guests
 from tests.vm.segments import load, make, read, record, unload
 
@@ -40,17 +40,17 @@ def site(host: Runtime, tmp_path: Path) -> Artifact:
     return build_segment(host.store, Reference("site"), f"dir:{tmp_path}/site")
 
 
-@pytest.mark.parametrize("kind", ["cold", pytest.param("clone", marks=pytest.mark.smoke)])
+@pytest.mark.parametrize("kind", ["booted", pytest.param("clone", marks=pytest.mark.smoke)])
 def test_mounted_used_and_unloaded(
     host: Runtime,
-    cold: Cold,
+    boot: Boot,
     clones: Clones,
     run_in: RunIn,
     busybox_root: Artifact,
     site: Artifact,
     kind: str,
 ) -> None:
-    guest = cold(busybox_root) if kind == "cold" else clones(1)[0]
+    guest = boot(busybox_root) if kind == "booted" else clones(1)[0]
     item = load(host, guest, "site:/srv/site")
     assert (item.ref, item.mountpoint, item.state) == ("site:latest", "/srv/site", "loaded")
     assert run_in(guest, "cat", "/srv/site/page").stdout == b"a page\n"
@@ -175,14 +175,14 @@ def test_two_commands_load_the_same_at_once(
 
 
 def test_a_guest_of_a_domain(
-    host: Runtime, cold: Cold, run_in: RunIn, busybox_root: Artifact, site: Artifact
+    host: Runtime, boot: Boot, run_in: RunIn, busybox_root: Artifact, site: Artifact
 ) -> None:
     """Nothing that it maps, nor its own memory, is shared with a guest of another domain."""
     store = host.store
     store.tag(Reference("busybox"), Reference("blue-root"), domain="blue")
     blue_site = store.tag(Reference("site"), Reference("blue-site"), domain="blue")
     assert blue_site.layer("image").digest != site.layer("image").digest
-    other, guest = cold(busybox_root), cold(store.resolve(Reference("blue-root")))
+    other, guest = boot(busybox_root), boot(store.resolve(Reference("blue-root")))
     load(host, guest, "blue-site:/srv")
     assert run_in(guest, "cat", "/srv/page").stdout == b"a page\n"
     with pytest.raises(OtherDomain):

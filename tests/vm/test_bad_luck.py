@@ -105,8 +105,8 @@ def test_an_agent_that_stops_answering(
 def test_a_guest_that_cannot_boot_in_time(busybox_root: Artifact) -> None:
     said = refused(11, *save("late", busybox_root, "--timeout", "1"))
     assert "did not come up within 1 s" in said and "--timeout" in said
-    cold = ["boot", "--name", "late", "--memory", "128M", "--command", "", "--timeout", "1"]
-    refused(11, *cold, busybox_root.ref)
+    boot = ["boot", "--name", "late", "--memory", "128M", "--command", "", "--timeout", "1"]
+    refused(11, *boot, busybox_root.ref)
 
 
 def test_a_guest_whose_command_ends(busybox_root: Artifact) -> None:
@@ -165,7 +165,7 @@ INTERRUPTS = [
     ("run", "", signal.SIGTERM),
     ("run", "", signal.SIGKILL),
     ("run", "", signal.SIGKILL),
-    ("cold", "booting", signal.SIGTERM),
+    ("booted", "booting", signal.SIGTERM),
 ]
 
 
@@ -185,7 +185,7 @@ def test_an_interrupted_command(
         "debian": ["build", "cut", "--from", "debian:bookworm"],
         "save": save("cut", busybox_root),
         "run": ["run", "-n", "4", "--name", "cut", saved.ref],
-        "cold": [
+        "booted": [
             "boot",
             "--command",
             "",
@@ -219,8 +219,8 @@ def test_an_interrupted_command(
         assert said.splitlines()[-1] == "onecopy: interrupted"
     if code == 0 or new or (guests and number == signal.SIGKILL):
         # It was done already, but for its exit; then it is all there.
-        assert len(guests) == {"run": 4, "cold": 1}.get(what, 0)
-        assert new == (set() if what in ("run", "cold") else {"cut:latest"})
+        assert len(guests) == {"run": 4, "booted": 1}.get(what, 0)
+        assert new == (set() if what in ("run", "booted") else {"cut:latest"})
         onecopy("stop", "--all", "--now")
         if new:
             onecopy("rm", "cut")
@@ -407,8 +407,8 @@ def test_what_cannot_be_right_is_refused_with_a_hint(
         (2, ["save", "x", *root, *["--segment", "busybox:/a"] * 2], "/a is used twice"),
         (3, ["save", "x", *root, "--segment", "no-such:/a"], "there is no segment"),
         (8, [*boot, "--kernel", "/no/such", busybox_root.ref], "--modules"),
-        (2, bare, "has no init to boot"),
-        (2, ["save", "x", "--root", busybox_root.ref], "say what is to run in it"),
+        (2, bare, "has no init (/sbin/init)"),
+        (2, ["save", "x", "--root", busybox_root.ref], "give a command with --command"),
         (3, ["run", "no-such"], "there is no system no-such:latest"),
         (3, ["run", busybox_root.ref], "onecopy save NAME --root busybox:latest"),
         (3, ["boot", saved.ref], "`onecopy run saved:latest`"),
@@ -539,4 +539,4 @@ def test_a_port_that_is_lost_to_another_program_meanwhile(
         port = probe.getsockname()[1]
     monkeypatch.setattr("onecopy.guest.lifecycle.launchplan.require_free", lose)
     with socket.socket() as taken, pytest.raises(InUse, match=f"port {port} on 127.0.0.1 is taken"):
-        guests.boot(busybox_root, publish=[(port, 80)], run="sleep 600")
+        guests.boot(busybox_root, publish=[(port, 80)], command="sleep 600")

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.lifecycle.batch import start_many
+from onecopy.guest.lifecycle.clone_hooks import Hooks
 from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.guest.lifecycle.save import save_guest
 from onecopy.guest.lifecycle.start import start_one
@@ -179,7 +180,7 @@ def test_several_that_fail_to_become_themselves(
     """The first failure cancels the others, of which some are about to fail, too."""
     (guest,) = clones(1)
     script = "case $(hostname) in *-[13]) exit 1 ;; esac"
-    asyncio.run(save_guest(host, Reference("picky"), guest.name, on_clone=script))
+    asyncio.run(save_guest(host, Reference("picky"), guest.name, hooks=Hooks(command=script)))
     host.end(guest)
     argv = [ONECOPY, "run", "-n", "4", "--name", "picky", "picky"]
     for _ in range(3):

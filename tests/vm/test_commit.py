@@ -29,7 +29,7 @@ from onecopy.images.build import BuildOptions, build_segment
 from onecopy.linux import cow_pages
 from onecopy.model import MIB, Reference
 from onecopy.store import Access, Artifact
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 from tests.vm.segments import load, read
 
 REF = Reference("notes")
@@ -70,12 +70,12 @@ def content(host: Runtime, clones: Clones, run_in: RunIn, ref: str = "notes") ->
 def test_what_a_guest_has_changed_is_the_new_version(
     host: Runtime,
     clones: Clones,
-    cold: Cold,
+    boot: Boot,
     run_in: RunIn,
     notes: Artifact,
     busybox_root: Artifact,
 ) -> None:
-    guest, reader = cold(busybox_root), clones(1)[0]
+    guest, reader = boot(busybox_root), clones(1)[0]
     load(host, reader, "notes:/notes")
     change(host, guest, run_in, "second")
     host.store.restrict("notes", lambda _: Access(restricted=True, grants=("*",)))

@@ -47,7 +47,7 @@ from onecopy.vmm.vmm_user import KVM, User, new_user
 from tests.conftest import cannot_run
 from tests.unit.bpf import decide, seccomp_filters
 from tests.unit.other_user import NOBODY, as_nobody
-from tests.vm.conftest import ACCEL, Clones, Cold
+from tests.vm.conftest import ACCEL, Boot, Clones
 from tests.vm.guests import Guests, clone_plan
 from tests.vm.kept import copy_artifact
 from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
@@ -88,8 +88,8 @@ def groups(guest: GuestRecord) -> list[str]:
     return [str(KVM.stat().st_gid)] if guest.accel == "kvm" else []
 
 
-def test_each_vmm_is_a_user_of_its_own(clones: Clones, cold: Cold, busybox_root: Artifact) -> None:
-    guests = [*clones(2), cold(busybox_root, memory=128 * MIB)]
+def test_each_vmm_is_a_user_of_its_own(clones: Clones, boot: Boot, busybox_root: Artifact) -> None:
+    guests = [*clones(2), boot(busybox_root, memory=128 * MIB)]
     users = set()
     for guest in guests:
         told = status(guest)
@@ -106,9 +106,9 @@ def test_each_vmm_is_a_user_of_its_own(clones: Clones, cold: Cold, busybox_root:
     assert len(users) == len(guests)
 
 
-def test_a_low_port_takes_one_capability(cold: Cold, busybox_root: Artifact) -> None:
+def test_a_low_port_takes_one_capability(boot: Boot, busybox_root: Artifact) -> None:
     low = next(port for port in range(1023, 600, -1) if _is_free(port))
-    guest = cold(busybox_root, memory=128 * MIB, publish=((low, 80),))
+    guest = boot(busybox_root, memory=128 * MIB, publish=((low, 80),))
     told = status(guest)
     assert {int(told[kind], 16) for kind in ("CapPrm", "CapEff", "CapAmb")} == {1 << 10}
     assert told["Uid"].split()[0] != "0"
@@ -126,9 +126,9 @@ def _is_free(port: int) -> bool:
 
 
 def test_a_vmm_has_only_what_it_needs(
-    host: Runtime, clones: Clones, cold: Cold, busybox_root: Artifact
+    host: Runtime, clones: Clones, boot: Boot, busybox_root: Artifact
 ) -> None:
-    for guest in (*clones(1), cold(busybox_root, memory=128 * MIB)):
+    for guest in (*clones(1), boot(busybox_root, memory=128 * MIB)):
         blobs = 0
         for target, access in open_files(guest.pid):
             if Path(target).is_relative_to(host.store.root):

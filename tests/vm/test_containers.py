@@ -14,7 +14,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 
 #: A container's root over an image's, both kept in the folder $1; prints what it sees.
 OVERLAY = """\
@@ -37,8 +37,8 @@ def engines_root(host: Runtime, tmp_path: Path) -> Artifact:
     return build_segment(host.store, Reference("engines"), f"dir:{tmp_path}")
 
 
-def test_what_engines_keep(cold: Cold, engines_root: Artifact, run_in: RunIn) -> None:
-    guest = cold(engines_root, memory=128 * MIB)
+def test_what_engines_keep(boot: Boot, engines_root: Artifact, run_in: RunIn) -> None:
+    guest = boot(engines_root, memory=128 * MIB)
 
     def tried(folder: str) -> tuple[int, str]:
         done = run_in(guest, "sh", "-c", OVERLAY, "sh", folder)

@@ -22,7 +22,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from tests.command import ONECOPY
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 
 #: Seconds after which something that must not block has blocked.
 STUCK = 120
@@ -212,9 +212,9 @@ def test_a_guest_that_ends_meanwhile(host: Runtime, guest: GuestRecord, tmp_path
 
 
 def test_an_image_without_tar(
-    cold: Cold, static_root: Artifact, folder: Path, tmp_path: Path
+    boot: Boot, static_root: Artifact, folder: Path, tmp_path: Path
 ) -> None:
-    guest = cold(static_root, memory=128 * MIB)
+    guest = boot(static_root, memory=128 * MIB)
     cp(folder, f"{guest.name}:/work")
     cp(f"{guest.name}:/work", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(folder)

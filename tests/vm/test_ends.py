@@ -21,7 +21,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB
 from onecopy.store import Artifact
 from tests.command import ONECOPY
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 from tests.vm.ends import ASKED, ENDS, FORCED, MINIMAL, POWERED_OFF, STUCK, end_all, wrong
 from tests.vm.guests import Guests, save_system
 
@@ -62,8 +62,8 @@ def test_ends_under_systemd(host: Runtime, guests: Guests, systemd_system: Artif
     assert wrong(end_all(host, records(two), list(expected)), expected) == []
 
 
-def test_a_booted_guest_halts(host: Runtime, cold: Cold, busybox_root: Artifact) -> None:
-    guest = cold(busybox_root, memory=128 * MIB, run="")
+def test_a_booted_guest_halts(host: Runtime, boot: Boot, busybox_root: Artifact) -> None:
+    guest = boot(busybox_root, memory=128 * MIB, command="")
     assert wrong(end_all(host, [guest], ["halt"]), ASKED) == []
 
 

@@ -29,7 +29,7 @@ from onecopy.model import MIB
 from onecopy.store import Artifact
 from onecopy.vmm.monitor import connect
 from tests.command import ONECOPY
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 from tests.vm.guests import Guests
 
 #: Takes more and more memory (perl).
@@ -306,9 +306,9 @@ def test_in_a_tree_with_only_busybox(guests: Guests, minimal: Artifact, run_in: 
 
 
 def test_in_a_tree_with_one_static_program(
-    cold: Cold, static_root: Artifact, run_in: RunIn
+    boot: Boot, static_root: Artifact, run_in: RunIn
 ) -> None:
-    guest = cold(static_root, memory=128 * MIB)
+    guest = boot(static_root, memory=128 * MIB)
     done = run_in(guest, "probe", "42", "one", "two")
     assert (done.exit_code, done.stdout) == (42, b"one\ntwo\n")
     assert run_in(guest, "/bin/probe", "0").exit_code == 0

@@ -24,7 +24,7 @@ from onecopy.images.build import build_segment
 from onecopy.model import MIB, Reference
 from onecopy.sharing import report
 from onecopy.store import Artifact
-from tests.vm.conftest import Cold, RunIn, vmms
+from tests.vm.conftest import Boot, RunIn, vmms
 from tests.vm.guests import Guests
 
 Fit = Callable[..., GuestRecord]
@@ -130,11 +130,11 @@ def test_files_as_disks(fit: Fit, guests: Guests, say: Say, tmp_path: Path) -> N
 
 
 def test_a_cold_guest_has_one_too(
-    cold: Cold, host: Runtime, busybox_root: Artifact, say: Say, tmp_path: Path
+    boot: Boot, host: Runtime, busybox_root: Artifact, say: Say, tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk.img"
     disk.write_bytes(bytes(2 * MIB))
-    guest = cold(busybox_root, memory=128 * MIB, disks=file(disk))
+    guest = boot(busybox_root, memory=128 * MIB, disks=file(disk))
     say(guest, "echo booted >/dev/onecopy/disk0; sync")
     assert disk.read_bytes().startswith(b"booted\n")
 

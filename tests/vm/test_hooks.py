@@ -18,7 +18,7 @@ from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.hooks_kit import SETTLED, alike, drawn, write
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests
 
 #: Answers what it draws from OpenSSL's generator, and from Python's, at each request; and draws
@@ -69,8 +69,8 @@ def save(host: Runtime, guests: Guests) -> Iterator[SaveHooked]:
     """``save(guest, *hooks)`` saves it with these clone hooks."""
     ref = Reference("hooked")
 
-    def now(guest: GuestRecord, *hooks: str, on_clone: str = "") -> Saved:
-        return guests.save(guest, ref, clone_hooks=hooks, on_clone=on_clone)
+    def now(guest: GuestRecord, *hooks: str, command: str = "") -> Saved:
+        return guests.save(guest, ref, clone_hooks=[*hooks, f"command:{command}"])
 
     yield now
     guests.end()
@@ -79,9 +79,9 @@ def save(host: Runtime, guests: Guests) -> Iterator[SaveHooked]:
 
 
 def test_a_program_that_a_signal_starts_anew(
-    host: Runtime, cold: Cold, python_root: Artifact, run_in: RunIn, save: SaveHooked
+    host: Runtime, boot: Boot, python_root: Artifact, run_in: RunIn, save: SaveHooked
 ) -> None:
-    guest = cold(python_root, memory=160 * MIB)
+    guest = boot(python_root, memory=160 * MIB)
     write(run_in, guest, "/srv/app.py", APP)
     run_in(guest, "sh", "-c", "setsid python3 /srv/app.py >/dev/null 2>&1 &")
     assert run_in(guest, "sh", "-c", ASK_APP, timeout=600).exit_code == 0
@@ -94,7 +94,7 @@ def test_a_program_that_a_signal_starts_anew(
     write(run_in, guest, "/etc/onecopy/clone.d/10-first", FIRST, mode="755")
     write(run_in, guest, "/etc/onecopy/clone.d/20-second", SECOND, mode="755")
     write(run_in, guest, "/etc/onecopy/clone.d/README", "no program\n")
-    saved = save(guest, "signal:HUP:python3*", on_clone="echo last >>/tmp/ran")
+    saved = save(guest, "signal:HUP:python3*", command="echo last >>/tmp/ran")
     (found,) = [each for each in saved.generators if each.program.startswith("python3")]
     assert found.covered == "signal:HUP:python3*"
     folder = "/etc/onecopy/clone.d"
@@ -172,9 +172,9 @@ echo target $(cat /run/target)
 """
 
 
-def prepared(cold: Cold, root: Artifact, run_in: RunIn) -> GuestRecord:
+def prepared(boot: Boot, root: Artifact, run_in: RunIn) -> GuestRecord:
     """A booted guest whose services have drawn something already."""
-    guest = cold(root, memory=256 * MIB, timeout=600)
+    guest = boot(root, memory=256 * MIB, timeout=600)
     write(run_in, guest, "/etc/nginx/conf.d/id.conf", NGINX)
     write(run_in, guest, "/srv/pool.py", POOL)
     write(run_in, guest, "/etc/systemd/system/own.service", UNIT)
@@ -183,11 +183,11 @@ def prepared(cold: Cold, root: Artifact, run_in: RunIn) -> GuestRecord:
     return guest
 
 
-def test_services_of_systemd(host: Runtime, cold: Cold, run_in: RunIn, save: SaveHooked) -> None:
+def test_services_of_systemd(host: Runtime, boot: Boot, run_in: RunIn, save: SaveHooked) -> None:
     root = build_segment(
         host.store, DAEMONS, "debian:trixie", BuildOptions(include=DAEMONS_PACKAGES)
     )
-    guest = prepared(cold, root, run_in)
+    guest = prepared(boot, root, run_in)
     saved = save(guest)
     found = {each.program: each for each in saved.generators}
     assert [found[name].hook for name in ("nginx", "redis-server")] == ["nginx", "redis"]

@@ -85,7 +85,9 @@ def test_clock_and_hook(host: Runtime, guests: Guests, saved: Artifact) -> None:
     (guest,) = guests.clone(saved)
     # As if it had been saved years ago.
     guest.exec(["date", "-s", "2020-01-01 00:00:00"])
-    system = guest.save("old", on_clone="echo $(hostname) $(date +%Y) >/root/hook").artifact
+    system = guest.save(
+        "old", clone_hooks=["command:echo $(hostname) $(date +%Y) >/root/hook"]
+    ).artifact
     try:
         for clone in guests.clone(system, 2):
             assert abs(int(clone.exec(["date", "+%s"]).text) - time.time()) < 20
@@ -101,8 +103,8 @@ def test_who_does_not_confirm_is_not_handed_out(
 ) -> None:
     guest = guests.clone(minimal)[0].record
 
-    def why(on_clone: str) -> str:
-        system = guests.save(guest, "fails", on_clone=on_clone).artifact
+    def why(command: str) -> str:
+        system = guests.save(guest, "fails", clone_hooks=[f"command:{command}"]).artifact
         with pytest.raises(AgentFailed) as caught:
             guests.clone(system, name="never")
         assert not (host.run / "never").exists()

@@ -22,7 +22,7 @@ from onecopy.model import MIB, Reference
 from onecopy.sharing import report
 from onecopy.store import Artifact
 from tests.command import onecopy
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests
 from tests.vm.kept import MEMTEST, SERVICES
 
@@ -102,7 +102,7 @@ def greeting(guest: GuestRecord) -> bytes:
 
 
 def test_a_debian_13_from_the_disk_of_a_machine(
-    host: Runtime, disk: Path, cold: Cold, run_in: RunIn, restart: Restart
+    host: Runtime, disk: Path, boot: Boot, run_in: RunIn, restart: Restart
 ) -> None:
     def said(guest: GuestRecord, *argv: str) -> str:
         return run_in(guest, *argv).stdout.decode().strip()
@@ -114,7 +114,7 @@ def test_a_debian_13_from_the_disk_of_a_machine(
         assert greeting(guest).startswith(b"SSH-2.0-OpenSSH")
 
     root = build_segment(host.store, Reference("from-disk"), f"disk:{disk}")
-    guest = cold(root, memory=384 * MIB, publish=((0, 22),))
+    guest = boot(root, memory=384 * MIB, publish=((0, 22),))
     require_whole(guest)
     # What fstab says of no disk holds.
     assert said(guest, "stat", "-f", "-c", "%T", "/srv/scratch") == "tmpfs"
@@ -125,11 +125,11 @@ def test_a_debian_13_from_the_disk_of_a_machine(
     for clone in restart(guest):
         require_whole(clone)
         assert said(clone, "hostname") == clone.name
-        boot = "/proc/sys/kernel/random/boot_id"
-        assert said(clone, "cat", boot) == said(guest, "cat", boot)
+        number = "/proc/sys/kernel/random/boot_id"
+        assert said(clone, "cat", number) == said(guest, "cat", number)
 
 
-def test_a_minimal_init(host: Runtime, tmp_path: Path, cold: Cold, run_in: RunIn) -> None:
+def test_a_minimal_init(host: Runtime, tmp_path: Path, boot: Boot, run_in: RunIn) -> None:
     """busybox's init, by its inittab: mounts what fstab says, and has a program run."""
     for name in ("bin", "sbin", "etc", "mnt", "srv/scratch"):
         (tmp_path / name).mkdir(parents=True)
@@ -140,7 +140,7 @@ def test_a_minimal_init(host: Runtime, tmp_path: Path, cold: Cold, run_in: RunIn
     script = "mount -a && echo $(hostname) >/mnt/mark"
     (tmp_path / "etc/inittab").write_text(f"::sysinit:/bin/sh -c '{script}'\n::respawn:/bin/sh\n")
     root = build_segment(host.store, Reference("inittab"), f"dir:{tmp_path}")
-    guest = cold(root, memory=128 * MIB)
+    guest = boot(root, memory=128 * MIB)
     assert run_in(guest, "readlink", "/proc/1/exe").stdout == b"/bin/busybox\n"
     assert run_in(guest, "cat", "/proc/1/comm").stdout == b"init\n"
     wait = "until [ -e /mnt/mark ]; do sleep 0.1; done; cat /mnt/mark"
@@ -166,10 +166,10 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 
 
 def test_a_system_that_is_no_linux(
-    host: Runtime, memtest: Artifact, cold: Cold, restart: Restart
+    host: Runtime, memtest: Artifact, boot: Boot, restart: Restart
 ) -> None:
     """memtest86+ tests memory, is saved in the middle of it, and its clones go on."""
-    guest = cold(memtest, memory=128 * MIB)
+    guest = boot(memtest, memory=128 * MIB)
     assert (guest.agent, guest.attached) == (False, ())
     wait_for(lambda: "Memtest86+" in console(host, guest), "its name")
     # How far it is: first with the whole screen, then now and then.

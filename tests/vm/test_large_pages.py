@@ -13,7 +13,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import HUGE_PAGE_SIZE, PAGE_SIZE, Reference
 from onecopy.store import Artifact
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 
 SIZE = 2 * HUGE_PAGE_SIZE
 READS = """\
@@ -42,11 +42,11 @@ def aligned(host: Runtime, folder: Path, data: bytes) -> Artifact:
 
 
 def test_an_aligned_file(
-    host: Runtime, python_root: Artifact, cold: Cold, run_in: RunIn, tmp_path: Path
+    host: Runtime, python_root: Artifact, boot: Boot, run_in: RunIn, tmp_path: Path
 ) -> None:
     data = os.urandom(SIZE)
     segment = aligned(host, tmp_path / "tree", data)
-    guest = cold(python_root, segments=["aligned:/data"], memory=192 << 20)
+    guest = boot(python_root, segments=["aligned:/data"], memory=192 << 20)
     done = run_in(guest, "python3", "-c", READS)
     assert done.exit_code == 0, done.stderr
     faults, tops = done.stdout.decode().split()

@@ -134,7 +134,7 @@ def modules(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def lasting(host: Runtime, web: str, modules: Path) -> Iterator[dict[str, Any]]:
-    """A cold guest on an ext2 root, with a kernel of the user's; its JSON and its dry run."""
+    """A booted guest on an ext2 root, with a kernel of the user's; its JSON and its dry run."""
     segment = answer("inspect", "web-root")["layers"][0]["path"]
     with contextlib.ExitStack() as stack:
         point = stack.enter_context(mounted(segment, modules.parent.with_name("web-root")))
@@ -392,13 +392,13 @@ def test_more_than_the_host_has_memory_for(host: Runtime, web: str) -> None:
     """The host's memory is real, and the guests' are not begun."""
     refused = onecopy("run", "-n", "10000", "--name", "many", web, code=9)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fit = int(re.search(r"so (\d+) would fit", refused.stderr)[1])  # type: ignore[index]
+    fit = int(re.search(r"so (\d+) more would fit", refused.stderr)[1])  # type: ignore[index]
     assert 0 < fit * 20 * MIB < total
     assert not [each.name for each in host.guests() if each.name.startswith("many")]
     # The kernel itself refuses one mapping of more than there is.
-    cold = ["boot", "--command", "", "--memory", f"{(total >> 20) * 99 // 100}M"]
-    assert "0 would fit" in onecopy(*cold, "web-root", code=9).stderr
-    (guest,) = answer(*cold, "--overcommit", "--json", "web-root")["guests"]
+    boot = ["boot", "--command", "", "--memory", f"{(total >> 20) * 99 // 100}M"]
+    assert "0 more would fit" in onecopy(*boot, "web-root", code=9).stderr
+    (guest,) = answer(*boot, "--overcommit", "--json", "web-root")["guests"]
     assert onecopy("exec", guest["name"], "cat", "/proc/meminfo").stdout.startswith("MemTotal:")
     onecopy("stop", guest["name"])
 
@@ -440,7 +440,7 @@ def test_a_killed_vmm_is_swept_by_the_next_command(host: Runtime, web: str) -> N
 
 
 def test_a_kernel_of_ones_own(modules: Path, lasting: dict[str, Any]) -> None:
-    assert lasting["kind"] == "cold"
+    assert lasting["kind"] == "booted"
     release = onecopy("exec", LASTING, "--", "uname", "-r").stdout.strip()
     assert release == modules.name
     kernels = answer("ls", "--json", "--kind", "kernel")

@@ -113,7 +113,7 @@ def test_translated_code(host: Runtime, little: GuestRecord, run_in: RunIn) -> N
     room = LEAST_TRANSLATED if guest.accel == "tcg" else 0
     assert room * 0.7 <= code <= room
     # What admission counts besides the guest's RAM.
-    counted = admission.of_cold("kvm", 0).each + room
+    counted = admission.of_booted("kvm", 0).each + room
     assert sum(mapping.private for mapping in own) < counted
 
 

@@ -19,7 +19,7 @@ from onecopy.linux.counters import smaps
 from onecopy.store import Artifact
 from onecopy.vmm.accel import Choice
 from onecopy.vmm.cpu import DEFAULT, LEVELS
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 from tests.vm.guests import boot_plan, clone_plan
 
 #: /proc/cpuinfo's names of the features of x86-64-v2 (x86-64 psABI) and of our addition to it.
@@ -73,8 +73,8 @@ def test_clones_have_the_portable_cpu(saved: Artifact, clones: Clones, run_in: R
     assert not flags(guest, run_in) & {"avx", "svm", "vmx", "tsc_deadline_timer"}
 
 
-def test_another_cpu_is_asked_for(busybox_root: Artifact, cold: Cold, run_in: RunIn) -> None:
-    guest = cold(busybox_root, cpu="x86-64-v3")
+def test_another_cpu_is_asked_for(busybox_root: Artifact, boot: Boot, run_in: RunIn) -> None:
+    guest = boot(busybox_root, cpu="x86-64-v3")
     wanted = set(V3)
     if b"XSAVE consistency problem" in run_in(guest, "dmesg").stdout:
         # KVM on a processor that QEMU before 8.0 emulates: Linux then does without these.
@@ -83,18 +83,18 @@ def test_another_cpu_is_asked_for(busybox_root: Artifact, cold: Cold, run_in: Ru
 
 
 def test_the_hosts_own_cpu_needs_kvm(
-    host: Runtime, busybox_root: Artifact, cold: Cold, run_in: RunIn, saved: Artifact
+    host: Runtime, busybox_root: Artifact, boot: Boot, run_in: RunIn, saved: Artifact
 ) -> None:
     if SystemConfig.of(saved).accel == "kvm":
-        assert flags(cold(busybox_root, cpu="host"), run_in) >= V2
+        assert flags(boot(busybox_root, cpu="host"), run_in) >= V2
     else:
         with pytest.raises(Incompatible, match="host needs KVM"):
             boot_plan(host, busybox_root.ref, cpu="host", command="")
 
 
-def test_an_unknown_cpu(busybox_root: Artifact, cold: Cold) -> None:
+def test_an_unknown_cpu(busybox_root: Artifact, boot: Boot) -> None:
     with pytest.raises(GuestFailed, match="unable to find CPU model 'quantum'"):
-        cold(busybox_root, cpu="quantum")
+        boot(busybox_root, cpu="quantum")
 
 
 def test_a_saved_system_of_another_host(
@@ -102,7 +102,7 @@ def test_a_saved_system_of_another_host(
 ) -> None:
     config = SystemConfig.of(saved)
     other = Choice.TCG if config.accel == "kvm" else Choice.KVM
-    with pytest.raises(Incompatible, match=f"was saved under {config.accel} and cannot be started"):
+    with pytest.raises(Incompatible, match=f"was saved under {config.accel} and cannot start"):
         clone_plan(host, saved, accel=other)
     machines = tuple(each for each in host.qemu.machines if each != config.machine)
     without = msgspec.structs.replace(host.qemu, machines=machines)
@@ -140,9 +140,9 @@ def test_clones_have_random_numbers_of_their_own(clones: Clones, run_in: RunIn) 
         assert done.stdout.strip() == b"1"
 
 
-def test_no_vmm_gets_huge_pages_unasked(clones: Clones, busybox_root: Artifact, cold: Cold) -> None:
+def test_no_vmm_gets_huge_pages_unasked(clones: Clones, busybox_root: Artifact, boot: Boot) -> None:
     # A small guest would then occupy memory that it never touches.
-    for guest in (*clones(1), cold(busybox_root)):
+    for guest in (*clones(1), boot(busybox_root)):
         mappings = smaps.read(guest.pid)
         assert mappings
         assert sum(mapping.anon_huge for mapping in mappings) == 0

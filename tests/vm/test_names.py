@@ -16,7 +16,7 @@ from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests
 from tests.vm.kept import SERVICES
 
@@ -81,9 +81,9 @@ def restart(host: Runtime, guests: Guests) -> Iterator[Restart]:
 
 
 def test_a_root_of_debian(
-    cold: Cold, python_root: Artifact, run_in: RunIn, restart: Restart
+    boot: Boot, python_root: Artifact, run_in: RunIn, restart: Restart
 ) -> None:
-    guest = cold(python_root, memory=128 * MIB)
+    guest = boot(python_root, memory=128 * MIB)
     look = run_in(guest, "python3", "-c", LOOK).stdout.decode().split()
     assert look == ["127.0.0.1", "127.0.1.1", guest.name, guest.name]
     # Nothing is found by IPv6 that an ordinary machine would not find there.
@@ -110,9 +110,9 @@ def test_a_root_of_debian(
 
 
 def test_a_root_without_etc(
-    cold: Cold, static_root: Artifact, run_in: RunIn, restart: Restart
+    boot: Boot, static_root: Artifact, run_in: RunIn, restart: Restart
 ) -> None:
-    guest = cold(static_root, memory=128 * MIB)
+    guest = boot(static_root, memory=128 * MIB)
     for each in (guest, restart(guest, "longer-than-the-one-before")):
         for name, address in (("localhost", b"127.0.0.1"), (each.name, b"127.0.1.1")):
             said = run_in(each, "ping", "-c", "1", name).stdout
@@ -122,9 +122,9 @@ def test_a_root_without_etc(
         assert files == ["hosts", "nsswitch.conf", "resolv.conf"]
 
 
-def test_host_keys_of_any_type(host: Runtime, cold: Cold, run_in: RunIn, restart: Restart) -> None:
+def test_host_keys_of_any_type(host: Runtime, boot: Boot, run_in: RunIn, restart: Restart) -> None:
     services = host.store.resolve(SERVICES, "segment")
-    guest = cold(services, memory=192 * MIB, run="")
+    guest = boot(services, memory=192 * MIB, command="")
     assert run_in(guest, "sh", "-ec", KEYS, timeout=300).exit_code == 0
 
     def public(guest: GuestRecord) -> list[list[str]]:

@@ -25,7 +25,7 @@ from onecopy.store import Artifact
 from onecopy.vmm.argv import NAME_SERVER
 from tests.conftest import cannot_run
 from tests.unit.other_user import as_nobody
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests
 
 #: A network that nobody else has here. None of RFC 5737: closed-off hosts reach mirrors by such
@@ -83,9 +83,9 @@ def test_clones_in_a_bridge(saved: Artifact, bridge: str, guests: Guests) -> Non
 
 
 def test_cold_guests_in_a_bridge(
-    cold: Cold, busybox_root: Artifact, bridge: str, run_in: RunIn
+    boot: Boot, busybox_root: Artifact, bridge: str, run_in: RunIn
 ) -> None:
-    guest = cold(busybox_root, bridge=bridge, run="")
+    guest = boot(busybox_root, bridge=bridge, command="")
     assert guest.address.startswith(f"{NET}.")
     shown = run_in(guest, "busybox", "ifconfig", "eth0").text
     assert f"inet addr:{guest.address} " in shown
@@ -226,7 +226,7 @@ def test_what_is_no_network(saved: Artifact, guests: Guests, busybox_root: Artif
         guests.clone(saved, bridge="nowhere0", publish=[(0, 80)])
 
 
-def test_a_guest_without_a_network(cold: Cold, busybox_root: Artifact, run_in: RunIn) -> None:
-    guest = cold(busybox_root, network=False)
+def test_a_guest_without_a_network(boot: Boot, busybox_root: Artifact, run_in: RunIn) -> None:
+    guest = boot(busybox_root, network=False)
     assert (guest.mac, guest.address) == ("", "")
     assert run_in(guest, "ls", "/sys/class/net").stdout.decode().split() == ["lo"]

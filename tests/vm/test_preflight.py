@@ -267,17 +267,17 @@ CASES: dict[str, Case] = {
     "neither users nor a router": (_no_numbers, Incompatible, "cannot prevent the guest from"),
     "a damaged state": (_damaged, StoreDamaged, "differs from what was saved"),
     "less memory": (lambda w: w.clone(memory=64 * MIB), InvalidInput, "cannot have less"),
-    "odd memory": (lambda w: w.clone(memory=129 * MIB), InvalidInput, "multiples of 128 MiB"),
-    "too much memory": (lambda w: w.clone(memory=1 << 50), TooLarge, "which can have"),
+    "odd memory": (lambda w: w.clone(memory=129 * MIB), InvalidInput, "steps of 128 MiB"),
+    "too much memory": (lambda w: w.clone(memory=1 << 50), TooLarge, "can get at most"),
     "fewer processors": (lambda w: w.clone(cpus=0), InvalidInput, "cannot have fewer"),
-    "too many processors": (lambda w: w.clone(cpus=64), TooLarge, "can have"),
+    "too many processors": (lambda w: w.clone(cpus=64), TooLarge, "can have at most"),
     "another accelerator": (
         lambda w: w.clone(
             accel=Choice.KVM
             if b'"accel":"tcg"' in w.host.store.resolve(w.system).config
             else Choice.TCG
         ),
-        *(Incompatible, "cannot be started under"),
+        *(Incompatible, "cannot start under"),
     ),
     "no segment": (
         lambda w: w.clone(segments=(parse_mount("none:/mnt"),)),
@@ -304,7 +304,7 @@ CASES: dict[str, Case] = {
             segments=((_with_file_system(w), "/mnt"),),
             disks=(DiskSpec(size=64 * MIB, mountpoint="/mnt"),),
         ),
-        *(InvalidInput, "/mnt is there twice"),
+        *(InvalidInput, "mount point /mnt is given twice"),
     ),
     "two own disks": (
         lambda w: w.clone(disks=(DiskSpec(size=64 * MIB), DiskSpec(size=64 * MIB))),
@@ -312,16 +312,16 @@ CASES: dict[str, Case] = {
     ),
     "an own disk without a name": (
         lambda w: w.clone(name=None, disks=(DiskSpec(size=64 * MIB),)),
-        *(InvalidInput, "found again by its guest's name"),
+        *(InvalidInput, "needs a guest with a name"),
     ),
     "a small disk": (
         lambda w: w.clone(disks=(DiskSpec(size=MIB),)),
         *(InvalidInput, "is too small"),
     ),
-    "a disk made smaller": (_too_small_again, InvalidInput, "is not made smaller"),
+    "a disk made smaller": (_too_small_again, InvalidInput, "cannot shrink"),
     "one disk for several": (
         lambda w: w.clone(2, disks=(w.image(),)),
-        *(InvalidInput, "cannot have one file as their disk"),
+        *(InvalidInput, "cannot share one disk image"),
     ),
     "a disk twice": (
         lambda w: w.clone(disks=(w.image(), w.image())),
@@ -337,7 +337,7 @@ CASES: dict[str, Case] = {
     ),
     "a folder as disk": (
         lambda w: w.clone(disks=(DiskSpec(file=w.folder),)),
-        *(InvalidInput, "is a folder"),
+        *(InvalidInput, "is a directory"),
     ),
     "an empty disk": (
         lambda w: w.clone(disks=(w.image("empty.raw", 0),)),

@@ -19,7 +19,7 @@ from onecopy.linux import process
 from onecopy.model import Reference
 from onecopy.store import Access, Artifact
 from tests.command import ONECOPY, onecopy
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 from tests.vm.segments import record
 
 REFUSED = 100
@@ -129,10 +129,10 @@ def test_one_request_at_a_time(clones: Clones, run_in: RunIn) -> None:
 
 
 def test_a_guest_that_asks_while_it_starts(
-    cold: Cold, python_root: Artifact, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
+    boot: Boot, python_root: Artifact, run_in: RunIn, site: Artifact, served: subprocess.Popen[str]
 ) -> None:
     # Asked long before the guest is handed out, which takes the agent's first answer.
-    guest = cold(python_root, run="onecopy-segment load asked /srv/asked && exec sleep 999")
+    guest = boot(python_root, command="onecopy-segment load asked /srv/asked && exec sleep 999")
     script = "until cat /srv/asked/page; do sleep 0.1; done 2>/dev/null"
     assert run_in(guest, "timeout", "60", "sh", "-c", script).stdout == b"a page\n"
 

@@ -22,7 +22,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.attach import attach
 from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 from tests.vm.guests import Guests
 
 AGAIN = Reference("again")
@@ -70,9 +70,9 @@ def test_a_clone_with_writes_of_its_own(
 
 
 def test_a_booted_guest(
-    host: Runtime, cold: Cold, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
+    host: Runtime, boot: Boot, busybox_root: Artifact, run_in: RunIn, save_again: SaveAgain
 ) -> None:
-    guest = cold(busybox_root, memory=128 * MIB)
+    guest = boot(busybox_root, memory=128 * MIB)
     _text(run_in, guest, "mkdir -p /root; echo here >/root/mark")
     done, after = save_again(guest)
     assert _text(run_in, after, "hostname; cat /root/mark") == "next\nhere"
@@ -90,7 +90,7 @@ def test_what_cannot_be_saved(
 ) -> None:
     guest, other = clones(2)
     asyncio.run(attach(host, guest.name, Reference.parse(busybox_root.ref)))
-    with pytest.raises(InvalidInput, match="since its start"):
+    with pytest.raises(InvalidInput, match="added after its start"):
         save_again(guest)
     assert _text(run_in, guest, "hostname") == guest.name
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_saved(
         )
         await asyncio.sleep(0.5)
         try:
-            with pytest.raises(InUse, match="a program runs"):
+            with pytest.raises(InUse, match="runs a program"):
                 await save_guest(host, AGAIN, other.name)
         finally:
             running.cancel()

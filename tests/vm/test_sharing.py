@@ -21,7 +21,7 @@ from onecopy.linux.counters import kpage, pagemap, residency
 from onecopy.model import MIB, PAGE_SIZE, Reference
 from onecopy.store import Artifact
 from tests.vm import physical
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests, open_guests, save_system
 
 #: Where a guest says that a test has used it.
@@ -218,7 +218,7 @@ def test_a_first_start_in_a_clone_reads_nothing_at_all(
     host: Runtime, guests: Guests, python_root: Artifact, run_in: RunIn
 ) -> None:
     # Nothing but an idle system was saved: the program starts for the first time in each clone.
-    idle = save_system("idle", python_root, memory="192M", run="")
+    idle = save_system("idle", python_root, memory="192M", command="")
     try:
         for guest in guests.clone(idle, 2):
             found = first_start(guest.record, run_in)
@@ -231,7 +231,7 @@ def test_a_first_start_in_a_clone_reads_nothing_at_all(
 
 
 def test_what_nobody_touched_is_not_in_memory(
-    host: Runtime, cold: Cold, run_in: RunIn, python_root: Artifact, tmp_path: Path
+    host: Runtime, boot: Boot, run_in: RunIn, python_root: Artifact, tmp_path: Path
 ) -> None:
     read, ahead = 4 * MIB, 3 * (prefetch.read_ahead(tmp_path) or 0)
     data = os.urandom(read + ahead + 32 * MIB)
@@ -244,7 +244,7 @@ def test_what_nobody_touched_is_not_in_memory(
     forget(blob(big))
     assert residency.resident_bytes(blob(big)) == 0
 
-    guest = cold(python_root, segments=["big:/data"], memory=192 * MIB)
+    guest = boot(python_root, segments=["big:/data"], memory=192 * MIB)
     done = run_in(guest, "sh", "-c", f"head -c {read} /data/data | cksum")
     assert done.exit_code == 0, done.stderr
     resident = residency.resident_pages(blob(big))

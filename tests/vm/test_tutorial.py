@@ -57,7 +57,7 @@ def test_each_block(fresh: Runtime, examples: Path) -> None:
 
 
 def test_the_sandbox(host: Runtime, python_root: Artifact, examples: Path) -> None:
-    save_system("sandbox", python_root, run="sleep infinity", network=False, memory="256M")
+    save_system("sandbox", python_root, command="sleep infinity", network=False, memory="256M")
     argv = [sys.executable, "sandbox.py"]
     code = (
         "import os, socket\n"

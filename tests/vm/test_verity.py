@@ -20,7 +20,7 @@ from onecopy import linux
 from onecopy.linux import verity
 from onecopy.store import Artifact
 from tests.conftest import cannot_run
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 
 FILL = b"onecopy verity test page"
 #: Runs in the guest; prints a JSON document of what it saw.
@@ -119,8 +119,8 @@ def parcel(tmp_path: Path) -> bytes:
     return out.getvalue()
 
 
-def test_in_a_guest(parcel: bytes, python_root: Artifact, cold: Cold, run_in: RunIn) -> None:
-    guest = cold(python_root, memory=256 << 20)
+def test_in_a_guest(parcel: bytes, python_root: Artifact, boot: Boot, run_in: RunIn) -> None:
+    guest = boot(python_root, memory=256 << 20)
     unpack = "mkdir /tmp/verity && tar -xzf - -C /tmp/verity"
     done = run_in(guest, "sh", "-c", unpack, stdin=parcel)
     assert done.exit_code == 0, done.stderr

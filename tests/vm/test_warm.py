@@ -12,7 +12,7 @@ from onecopy.linux import prefetch
 from onecopy.linux.counters import residency, smaps
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.store import Artifact, Layer
-from tests.vm.conftest import Clones, Cold, RunIn
+from tests.vm.conftest import Boot, Clones, RunIn
 from tests.vm.guests import boot_plan
 
 MEMORY = 192 * MIB
@@ -48,13 +48,13 @@ def until_resident(layer: Layer, wanted: bytes) -> None:
 
 
 def test_a_cold_guest_is_recorded_and_loaded(
-    host: Runtime, cold: Cold, run_in: RunIn, python_root: Artifact
+    host: Runtime, boot: Boot, run_in: RunIn, python_root: Artifact
 ) -> None:
     artifacts = boot_plan(host, python_root.ref, memory=MEMORY, command="").artifacts
     layers = [layer for artifact in artifacts for layer in artifact.layers]
     image = python_root.layer("image")
     drop(layers)
-    guest = cold(python_root, memory=MEMORY)
+    guest = boot(python_root, memory=MEMORY)
     assert run_in(guest, "python3", "-c", "import json").exit_code == 0
     host.end(guest)
     touched = resident(image)
@@ -74,17 +74,17 @@ def test_a_cold_guest_is_recorded_and_loaded(
     whole = resident(image)
     assert sum(touched) < sum(whole) * NEARLY
     drop(layers)
-    guest = cold(python_root, memory=MEMORY)
+    guest = boot(python_root, memory=MEMORY)
     until_resident(image, whole)
     host.end(guest)
 
 
 def test_what_a_guest_touched_of_what_is_all_in_memory(
-    host: Runtime, cold: Cold, run_in: RunIn, python_root: Artifact
+    host: Runtime, boot: Boot, run_in: RunIn, python_root: Artifact
 ) -> None:
     image = python_root.layer("image")
     preload.warm(host.store, python_root, whole=True)
-    guest = cold(python_root, memory=MEMORY)
+    guest = boot(python_root, memory=MEMORY)
     assert run_in(guest, "cat", "/etc/debian_version").exit_code == 0
     (told,) = preload.record(host.store, python_root, Users(host, python_root))
     mapped = sum(m.rss for m in smaps.read(guest.pid) if m.path == str(image.path))

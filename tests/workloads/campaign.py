@@ -82,7 +82,7 @@ def _guests(
         timeout=1200,
     )
     if not has_init(root):
-        options["run"] = ""
+        options["command"] = ""
     system = Reference(_SYSTEM, workload.name)
     with api.boot(root.ref, **options) as [guest]:
         if workload.setup:

@@ -1,8 +1,8 @@
 """The fixtures of tests/vm, for workloads."""
 
 from tests.vm.conftest import (  # noqa: F401
+    boot,
     busybox_root,
-    cold,
     guests,
     host,
     python_root,

@@ -85,13 +85,13 @@ def _starting(host: Runtime, plan: LaunchPlan) -> Start:  # noqa: F811
 
 
 def test_ends_of_booted_guests(host: Runtime, spec: tuple[str, BootSpec]) -> None:  # noqa: F811
-    init, cold = spec
-    assert ends(host, booting(host, cold), table(init)) == []
+    init, boot = spec
+    assert ends(host, booting(host, boot), table(init)) == []
 
 
 def test_ends_of_clones(host: Runtime, spec: tuple[str, BootSpec]) -> None:  # noqa: F811
-    init, cold = spec
-    assert ends(host, cloning(host, cold), table(init)) == []
+    init, boot = spec
+    assert ends(host, cloning(host, boot), table(init)) == []
 
 
 @pytest.mark.parametrize("processors", [1, 2])
@@ -104,8 +104,8 @@ def test_an_end_is_always_told(
 ) -> None:
     """Whoever ends it is a process like the watcher: 50 times the watcher is first."""
     root = request.getfixturevalue("busybox_root").ref
-    cold = BootSpec(Reference.parse(root), memory=128 * MIB, cpus=processors, command="")
-    start = cloning(host, cold) if cloned else booting(host, cold)
+    boot = BootSpec(Reference.parse(root), memory=128 * MIB, cpus=processors, command="")
+    start = cloning(host, boot) if cloned else booting(host, boot)
     for round_ in range(10):
         guests = start([f"told-{round_}-{number}" for number in range(5)])
         commands = ["poweroff -f"] * 4 + [AFTER_ALL + "poweroff -f"]

@@ -17,7 +17,7 @@ from onecopy.guest.runtime import Runtime
 from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import MIB, Reference
 from tests.hooks_kit import SETTLED, alike, drawn, write
-from tests.vm.conftest import Cold, RunIn
+from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests
 
 ROOT = Reference("hooks", "trixie")
@@ -154,14 +154,14 @@ OWN = {
 
 
 @pytest.fixture
-def guest(host: Runtime, cold: Cold, run_in: RunIn) -> GuestRecord:
+def guest(host: Runtime, boot: Boot, run_in: RunIn) -> GuestRecord:
     """A booted guest with all services, which have drawn something already."""
     root = host.store.find(ROOT, "segment")
     if not root:
         root = build_segment(
             host.store, ROOT, f"debian:{ROOT.version}", BuildOptions(include=PACKAGES)
         )
-    guest = cold(root, memory=1024 * MIB, timeout=1800)
+    guest = boot(root, memory=1024 * MIB, timeout=1800)
     write(run_in, guest, "/srv/app.js", NODE)
     write(run_in, guest, "/srv/App.java", JAVA)
     write(run_in, guest, "/srv/draw.php", PHP)

@@ -97,7 +97,7 @@ class _Campaign:
             memory=self._database.memory,
             accel=self._accel,
             timeout=1200,
-            run="",
+            command="",
         )
 
     def cut(self, kind: str, commits: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from onecopy.guest.end_reason import Ended
 from onecopy.guest.exec import Completed, run_streaming
 from onecopy.guest.exec_streams import KEPT, Kept, Sink, Streams
 from onecopy.guest.lifecycle import save, stop
-from onecopy.guest.lifecycle.clone_hooks import checked
+from onecopy.guest.lifecycle.clone_hooks import parse_hooks
 from onecopy.guest.run_directory import Attached, GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments import attach, commit
@@ -57,7 +57,9 @@ class Guest:
         for here, there in self.record.publish:
             if there == port:
                 return here
-        raise NotFound(f"port {port} of {self.name} is not published", hint="publish=[(0, PORT)]")
+        raise NotFound(
+            f"port {port} of {self.name} is not published", hint="start it with publish=[(0, PORT)]"
+        )
 
     async def exec(
         self,
@@ -93,7 +95,7 @@ class Guest:
         if isinstance(argv, str) or not argv:
             raise InvalidInput(
                 f"{argv!r} is not a list of a program and its arguments",
-                hint=f'give a list; for a shell\'s line ["sh", "-c", {argv!r}]',
+                hint=f'give a list; for a shell command: ["sh", "-c", {argv!r}]',
             )
         out, err = Kept(KEPT), Kept(KEPT)
         streams = Streams(stdout or out, stderr or err, stdin)
@@ -196,19 +198,11 @@ class Guest:
         ref = None if target is None else Reference.parse(target)
         return await commit.commit(self._host, self.name, segment, ref)
 
-    async def save(
-        self,
-        system: str,
-        *,
-        on_clone: str | None = None,
-        clone_hooks: Sequence[str] | None = None,
-    ) -> save.Saved:
+    async def save(self, system: str, *, clone_hooks: Sequence[str] | None = None) -> save.Saved:
         """Save the guest as it is now, like `onecopy save --from`; the guest keeps running.
 
         Args:
             system: ``NAME[:VERSION]`` of the new saved system.
-            on_clone: A shell command that each clone runs after its hooks; None keeps the command
-                of the guest's own saved system.
             clone_hooks: Hooks that each clone runs before it is handed out, as for `onecopy save
                 --clone-hook`; None keeps those of the guest's own saved system.
 
@@ -222,10 +216,8 @@ class Guest:
             AgentFailed, GuestFailed: QEMU or the guest failed.
         """
         self._folder()
-        ref, hooks = Reference.parse(system), checked(clone_hooks)
-        return await save.save_guest(
-            self._host, ref, self.name, on_clone=on_clone, clone_hooks=hooks
-        )
+        ref, hooks = Reference.parse(system), parse_hooks(clone_hooks)
+        return await save.save_guest(self._host, ref, self.name, hooks=hooks)
 
     async def wait(self, timeout: float | None = None) -> bool:
         """Wait until the guest ends.

@@ -21,7 +21,7 @@ from onecopy.aio.options import (
     request,
 )
 from onecopy.guest.lifecycle import pool_fill, save, start, stop
-from onecopy.guest.lifecycle.clone_hooks import checked
+from onecopy.guest.lifecycle.clone_hooks import parse_hooks
 from onecopy.guest.lifecycle.start import Request
 from onecopy.guest.observe.accounts import report_all
 from onecopy.guest.run_directory import GuestRecord
@@ -198,7 +198,6 @@ class Host:
         system: str,
         root: str,
         *,
-        on_clone: str | None = None,
         clone_hooks: Sequence[str] | None = None,
         progress: Callable[[str], None] = lambda _: None,
         **options: Unpack[BootOptions],
@@ -208,7 +207,6 @@ class Host:
         Args:
             system: ``NAME[:VERSION]`` of the new saved system.
             root: The root segment.
-            on_clone: A shell command that each clone runs after its hooks.
             clone_hooks: Hooks that each clone runs before it is handed out, as for `onecopy save
                 --clone-hook`.
             progress: A function that gets a line of text at each step.
@@ -223,10 +221,12 @@ class Host:
             NotReady: The guest was not ready within its time.
             InsufficientResources: The host has too little memory or disk space.
         """
-        spec, ref, hooks = boot_spec(root, options), Reference.parse(system), checked(clone_hooks)
-        return await save.save_system(
-            self._sweep(), ref, spec, progress, on_clone=on_clone, clone_hooks=hooks
+        spec, ref, hooks = (
+            boot_spec(root, options),
+            Reference.parse(system),
+            parse_hooks(clone_hooks),
         )
+        return await save.save_system(self._sweep(), ref, spec, progress, hooks)
 
     @asynccontextmanager
     async def _start(self, wanted: Callable[[], Request]) -> AsyncIterator[list[Guest]]:

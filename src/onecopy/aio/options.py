@@ -52,10 +52,10 @@ class BootOptions(_MachineOptions, total=False):
     memory: int | str
     """The guest's RAM: bytes, or text such as "256M". Default: 256 MiB."""
     cpus: int
-    """The number of processors. Default: 1."""
+    """The number of vCPUs. Default: 1."""
     cpu: str
     """The CPU model, as for `onecopy boot --cpu`."""
-    run: str
+    command: str
     """A command that a minimal init runs in place of the image's init; the guest ends with it."""
     ready: str
     """A shell command that exits with 0 in the guest when the guest is ready."""
@@ -79,13 +79,13 @@ class StartOptions(_MachineOptions, _GroupOptions, total=False):
     memory: int | str | None
     """RAM in all, at least as much as saved: bytes, or text such as "256M". None: as saved."""
     cpus: int | None
-    """Processors in all, at least as many as saved. None: as saved."""
+    """vCPUs in all, at least as many as saved. None: as saved."""
 
 
 def choice(accel: str) -> Choice:
     """Return the accelerator of that name; raise InvalidInput."""
     if accel not in list(Choice):
-        raise InvalidInput(f"{accel!r} is no accelerator", hint="auto, kvm or tcg")
+        raise InvalidInput(f"there is no accelerator {accel!r}", hint="give auto, kvm or tcg")
     return Choice(accel)
 
 
@@ -93,7 +93,7 @@ def mergeable(text: str) -> Mergeable:
     """Return the memory that KSM may merge; raise InvalidInput."""
     if text not in list(Mergeable):
         raise InvalidInput(
-            f"{text!r} is not a choice of what KSM may merge", hint="give none, ram or all"
+            f"{text!r} is not memory that KSM may merge", hint="give none, ram or all"
         )
     return Mergeable(text)
 
@@ -113,10 +113,7 @@ _GROUP = ("name", "overcommit")
 
 def boot_spec(root: str, options: Mapping[str, Any]) -> BootSpec:
     """Return the specification of a boot; raise InvalidInput."""
-    fields = _fields(options)
-    if "run" in fields:
-        fields["command"] = fields.pop("run")
-    return BootSpec(root=Reference.parse(root), **fields)
+    return BootSpec(root=Reference.parse(root), **_fields(options))
 
 
 def clone_spec(system: str, options: Mapping[str, Any]) -> CloneSpec:

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -14,11 +14,12 @@ from click.core import ParameterSource
 from onecopy.cli.commands import Command
 from onecopy.cli.output import duration, print_json, print_line, progress
 from onecopy.cli.params import GuestType, ReferenceType, json_option
-from onecopy.cli.start_options import BOOT, BootOptions, HookType, boot_options, split_hooks
+from onecopy.cli.start_options import BOOT, BootOptions, HookType, boot_options
 from onecopy.errors import InvalidInput
 from onecopy.model import Reference, check_new_name, format_size
 
 if TYPE_CHECKING:
+    from onecopy.guest.lifecycle.clone_hooks import Hooks
     from onecopy.guest.lifecycle.launchplan import BootSpec
     from onecopy.guest.lifecycle.save import Saved
     from onecopy.guest.machine import Generator
@@ -78,6 +79,7 @@ def command(
     Programs with random generators of their own draw the same values in all clones. A warning names
     them, and clone hooks reseed them.
     """
+    from onecopy.guest.lifecycle.clone_hooks import parse_hooks
     from onecopy.guest.runtime import Runtime
 
     if (root is None) == (guest is None):
@@ -86,7 +88,7 @@ def command(
             hint="give --root SEGMENT to boot a guest, or --from GUEST",
         )
     check_new_name(system.name)
-    hooks = Hooks(*split_hooks(clone_hooks))
+    hooks = parse_hooks(clone_hooks)
     host = Runtime.open()
     if guest is not None:
         _require_no_boot()
@@ -95,13 +97,6 @@ def command(
         print(shlex.join(_argv(host, system, boot.spec(root))))
     elif root is not None:
         _print(_booted(host, system, boot.spec(root), hooks), as_json)
-
-
-class Hooks(NamedTuple):
-    """The hooks that each clone runs when it starts; None keeps those of the guest's own system."""
-
-    on_clone: str | None
-    clone_hooks: tuple[str, ...] | None
 
 
 def _require_no_boot() -> None:
@@ -121,14 +116,14 @@ def _running(host: Runtime, system: Reference, guest: str, hooks: Hooks) -> Save
     from onecopy.guest.lifecycle import save
 
     with progress() as tell:
-        return asyncio.run(save.save_guest(host, system, guest, tell, **hooks._asdict()))
+        return asyncio.run(save.save_guest(host, system, guest, tell, hooks))
 
 
 def _booted(host: Runtime, system: Reference, spec: BootSpec, hooks: Hooks) -> Saved:
     from onecopy.guest.lifecycle import save
 
     with progress() as tell:
-        return asyncio.run(save.save_system(host, system, spec, tell, **hooks._asdict()))
+        return asyncio.run(save.save_system(host, system, spec, tell, hooks))
 
 
 def _argv(host: Runtime, system: Reference, spec: BootSpec) -> list[str]:

@@ -5,7 +5,7 @@ Options of a group reach a command as one value. Not here: the starts (starting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,6 @@ from onecopy.cli.params import (
     accel_option,
     collect,
 )
-from onecopy.errors import InvalidInput
 from onecopy.model import Mergeable, Reference
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
 
 Ports = tuple[tuple[int, int], ...]
-_COMMAND = "command:"
 
 
 class BootOptions(NamedTuple):
@@ -130,8 +128,7 @@ class HookType(ParamType):
         """Check the typed hook."""
         from onecopy.guest.lifecycle.clone_hooks import check_hook
 
-        text = str(value)
-        return text if text.startswith(_COMMAND) else check_hook(text)
+        return check_hook(str(value))
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
         """Complete the names of ready hooks and the prefixes of actions."""
@@ -139,26 +136,10 @@ class HookType(ParamType):
 
 
 def _hooks() -> list[str]:
+    from onecopy.guest.lifecycle.clone_hooks import AUTO, COMMAND, NONE
     from onecopy.images.tools import ready_hooks
 
-    return [*ready_hooks(), "auto", "none", _COMMAND, "restart:", "signal:"]
-
-
-def split_hooks(hooks: Sequence[str]) -> tuple[str | None, tuple[str, ...] | None]:
-    """Return the shell command that clones run last, and the hooks before it.
-
-    None keeps those of the guest's own saved system; ``none`` removes both.
-    """
-    commands = [hook.removeprefix(_COMMAND) for hook in hooks if hook.startswith(_COMMAND)]
-    others = tuple(hook for hook in hooks if not hook.startswith(_COMMAND))
-    if len(commands) > 1:
-        raise InvalidInput(
-            f"{len(commands)} clone hooks are commands, and clones run one",
-            hint="join them: --clone-hook 'command:FIRST; SECOND'",
-        )
-    if "none" in others and not commands:
-        commands = [""]
-    return (commands[0] if commands else None), others or None
+    return [*ready_hooks(), AUTO, NONE, COMMAND, "restart:", "signal:"]
 
 
 #: Keys of groups of options; each command gives them titles (`Command`).

@@ -21,8 +21,8 @@ from onecopy.vmm.accel import Choice
 ROOT = Reference("demo-root")
 APP = Reference("demo-app")
 SYSTEM = Reference("demo-hello")
-COLD_GUESTS = 2
-SAVED_GUESTS = 8
+BOOTED_GUESTS = 2
+CLONES = 8
 
 
 def specification(accel: Choice) -> BootSpec:
@@ -56,13 +56,13 @@ async def run(
     spec = specification(accel)
     tell("saving a system with a running HTTP service")
     system = (await save.save_system(host, SYSTEM, spec, tell)).artifact
-    tell(f"booting {COLD_GUESTS} guests")
+    tell(f"booting {BOOTED_GUESTS} guests")
     booting = replace(spec, ready="true", publish=((0, 80),))
-    cold = await _batch(host, "cold", COLD_GUESTS, booting)
-    tell(f"starting {SAVED_GUESTS} clones of the saved system")
+    booted = await _batch(host, "booted", BOOTED_GUESTS, booting)
+    tell(f"starting {CLONES} clones of the saved system")
     cloning = CloneSpec(system=Reference.parse(system.ref), publish=((0, 80),))
-    saved = await _batch(host, "saved", SAVED_GUESTS, cloning)
-    return cold.accel, [cold, saved]
+    cloned = await _batch(host, "cloned", CLONES, cloning)
+    return booted.accel, [booted, cloned]
 
 
 def build_all(host: Runtime, tell: Callable[[str], None]) -> None:

@@ -32,7 +32,7 @@ def rows(batches: Sequence[Measured]) -> list[list[str]]:
     """Return one row for each kind of guest."""
     return [
         [
-            {"cold": "booted", "saved": "cloned"}[batch.kind],
+            batch.kind,
             str(batch.guests),
             f"{batch.seconds:.2f} s",
             f"{batch.per_guest:.3f} s",
@@ -45,21 +45,21 @@ def rows(batches: Sequence[Measured]) -> list[list[str]]:
 
 def as_json(accel: str, batches: Sequence[Measured]) -> dict[str, Any]:
     """Return the fields of docs/json.md; times in seconds, sizes in bytes."""
-    cold, saved = batches
+    booted, cloned = batches
     return {
-        "guests": saved.guests,
-        "answered": saved.answered,
+        "guests": cloned.guests,
+        "answered": cloned.answered,
         "accel": accel.partition(":")[0],
         "accel_reason": accel.partition(": ")[2],
-        "speedup": cold.per_guest / saved.per_guest,
-        "private_ram_bytes_per_guest": saved.ram_private,
-        "host_bytes_per_guest": saved.host,
-        "cold_guests": cold.guests,
-        "cold_answered": cold.answered,
-        "cold_private_ram_bytes_per_guest": cold.ram_private,
-        "cold_host_bytes_per_guest": cold.host,
-        "seconds_until_all_answer": saved.seconds,
-        "cold_seconds_until_all_answer": cold.seconds,
+        "speedup": booted.per_guest / cloned.per_guest,
+        "private_ram_bytes_per_guest": cloned.ram_private,
+        "host_bytes_per_guest": cloned.host,
+        "booted_guests": booted.guests,
+        "booted_answered": booted.answered,
+        "booted_private_ram_bytes_per_guest": booted.ram_private,
+        "booted_host_bytes_per_guest": booted.host,
+        "seconds_until_all_answer": cloned.seconds,
+        "booted_seconds_until_all_answer": booted.seconds,
         "cores": os.cpu_count(),
         "host_kernel": platform.release(),
     }
@@ -67,14 +67,14 @@ def as_json(accel: str, batches: Sequence[Measured]) -> dict[str, Any]:
 
 def picture(accel: str, batches: Sequence[Measured]) -> str:
     """Draw three pairs of bars as an SVG document."""
-    cold, saved = batches
+    booted, cloned = batches
     panels = [
-        ("Until the application answers, per guest", "s", cold.per_guest, saved.per_guest, 3),
-        ("Host memory per guest", "MiB", cold.host / MIB, saved.host / MIB, 1),
-        ("Private RAM per guest", "MiB", cold.ram_private / MIB, saved.ram_private / MIB, 2),
+        ("Until the application answers, per guest", "s", booted.per_guest, cloned.per_guest, 3),
+        ("Host memory per guest", "MiB", booted.host / MIB, cloned.host / MIB, 1),
+        ("Private RAM per guest", "MiB", booted.ram_private / MIB, cloned.ram_private / MIB, 2),
     ]
     body = "".join(_panel(number, *panel) for number, panel in enumerate(panels))
-    title = f"onecopy: {saved.guests} clones of one saved system, {cold.guests} booted guests"
+    title = f"onecopy: {cloned.guests} clones of one saved system, {booted.guests} booted guests"
     note = f"{platform.machine()}, {os.cpu_count()} cores, under {accel.partition(':')[0].upper()}"
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 300" font-family="sans-serif">'
@@ -84,13 +84,13 @@ def picture(accel: str, batches: Sequence[Measured]) -> str:
     )
 
 
-def _panel(number: int, title: str, unit: str, cold: float, saved: float, digits: int) -> str:
+def _panel(number: int, title: str, unit: str, booted: float, cloned: float, digits: int) -> str:
     top = 55 + number * 75
     style = 'font-size="12"'
     parts = [f'<text x="20" y="{top}" font-size="13">{title}</text>']
-    largest = max(cold, saved) or 1
+    largest = max(booted, cloned) or 1
     for line, (name, value, color) in enumerate(
-        (("booted", cold, "#b0b7c3"), ("cloned", saved, "#2463eb"))
+        (("booted", booted, "#b0b7c3"), ("cloned", cloned, "#2463eb"))
     ):
         y = top + 8 + line * 24
         width = max(500 * value / largest, 1)

@@ -21,7 +21,8 @@ from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
 #: 3: the state has no section about the machine; the guest has a card with an address of its own.
 #: 4: the machine has free CPU slots.
 #: 5: programs are frozen; clones report when their network card may be connected.
-_SCHEMA = 5
+#: 6: on_clone is called clone_command.
+_SCHEMA = 6
 _FILE = "system.json"
 
 
@@ -91,14 +92,14 @@ class SystemConfig(msgspec.Struct, frozen=True):
     machine_id: bool
     """Whether the guest had a machine-id(5); then each clone gets one of its own."""
     segments: tuple[MappedSegment, ...]
-    on_clone: str | None = None
-    """The user's command that each clone runs before it is ready."""
+    clone_command: str | None = None
+    """The shell command that each clone runs last before it is ready."""
     agent: bool = True
     """Whether its guests have an agent; bare machines have none."""
     cpu_room: int = 0
     """The most vCPUs that its kernel supports; 0 if unknown."""
     clone_hooks: tuple[str, ...] = ()
-    """Hooks that each clone runs before it is ready, in order, before ``on_clone``."""
+    """Hooks that each clone runs before it is ready, in order, before ``clone_command``."""
     generators: tuple[Generator, ...] = ()
     """Programs whose random generators clones share."""
     schema: int = _SCHEMA

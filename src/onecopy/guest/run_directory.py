@@ -115,7 +115,7 @@ class GuestRecord(msgspec.Struct, frozen=True):
 
     name: str
     kind: str
-    """``clone`` (started from a saved system) or ``cold`` (booted)."""
+    """``clone`` (started from a saved system) or ``booted``."""
     source: str
     """Reference of the saved system or root segment."""
     digest: str

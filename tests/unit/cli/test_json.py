@@ -64,7 +64,7 @@ def _printed(tmp_path: Path) -> dict[str, list[str]]:
     store = Store(tmp_path)
     artifact = put(store)
     full = describe_fully(store, artifact)
-    batch = Measured("cold", "tcg: asked for", 1, 1, 1.0, (1.0,), 1, 1)
+    batch = Measured("booted", "tcg: asked for", 1, 1, 1.0, (1.0,), 1, 1)
     sheet = report.Report((), ()).to_json()
     return {
         "ps: guest": list(msgspec.to_builtins(GUEST)),

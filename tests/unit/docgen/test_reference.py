@@ -34,7 +34,7 @@ def test_the_python_page_has_every_public_name() -> None:
 def test_signatures_are_as_they_are_called() -> None:
     page = python_api.page()
     assert "Host.guest(name: str) -> Guest\n" in page
-    assert "    *,\n    on_clone: str | None = None,\n" in page
+    assert "    *,\n    clone_hooks: Sequence[str] | None = None,\n" in page
     assert "    system: str,\n    count: int = 1,\n    **options: Unpack[StartOptions],\n" in page
     assert ") -> ContextManager[list[Guest]]\n" in page
 

@@ -24,14 +24,16 @@ def test_as_many_as_fit() -> None:
     with pytest.raises(InsufficientResources) as refused:
         admission.require(100 * MIB, 5)
     assert (refused.value.needed, refused.value.available) == (550 * MIB, 450 * MIB)
-    assert re.search(r"takes 100 MiB, and 50 MiB are left .* 4 would fit", refused.value.hint)
+    assert re.search(
+        r"needs 100 MiB and the host keeps 50 MiB, so 4 more would fit", refused.value.hint
+    )
 
 
 @pytest.mark.usefixtures("small_host")
 def test_a_cold_guest_needs_its_ram_and_a_clone_does_not() -> None:
     admission.require(admission.of_clones("kvm").each, 10)
     with pytest.raises(InsufficientResources):
-        admission.require(admission.of_cold("kvm", 512 * MIB).each)
+        admission.require(admission.of_booted("kvm", 512 * MIB).each)
 
 
 def test_a_kernel_that_does_not_tell_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,8 +58,8 @@ def test_what_qemu_may_translate_is_counted(
     else:
         with pytest.raises(InsufficientResources):
             admission.require(need.each, count)
-    cold = admission.of_cold("tcg", 256 * MIB)
-    assert cold.each - admission.of_cold("kvm", 256 * MIB).each == cold.translated == 128 * MIB
+    cold = admission.of_booted("tcg", 256 * MIB)
+    assert cold.each - admission.of_booted("kvm", 256 * MIB).each == cold.translated == 128 * MIB
 
 
 @pytest.mark.usefixtures("small_host")

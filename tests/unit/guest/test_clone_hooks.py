@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from onecopy.cli.save_cmd import warning
 from onecopy.errors import AgentFailed, InvalidInput
-from onecopy.guest.lifecycle.clone_hooks import check_hook, checked, read
+from onecopy.guest.lifecycle.clone_hooks import check_hook, parse_hooks, read
 from onecopy.images.tools import ready_hooks
 
 REDIS = "secrets\tredis-server\tredis-server.service\tredis\tredis\t1"
@@ -44,8 +44,8 @@ def test_hooks(hook: str) -> None:
     ],
 )
 def test_no_hooks(text: str) -> None:
-    with pytest.raises(InvalidInput, match="is no clone hook") as caught:
-        checked(["redis", text])
+    with pytest.raises(InvalidInput, match="is not a clone hook") as caught:
+        parse_hooks(["redis", text])
     assert "redis" in caught.value.hint
 
 

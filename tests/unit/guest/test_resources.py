@@ -76,9 +76,9 @@ def test_what_is_possible(host: Runtime) -> None:
 @pytest.mark.parametrize(
     ("memory", "error", "says"),
     [
-        (128, InvalidInput, "saved with 256.0 MiB of RAM and cannot have less"),
-        (300, InvalidInput, "multiples of 128 MiB"),
-        (256 * 18, TooLarge, "can have"),
+        (128, InvalidInput, "saved with 256.0 MiB of RAM, and cannot have less"),
+        (300, InvalidInput, "steps of 128 MiB"),
+        (256 * 18, TooLarge, "can get at most"),
     ],
 )
 def test_memory_that_cannot_be(host: Runtime, memory: int, error: type, says: str) -> None:
@@ -94,11 +94,11 @@ def test_the_hint_is_what_can_be(host: Runtime) -> None:
 @pytest.mark.parametrize(
     ("cpus", "changes", "error", "says"),
     [
-        (1, {"cpus": 2}, InvalidInput, "2 processors and cannot have fewer"),
-        (9, {}, TooLarge, "can have 8"),
-        (3, {"cpu_room": 2}, TooLarge, "can have 2"),
-        (2, {"cpu_room": 0}, TooLarge, "can have 1"),
-        (2, {"cpu_room": 1, "accel": "tcg"}, TooLarge, "under tcg Linux takes none later"),
+        (1, {"cpus": 2}, InvalidInput, "--cpus 2, and cannot have fewer"),
+        (9, {}, TooLarge, "can have at most 8"),
+        (3, {"cpu_room": 2}, TooLarge, "can have at most 2"),
+        (2, {"cpu_room": 0}, TooLarge, "can have at most 1"),
+        (2, {"cpu_room": 1, "accel": "tcg"}, TooLarge, "under tcg Linux cannot add vCPUs"),
     ],
 )
 def test_processors_that_cannot_be(
@@ -130,7 +130,7 @@ def test_a_bare_machine_is_given_nothing(host: Runtime, wanted: ExtraResources) 
 
 def test_mount_points_and_segments(host: Runtime) -> None:
     twice = (DiskSpec(size=MIB, mountpoint="/a"), DiskSpec(file=Path("x"), mountpoint="/a"))
-    assert "/a is there twice" in _refused(host, ExtraResources(disks=twice)).message
+    assert "mount point /a is given twice" in _refused(host, ExtraResources(disks=twice)).message
     outside = (DiskSpec(size=MIB, mountpoint="/a/.."),)
     assert "not a mount point" in _refused(host, ExtraResources(disks=outside)).message
     assert isinstance(_refused(host, ExtraResources(segments=((Reference("none"), ""),))), NotFound)
@@ -158,10 +158,10 @@ OWN, FILE = DiskSpec(size=16 * MIB), DiskSpec(file=Path("x"))
     ("specs", "named", "count", "says"),
     [
         ((OWN, OWN), True, 1, "one disk of its own"),
-        ((OWN,), False, 1, "has none"),
+        ((OWN,), False, 1, "needs a guest with a name"),
         ((DiskSpec(size=15 * MIB),), True, 1, "too small"),
-        ((FILE,), True, 2, "one file"),
-        ((OWN, FILE), True, 2, "one file"),
+        ((FILE,), True, 2, "one disk image"),
+        ((OWN, FILE), True, 2, "one disk image"),
     ],
 )
 def test_disks_that_do_not_go_together(
@@ -189,7 +189,7 @@ def test_a_disk_of_a_guest_s_own(host: Runtime) -> None:
     with disks.opened(host, "web", DiskSpec(size=64 * MIB)) as larger:
         assert (larger.made, disk_image.file_system_size(larger.fd)) == (False, 64 * MIB)
         assert os.fstat(larger.fd).st_uid == os.geteuid()
-    with pytest.raises(InvalidInput, match="not made smaller"), disks.opened(host, "web", OWN):
+    with pytest.raises(InvalidInput, match="cannot shrink"), disks.opened(host, "web", OWN):
         pass
     host.store.sweep()
     disks.remove(host, "web")

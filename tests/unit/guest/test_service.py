@@ -44,7 +44,7 @@ class Guest:
         self.came = b""
 
     def hand_out(self) -> Guest:
-        RunDirectory(self.folder).write(record(self.folder.name, kind="cold", pid=0))
+        RunDirectory(self.folder).write(record(self.folder.name, kind="booted", pid=0))
         return self
 
     def say(self, data: bytes) -> int:

@@ -73,7 +73,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     store = Store()
     host = Runtime(store, tmp_path / "run")
     (host.run / "bare").mkdir(parents=True)
-    RunDirectory(host.run / "bare").write(record("bare", kind="cold", agent=False))
+    RunDirectory(host.run / "bare").write(record("bare", kind="booted", agent=False))
 
     async def call(*_: object, **__: object) -> None:
         pytest.fail("the agent was called")

@@ -34,5 +34,5 @@ def test_processors_that_came_later_run(guests: Guests, saved: Artifact) -> None
     ticks = {int(line.split()[0]): int(line.split()[1]) for line in done.text.splitlines()}
     assert ticks.keys() == {0, 1, 2}, done
     assert min(ticks.values()) >= 20
-    with pytest.raises(TooLarge, match="can have 8"):
+    with pytest.raises(TooLarge, match="can have at most 8"):
         guests.clone(saved, cpus=9)

@@ -1,6 +1,6 @@
 """Admission: refuses guests for which the host has too little memory, unless the user overcommits.
 
-Admission counts QEMU's own memory. For a cold guest it adds the whole RAM, which the guest may
+Admission counts QEMU's own memory. For a booted guest it adds the whole RAM, which the guest may
 write at any time. A clone shares the saved RAM. Pages that a clone writes later are not counted,
 because most clones write few. So many busy clones can still exhaust a host; `onecopy report` shows
 their memory.
@@ -36,7 +36,7 @@ class Need(msgspec.Struct, frozen=True):
 def of_plan(plan: LaunchPlan, count: int = 1) -> Need:
     """Return the memory that each of ``count`` guests of a plan needs."""
     if plan.boot:
-        return of_cold(plan.accel.name, plan.config.memory, count)
+        return of_booted(plan.accel.name, plan.config.memory, count)
     added = max((plan.extra.memory or 0) - plan.config.memory, 0)
     return of_clones(plan.accel.name, count, added)
 
@@ -55,8 +55,8 @@ def of_clones(accel: str, count: int = 1, added: int = 0) -> Need:
     return _of(accel, count, _CLONE + added)
 
 
-def of_cold(accel: str, memory: int, count: int = 1) -> Need:
-    """Return the memory that each of ``count`` cold guests with ``memory`` bytes of RAM needs."""
+def of_booted(accel: str, memory: int, count: int = 1) -> Need:
+    """Return the memory that each of ``count`` booted guests with ``memory`` bytes of RAM needs."""
     return _of(accel, count, _CLONE + _BOOTED + memory)
 
 
@@ -87,6 +87,6 @@ def require(each: int, count: int = 1) -> None:
             "memory",
             needed=needed,
             available=info.available,
-            hint=f"a guest takes {each // MIB} MiB, and {kept // MIB} MiB are left to the host, so "
-            f"{fit} would fit: start fewer, stop others, or give --overcommit",
+            hint=f"a guest needs {each // MIB} MiB and the host keeps {kept // MIB} MiB, so {fit} "
+            "more would fit: start fewer guests, stop others, or give --overcommit",
         )

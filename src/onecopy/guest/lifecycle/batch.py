@@ -144,7 +144,7 @@ def _check_alive(result: GuestRecord | BaseException) -> GuestRecord | BaseExcep
     """Return the result of one start; GuestFailed if the guest ended before all had started."""
     if isinstance(result, GuestRecord) and not exists(result.pid):
         return GuestFailed(
-            f"the QEMU of {result.name} ended again before all had been started",
-            hint="if the kernel was out of memory, which `dmesg` tells: start fewer",
+            f"QEMU of {result.name} ended before all guests had started",
+            hint="if `dmesg` says that the kernel ran out of memory, start fewer guests",
         )
     return result

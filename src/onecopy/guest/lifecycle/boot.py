@@ -55,7 +55,7 @@ async def ready(folder: Path, spec: BootSpec) -> None:
     except AgentFailed:
         raise NotReady(
             f"the guest did not come up within {spec.timeout:g} s",
-            hint="give it more time with --timeout, or more --memory",
+            hint="give a longer --timeout, or more --memory",
         ) from None
     script = spec.ready or _DEFAULT_READY
     left = max(deadline - time.monotonic(), 1)
@@ -65,9 +65,9 @@ async def ready(folder: Path, spec: BootSpec) -> None:
     if done.exit_code:
         last = await run_captured(folder, ["sh", "-c", script], timeout=10)
         raise NotReady(
-            f"not ready after {spec.timeout:g} s; `{script}` last ended with exit code "
-            f"{last.exit_code}: {guest_reply.shown(last.stdout + last.stderr, 500)}",
-            hint="correct --ready, or give it more time with --timeout",
+            f"the guest is not ready after {spec.timeout:g} s; `{script}` last ended with exit "
+            f"code {last.exit_code}: {guest_reply.shown(last.stdout + last.stderr, 500)}",
+            hint="correct --ready, or give a longer --timeout",
         )
 
 
@@ -89,7 +89,7 @@ async def given_address(folder: Path) -> str:
     done = await run_captured(folder, ["cat", "/run/onecopy/address"], timeout=30)
     if done.exit_code:
         raise GuestFailed(
-            "the guest got no address in the network of its bridge",
-            hint="that takes a DHCP server there; leave --bridge out for a user-mode network",
+            "the guest got no address by DHCP from the network of its bridge",
+            hint="run a DHCP server in that network, or omit --bridge for a user-mode network",
         )
     return guest_reply.address(done.stdout, "the guest's address")

@@ -120,8 +120,8 @@ def _plan_bare(
     for option, value in options.items():
         if value:
             raise InvalidInput(
-                f"{option} does not go with {bare.ref}, a bare kernel",
-                hint="build a root segment for guests that are more than a bare machine",
+                f"{option} does not apply to {bare.ref}, a bare kernel",
+                hint="omit it, or boot a root segment",
             )
     _require_memory(spec.memory)
     kernel = ensure_kernel(host.store, progress=progress)
@@ -145,8 +145,8 @@ def _command(spec: BootSpec, root: Artifact) -> str | None:
     if spec.idle:
         return ""
     raise InvalidInput(
-        f"{root.ref} has no init to boot (/sbin/init), and no command is given",
-        hint="say what is to run in it: --command CMD; with --command '' the guest just stays up",
+        f"{root.ref} has no init (/sbin/init), and no command is given",
+        hint="give a command with --command CMD; --command '' keeps the guest up",
     )
 
 

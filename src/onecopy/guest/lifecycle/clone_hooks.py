@@ -27,6 +27,8 @@ from onecopy.vmm.guest_reply import decimal, shown
 AUTO = "auto"
 #: Selects no hooks, and removes those of the guest's own saved system.
 NONE = "none"
+#: Begins a hook that is a shell command.
+COMMAND = "command:"
 #: Each clone gets host keys of its own. OpenSSH's server then restarts itself (renew).
 _KEYS = "SSH host keys"
 _UNIT = ".service"
@@ -52,19 +54,51 @@ class Found(msgspec.Struct, frozen=True):
     generators: tuple[Generator, ...] = ()
 
 
-def checked(texts: Iterable[str] | None) -> tuple[str, ...] | None:
-    """Return the texts if all of them are valid clone hooks; raise InvalidInput."""
-    return None if texts is None else tuple(check_hook(each) for each in texts)
+class Hooks(msgspec.Struct, frozen=True):
+    """The clone hooks of a new saved system; None keeps those of the guest's own saved system.
+
+    Attributes:
+        names: The hooks by name, in order.
+        command: The shell command that each clone runs after them; empty for none.
+    """
+
+    names: tuple[str, ...] | None = None
+    command: str | None = None
+
+
+#: Keeps all hooks of the guest's own saved system.
+KEPT = Hooks()
+
+
+def parse_hooks(texts: Iterable[str] | None) -> Hooks:
+    """Parse clone hooks; None or no text keeps those of the guest's own saved system.
+
+    Raises:
+        InvalidInput: A text is no clone hook, or two are commands.
+    """
+    hooks = [check_hook(each) for each in texts or ()]
+    commands = [each.removeprefix(COMMAND) for each in hooks if each.startswith(COMMAND)]
+    names = tuple(each for each in hooks if not each.startswith(COMMAND))
+    if len(commands) > 1:
+        raise InvalidInput(
+            f"{len(commands)} clone hooks are commands; clones run only one",
+            hint="join them: 'command:FIRST; SECOND'",
+        )
+    if NONE in names and not commands:
+        commands = [""]
+    return Hooks(names or None, commands[0] if commands else None)
 
 
 def check_hook(text: str) -> str:
     """Return the text if it is a valid clone hook; raise InvalidInput."""
+    if text.startswith(COMMAND):
+        return text
     ready = ready_hooks()
     if not _FORM.fullmatch(text) or (":" not in text and text not in (AUTO, NONE, *ready)):
         raise InvalidInput(
-            f"{shown(text)!r} is no clone hook",
-            hint=f"one of {', '.join(ready)}, {AUTO}, {NONE}, restart:UNIT, restart:PROGRAM or "
-            "signal:NAME:PROGRAM",
+            f"{shown(text)!r} is not a clone hook",
+            hint=f"one of {', '.join(ready)}, {AUTO}, {NONE}, restart:UNIT, restart:PROGRAM, "
+            f"signal:NAME:PROGRAM or {COMMAND}CMD",
         )
     return text
 
@@ -93,7 +127,7 @@ async def hooked(
 async def _look(folder: Path) -> Found:
     done = await _clone(folder, "look")
     if done.exit_code:
-        raise GuestFailed(f"the guest does not list its programs: {said(done)}")
+        raise GuestFailed(f"the guest could not list its programs: {said(done)}")
     return read(done.stdout)
 
 
@@ -146,7 +180,7 @@ async def _choose(
     if done.exit_code:
         raise InvalidInput(
             f"the guest refuses a clone hook: {said(done)}",
-            hint="leave it out, or let --clone-hook command:CMD do what the clones need",
+            hint="omit it, or reseed the program with --clone-hook command:CMD",
         )
     for line in done.text.splitlines()[:_MOST]:
         if line.startswith("left "):

@@ -89,10 +89,12 @@ def check_disks(specs: Sequence[DiskSpec], *, named: bool, count: int) -> None:
     """
     own = [spec for spec in specs if spec.file is None]
     if len(own) > 1:
-        raise InvalidInput("a guest has one disk of its own", hint="give files for the others")
+        raise InvalidInput(
+            "a guest can have only one disk of its own", hint="give image files for the others"
+        )
     if own and not named:
         raise InvalidInput(
-            "a disk is found again by its guest's name, and the guest has none", hint="give --name"
+            "a disk of the guest's own needs a guest with a name", hint="give --name"
         )
     if own and own[0].size < _MINIMUM:
         raise InvalidInput(
@@ -101,8 +103,8 @@ def check_disks(specs: Sequence[DiskSpec], *, named: bool, count: int) -> None:
         )
     if count > 1 and len(own) < len(specs):
         raise InvalidInput(
-            "several guests cannot have one file as their disk",
-            hint="give a size: each gets a disk of its own",
+            "several guests cannot share one disk image",
+            hint="give a size instead of a file: each guest gets a disk of its own",
         )
 
 
@@ -165,14 +167,16 @@ def _open(host: Runtime, path: Path, *, lock: bool = True) -> Iterator[int]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"there is no disk {path}", hint="check the path") from error
     except IsADirectoryError as error:
-        raise InvalidInput(f"{path} is a folder", hint="give a disk image") from error
+        raise InvalidInput(f"{path} is a directory", hint="give a disk image") from error
     except OSError as error:
         raise NotPermitted(
-            f"{path} cannot be written to: {error.strerror}", hint="give one that you may write to"
+            f"cannot write to {path}: {error.strerror}", hint="give a file that you may write to"
         ) from error
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise InvalidInput(f"{path} is no file", hint="give a disk image, qcow2 or raw")
+            raise InvalidInput(
+                f"{path} is not a regular file", hint="give a disk image, qcow2 or raw"
+            )
         if lock and not disk_image.lock(fd):
             raise _in_use(host, path)
         if not os.fstat(fd).st_nlink:
@@ -187,7 +191,9 @@ def _in_use(host: Runtime, path: Path) -> InUse:
     return InUse(
         f"the disk {path} is in use by {guest or 'another program'}",
         users=[guest] if guest else [],
-        hint=f"`onecopy stop {guest}` first" if guest else "fuser(1) tells which, and end that",
+        hint=f"stop the guest first: `onecopy stop {guest}`"
+        if guest
+        else "find it with fuser(1), and end it",
     )
 
 
@@ -204,10 +210,11 @@ def _user(host: Runtime, path: Path) -> str:
 def _require_usable(host: Runtime, path: Path, fd: int) -> None:
     if path.resolve().is_relative_to(host.store.root.resolve()):
         raise InvalidInput(
-            f"{path} is part of the store", hint="a guest's own disk comes with a size, and --name"
+            f"{path} is part of the store",
+            hint="give --disk SIZE and --name for a guest's own disk",
         )
     if not os.fstat(fd).st_size:
-        raise InvalidInput(f"{path} is empty", hint="truncate(1) gives it a size")
+        raise InvalidInput(f"{path} is empty", hint="give it a size with truncate(1)")
 
 
 def _path(host: Runtime, guest: str) -> Path:
@@ -236,7 +243,8 @@ def _set_size(fd: int, size: int) -> None:
         if error.errno not in (errno.EFBIG, errno.EINVAL):
             raise
         raise InvalidInput(
-            f"a file of the host cannot have {format_size(size)}", hint="give a smaller size"
+            f"the host's file system cannot hold a file of {format_size(size)}",
+            hint="give a smaller size",
         ) from error
 
 
@@ -258,8 +266,9 @@ def _require_larger(path: Path, fd: int, size: int) -> int:
     present = os.fstat(fd).st_size
     if size < present:
         raise InvalidInput(
-            f"the disk {path} has {format_size(present)} and is not made smaller",
-            hint=f"give at least {-(-present // MIB)}M, or `onecopy disks --rm {path.stem}` it",
+            f"the disk {path} has {format_size(present)} and cannot shrink",
+            hint=f"give at least {-(-present // MIB)}M, or remove it with `onecopy disks --rm "
+            f"{path.stem}`",
         )
     return present
 
@@ -287,6 +296,6 @@ def remove(host: Runtime, name: str) -> None:
     """Remove a guest's own disk; raise NotFound, InUse."""
     path = _path(host, name)
     if not path.exists():
-        raise NotFound(f"there is no disk {name!r}", hint="`onecopy disks` lists them")
+        raise NotFound(f"there is no disk {name!r}", hint="list the disks with `onecopy disks`")
     with _open(host, path):
         path.unlink(missing_ok=True)

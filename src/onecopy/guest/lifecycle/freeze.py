@@ -61,9 +61,9 @@ async def frozen(
             def still() -> None:
                 if time.monotonic() - asked > _DEADLINE:
                     raise GuestFailed(
-                        f"it took more than {_DEADLINE:g} s to stop {folder.name}, whose programs "
-                        "have gone on",
-                        hint="try again when the host has less to do",
+                        f"{folder.name} did not stop within {_DEADLINE:g} s, and its programs "
+                        "continued",
+                        hint="try again when the host is less busy",
                     )
 
             yield still

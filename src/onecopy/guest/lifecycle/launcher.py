@@ -1,6 +1,6 @@
 """Carries out a plan: starts the VMM, makes the guest ready, and writes its record.
 
-Cold guests, clones and VMMs that wait in a pool all start here. Not here: plans and refusals
+Booted guests, clones and VMMs that wait in a pool all start here. Not here: plans and refusals
 (launchplan.py), the guest's boot or wake-up (boot.py, restore.py), several guests at once
 (start.py).
 """
@@ -157,7 +157,7 @@ async def _come_up(
         address = await boot.given_address(folder.path)
     record = GuestRecord(
         name=plan.name,
-        kind="cold" if plan.boot else "clone",
+        kind="booted" if plan.boot else "clone",
         source=plan.source.ref,
         digest=plan.source.digest,
         accel=plan.accel.name,

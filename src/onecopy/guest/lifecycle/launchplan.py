@@ -88,7 +88,7 @@ class CloneSpec(GuestSpec, frozen=True):
 
 
 class Boot(msgspec.Struct, frozen=True):
-    """The parts that a cold guest boots from."""
+    """The parts that a booted guest starts from."""
 
     spec: BootSpec
     kernel: Artifact
@@ -166,8 +166,8 @@ def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
     open_notify.require(host.qemu)
     if spec.accel not in (Choice.AUTO, Choice(config.accel)):
         raise Incompatible(
-            f"{system.ref} was saved under {config.accel} and cannot be started under {spec.accel}",
-            hint=f"leave --accel out, or save it again with --accel {spec.accel}",
+            f"{system.ref} was saved under {config.accel} and cannot start under {spec.accel}",
+            hint=f"omit --accel, or save it again with --accel {spec.accel}",
         )
     # The test of KVM boots Linux, and the kernel of a bare machine may be another system.
     kernel = system if config.agent else ensure_kernel(host.store)
@@ -227,7 +227,7 @@ def _require_merging(plan: LaunchPlan) -> None:
     """Raise if KSM would merge memory across trust domains, or cannot merge QEMU's memory."""
     if plan.domain:
         raise InvalidInput(
-            f"KSM would merge memory of the trust domain {plan.domain} with that of others",
+            f"KSM would merge memory of the trust domain {plan.domain} with memory of others",
             hint="start the guests without --ksm all",
         )
     spawn.require_merging()

@@ -76,7 +76,7 @@ def require_possible(
     if not config.agent:
         raise InvalidInput(
             f"{so_far} as a bare machine, which cannot confirm that it uses added resources",
-            hint="leave out --memory, --cpus, --segment and --disk",
+            hint="omit --memory, --cpus, --segment and --disk",
         )
     if wanted.memory is not None:
         _require_memory(wanted.memory, config.memory, so_far)
@@ -93,7 +93,9 @@ def require_possible(
     mountpoints = [each for _, each in wanted.segments] + [each.mountpoint for each in wanted.disks]
     for each in filter(None, mountpoints):
         if mountpoints.count(each) > 1:
-            raise InvalidInput(f"{each} is there twice", hint="a guest has each mount once")
+            raise InvalidInput(
+                f"the mount point {each} is given twice", hint="give each mount point only once"
+            )
 
 
 def _further(
@@ -105,7 +107,7 @@ def _further(
     for ref, mountpoint in wanted.segments:
         segment = host.store.resolve(ref, "segment")
         if segment.name in there:
-            raise AlreadyExists(f"{so_far} with {segment.name} loaded", hint="leave it out")
+            raise AlreadyExists(f"{so_far} with {segment.name} loaded", hint="omit it")
         there.add(segment.name)
         _check_mountpoint(mountpoint)
         found += [placed.segment for placed in ranges_of(segment, mountpoint)]
@@ -121,20 +123,21 @@ def _require_memory(wanted: int, saved: int, so_far: str) -> None:
     more = wanted - saved
     if more < 0:
         raise InvalidInput(
-            f"{so_far} with {format_size(saved)} of RAM and cannot have less",
+            f"{so_far} with {format_size(saved)} of RAM, and cannot have less",
             hint="save it again with less --memory",
         )
     if more % MEMORY_BLOCK:
         best = saved + more // MEMORY_BLOCK * MEMORY_BLOCK
         raise InvalidInput(
-            f"{so_far} with {format_size(saved)} of RAM, and more comes in multiples of "
+            f"{so_far} with {format_size(saved)} of RAM; it can grow only in steps of "
             f"{MEMORY_BLOCK // MIB} MiB",
             hint=f"give --memory {best // MIB}M or {(best + MEMORY_BLOCK) // MIB}M",
         )
     most = min(saved * _TIMES, HOT_ROOM // 2)
     if more > most:
         raise TooLarge(
-            f"{so_far} with {format_size(saved)} of RAM, which can have {format_size(most)} more",
+            f"{so_far} with {format_size(saved)} of RAM, and can get at most {format_size(most)} "
+            "more",
             hint="save it again with more --memory",
         )
 
@@ -143,14 +146,14 @@ def _require_cpus(wanted: int, config: SystemConfig, so_far: str) -> None:
     saved = config.cpus
     if wanted < saved:
         raise InvalidInput(
-            f"{so_far} with {saved} processors and cannot have fewer",
+            f"{so_far} with --cpus {saved}, and cannot have fewer",
             hint="save it again with fewer --cpus",
         )
     room = min(cpu_room(saved), config.cpu_room or saved)
     if wanted > room:
-        why = "" if config.accel == "kvm" else f": under {config.accel} Linux takes none later"
+        why = "" if config.accel == "kvm" else f": under {config.accel} Linux cannot add vCPUs"
         raise TooLarge(
-            f"{so_far} with --cpus {saved} and can have {room}{why}",
+            f"{so_far} with --cpus {saved}, and can have at most {room}{why}",
             hint="save it again with more --cpus",
         )
 

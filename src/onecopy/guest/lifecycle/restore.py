@@ -22,7 +22,7 @@ def vmm_of(folder: RunDirectory, record: GuestRecord) -> Vmm:
         argv = process.cmdline(record.pid)
         return Vmm(record.pid, folder.path, argv, listener=record.listener)
     except (NotFound, ProcessLookupError) as error:
-        raise GuestFailed("QEMU ended while it waited", hint="try again") from error
+        raise GuestFailed("the ready guest ended before it was used", hint="try again") from error
 
 
 async def wake(folder: RunDirectory, record: GuestRecord, publish: Ports) -> GuestRecord:

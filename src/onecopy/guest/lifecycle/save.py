@@ -23,7 +23,7 @@ from onecopy.guest.exec import run_captured
 from onecopy.guest.guest_script import said
 from onecopy.guest.identity import Identity
 from onecopy.guest.lifecycle import admission, launcher, snapshot, start
-from onecopy.guest.lifecycle.clone_hooks import hooked
+from onecopy.guest.lifecycle.clone_hooks import KEPT, Hooks, hooked
 from onecopy.guest.lifecycle.freeze import frozen
 from onecopy.guest.lifecycle.launchplan import BootSpec, LaunchPlan
 from onecopy.guest.lifecycle.snapshot import STATE_ROOM, Snapshot, Source
@@ -89,8 +89,8 @@ def plan_save(
     plan = start.plan_launch(host, spec, progress)
     if plan.boot is None or not plan.config.agent:
         raise InvalidInput(
-            f"{plan.source.ref} is a bare kernel, which cannot say when it is ready",
-            hint=f"`onecopy boot {plan.source.ref}`, and `onecopy save --from` that guest",
+            f"{plan.source.ref} is a bare kernel, which cannot report when it is ready",
+            hint=f"boot it with `onecopy boot {plan.source.ref}`, then `onecopy save --from GUEST`",
         )
     _require_fixed(plan.config.segments)
     need = admission.of_plan(plan)
@@ -108,15 +108,9 @@ async def save_system(
     ref: Reference,
     spec: BootSpec,
     progress: Callable[[str], None] = lambda _: None,
-    *,
-    on_clone: str | None = None,
-    clone_hooks: Sequence[str] | None = None,
+    hooks: Hooks = KEPT,
 ) -> Saved:
     """Boot a guest, wait until it is ready, and save it; the guest ends in any case.
-
-    Args:
-        on_clone: A shell command that each clone runs after its hooks and that must succeed.
-        clone_hooks: Hooks that each clone runs before it is handed out (clone_hooks.py).
 
     Raises:
         InvalidInput: The guest cannot have one of the hooks.
@@ -128,8 +122,7 @@ async def save_system(
         async with launcher.running(host, plan, batch) as up:
             folder, config = up.folder.path, plan.config
             await _read_folders(folder, config.segments)
-            config = await _set_on_clone(folder, on_clone, config)
-            config = await _install_hooks(folder, clone_hooks, config, progress)
+            config = await _install_hooks(folder, hooks, config, progress)
             config = await _rehearse(folder, plan.name, launcher.card_of(up.record), config)
             progress("the guest is ready; waiting until it is idle")
             await _come_to_rest(folder, up.vmm, with_init=config.command is None)
@@ -151,13 +144,9 @@ async def save_guest(
     ref: Reference,
     name: str,
     progress: Callable[[str], None] = lambda _: None,
-    *,
-    on_clone: str | None = None,
-    clone_hooks: Sequence[str] | None = None,
+    hooks: Hooks = KEPT,
 ) -> Saved:
     """Save a running guest as it is now; the guest keeps running.
-
-    ``on_clone`` and ``clone_hooks`` are those of `save_system`; None keeps the guest's own.
 
     Raises:
         NotFound, InvalidInput, InUse, NotPermitted, OtherDomain: The guest cannot be saved.
@@ -171,12 +160,11 @@ async def save_guest(
         _require_fixed(config.segments)
         _require_unfitted(record, config)
         require_disk(host.store.root, record.memory + STATE_ROOM)
-        if on_clone is not None or clone_hooks is not None:
+        if hooks != KEPT:
             folder.require_agent()
         if config.agent:
             progress("preparing the guest")
-        config = await _set_on_clone(folder.path, on_clone, config)
-        config = await _install_hooks(folder.path, clone_hooks, config, progress)
+        config = await _install_hooks(folder.path, hooks, config, progress)
         config = await _prepare(folder.path, config, card=bool(record.mac))
         with host.store.workspace() as work:
             progress("freezing the guest")
@@ -191,28 +179,25 @@ def _source(record: GuestRecord) -> Source:
     return Source(record.pid, record.memory, Path(record.ram_path) if record.ram_path else None)
 
 
-async def _set_on_clone(folder: Path, on_clone: str | None, config: SystemConfig) -> SystemConfig:
-    """Write the command that clones run last into the guest; return the new configuration."""
-    if on_clone is None:
-        return config
-    argv = ["sh", "-c", "cat >/run/onecopy/on-clone"]
-    done = await run_captured(folder, argv, stdin=on_clone.encode(), timeout=30)
-    if done.exit_code:
-        raise GuestFailed(f"the guest refuses the clone hook: {said(done)}")
-    return replace(config, on_clone=on_clone or None)
-
-
 async def _install_hooks(
-    folder: Path,
-    clone_hooks: Sequence[str] | None,
-    config: SystemConfig,
-    progress: Callable[[str], None],
+    folder: Path, hooks: Hooks, config: SystemConfig, progress: Callable[[str], None]
 ) -> SystemConfig:
     """Choose the clones' hooks, and record the generators that need them."""
     if not config.agent:
         return config
-    found = await hooked(folder, clone_hooks, progress)
+    if hooks.command is not None:
+        await _write_command(folder, hooks.command)
+        config = replace(config, clone_command=hooks.command or None)
+    found = await hooked(folder, hooks.names, progress)
     return replace(config, clone_hooks=found.runs, generators=found.generators)
+
+
+async def _write_command(folder: Path, command: str) -> None:
+    """Write the shell command that clones run last into the guest."""
+    argv = ["sh", "-c", "cat >/run/onecopy/on-clone"]
+    done = await run_captured(folder, argv, stdin=command.encode(), timeout=30)
+    if done.exit_code:
+        raise GuestFailed(f"the guest refuses the clone hook: {said(done)}")
 
 
 def _freezing(folder: Path, tell: Callable[[str], None], config: SystemConfig) -> snapshot.Freezing:
@@ -246,7 +231,7 @@ def _require_fixed(segments: Sequence[MappedSegment]) -> None:
             raise InvalidInput(
                 f"{item.name} is {item.page_class} and cannot be part of a saved "
                 "system: its content belongs to running guests",
-                hint="leave it out, and `onecopy attach` it to the guests once they run",
+                hint="omit it, and attach it to running guests with `onecopy attach`",
             )
 
 
@@ -256,12 +241,11 @@ def _require_unfitted(record: GuestRecord, config: SystemConfig) -> None:
     if record.added:
         given.append(f"{format_size(record.added)} more memory")
     if record.cpus > config.cpus:
-        given.append(f"{record.cpus - config.cpus} more processors")
+        given.append(f"{record.cpus - config.cpus} more vCPUs")
     if given:
         raise InvalidInput(
-            f"{record.name} was given {', '.join(given)} at its start, which a saved system is "
-            "without",
-            hint="start a guest without and save that; clones of it are given the like again",
+            f"{record.name} started with {', '.join(given)}, which a saved system cannot have",
+            hint="save a guest that started without; give the same options to its clones",
         )
 
 

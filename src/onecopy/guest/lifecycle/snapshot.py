@@ -1,6 +1,6 @@
 """Writes a guest's RAM and device state, both of the same moment, to files.
 
-During the pause only the VMM's private pages are copied. For a cold guest that is all of the RAM.
+During the pause only the VMM's private pages are copied. For a booted guest that is all of the RAM.
 For a clone it is the pages that the clone wrote; they go over a copy of its saved RAM, which is
 made before the pause. Not here: choosing the guest, and storing the files (save.py).
 """
@@ -116,15 +116,15 @@ async def _require_as_started(monitor: Monitor, name: str) -> None:
     later = await hotplugged_devices(monitor)
     if any(not device.startswith(EXEC_PORT) for device in later):
         raise InvalidInput(
-            f"{name} has been given devices since its start (segments, disks, memory), which a "
-            "saved system is without",
-            hint="start a guest without them and save that; give them to those that start from it",
+            f"{name} has devices that were added after its start (segments, disks, memory), which "
+            "a saved system cannot have",
+            hint="save a guest without them, and add them to its clones",
         )
     if later:
         raise InUse(
-            f"a program runs in {name} by `onecopy exec`",
+            f"`onecopy exec` runs a program in {name}",
             users=(name,),
-            hint="save it when the program has ended",
+            hint="save the guest when the program has ended",
         )
 
 
@@ -139,7 +139,7 @@ async def _devices(monitor: Monitor, pid: int) -> bytes:
     finally:
         os.close(lent)
     if not content:
-        raise GuestFailed("QEMU wrote nothing as the state of its devices")
+        raise GuestFailed("QEMU wrote no device state")
     return content
 
 

@@ -127,7 +127,7 @@ def _names(request: Request) -> list[str]:
 def names_for(source: str, name: str | None, count: int) -> list[str]:
     """Return ``count`` names: NAME, or NAME-1 to NAME-N, or names made from ``source``."""
     if count < 1:
-        raise InvalidInput(f"{count} guests cannot be started", hint="start at least one")
+        raise InvalidInput(f"cannot start {count} guests", hint="give at least 1")
     if name is not None:
         check_guest_name(name)
         names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
