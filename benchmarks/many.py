@@ -86,7 +86,7 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         guests = json.loads(await _onecopy("run", *_options(count)))["guests"]
         started = time.monotonic() - began
         await asyncio.sleep(SETTLE)
-        resting = _parts(setup, at_first)
+        idle_memory = _parts(setup, at_first)
         asking = time.monotonic()
         await _all_answer(guests)
         all_answered = time.monotonic() - asking
@@ -117,7 +117,7 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         top=top,
         stopped=stopped,
         shut_down=said.count("shut down"),
-        memory=resting,
+        memory=idle_memory,
         worked=working,
         planned=planned,
         planned_worked=worked,

@@ -121,7 +121,7 @@ async def measure_truth(setup: Setup, clones: int, plain: int, tell: Tell) -> Tr
 
 @dataclass(frozen=True, slots=True)
 class _Rested:
-    """Guests at rest."""
+    """Guests idle."""
 
     guests: Sequence[Running]
     check: Check

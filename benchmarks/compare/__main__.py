@@ -110,7 +110,7 @@ async def _ways(
             kind = "alike" if len(wares) < count else "different"
             _tell(f"{count} guests, {kind}: {way.name}")
             outcome = await measure(way, count, wares, templates, _tell)
-            each = f"{outcome.resting / count / MIB:.1f} MiB each at rest"
+            each = f"{outcome.idle_memory / count / MIB:.1f} MiB each, idle"
             _tell(f"{each}, {outcome.seconds.median:.2f} s a start")
             results.found.append(outcome)
             results.write()

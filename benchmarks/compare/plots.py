@@ -46,11 +46,11 @@ def _memory(found: Sequence[Outcome]) -> Figure:
         line = each.timeline
         colour = _COLOURS[each.way]
         axes.plot(line.seconds, _mib(line.used), color=colour, label=LABELS[each.way])
-        for what, sign in (("all answer", "o"), ("at rest", "s")):
+        for what, sign in (("all answer", "o"), ("idle", "s")):
             moment = line.marks[what]
             used = next((u for s, u in zip(line.seconds, line.used, strict=True) if s >= moment), 0)
             axes.plot([moment], [used / MIB], sign, color=colour)
-    axes.set_xlabel("seconds (circle: all guests answer, square: at rest; then they work)")
+    axes.set_xlabel("seconds (circle: all guests answer, square: idle; then they work)")
     axes.set_ylabel("host memory in use, page cache included, MiB")
     axes.set_title(title(found))
     axes.set_ylim(bottom=0)
@@ -68,7 +68,7 @@ def _bars(found: Sequence[Outcome]) -> Figure:
     """Draw memory, start time and CPU time, one bar for each way."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     memory, start, cpu = figure.subplots(1, 3)
-    _bar(memory, found, "host memory per guest, MiB", lambda o: o.resting / MIB / o.guests)
+    _bar(memory, found, "host memory per guest, MiB", lambda o: o.idle_memory / MIB / o.guests)
     _bar(start, found, "start until it answers, s", lambda o: o.seconds.median)
     _bar(cpu, found, "CPU in all per guest, s", lambda o: (o.vmm_cpu + o.ksm_cpu) / o.guests)
     figure.suptitle(title(found))

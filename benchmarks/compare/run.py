@@ -62,7 +62,7 @@ class Outcome:
     """The same for the other guests."""
     boot_cpu: float
     """Median CPU seconds of a VMM until its application answered."""
-    resting: int
+    idle_memory: int
     """Host memory of all idle guests, after KSM has merged all that it can."""
     pss: int
     """Pss of all VMMs at that time, without cached files that no VMM maps."""
@@ -103,8 +103,8 @@ async def measure(
             await converged()
         pids = [guest.pid for guest in guests]
         idle = await settled(pids)
-        resting, pss = _used(at_first), _pss(pids)
-        timeline.mark("at rest", tell)
+        idle_memory, pss = _used(at_first), _pss(pids)
+        timeline.mark("idle", tell)
         program = await _of_each(guests, _start_program)
         timeline.mark("program started", tell)
         load = await _of_each(guests, _work)
@@ -117,7 +117,7 @@ async def measure(
             first=guests[0].seconds,
             seconds=Spread.of(guest.seconds for guest in guests[1:]),
             boot_cpu=Spread.of(guest.cpu for guest in guests).median,
-            resting=resting,
+            idle_memory=idle_memory,
             pss=pss,
             worked=_used(at_first),
             peak=max(timeline.used),

@@ -40,8 +40,8 @@ def title(same: Sequence[Outcome]) -> str:
 
 def _table(found: Sequence[Outcome]) -> str:
     rows: list[tuple[str, Callable[[Outcome], str]]] = [
-        ("host memory, all guests idle, MiB", lambda o: f"{o.resting / MIB:.0f}"),
-        ("the same per guest", lambda o: f"{o.resting / MIB / o.guests:.1f}"),
+        ("host memory, all guests idle, MiB", lambda o: f"{o.idle_memory / MIB:.0f}"),
+        ("the same per guest", lambda o: f"{o.idle_memory / MIB / o.guests:.1f}"),
         ("sum of their VMMs' Pss, MiB", lambda o: f"{o.pss / MIB:.0f}"),
         ("after some have worked, MiB", lambda o: f"{o.worked / MIB:.0f}"),
         ("maximum, MiB", lambda o: f"{o.peak / MIB:.0f}"),

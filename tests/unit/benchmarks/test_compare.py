@@ -14,7 +14,7 @@ LINE = Timeline(
     began=0.0,
     seconds=[0.0, 1.0, 2.0],
     used=[0, 100 * MIB, 80 * MIB],
-    marks={"all answer": 0.5, "at rest": 1.5},
+    marks={"all answer": 0.5, "idle": 1.5},
 )
 NONE = Outcome(
     way="none",
@@ -23,7 +23,7 @@ NONE = Outcome(
     first=6.0,
     seconds=Spread.of([5.0, 4.0, 4.5]),
     boot_cpu=4.0,
-    resting=80 * MIB,
+    idle_memory=80 * MIB,
     pss=70 * MIB,
     worked=90 * MIB,
     peak=100 * MIB,
@@ -36,8 +36,8 @@ NONE = Outcome(
 )
 FOUND = [
     NONE,
-    replace(NONE, way="all", resting=20 * MIB, ksm_cpu=2.5),
-    replace(NONE, way="none", alike=False, resting=200 * MIB),
+    replace(NONE, way="all", idle_memory=20 * MIB, ksm_cpu=2.5),
+    replace(NONE, way="none", alike=False, idle_memory=200 * MIB),
 ]
 
 
