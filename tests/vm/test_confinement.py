@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from onecopy.guest.backing import display_slots
+from onecopy.guest.backing import displayed
 from onecopy.guest.exec import run_captured
 from onecopy.guest.lifecycle import launcher, start
 from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
@@ -256,7 +256,7 @@ def test_a_rogue_clone(
     source = clone_plan(host, saved)
     folder, lease = place
     spec = launcher.launch_spec(host, source, folder.path, None)
-    hardware = replace(source.hardware, segments=display_slots(source.placed))
+    hardware = replace(source.hardware, segments=displayed(source.placed))
     theirs, blob = host.run / neighbour.name, source.source.layers[-1].path
     closed = [
         *(Path("/etc/passwd"), host.store.root / "index.json", Path(blob)),
@@ -314,7 +314,7 @@ def test_a_low_port_is_the_only_one(
     folder, lease = place
     card = Nic("52:54:00:00:00:01", "198.18.1.0")
     spec = launcher.launch_spec(host, source, folder.path, card)
-    hardware = replace(source.hardware, segments=display_slots(source.placed))
+    hardware = replace(source.hardware, segments=displayed(source.placed))
     binds = [("bind", port) for port in (given, *others, 18080, 0)]
     reads = [("read", path) for path in ("/etc/resolv.conf", "/etc/passwd", "/etc/hostname")]
     outcome = asyncio.run(run_rogue(rogue, hardware, spec, [*binds, *reads], inherit=[lease]))
@@ -467,7 +467,7 @@ async def _rogue_of_user(
         spec = launcher.launch_spec(host, source, folder.path, None)
         # Even if nothing else kept its owner from writing to it.
         ram.chmod(0o644)
-        hardware = replace(source.hardware, segments=display_slots(source.placed))
+        hardware = replace(source.hardware, segments=displayed(source.placed))
         outcome = await run_rogue(rogue, hardware, spec, attempts, inherit=[lease.fd])
         ram.chmod(0o444)
         assert_limited(outcome, hardware, spec, None)

@@ -14,8 +14,6 @@ from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 
-import msgspec
-
 from onecopy.guest.machine import Placed
 from onecopy.guest.run_directory import Attached, Device
 from onecopy.guest.runtime import Runtime
@@ -23,7 +21,7 @@ from onecopy.linux import memfd
 from onecopy.linux.lock import locked
 from onecopy.model import PageClass
 from onecopy.store import Layer, Lease, Store
-from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MapMode, Slot
+from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, Backing, MapMode
 
 _MODES = {
     PageClass.SR: MapMode.READ_ONLY,
@@ -50,16 +48,6 @@ def live_file(store: Store, placed: Placed) -> Path:
 def map_mode(page_class: PageClass) -> MapMode:
     """Return how QEMU maps a range of that class."""
     return _MODES[page_class]
-
-
-class Backing(msgspec.Struct, frozen=True):
-    """The backing of a range."""
-
-    slot: Slot
-    mapped: str
-    """The path in the VMM's /proc/PID/maps."""
-    file: str
-    """The file of the store whose pages the range shares until it is written; "" for none."""
 
 
 class Backings:
@@ -105,11 +93,11 @@ class Backings:
             mapped = self._holder.files / placed.segment.memory_name
             mapped.unlink(missing_ok=True)
             mapped.hardlink_to(path)
-        return Backing(_slot(placed, mapped), str(mapped), str(path))
+        return _backing(placed, mapped, str(mapped), str(path))
 
     def _memory(self, placed: Placed, name: str, fd: int) -> Backing:
         self._ends.callback(os.close, fd)
-        return Backing(_slot(placed, Path(f"/proc/self/fd/{fd}")), f"/memfd:{name}", "")
+        return _backing(placed, Path(f"/proc/self/fd/{fd}"), f"/memfd:{name}")
 
     def common(self, placed: Placed) -> int:
         """Open the copy that the segment's users share, or make a new one.
@@ -137,8 +125,9 @@ class Backings:
         return left
 
 
-def _slot(placed: Placed, path: Path) -> Slot:
-    return Slot(path, placed.segment.size, map_mode(placed.segment.page_class))
+def _backing(placed: Placed, path: Path, mapped: str = "", file: str = "") -> Backing:
+    item = placed.segment
+    return Backing(path, item.size, map_mode(item.page_class), mapped, file)
 
 
 def _copy(placed: Placed, name: str, *, sealed: bool = False) -> int:
@@ -173,13 +162,12 @@ def _blob(placed: Placed) -> Layer:
     return placed.layer
 
 
-def display_slots(placed: Sequence[Placed]) -> tuple[Slot, ...]:
-    """Return placeholder slots for a dry run's command line."""
+def displayed(placed: Sequence[Placed]) -> tuple[Backing, ...]:
+    """Return placeholder backings for a dry run's command line."""
     return tuple(
-        Slot(
+        _backing(
+            item,
             item.layer.path if item.layer else Path(f"/proc/self/fd/{item.segment.memory_name}"),
-            item.segment.size,
-            map_mode(item.segment.page_class),
         )
         for item in placed
     )

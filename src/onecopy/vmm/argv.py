@@ -81,13 +81,18 @@ class MapMode(StrEnum):
     """The guest's writes stay private to it."""
 
 
-class Slot(msgspec.Struct, frozen=True):
-    """A range of a segment in the machine: a virtio-pmem device over a file."""
+class Backing(msgspec.Struct, frozen=True):
+    """The backing of a range of a segment: the file under its virtio-pmem device."""
 
     path: Path
+    """The path that QEMU opens."""
     size: int
     """Bytes, a multiple of 2 MiB; the file may be longer."""
     mode: MapMode = MapMode.READ_ONLY
+    mapped: str = ""
+    """The path in the VMM's /proc/PID/maps, where it differs from ``path``."""
+    file: str = ""
+    """The file of the store whose pages the range shares until it is written; "" for none."""
 
 
 class Hardware(msgspec.Struct, frozen=True):
@@ -100,7 +105,7 @@ class Hardware(msgspec.Struct, frozen=True):
     memory: int
     """Bytes of guest RAM."""
     network: bool
-    segments: tuple[Slot, ...]
+    segments: tuple[Backing, ...]
 
 
 class Ram(StrEnum):
@@ -273,7 +278,7 @@ def _ram(hardware: Hardware, launch: Launch) -> list[str]:
             if launch.rom:
                 backend += ",readonly=on,rom=off"
     # virtio-pmem devices are in the hot-plug region above RAM.
-    room = sum(slot.size + HUGE_PAGE_SIZE for slot in hardware.segments)
+    room = sum(each.size + HUGE_PAGE_SIZE for each in hardware.segments)
     ceiling = size + -(-room // (1024 * MIB)) * 1024 * MIB + HOT_ROOM
     return ["-object", backend, "-m", f"size={size}B,slots=1,maxmem={ceiling}B"]
 
@@ -328,26 +333,26 @@ def _netdevs(card: Nic, launch: Launch) -> list[str]:
     return ["-netdev", f"user,id=net,ipv6=off,{addresses}{forwards}"]
 
 
-def backend(name: str, slot: Slot, *, rom: bool) -> dict[str, str | int | bool]:
+def backend(name: str, backing: Backing, *, rom: bool) -> dict[str, str | int | bool]:
     """Describe the memory of a range as properties of a QEMU object (qemu-qmp-ref, object-add)."""
     properties: dict[str, str | int | bool] = {
         "qom-type": "memory-backend-file",
         "id": name,
-        "size": slot.size,
-        "mem-path": str(slot.path),
-        "share": slot.mode is not MapMode.COPY_ON_WRITE,
+        "size": backing.size,
+        "mem-path": str(backing.path),
+        "share": backing.mode is not MapMode.COPY_ON_WRITE,
     }
-    if slot.mode is MapMode.READ_ONLY:
+    if backing.mode is MapMode.READ_ONLY:
         properties["readonly"] = True
-    elif slot.mode is MapMode.COPY_ON_WRITE and rom:
+    elif backing.mode is MapMode.COPY_ON_WRITE and rom:
         properties |= {"readonly": True, "rom": "off"}
     return properties
 
 
-def _segments(segments: Sequence[Slot], *, rom: bool) -> list[str]:
+def _segments(segments: Sequence[Backing], *, rom: bool) -> list[str]:
     argv = ["-device", f"pcie-pci-bridge,id={HOT_BUS},addr={BRIDGE_SLOT:#x}"]
-    for number, slot in enumerate(segments):
-        memory, *properties = backend(f"segment{number}", slot, rom=rom).items()
+    for number, backing in enumerate(segments):
+        memory, *properties = backend(f"segment{number}", backing, rom=rom).items()
         argv += [
             "-object",
             ",".join([str(memory[1]), *(f"{key}={_format(value)}" for key, value in properties)]),

@@ -16,7 +16,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from onecopy.linux.sandbox.landlock import READ_FILE, TRUNCATE, WRITE_FILE
-from onecopy.vmm.argv import PORTS, Hardware, Launch, MapMode, Slot
+from onecopy.vmm.argv import PORTS, Backing, Hardware, Launch, MapMode
 from onecopy.vmm.logs import CONSOLE
 from onecopy.vmm.vmm_user import User
 
@@ -50,12 +50,12 @@ class PassedFiles:
         self.passed.append(fd)
         return Path(f"/proc/self/fd/{fd}")
 
-    def memory(self, slot: Slot) -> Slot:
-        """Open the file of a slot; return the slot with the path for the VMM."""
-        name = self.name(slot.path, write=slot.mode is MapMode.SHARED)
-        if slot.mode is not MapMode.READ_ONLY:
+    def memory(self, backing: Backing) -> Backing:
+        """Open the file of a backing; return the backing with the path for the VMM."""
+        name = self.name(backing.path, write=backing.mode is MapMode.SHARED)
+        if backing.mode is not MapMode.READ_ONLY:
             self.open_requests.append(self.passed[-1])
-        return replace(slot, path=name)
+        return replace(backing, path=name)
 
     def let_read(self, folder: Path) -> None:
         """Let the VMM read files below a directory that may be hot-plugged later."""
@@ -94,7 +94,7 @@ def pass_files(
             files.let_read(spec.later)
         # QEMU's working directory is its run directory, the only one that it can reach.
         named = replace(_with_names(spec, files), folder=Path())
-        segments = tuple(files.memory(slot) for slot in hardware.segments)
+        segments = tuple(files.memory(each) for each in hardware.segments)
         yield replace(hardware, segments=segments), named, files
     finally:
         files.close()

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from onecopy.errors import GuestFailed, NoSlot, TooLarge
 from onecopy.model import format_size
 from onecopy.vmm import vmm_limits
-from onecopy.vmm.argv import HOT_BUS, HOT_ROOM, HOT_SLOTS, SERIAL, MapMode, Slot, backend
+from onecopy.vmm.argv import HOT_BUS, HOT_ROOM, HOT_SLOTS, SERIAL, Backing, MapMode, backend
 from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.open_notify import answer_next
 
@@ -53,7 +53,7 @@ def choose(used: set[int], count: int, guest: str) -> list[int]:
 
 
 async def plug(
-    monitor: Monitor, slot: int, memory: Slot, *, pid: int, listener: int | None
+    monitor: Monitor, slot: int, memory: Backing, *, pid: int, listener: int | None
 ) -> None:
     """Plug memory into a free slot of a machine.
 
@@ -95,7 +95,7 @@ def too_large(size: int, room: int, what: str) -> TooLarge:
 
 
 async def _add_memory(
-    monitor: Monitor, name: str, memory: Slot, file: int, *, pid: int, listener: int | None
+    monitor: Monitor, name: str, memory: Backing, file: int, *, pid: int, listener: int | None
 ) -> None:
     if listener is not None and memory.mode is not MapMode.READ_ONLY:
         with answer_next(pid, listener, file):

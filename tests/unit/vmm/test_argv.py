@@ -16,13 +16,13 @@ from onecopy.model import HUGE_PAGE_SIZE, MIB, Mergeable
 from onecopy.vmm.argv import (
     LEAST_TRANSLATED,
     MAX_SEGMENTS,
+    Backing,
     Hardware,
     Kernel,
     Launch,
     MapMode,
     Nic,
     Ram,
-    Slot,
     command,
 )
 from onecopy.vmm.monitor import connect
@@ -42,9 +42,11 @@ def _cases(root: Path) -> dict[str, Case]:
         cpus=1,
         memory=128 * MIB,
         network=True,
-        segments=(Slot(root / "segment0", HUGE_PAGE_SIZE),),
+        segments=(Backing(root / "segment0", HUGE_PAGE_SIZE),),
     )
-    many = tuple(Slot(root / f"segment{n}", (n + 1) * HUGE_PAGE_SIZE) for n in range(MAX_SEGMENTS))
+    many = tuple(
+        Backing(root / f"segment{n}", (n + 1) * HUGE_PAGE_SIZE) for n in range(MAX_SEGMENTS)
+    )
     card = Nic("02:00:00:00:00:01", "198.18.1.0")
     clone = Launch(
         binary="/usr/bin/qemu-system-x86_64",
@@ -57,7 +59,7 @@ def _cases(root: Path) -> dict[str, Case]:
         ram_path=root / "ram",
         card=card,
     )
-    modes = tuple(Slot(root / mode, HUGE_PAGE_SIZE, mode) for mode in MapMode)
+    modes = tuple(Backing(root / mode, HUGE_PAGE_SIZE, mode) for mode in MapMode)
     kernel = Kernel(root / "vmlinuz", root / "initrd")
     cold = replace(clone, ram=Ram.ANONYMOUS, ram_path=None, kernel=kernel)
     return {

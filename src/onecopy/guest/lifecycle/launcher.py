@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from onecopy.errors import AgentFailed, GuestFailed
 from onecopy.guest import identity
-from onecopy.guest.backing import backings, display_slots, loaded
+from onecopy.guest.backing import backings, displayed, loaded
 from onecopy.guest.lifecycle import boot, restore
 from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.guest.lifecycle.resources import NOTHING, fit
@@ -207,7 +207,7 @@ async def _spawn(
         async with backings(host, classes, lease) as found:
             backed = [found.back(item) for item in plan.placed]
             attached = loaded(plan.placed, backed)
-            hardware = replace(plan.hardware, segments=tuple(each.slot for each in backed))
+            hardware = replace(plan.hardware, segments=tuple(backed))
             passed = [lease.fd, *(spec.card.descriptors if spec.card else ())]
             vmm = launch_vmm(hardware, replace(spec, later=lease.files), inherit=passed)
             await life.enter_async_context(kill_on_error(vmm, spec.publish))
@@ -250,7 +250,7 @@ def dry_run(host: Runtime, plan: LaunchPlan) -> list[str]:
         with sealed_layer(plan.source, *_DEVICES):
             pass
     spec = launch_spec(host, plan, host.run / plan.name, display_nic(plan.network))
-    slots = display_slots(plan.placed)
+    slots = displayed(plan.placed)
     return command(replace(plan.hardware, segments=slots), spec)
 
 

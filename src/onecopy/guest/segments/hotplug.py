@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 import msgspec
 
 from onecopy.errors import AlreadyExists, GuestFailed, InvalidInput, NotFound
-from onecopy.guest.backing import Backing, attached, backings
+from onecopy.guest.backing import attached, backings
 from onecopy.guest.machine import Placed, check_mountpoint, ranges_of
 from onecopy.guest.run_directory import Attached, GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
@@ -25,6 +25,7 @@ from onecopy.linux.lock import locked_within
 from onecopy.model import Reference
 from onecopy.store import Artifact
 from onecopy.vmm import pmem_hotplug
+from onecopy.vmm.argv import Backing
 from onecopy.vmm.monitor import connect
 
 #: Seconds to wait for another command on the guest, which may be storing its memory.
@@ -156,7 +157,7 @@ async def _plug(
             for number, item in zip(numbers, placed, strict=True):
                 backed = found.back(item)
                 await pmem_hotplug.plug(
-                    monitor, number, backed.slot, pid=record.pid, listener=record.listener
+                    monitor, number, backed, pid=record.pid, listener=record.listener
                 )
                 ranges.append((item, backed, f"01:{number:02x}"))
         return attached(ranges, state="loading", exclusive=exclusive)
