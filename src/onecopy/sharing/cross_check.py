@@ -85,7 +85,7 @@ LINES = (
         "host",
         "host",
         "The decrease of free memory since the first guest started (MemFree, and the CPUs' lists "
-        "of free pages), without page cache and reclaimable memory, but with those files.",
+        "of free pages). It leaves out page cache and reclaimable memory, but counts those files.",
     ),
     (
         "difference",

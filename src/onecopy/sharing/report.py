@@ -33,7 +33,7 @@ class Column(msgspec.Struct, frozen=True):
     #: The attribute, and the field in JSON.
     key: str
     heading: str
-    #: One sentence on what it counts.
+    #: What it counts.
     counts: str
     #: Whether the values are bytes; otherwise text or plain numbers.
     is_bytes: bool = True
@@ -48,14 +48,14 @@ COLUMNS = (
     Column(
         "ram_private",
         "RAM OWN",
-        "RAM that only this guest has, in memory or swap: it was written since the start; pages "
+        "RAM that only this guest has, in memory or swap. It was written since the start. Pages "
         "that KSM merged are left out if the kernel reports them per mapping.",
     ),
     Column(
         "ram_shared",
         "RAM SHARED",
-        "RAM in memory that still is the saved system's page; the total counts a page once for "
-        "each guest that maps it, the blob's resident bytes count it once.",
+        "RAM in memory that still is the saved system's page. The total counts a page once for "
+        "each guest that maps it; the blob's resident bytes count it once.",
     ),
     Column(
         "ram_proportional",
@@ -70,8 +70,8 @@ COLUMNS = (
     Column(
         "segments",
         "SEG RESIDENT",
-        "Segment pages that this guest has mapped in; the total counts a page once for each "
-        "guest that maps it, the blob's resident bytes count it once.",
+        "Segment pages that this guest has mapped in. The total counts a page once for each "
+        "guest that maps it; the blob's resident bytes count it once.",
     ),
     Column(
         "segments_private",
@@ -87,13 +87,13 @@ COLUMNS = (
         "vmm_shared",
         "VMM SHARED",
         "QEMU's memory besides RAM and segments that other processes map too: its program, "
-        "libraries, merged pages; the total counts a page once for each guest that maps it.",
+        "libraries, merged pages. The total counts a page once for each guest that maps it.",
     ),
     Column(
         "pss_total",
         "PROPORTIONAL",
-        "All pages of the guest in memory, each divided by the number of processes that map it; "
-        "the total counts every page once if only these guests map it.",
+        "All pages of the guest in memory, each divided by the number of processes that map it. "
+        "The total counts every page once if only these guests map it.",
     ),
     Column("page_tables", "PAGE TABLES", "The kernel's page tables for the QEMU process."),
     Column("swapped", "SWAPPED", "The part of all this in swap."),
