@@ -81,6 +81,32 @@ def has_its_files(root: Path) -> None:
     assert said.startswith("/usr/lib/onecopy/") and "/usr/lib/python3/" in said
 
 
+#: Types a command and a tab in an interactive zsh, and prints what it shows.
+_ZSH = """
+zmodload zsh/zpty
+zpty shell env TERM=dumb zsh -f -i
+zpty -w shell "PS1='> '; autoload -Uz compinit; compinit -u -D; print RE''ADY"
+zpty -r shell shown '*READY*'
+zpty -n -w shell "$1"$'\\t'
+zpty -r shell shown "*$2*"
+print -r -- $shown
+"""
+
+
+def shells_complete(root: Path) -> None:
+    """bash, zsh and fish load the package's completion by themselves, and complete a command."""
+    enter(root, "apt-get install -qq --no-install-recommends bash-completion zsh fish")
+    (root / "root/zsh").write_text(_ZSH)
+    assert "onecopy save" in enter(root, "timeout 60 zsh -f ../zsh 'onecopy sav' 'onecopy save'")
+    assert enter(root, "fish -c 'complete -C \"onecopy sav\"'").split()[0] == "save"
+    bash = """
+        . /usr/share/bash-completion/bash_completion; _completion_loader onecopy
+        COMP_WORDS=(onecopy sav); COMP_CWORD=1; COMP_LINE='onecopy sav'; COMP_POINT=11
+        _onecopy_completion onecopy sav onecopy; echo "${COMPREPLY[@]}"
+    """
+    assert enter(root, bash).split() == ["save"]
+
+
 def the_readme_works(root: Path) -> None:
     """The README's commands work in one shell, and each guest says its own name.
 
@@ -109,7 +135,9 @@ def goes_again(root: Path) -> None:
 
 def main(suites: list[str]) -> int:
     """Try the packages of these releases; return the exit code."""
-    checks: tuple[Callable[[Path], None], ...] = (has_its_files, the_readme_works, goes_again)
+    checks: tuple[Callable[[Path], None], ...] = (
+        *(has_its_files, shells_complete, the_readme_works, goes_again),
+    )
     for suite in suites:
         with tempfile.TemporaryDirectory(prefix="onecopy-root-", dir="/var/tmp") as work:
             root = Path(work) / "root"
