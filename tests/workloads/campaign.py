@@ -5,7 +5,7 @@ Not here: the workloads (catalogue.py), power cuts and old systems (powercut.py,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -45,24 +45,34 @@ def ensure_programs(host: Runtime) -> None:
 
 def run(host: Runtime, workload: Workload, root: Artifact, accel: str, tell: Tell) -> Outcome:
     """Run a workload everywhere. Raises Lost if a place does not give all its results."""
-    said: dict[str, str] = {}
+    said = _Said()
     if workload.chroot:
         tell(f"{workload.label}: chroot")
         command = workload.check
         if workload.setup:
             command = f"{{ {workload.setup}; }} >&2 && {workload.check}"
-        said[expected.CHROOT] = places.in_chroot(root, command, 2 * workload.timeout)
+        said.add(expected.CHROOT, places.in_chroot(root, command, 2 * workload.timeout))
     with onecopy.Host(host.store.root) as api:
         used = _guests(api, host, workload, root, accel, tell, said)
-    results = {}
-    for place, text in said.items():
+    results = said.results
+    wrong = expected.differences(workload.name, results) + expected.not_own(results)
+    return Outcome(workload, used, results, wrong, said.texts)
+
+
+class _Said:
+    """What the programs printed, by place; `add` is called by several threads."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.results: dict[str, tap.Results] = {}
+
+    def add(self, place: str, text: str) -> None:
+        """Add what was printed at a place; raise Lost if it is not all of it."""
         try:
-            results[place] = tap.parse(text)
+            self.results[place] = tap.parse(text)
         except tap.Lost as error:
             raise tap.Lost(f"{place}: {error}\n{text[-4000:]}") from error
-    wrong = expected.differences(workload.name, results)
-    wrong += expected.not_own(results)
-    return Outcome(workload, used, results, wrong, said)
+        self.texts[place] = text
 
 
 def _guests(
@@ -72,9 +82,9 @@ def _guests(
     root: Artifact,
     accel: str,
     tell: Tell,
-    said: dict[str, str],
+    said: _Said,
 ) -> str:
-    """Run a workload in a booted guest and in clones; return their accelerator."""
+    """Run a workload in a booted guest and its clones, all at once; return their accelerator."""
     options = BootOptions(
         segments=[f"{places.SEGMENT}:{places.MOUNTPOINT}"],
         memory=workload.memory,
@@ -84,30 +94,29 @@ def _guests(
     if not has_init(root):
         options["command"] = ""
     system = Reference(_SYSTEM, workload.name)
-    with api.boot(root.ref, **options) as [guest]:
+    # If this is interrupted the guests end first, and with them what the threads wait for.
+    with ThreadPoolExecutor(1 + workload.clones) as pool, api.boot(root.ref, **options) as [guest]:
         if workload.setup:
             tell(f"{workload.label}: set up")
             places.in_guest(guest, workload.setup, workload.timeout)
         guest.save(str(system))
         try:
-            tell(f"{workload.label}: booted")
-            said[expected.BOOTED] = places.in_guest(guest, workload.check, workload.timeout)
-            guest.stop()
-            tell(f"{workload.label}: {workload.clones} clones")
-            said.update(_clones(api, workload, str(system), accel))
+            tell(f"{workload.label}: booted, and {workload.clones} clones")
+            with api.start(str(system), workload.clones, accel=accel) as clones:
+                _check(pool, workload, [guest, *clones], said)
         finally:
             host.store.remove(system)
         return guest.record.accel
 
 
-def _clones(api: onecopy.Host, workload: Workload, system: str, accel: str) -> dict[str, str]:
-    count = workload.clones
-    # If this is interrupted the guests end first, and with them what the threads wait for.
-    with (
-        ThreadPoolExecutor(count) as pool,
-        api.start(system, count, accel=accel) as guests,
-    ):
-        texts = pool.map(
-            lambda guest: places.in_guest(guest, workload.check, workload.timeout * count), guests
-        )
-        return {f"{expected.CLONE} {n}": text for n, text in enumerate(texts, 1)}
+def _check(
+    pool: ThreadPoolExecutor, workload: Workload, guests: Sequence[onecopy.Guest], said: _Said
+) -> None:
+    """Run the check in a booted guest and its clones."""
+
+    def run(number: int) -> None:
+        place = f"{expected.CLONE} {number}" if number else expected.BOOTED
+        limit = workload.timeout * len(guests)
+        said.add(place, places.in_guest(guests[number], workload.check, limit))
+
+    list(pool.map(run, range(len(guests))))

@@ -126,7 +126,7 @@ AGED = Root("aged", "trixie", ("systemd-sysv", "dbus", "cron", "logrotate", "e2f
 _PODMAN = ("podman", "crun", "busybox-static", "ca-certificates")
 
 
-def cpython(modules: tuple[str, ...], clones: int = 2) -> Workload:
+def cpython(modules: tuple[str, ...], clones: int = 1) -> Workload:
     """Modules of CPython's tests."""
     check = _program("cpython.py", *modules, interpreter="python3")
     return Workload("cpython", PYTHON, check, clones=clones, timeout=7200)
