@@ -7,7 +7,6 @@ guest kernel does not get far. So the probe boots the kernel that guests use.
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 import time
 from enum import StrEnum
@@ -19,7 +18,7 @@ from onecopy.errors import Incompatible
 from onecopy.linux import files
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.passed_files import READ
-from onecopy.vmm.spawn import start
+from onecopy.vmm.spawn import Process, start
 from onecopy.vmm.vmm_user import new_user
 
 #: Seconds after which a probe guest without new output is ended, and the limit for any: a busy host
@@ -133,7 +132,7 @@ def _failure_line(text: bytes) -> str:
     return next((line for line in lines if _GIVEN_UP.decode() in line), lines[-1])
 
 
-def _wait(process: subprocess.Popen[bytes], output: int) -> None:
+def _wait(process: Process, output: int) -> None:
     """Wait for the end of the probe guest, as long as it makes progress."""
     begin = last_output = time.monotonic()
     seen = b""

@@ -79,9 +79,15 @@ def hide(stand_in: Path) -> None:
         OSError: the kernel refused.
     """
     unshare_mounts()
-    if (stand_in / _LINKS).is_dir():
-        bind_mount(_ETC / _LINKS, stand_in / _LINKS)
-    bind_mount(stand_in, _ETC)
+    for source, target in mounts(stand_in):
+        bind_mount(source, target)
+
+
+def mounts(stand_in: Path) -> list[tuple[Path, Path]]:
+    """Return the pairs of a directory and the place to mount it on, in order."""
+    links = (stand_in / _LINKS).is_dir()
+    first = [(_ETC / _LINKS, stand_in / _LINKS)] if links else []
+    return [*first, (stand_in, _ETC)]
 
 
 def can_hide() -> bool:

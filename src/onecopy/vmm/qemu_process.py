@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed
-from onecopy.linux import cgroup, child_reaper, vmm_registry
+from onecopy.linux import cgroup, vmm_registry
 from onecopy.linux.process import stat, wait_for_end
 from onecopy.linux.sandbox import seccomp
 from onecopy.linux.vmm_registry import has_ended
@@ -28,9 +27,10 @@ from onecopy.model import Mergeable
 from onecopy.vmm import closed_network, end_traces, logs, name_servers, sockets, vmm_limits
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
+from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.open_notify import Answers
 from onecopy.vmm.passed_files import pass_files
-from onecopy.vmm.spawn import Started, start
+from onecopy.vmm.spawn import Process, Started, release, start
 from onecopy.vmm.vmm_user import User, new_user, port_capabilities, why_not
 
 #: Seconds from the loss of QEMU's connections to its end.
@@ -68,7 +68,7 @@ class GroupSetup(threading.Thread):
 class _Child:
     """The resources of a QEMU process that this process started."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     group_setup: GroupSetup
     answers: Answers | None
 
@@ -132,10 +132,8 @@ class Vmm:
 
     def detach(self) -> None:
         """Let the process continue without this one, or release a process that has just ended."""
-        if self._process and self._process.poll() is None:
-            # Otherwise Popen would warn that the process is still running.
-            self._process.returncode = 0
-            child_reaper.adopt(self.pid)
+        if self._process:
+            release(self._process)
         if self._group_setup:
             self._group_setup.join()
         self._release()
@@ -183,7 +181,13 @@ def prepare(folder: Path) -> None:
     logs.make(folder)
 
 
-def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> Vmm:
+def launch(
+    hardware: Hardware,
+    spec: Launch,
+    *,
+    inherit: Sequence[int] = (),
+    server: ForkServer | None = None,
+) -> Vmm:
     """Start a confined QEMU (confine.py) in its prepared run directory.
 
     The sockets of ``spec.monitor_fd`` and ``console_fd``, which are set here, listen before QEMU
@@ -191,6 +195,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
 
     Args:
         inherit: descriptors that live as long as the VMM, which may read their files.
+        server: the server that forks the VMM if it can; None starts it by exec.
 
     Raises:
         Incompatible: this host cannot confine QEMU or close its guest.
@@ -220,7 +225,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
         )
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)
-        started = start(command(machine, named), confinement, spec.folder, log, passed)
+        started = start(command(machine, named), confinement, spec.folder, log, passed, server)
         _register(started, spec.folder, user)
         answers = None
         if started.listener is not None:
@@ -232,7 +237,7 @@ def launch(hardware: Hardware, spec: Launch, *, inherit: Sequence[int] = ()) -> 
     )
     group_setup.start()
     child = _Child(process, group_setup, answers)
-    return Vmm(process.pid, spec.folder, argv, listener=started.listener, child=child)
+    return Vmm(process.pid, spec.folder, argv, listener=started.number, child=child)
 
 
 def _ports(spec: Launch) -> tuple[int, ...] | None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from onecopy.errors import Incompatible
+from onecopy.linux import child_reaper
 from onecopy.linux.sandbox import rlimits
 from onecopy.linux.syscall import (
     PR_GET_DUMPABLE,
@@ -32,6 +34,8 @@ from onecopy.linux.syscall import (
 )
 from onecopy.subprocesses import environment
 from onecopy.vmm.confine import Confinement, enter, ruleset
+from onecopy.vmm.fork_request import Forked, Unserved, ask
+from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.vmm_user import User
 
 #: QEMU allocates large blocks, mostly virtio queues, of which it uses little. As separate mappings,
@@ -43,17 +47,97 @@ _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_th
 alone = threading.RLock()
 
 
+Process = subprocess.Popen[bytes] | Forked
+
+
 class Started(msgspec.Struct, frozen=True):
     """A confined process, and the listener for its open requests, if it makes them."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     listener: int | None
+    number: int | None = None
+    """The listener's number in the process."""
+    why_exec: str = ""
+    """Why a fork server did not start it although one was to."""
 
 
 def start(
-    argv: Sequence[str], confinement: Confinement, folder: Path, output: int, passed: Sequence[int]
+    argv: Sequence[str],
+    confinement: Confinement,
+    folder: Path,
+    output: int,
+    passed: Sequence[int],
+    server: ForkServer | None = None,
 ) -> Started:
     """Start a confined program that inherits only the descriptors ``passed``.
+
+    Args:
+        server: have it forked by this server, if that is possible.
+
+    Raises:
+        Incompatible: this host cannot confine it.
+    """
+    if server is None:
+        return _execute(argv, confinement, folder, output, passed)
+    try:
+        return _fork(argv, confinement, folder, output, passed, server)
+    except (Unserved, OSError) as error:
+        started = _execute(argv, confinement, folder, output, passed)
+        return replace(started, why_exec=str(error))
+
+
+def release(process: Process) -> None:
+    """Let a process go on without this one."""
+    if isinstance(process, Forked):
+        process.release()
+    elif process.poll() is None:
+        # Otherwise Popen would warn that the process is still running.
+        process.returncode = 0
+        child_reaper.adopt(process.pid)
+
+
+def _fork(
+    argv: Sequence[str],
+    confinement: Confinement,
+    folder: Path,
+    output: int,
+    passed: Sequence[int],
+    server: ForkServer,
+) -> Started:
+    with ExitStack() as ends:
+        rules = ruleset(argv[0], confinement)
+        if rules:
+            ends.callback(rules.close)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        ends.callback(os.close, null)
+        # The server may have to be started. Its children inherit this.
+        with alone, inherited_attributes(), ignored(signal.SIGXFSZ):
+            connection = server.connect(argv[0], environment(_ENVIRONMENT))
+        standard = (null, 0), (output, 1), (output, 2)
+        descriptors = [*standard, *((fd, fd) for fd in passed)]
+        try:
+            process, listener = ask(
+                connection, argv, confinement, folder, descriptors, rules.fd if rules else None
+            )
+        except BaseException as error:
+            if isinstance(error, Unserved):
+                server.forsake(connection)
+            connection.close()
+            raise
+    started = Started(process, *(listener or (None, None)))
+    _limit(started, confinement)
+    try:
+        process.begin()
+    except BaseException:
+        _end(started)
+        raise
+    return started
+
+
+def _execute(
+    argv: Sequence[str], confinement: Confinement, folder: Path, output: int, passed: Sequence[int]
+) -> Started:
+    """Start a confined program by exec.
 
     A child inherits credentials, filters and rulesets from the thread that creates it. So a thread
     confines itself, starts the program and ends. Forking would run Python in a child, which is
@@ -88,7 +172,7 @@ def start(
                 raise
             if listener is not None:
                 os.set_inheritable(listener, False)
-            return Started(process, listener)
+            return Started(process, listener, listener)
 
         future = one.submit(work)
         try:

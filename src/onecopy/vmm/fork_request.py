@@ -1,0 +1,201 @@
+"""Ask a fork server for a VMM: the protocol of files/fork_server.c.
+
+The server forks a child for each connection. The child takes the request and its descriptors,
+confines itself as confine.py says, and reports. It runs once this process has agreed.
+
+Not here: the server's process (fork_server.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from onecopy.errors import Incompatible
+from onecopy.vmm import name_servers
+from onecopy.vmm.confine import Confinement, filter_program
+
+_VERSION, _MOST_FDS, _MOST_GROUPS, _MOST_WORDS, _LARGEST = 1, 64, 8, 256, 160 << 10
+_SWITCH_USER, _MERGE, _LISTEN, _RULES = 1, 2, 4, 8
+_HEADER = struct.Struct(f"=4I{_MOST_GROUPS}IQI{_MOST_FDS}i4I4x")
+_ANSWER = struct.Struct("=4i")
+_STATUS = struct.Struct("=i")
+#: The steps of the child that can fail, by number.
+_STEPS = (
+    *("", "receive the request", "place its descriptors", "set its command line", "mount"),
+    *("enter its directory", "let KSM merge its memory", "change its user"),
+    *("drop its capabilities", "drop its privileges", "apply Landlock", "apply seccomp"),
+    "be confined, because QEMU already has threads",
+)
+_GO = b"."
+#: Seconds to wait for the child's report, and for the server's when the child has ended.
+_PATIENCE, _REPORTING = 10.0, 1.0
+
+
+class Listener(NamedTuple):
+    """The listener for a VMM's open requests (open_notify.py)."""
+
+    fd: int
+    number: int
+    """Its number in the VMM."""
+
+
+class Unserved(Exception):
+    """The server did not fork a VMM, and none is left: it may be started by exec."""
+
+
+class Forked:
+    """A VMM that a fork server started, with the methods of Popen that its users need."""
+
+    def __init__(self, pid: int, pidfd: int, connection: socket.socket) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        """The exit code after the end, as Popen has it; None if the server has ended before."""
+        self._pidfd = pidfd
+        self._connection = connection
+
+    def begin(self) -> None:
+        """Let the process, which is confined, run QEMU.
+
+        Raises:
+            Unserved: it has ended.
+        """
+        try:
+            self._connection.send(_GO)
+        except OSError as error:
+            raise Unserved(f"the VMM has ended: {error.strerror}") from error
+
+    def poll(self) -> int | None:
+        """Return the exit code if the process has ended."""
+        self._wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait up to ``timeout`` seconds for the end; return the exit code."""
+        self._wait(None if timeout is None else timeout * 1000)
+        return self.returncode
+
+    def kill(self) -> None:
+        """Kill the process."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def release(self) -> None:
+        """Let the process go on without this one."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+            self._connection.close()
+
+    def _wait(self, milliseconds: float | None) -> None:
+        if self._pidfd < 0:
+            return
+        ended = select.poll()
+        ended.register(self._pidfd, select.POLLIN)
+        if ended.poll(milliseconds):
+            self._connection.settimeout(_REPORTING)
+            with contextlib.suppress(OSError, struct.error):
+                (status,) = _STATUS.unpack(self._connection.recv(_STATUS.size))
+                self.returncode = os.waitstatus_to_exitcode(status)
+            self.release()
+
+
+def pack(
+    argv: Sequence[str], confinement: Confinement, targets: Sequence[int], *, rules: bool
+) -> bytes:
+    """Pack a request.
+
+    Args:
+        targets: the number of each descriptor that comes along.
+        rules: whether the second of them is a Landlock ruleset.
+
+    Raises:
+        Unserved: it is too large.
+    """
+    user, code = confinement.user, filter_program(confinement)
+    mounts = name_servers.mounts(confinement.etc) if confinement.etc else []
+    words = [*(str(path) for pair in mounts for path in pair), *argv]
+    text = b"".join(os.fsencode(word) + b"\0" for word in words)
+    groups = user.groups if user else ()
+    if len(targets) > _MOST_FDS or len(groups) > _MOST_GROUPS or len(argv) > _MOST_WORDS:
+        raise Unserved("the request has too many parts")
+    flags = _SWITCH_USER * (user is not None) | _MERGE * confinement.merge
+    flags |= _LISTEN * confinement.asks | _RULES * rules
+    header = _HEADER.pack(
+        *(_VERSION, flags, user.id if user else 0, len(groups)),
+        *(*groups, *[0] * (_MOST_GROUPS - len(groups))),
+        *(confinement.capabilities, len(targets)),
+        *(*targets, *[-1] * (_MOST_FDS - len(targets))),
+        *(len(code), len(mounts), len(argv), len(text)),
+    )
+    if len(header) + len(code) + len(text) > _LARGEST:
+        raise Unserved("the request is too large")
+    return header + code + text
+
+
+def ask(
+    connection: socket.socket,
+    argv: Sequence[str],
+    confinement: Confinement,
+    folder: Path,
+    descriptors: Sequence[tuple[int, int]],
+    rules: int | None,
+) -> tuple[Forked, Listener | None]:
+    """Have a server fork a confined VMM with the working directory ``folder``.
+
+    Args:
+        descriptors: pairs of a descriptor and its number in the VMM.
+        rules: a Landlock ruleset.
+
+    Returns:
+        The VMM, and the listener for its open requests, if it makes them.
+
+    Raises:
+        Unserved: the server did not answer.
+        Incompatible: this host cannot confine the VMM.
+    """
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sent = [directory, *([] if rules is None else [rules]), *(fd for fd, _ in descriptors)]
+        targets = [-1] * (len(sent) - len(descriptors)) + [number for _, number in descriptors]
+        request = pack(argv, confinement, targets, rules=rules is not None)
+        connection.settimeout(_PATIENCE)
+        try:
+            socket.send_fds(connection, [request], sent)
+            reply, fds, _, _ = socket.recv_fds(connection, _ANSWER.size, 1)
+        except OSError as error:
+            raise Unserved(f"the fork server does not answer ({error})") from error
+    finally:
+        os.close(directory)
+    return _accept(connection, reply, fds)
+
+
+def _accept(
+    connection: socket.socket, reply: bytes, received: Sequence[int]
+) -> tuple[Forked, Listener | None]:
+    """Return the child that has reported; it ends if this fails."""
+    listener = Listener(received[0], 0) if received else None
+    try:
+        if len(reply) != _ANSWER.size:
+            raise Unserved("the fork server has ended")
+        pid, step, code, number = _ANSWER.unpack(reply)
+        if step:
+            raise Incompatible(
+                f"cannot confine QEMU on this host: it could not {_STEPS[step]}: "
+                f"{os.strerror(code)}",
+                hint="run `onecopy doctor` to see what this host supports",
+            )
+        pidfd = os.pidfd_open(pid)
+    except BaseException:
+        if listener:
+            os.close(listener.fd)
+        raise
+    return Forked(pid, pidfd, connection), listener and Listener(listener.fd, number)
