@@ -256,11 +256,11 @@ static int become(struct request *asked)
 }
 
 /* Confine this process for good; return the failed step or 0. */
-static int confine(char *filter, char **text, int *listener)
+static int confine(char *filter, char *mounts, char **command, int *listener)
 {
     struct request *asked = &message.request;
     struct sock_fprog program = {asked->filter_bytes / sizeof(struct sock_filter), (void *)filter};
-    if (!(*text = mount_all(*text)))
+    if (!(*command = mount_all(mounts)))
         return MOUNT;
     if (fchdir(received[0]) || close(received[0]))
         return DIRECTORY;
@@ -307,12 +307,14 @@ static void begin(int connection)
     } else {
         char *end = filter + rest;
         int placed = place(connection);
-        step = placed < 0 ? PLACE : confine(filter, &text, &listener);
+        step = placed < 0 ? PLACE : confine(filter, text, &text, &listener);
         connection = placed < 0 ? connection : placed;
         if (!step && set_title(text, end - text))
             step = TITLE;
-        for (unsigned i = 0; i < asked->word_count && text < end; i++, text += strlen(text) + 1)
+        for (unsigned i = 0; !step && i < asked->word_count && text < end; i++) {
             words[i] = text;
+            text += strlen(text) + 1;
+        }
     }
     if (!report(connection, step, listener) || step || recv(connection, &go, 1, 0) != 1)
         _exit(1);

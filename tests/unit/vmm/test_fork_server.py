@@ -1,0 +1,290 @@
+"""A fork server with this host's QEMU: what its VMMs are, and what its end means for them.
+
+Not here: guests that run (tests/vm).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from onecopy.errors import Incompatible
+from onecopy.linux.sandbox import rlimits
+from onecopy.subprocesses import find_program
+from onecopy.vmm import fork_request, fork_server, vmm_user
+from onecopy.vmm.confine import Confinement
+from onecopy.vmm.fork_server import ForkServer
+from onecopy.vmm.qemu import BINARY
+from onecopy.vmm.spawn import Started, release, start
+
+PATIENCE = 60.0
+#: What must be equal however a VMM was started.
+CREDENTIALS = re.compile(
+    r"^(Umask|Uid|Gid|Groups|CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs|Seccomp|"
+    r"Seccomp_filters|SigBlk|SigIgn|SigCgt|Cpus_allowed|THP_enabled):.*",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fork_server.library(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def server(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
+    base = tmp_path / "base"
+    base.mkdir(mode=0o700)
+    monkeypatch.setattr(fork_server, "make_run_base", lambda: base)
+    found = ForkServer(library, domain=str(tmp_path))
+    yield found
+    for pid in servers(base):
+        os.kill(pid, signal.SIGKILL)
+
+
+def servers(base: Path) -> list[int]:
+    """Return the servers whose sockets are below ``base``."""
+    found = []
+    for path in (base / "forks").glob("*"):
+        if path.suffix != ".lock":
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+                try:
+                    connection.connect(str(path))
+                except OSError:
+                    continue
+                peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                found.append(int.from_bytes(peer[:4], "little"))
+    return found
+
+
+def confinement(**options: Any) -> Confinement:
+    given = {"user": vmm_user.new_user("tcg"), "kvm": False, "asks": False, **options}
+    return Confinement(capabilities=0, rights={}, **given)
+
+
+class Vmm:
+    """A QEMU without a guest, with a monitor at an inherited socket."""
+
+    def __init__(self, folder: Path, server: ForkServer | None, *more: str, **options: Any) -> None:
+        folder.mkdir(mode=0o711)
+        self.log = folder / "log"
+        argv = [find_program(BINARY), "-nodefaults", "-no-user-config", "-display", "none"]
+        argv += ["-machine", "q35", "-accel", "tcg,tb-size=8", "-m", "16M", "-S", *more]
+        with socket.socket(socket.AF_UNIX) as listener, self.log.open("wb") as out:
+            listener.bind(str(folder / "qmp"))
+            listener.listen()
+            fd = listener.fileno()
+            argv += ["-chardev", f"socket,id=m,fd={fd},server=on,wait=off", "-mon", "m,mode=control"]
+            self.argv = argv
+            self.started: Started = start(
+                argv, confinement(**options), folder, out.fileno(), [fd], server
+            )
+        self.process = self.started.process
+        self.pid = self.process.pid
+        self.monitor = socket.socket(socket.AF_UNIX)
+        self.monitor.settimeout(PATIENCE)
+        self.monitor.connect(str(folder / "qmp"))
+        self.lines = self.monitor.makefile("r")
+        assert "QMP" in self.lines.readline(), self.log.read_text()
+        self.execute("qmp_capabilities")
+
+    def close(self) -> None:
+        self.lines.close()
+        self.monitor.close()
+        self.process.kill()
+        self.process.wait()
+
+    def execute(self, command: str) -> Any:
+        self.monitor.sendall(json.dumps({"execute": command}).encode())
+        while "return" not in (reply := json.loads(self.lines.readline())):
+            pass
+        return reply["return"]
+
+    def read(self, name: str) -> str:
+        return Path(f"/proc/{self.pid}/{name}").read_text()
+
+    def descriptors(self) -> list[str]:
+        found = [os.readlink(each) for each in Path(f"/proc/{self.pid}/fd").iterdir()]  # noqa: PTH115
+        return sorted(re.sub(r"\d+|/\S+/", "", each) for each in found)
+
+
+@contextmanager
+def vmm(folder: Path, server: ForkServer | None, *more: str, **options: Any) -> Iterator[Vmm]:
+    found = Vmm(folder, server, *more, **options)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def status(found: Vmm) -> list[str]:
+    lines = [each.group() for each in CREDENTIALS.finditer(found.read("status"))]
+    # Each is a user of its own.
+    return [re.sub(r"\b\d{10}\b", "USER", line) for line in lines]
+
+
+def test_a_forked_vmm_is_what_one_by_exec_is(server: ForkServer, tmp_path: Path) -> None:
+    limits = {rlimits.FILE_SIZE: 1 << 16, rlimits.CORE: 0, rlimits.OPEN_FILES: 512}
+    with vmm(tmp_path / "a", server, limits=limits) as forked:
+        assert not forked.started.why_exec
+        with vmm(tmp_path / "b", None, limits=limits) as executed:
+            assert status(forked) == status(executed)
+            assert forked.read("limits") == executed.read("limits")
+            assert forked.descriptors() == executed.descriptors()
+            assert len(forked.read("cmdline").split("\0")) == len(executed.read("cmdline").split("\0"))
+            assert os.getsid(forked.pid) == forked.pid
+            for name in ("cwd", "root", "exe"):
+                links = [Path(f"/proc/{each.pid}/{name}").readlink() for each in (forked, executed)]
+                assert links[0].name.replace("a", "b") == links[1].name
+            users = {each.read("status").split("Uid:")[1].split()[0] for each in (forked, executed)}
+            assert len(users) == (2 if os.geteuid() == 0 else 1)
+    assert forked.process.returncode == executed.process.returncode == -signal.SIGKILL
+
+
+def test_each_thread_is_confined(server: ForkServer, tmp_path: Path) -> None:
+    with vmm(tmp_path / "a", server) as forked:
+        threads = [
+            CREDENTIALS.findall((each / "status").read_text()) and (each / "status").read_text()
+            for each in Path(f"/proc/{forked.pid}/task").iterdir()
+        ]
+        assert len(threads) > 2
+        for wanted in ("Uid", "CapEff", "CapPrm", "NoNewPrivs", "Seccomp", "Seccomp_filters"):
+            found = {re.search(rf"^{wanted}:\s*(.*)", text, re.MULTILINE)[1] for text in threads}  # type: ignore[index]
+            assert len(found) == 1, wanted
+
+
+def test_two_of_a_server_share_pages_and_no_random_numbers(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    device = "-device", "vmgenid,guid=auto"
+    with vmm(tmp_path / "a", server, *device) as one, vmm(tmp_path / "b", server, *device) as other:
+        first, second = (each.execute("query-vm-generation-id")["guid"] for each in (one, other))
+        assert first != second
+        assert len(servers(tmp_path / "base")) == 1
+        private = [_private(each.pid) for each in (one, other)]
+        with vmm(tmp_path / "c", None, *device) as executed:
+            assert max(private) < _private(executed.pid) * 0.8
+
+
+def _private(pid: int) -> int:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+)", text, re.MULTILINE)))
+
+
+def test_nothing_of_another_guest_is_in_a_vmm(server: ForkServer, tmp_path: Path) -> None:
+    secret = "secret-of-the-first-guest"
+    with vmm(tmp_path / "a", server, "-name", secret) as first, vmm(tmp_path / "b", server) as second:
+        assert _contains(first.pid, secret.encode())
+        assert not _contains(second.pid, secret.encode())
+
+
+def _contains(pid: int, text: bytes) -> bool:
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, rights = line.split()[:2]
+            begin, end = (int(each, 16) for each in span.split("-"))
+            if rights.startswith("rw") and end - begin < 1 << 26:
+                memory.seek(begin)
+                if text in memory.read(end - begin):
+                    return True
+    return False
+
+
+def test_the_end_of_the_server_harms_no_vmm(server: ForkServer, tmp_path: Path) -> None:
+    with vmm(tmp_path / "a", server) as before:
+        (pid,) = servers(tmp_path / "base")
+        os.kill(pid, signal.SIGKILL)
+        assert before.execute("query-status")["status"] == "prelaunch"
+        with vmm(tmp_path / "b", server) as after:
+            assert not after.started.why_exec
+            assert servers(tmp_path / "base") != [pid]
+    # Nobody could report how it ended.
+    assert before.process.returncode is None
+    assert after.process.returncode == -signal.SIGKILL
+
+
+def test_a_server_that_hangs_is_replaced(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fork_request, "_PATIENCE", 1.0)
+    with vmm(tmp_path / "a", server):
+        (pid,) = servers(tmp_path / "base")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with vmm(tmp_path / "b", server) as executed:
+                assert "does not answer" in executed.started.why_exec
+            with vmm(tmp_path / "c", server) as forked:
+                assert not forked.started.why_exec
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_server_ends_when_idle(library: Path, tmp_path: Path, server: ForkServer) -> None:
+    short = replace(server, idle=1)
+    with vmm(tmp_path / "a", short) as forked:
+        (pid,) = servers(tmp_path / "base")
+        time.sleep(2.5)
+        assert forked.execute("query-status")
+        assert servers(tmp_path / "base") == [pid]
+    deadline = time.monotonic() + PATIENCE
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists()
+    assert not [each for each in (tmp_path / "base/forks").iterdir() if each.suffix != ".lock"]
+
+
+def test_a_vmm_that_qemu_refuses_has_its_exit_code(server: ForkServer, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as out:
+        argv = [find_program(BINARY), "-no-such-option"]
+        process = start(argv, confinement(), tmp_path, out.fileno(), [], server).process
+        assert process.wait(PATIENCE) == 1
+    assert "no-such-option" in (tmp_path / "log").read_text()
+
+
+def test_a_confinement_that_fails_is_an_error_and_starts_nothing(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    wrong = confinement(etc=tmp_path / "missing")
+    with (tmp_path / "log").open("wb") as out, pytest.raises(Incompatible, match="mount"):
+        start([find_program(BINARY)], wrong, tmp_path, out.fileno(), [], server)
+
+
+def test_a_client_that_leaves_ends_its_child(server: ForkServer, tmp_path: Path) -> None:
+    binary = find_program(BINARY)
+    connection = server.connect(binary, {})
+    folder = ["-name", "left"]
+    process, _ = fork_request.ask(connection, [binary, *folder], confinement(), tmp_path, [], None)
+    assert process.poll() is None
+    pid = process.pid
+    release(process)
+    deadline = time.monotonic() + PATIENCE
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_another_program_falls_back_to_exec(server: ForkServer, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb") as out:
+        started = start(["/bin/true"], confinement(), tmp_path, out.fileno(), [], server)
+    assert started.why_exec
+    assert started.process.wait(PATIENCE) == 0
+    assert isinstance(started.process, subprocess.Popen)
+
+
+@pytest.mark.parametrize("count", [fork_request._MOST_WORDS + 1])
+def test_too_long_a_command_line_is_not_served(count: int) -> None:
+    words: Sequence[str] = ["word"] * count
+    with pytest.raises(fork_request.Unserved, match="too many parts"):
+        fork_request.pack(words, confinement(), [], rules=False)
