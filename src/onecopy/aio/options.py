@@ -42,6 +42,9 @@ class _GroupOptions(TypedDict, total=False):
     disks: Sequence[str]
     """Disks, as for `onecopy run --disk`. The guest syncs them at the end of the block, unless an
     exception ends it."""
+    isolated_vmm: bool
+    """Whether QEMU starts by exec, with memory addresses and pages of its own, rather than from a
+    fork server. Default: False."""
     overcommit: bool
     """Whether to start the guests even if the host lacks memory for all. Default: False."""
 

@@ -83,6 +83,7 @@ class StartOptions(NamedTuple):
     bridge: str
     ksm: Mergeable
     disks: tuple[DiskSpec, ...]
+    isolated_vmm: bool
     overcommit: bool
     keep_going: bool
     keep: bool
@@ -91,7 +92,8 @@ class StartOptions(NamedTuple):
 
     def for_each(self) -> dict[str, Any]:
         """Return the fields of a GuestSpec that are the same for each guest."""
-        return {name: getattr(self, name) for name in ("publish", "bridge", "ksm", "disks")}
+        names = "publish", "bridge", "ksm", "disks", "isolated_vmm"
+        return {name: getattr(self, name) for name in names}
 
 
 class CloneOptions(NamedTuple):
@@ -280,6 +282,12 @@ _START = [
         callback=lambda _ctx, _param, value: Mergeable(value),
         help="Memory that KSM may merge while it runs: none; the guest's RAM; or all, also "
         "QEMU's own memory, which then has no address randomisation (needs Linux 6.4).",
+    ),
+    _start(
+        "--isolated-vmm",
+        is_flag=True,
+        help="Start QEMU by exec, with memory addresses and pages of its own. Default: a server "
+        "forks the QEMUs of a trust domain, which share what is equal.",
     ),
     _start(
         "--overcommit",

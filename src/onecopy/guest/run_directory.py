@@ -159,6 +159,10 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """Persistent disks."""
     traced: bool = False
     """Whether its QEMU logs how it ends (vmm/end_traces.py)."""
+    forked: bool = False
+    """Whether a fork server started its QEMU (vmm/fork_server.py)."""
+    why_exec: str = ""
+    """Why no fork server did, although one was to."""
     ended: Ended | None = None
     """How it ended on its own (ended_guests.py); None for a running guest."""
     note: str = ""

@@ -129,12 +129,12 @@ def ruleset(binary: str, confinement: Confinement) -> Ruleset | None:
     return rules
 
 
-def filter_program(confinement: Confinement) -> bytes:
+def filter_program(confinement: Confinement, *, executes: bool = True) -> bytes:
     """Build the seccomp filter, which denies everything that no VMM needs.
 
     It denies by name the calls of Linux 5.3, and allows by name the later ones. QEMU's own filter
-    also applies, and ends QEMU if it creates a process. vfork and execve cannot be denied here,
-    since they start QEMU.
+    also applies, and ends QEMU if it creates a process. vfork and execve can be denied only if they
+    do not start QEMU (``executes``).
 
     Sockets: the VMM keeps those that it was given, and may create at most TCP and UDP ones. With
     UNIX sockets it could reach any service of the host, or the monitor of another guest.
@@ -156,7 +156,7 @@ def filter_program(confinement: Confinement) -> bytes:
         seccomp.deny(seccomp.LASTING, errno.EPERM),
         seccomp.deny(seccomp.OTHER_PROCESSES, errno.EPERM),
         seccomp.deny(seccomp.RARE, errno.EPERM),
-        seccomp.deny([seccomp.FORK], errno.EPERM),
+        seccomp.deny([seccomp.FORK, *(() if executes else seccomp.EXECUTE)], errno.EPERM),
         seccomp.deny_without(seccomp.CLONE, 0, seccomp.CLONE_THREAD, errno.EPERM),
         seccomp.deny([seccomp.SOCKETPAIR], errno.EACCES),
         seccomp.deny_new(seccomp.FIRST_NEW, seccomp.NEW, errno.ENOSYS),

@@ -120,7 +120,7 @@ def pack(
     Raises:
         Unserved: it is too large.
     """
-    user, code = confinement.user, filter_program(confinement)
+    user, code = confinement.user, filter_program(confinement, executes=False)
     mounts = name_servers.mounts(confinement.etc) if confinement.etc else []
     words = [*(str(path) for pair in mounts for path in pair), *argv]
     text = b"".join(os.fsencode(word) + b"\0" for word in words)

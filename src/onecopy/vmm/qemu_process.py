@@ -27,6 +27,7 @@ from onecopy.model import Mergeable
 from onecopy.vmm import closed_network, end_traces, logs, name_servers, sockets, vmm_limits
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
+from onecopy.vmm.fork_request import Forked
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.open_notify import Answers
 from onecopy.vmm.passed_files import pass_files
@@ -71,6 +72,7 @@ class _Child:
     process: Process
     group_setup: GroupSetup
     answers: Answers | None
+    why_exec: str
 
 
 class Vmm:
@@ -92,6 +94,9 @@ class Vmm:
         self.folder = folder
         self.argv = tuple(argv)
         self._process = child.process if child else None
+        #: Whether a fork server started it, and why none did although one was to.
+        self.forked = isinstance(self._process, Forked)
+        self.why_exec = child.why_exec if child else ""
         #: QEMU's descriptor of the listener for its open requests (open_notify.py).
         self.listener = listener
         self._answers = child.answers if child else None
@@ -236,7 +241,7 @@ def launch(
         process.pid, vmm_limits.memory(hardware, spec), vmm_limits.threads(hardware)
     )
     group_setup.start()
-    child = _Child(process, group_setup, answers)
+    child = _Child(process, group_setup, answers, started.why_exec)
     return Vmm(process.pid, spec.folder, argv, listener=started.number, child=child)
 
 

@@ -5,6 +5,7 @@ Not here: guests that run (tests/vm).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,13 +22,14 @@ import pytest
 from msgspec.structs import replace
 
 from onecopy.errors import Incompatible
-from onecopy.linux.sandbox import rlimits
+from onecopy.linux.sandbox import rlimits, seccomp
 from onecopy.subprocesses import find_program
 from onecopy.vmm import fork_request, fork_server, vmm_user
-from onecopy.vmm.confine import Confinement
+from onecopy.vmm.confine import Confinement, filter_program
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.qemu import BINARY
 from onecopy.vmm.spawn import Started, release, start
+from tests.unit.bpf import decide
 
 PATIENCE = 60.0
 #: What must be equal however a VMM was started.
@@ -86,7 +88,12 @@ class Vmm:
             listener.bind(str(folder / "qmp"))
             listener.listen()
             fd = listener.fileno()
-            argv += ["-chardev", f"socket,id=m,fd={fd},server=on,wait=off", "-mon", "m,mode=control"]
+            argv += [
+                "-chardev",
+                f"socket,id=m,fd={fd},server=on,wait=off",
+                "-mon",
+                "m,mode=control",
+            ]
             self.argv = argv
             self.started: Started = start(
                 argv, confinement(**options), folder, out.fileno(), [fd], server
@@ -143,7 +150,9 @@ def test_a_forked_vmm_is_what_one_by_exec_is(server: ForkServer, tmp_path: Path)
             assert status(forked) == status(executed)
             assert forked.read("limits") == executed.read("limits")
             assert forked.descriptors() == executed.descriptors()
-            assert len(forked.read("cmdline").split("\0")) == len(executed.read("cmdline").split("\0"))
+            assert len(forked.read("cmdline").split("\0")) == len(
+                executed.read("cmdline").split("\0")
+            )
             assert os.getsid(forked.pid) == forked.pid
             for name in ("cwd", "root", "exe"):
                 links = [Path(f"/proc/{each.pid}/{name}").readlink() for each in (forked, executed)]
@@ -155,14 +164,12 @@ def test_a_forked_vmm_is_what_one_by_exec_is(server: ForkServer, tmp_path: Path)
 
 def test_each_thread_is_confined(server: ForkServer, tmp_path: Path) -> None:
     with vmm(tmp_path / "a", server) as forked:
-        threads = [
-            CREDENTIALS.findall((each / "status").read_text()) and (each / "status").read_text()
-            for each in Path(f"/proc/{forked.pid}/task").iterdir()
-        ]
+        tasks = Path(f"/proc/{forked.pid}/task").iterdir()
+        threads = [(each / "status").read_text() for each in tasks]
         assert len(threads) > 2
         for wanted in ("Uid", "CapEff", "CapPrm", "NoNewPrivs", "Seccomp", "Seccomp_filters"):
-            found = {re.search(rf"^{wanted}:\s*(.*)", text, re.MULTILINE)[1] for text in threads}  # type: ignore[index]
-            assert len(found) == 1, wanted
+            found = {re.findall(rf"^{wanted}:.*", text, re.MULTILINE)[0] for text in threads}
+            assert len(found) == 1
 
 
 def test_two_of_a_server_share_pages_and_no_random_numbers(
@@ -184,10 +191,13 @@ def _private(pid: int) -> int:
 
 
 def test_nothing_of_another_guest_is_in_a_vmm(server: ForkServer, tmp_path: Path) -> None:
-    secret = "secret-of-the-first-guest"
-    with vmm(tmp_path / "a", server, "-name", secret) as first, vmm(tmp_path / "b", server) as second:
-        assert _contains(first.pid, secret.encode())
-        assert not _contains(second.pid, secret.encode())
+    name = "the-name-of-the-first-guest"
+    with (
+        vmm(tmp_path / "a", server, "-name", name) as one,
+        vmm(tmp_path / "b", server) as other,
+    ):
+        assert _contains(one.pid, name.encode())
+        assert not _contains(other.pid, name.encode())
 
 
 def _contains(pid: int, text: bytes) -> bool:
@@ -218,13 +228,15 @@ def test_the_end_of_the_server_harms_no_vmm(server: ForkServer, tmp_path: Path) 
 def test_a_server_that_hangs_is_replaced(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fork_request, "_PATIENCE", 1.0)
     with vmm(tmp_path / "a", server):
         (pid,) = servers(tmp_path / "base")
+        monkeypatch.setattr(fork_request, "_PATIENCE", 1.0)
         os.kill(pid, signal.SIGSTOP)
         try:
             with vmm(tmp_path / "b", server) as executed:
                 assert "does not answer" in executed.started.why_exec
+            monkeypatch.undo()
+            monkeypatch.setattr(fork_server, "make_run_base", lambda: tmp_path / "base")
             with vmm(tmp_path / "c", server) as forked:
                 assert not forked.started.why_exec
         finally:
@@ -281,6 +293,12 @@ def test_another_program_falls_back_to_exec(server: ForkServer, tmp_path: Path) 
     assert started.why_exec
     assert started.process.wait(PATIENCE) == 0
     assert isinstance(started.process, subprocess.Popen)
+
+
+def test_a_forked_vmm_may_start_no_program() -> None:
+    program = filter_program(confinement(), executes=False)
+    assert {decide(program, number) for number in (57, 58, 59)} == {seccomp.ERROR | errno.EPERM}
+    assert decide(program, 56, 0x3D0F00) == seccomp.ALLOW
 
 
 @pytest.mark.parametrize("count", [fork_request._MOST_WORDS + 1])

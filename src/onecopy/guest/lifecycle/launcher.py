@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from onecopy.errors import AgentFailed, GuestFailed
+from onecopy.errors import AgentFailed, CommandFailed, GuestFailed, MissingProgram
 from onecopy.guest import identity
 from onecopy.guest.backing import backings, displayed, loaded
 from onecopy.guest.lifecycle import boot, restore
@@ -35,6 +35,7 @@ from onecopy.model import Mergeable
 from onecopy.store import Lease
 from onecopy.store.sealed import sealed_layer
 from onecopy.vmm.argv import Launch, Nic, Ram, command
+from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm, prepare
 from onecopy.vmm.qemu_process import launch as launch_vmm
@@ -179,6 +180,8 @@ async def _come_up(
         listener=vmm.listener,
         agent=plan.config.agent,
         traced="-trace" in vmm.argv,
+        forked=vmm.forked,
+        why_exec=vmm.why_exec,
     )
     if plan.boot or not plan.spec.bridge or not card or not isinstance(card.tap, int):
         return Up(folder, vmm, record, _do_nothing)
@@ -209,9 +212,23 @@ async def _spawn(
             attached = loaded(plan.placed, backed)
             hardware = replace(plan.hardware, segments=tuple(backed))
             passed = [lease.fd, *(spec.card.descriptors if spec.card else ())]
-            vmm = launch_vmm(hardware, replace(spec, later=lease.files), inherit=passed)
+            server, why_not = _fork_server(host, plan)
+            vmm = launch_vmm(
+                hardware, replace(spec, later=lease.files), inherit=passed, server=server
+            )
+            vmm.why_exec = vmm.why_exec or why_not
             await life.enter_async_context(kill_on_error(vmm, spec.publish))
         yield vmm, attached
+
+
+def _fork_server(host: Runtime, plan: LaunchPlan) -> tuple[ForkServer | None, str]:
+    """Return the server that is to fork a guest's VMM; None and the reason if none is."""
+    if plan.spec.isolated_vmm:
+        return None, "requested"
+    try:
+        return host.fork_server(plan.domain), ""
+    except (MissingProgram, CommandFailed, OSError) as error:
+        return None, str(error)
 
 
 def launch_spec(host: Runtime, plan: LaunchPlan, folder: Path, card: Nic | None) -> Launch:

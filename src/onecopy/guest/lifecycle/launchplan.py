@@ -49,6 +49,8 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[DiskSpec, ...] = ()
     """Disks, which are plugged in when the guest is ready."""
     accel: Choice = Choice.AUTO
+    isolated_vmm: bool = False
+    """Whether QEMU starts by exec, with addresses of its own, rather than from a fork server."""
 
 
 class BootSpec(GuestSpec, frozen=True):
@@ -133,7 +135,7 @@ class LaunchPlan(msgspec.Struct, frozen=True):
         """Return the plan for one guest, with its name and ports."""
         spec = self.spec
         special = spec.bridge or spec.allow_host or (publish and need_rights(publish))
-        plain = spec.ksm is Mergeable.RAM and not special
+        plain = spec.ksm is Mergeable.RAM and not special and not spec.isolated_vmm
         return replace(
             self if publish == spec.publish else self.varied(publish=publish),
             name=name,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from onecopy.errors import (
+    CommandFailed,
     MissingProgram,
     NotFound,
     NotPermitted,
@@ -67,6 +68,7 @@ def _virtualization(host: Runtime, progress: Callable[[str], None]) -> Iterator[
     try:
         qemu = host.qemu
         yield _starting(qemu)
+        yield _forking(host)
         kernel = ensure_kernel(host.store, progress=progress)
         yield Finding("kernel", "ok", KernelConfig.of(kernel).release)
         progress("running a probe guest under KVM")
@@ -88,6 +90,15 @@ def _starting(qemu: Qemu) -> Finding:
     if open_notify.is_possible(qemu):
         return Finding("qemu", "ok", f"{says}; gets saved RAM as a read-only descriptor")
     return Finding("qemu", "limited", f"{says}; cannot start saved systems on this kernel")
+
+
+def _forking(host: Runtime) -> Finding:
+    try:
+        host.fork_server("")
+    except (MissingProgram, CommandFailed) as error:
+        says = f"each QEMU starts by itself and shares no memory: {error.message} ({error.hint})"
+        return Finding("fork server", "limited", says)
+    return Finding("fork server", "ok", "a server forks the QEMUs of each trust domain")
 
 
 def _confinement(accel: str) -> Finding:

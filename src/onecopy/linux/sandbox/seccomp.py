@@ -21,6 +21,8 @@ from onecopy.linux.syscall import address, buffer, syscall
 
 #: System calls by number (Linux arch/x86/entry/syscalls/syscall_64.tbl).
 OPEN, MADVISE, SOCKET, SOCKETPAIR, CLONE, FORK, OPENAT, PRLIMIT = 2, 28, 41, 53, 56, 57, 257, 302
+#: vfork, execve: how a program is started.
+EXECUTE = (58, 59)
 IO_URING_SETUP = 425
 #: chmod, fchmod, fchmodat, fchmodat2; setxattr, lsetxattr, fsetxattr, setxattrat.
 CHANGE_RIGHTS = (90, 91, 268, 452, 188, 189, 190, 463)
