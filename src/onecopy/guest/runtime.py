@@ -31,8 +31,7 @@ from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.model import in_order
 from onecopy.sharing import cross_check
 from onecopy.store import Lease, Store
-from onecopy.vmm import fork_server, logs, name_servers
-from onecopy.vmm.fork_server import ForkServer
+from onecopy.vmm import logs, name_servers
 from onecopy.vmm.qemu import Qemu, probe
 
 
@@ -58,14 +57,6 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     def qemu(self) -> Qemu:
         """This host's QEMU."""
         return probe(self.store.cache)
-
-    def fork_server(self, domain: str) -> ForkServer:
-        """Return the server that forks the VMMs of a trust domain.
-
-        Raises:
-            MissingProgram, CommandFailed: Its library is missing and cannot be compiled.
-        """
-        return ForkServer(fork_server.library(self.store.cache), f"{self.run.name} {domain}")
 
     def guest(self, name: str) -> RunDirectory:
         """Return the run directory of a running guest.

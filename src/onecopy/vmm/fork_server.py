@@ -34,9 +34,11 @@ from onecopy.linux.run_base import make_own, make_run_base
 from onecopy.subprocesses import run
 
 _DIRECTORY = "forks"
-_SOURCE = Path(__file__).with_name("files") / "fork_server.c"
+_SOURCES = [
+    Path(__file__).with_name("files") / f"fork_{name}.c" for name in ("server", "child", "preload")
+]
 #: The library that a package brings along.
-_SHIPPED = _SOURCE.with_suffix(".so")
+_SHIPPED = _SOURCES[0].with_suffix(".so")
 _COMPILE = ("-O2", "-Wall", "-shared", "-fPIC")
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
@@ -152,12 +154,13 @@ def library(cache: Path) -> Path:
     """
     if _SHIPPED.exists():
         return _SHIPPED
-    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
+    text = b"".join(each.read_bytes() for each in _SOURCES)
+    digest = hashlib.sha256(text).hexdigest()[:16]
     path = cache / f"fork-server-{digest}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache) as directory:
             made = Path(directory) / path.name
-            run(["gcc", *_COMPILE, "-o", made, _SOURCE, "-ldl"])
+            run(["gcc", *_COMPILE, "-o", made, _SOURCES[0], "-ldl"])
             made.chmod(0o555)
             made.rename(path)
     return path

@@ -12,7 +12,7 @@ import shlex
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -214,20 +214,7 @@ def launch(
         monitor = stack.enter_context(_listen(spec.folder / sockets.MONITOR))
         console = stack.enter_context(_listen(spec.folder / sockets.CONSOLE))
         named = replace(named, monitor_fd=monitor, console_fd=console)
-        asks = not spec.rom and seccomp.can_ask()
-        inet = spec.card is not None and spec.card.tap is None
-        confinement = Confinement(
-            user=user,
-            capabilities=port_capabilities(host for host, _ in spec.publish if inet),
-            rights=files.rights,
-            kvm=spec.accel == "kvm",
-            asks=asks,
-            merge=spec.ksm is Mergeable.ALL,
-            inet=inet,
-            etc=name_servers.stand_in(spec.folder.parent) if inet else None,
-            binds=_ports(spec),
-            limits=vmm_limits.of_vmm(hardware, spec, user),
-        )
+        confinement = _confinement(hardware, spec, user, files.rights)
         log = stack.enter_context(_log(spec.folder))
         passed = (monitor, console, *files.passed)
         started = start(command(machine, named), confinement, spec.folder, log, passed, server)
@@ -243,6 +230,24 @@ def launch(
     group_setup.start()
     child = _Child(process, group_setup, answers, started.why_exec)
     return Vmm(process.pid, spec.folder, argv, listener=started.number, child=child)
+
+
+def _confinement(
+    hardware: Hardware, spec: Launch, user: User | None, rights: Mapping[int, int]
+) -> Confinement:
+    inet = spec.card is not None and spec.card.tap is None
+    return Confinement(
+        user=user,
+        capabilities=port_capabilities(host for host, _ in spec.publish if inet),
+        rights=rights,
+        kvm=spec.accel == "kvm",
+        asks=not spec.rom and seccomp.can_ask(),
+        merge=spec.ksm is Mergeable.ALL,
+        inet=inet,
+        etc=name_servers.stand_in(spec.folder.parent) if inet else None,
+        binds=_ports(spec),
+        limits=vmm_limits.of_vmm(hardware, spec, user),
+    )
 
 
 def _ports(spec: Launch) -> tuple[int, ...] | None:

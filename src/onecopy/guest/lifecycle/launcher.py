@@ -34,6 +34,7 @@ from onecopy.linux.tap import connect_tap
 from onecopy.model import Mergeable
 from onecopy.store import Lease
 from onecopy.store.sealed import sealed_layer
+from onecopy.vmm import fork_server
 from onecopy.vmm.argv import Launch, Nic, Ram, command
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.monitor import connect
@@ -183,9 +184,13 @@ async def _come_up(
         forked=vmm.forked,
         why_exec=vmm.why_exec,
     )
+    return Up(folder, vmm, record, _connection(plan, card))
+
+
+def _connection(plan: LaunchPlan, card: Nic | None) -> Callable[[], None]:
     if plan.boot or not plan.spec.bridge or not card or not isinstance(card.tap, int):
-        return Up(folder, vmm, record, _do_nothing)
-    return Up(folder, vmm, record, partial(connect_tap, card.tap, plan.spec.bridge))
+        return _do_nothing
+    return partial(connect_tap, card.tap, plan.spec.bridge)
 
 
 def _do_nothing() -> None:
@@ -226,7 +231,9 @@ def _fork_server(host: Runtime, plan: LaunchPlan) -> tuple[ForkServer | None, st
     if plan.spec.isolated_vmm:
         return None, "requested"
     try:
-        return host.fork_server(plan.domain), ""
+        library = fork_server.library(host.store.cache)
+        # No store shares a server with another one.
+        return ForkServer(library, f"{host.run.name} {plan.domain}"), ""
     except (MissingProgram, CommandFailed, OSError) as error:
         return None, str(error)
 

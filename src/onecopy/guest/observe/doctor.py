@@ -24,7 +24,7 @@ from onecopy.linux.counters import ksm, meminfo, pagemap
 from onecopy.linux.sandbox import landlock
 from onecopy.model import MIB, format_size
 from onecopy.subprocesses import PACKAGES, find_program
-from onecopy.vmm import closed_network, name_servers, open_notify, router, vmm_user
+from onecopy.vmm import closed_network, fork_server, name_servers, open_notify, router, vmm_user
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
@@ -94,7 +94,7 @@ def _starting(qemu: Qemu) -> Finding:
 
 def _forking(host: Runtime) -> Finding:
     try:
-        host.fork_server("")
+        fork_server.library(host.store.cache)
     except (MissingProgram, CommandFailed) as error:
         says = f"each QEMU starts by itself and shares no memory: {error.message} ({error.hint})"
         return Finding("fork server", "limited", says)
