@@ -73,7 +73,7 @@ def servers(base: Path) -> list[int]:
 
 def confinement(**options: Any) -> Confinement:
     given = {"user": vmm_user.new_user("tcg"), "kvm": False, "asks": False, **options}
-    return Confinement(capabilities=0, rights={}, **given)
+    return Confinement(**{"capabilities": 0, "rights": {}, **given})
 
 
 class Vmm:
@@ -144,9 +144,10 @@ def status(found: Vmm) -> list[str]:
 
 def test_a_forked_vmm_is_what_one_by_exec_is(server: ForkServer, tmp_path: Path) -> None:
     limits = {rlimits.FILE_SIZE: 1 << 16, rlimits.CORE: 0, rlimits.OPEN_FILES: 512}
-    with vmm(tmp_path / "a", server, limits=limits) as forked:
+    given = {"limits": limits, "capabilities": vmm_user.port_capabilities([80])}
+    with vmm(tmp_path / "a", server, **given) as forked:
         assert not forked.started.why_exec
-        with vmm(tmp_path / "b", None, limits=limits) as executed:
+        with vmm(tmp_path / "b", None, **given) as executed:
             assert status(forked) == status(executed)
             assert forked.read("limits") == executed.read("limits")
             assert forked.descriptors() == executed.descriptors()

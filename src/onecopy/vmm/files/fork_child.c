@@ -108,8 +108,14 @@ static int set_capabilities(uint64_t mask)
     struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
     uint32_t low = mask, high = mask >> 32;
     struct __user_cap_data_struct data[2] = {{low, low, low}, {high, high, high}};
-    return prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) ||
-           syscall(SYS_capset, &header, data);
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) ||
+        syscall(SYS_capset, &header, data))
+        return -1;
+    /* As after execve(2), which keeps only ambient ones. */
+    for (int i = 0; i < 64; i++)
+        if (mask >> i & 1 && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, i, 0, 0))
+            return -1;
+    return 0;
 }
 
 /* Make the mounts of the request; return the text after them, or 0. */
