@@ -96,7 +96,7 @@ def test_an_agent_that_stops_answering(
     stop = "grep -q 'qemu-g[a]' $p/cmdline && kill -STOP ${p##*/}"
     # Long enough to boot, here and now.
     took = guests.boot(busybox_root, memory="128M").record.start_seconds
-    ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; false"
+    ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; sleep 999"
     with pytest.raises(AgentFailed, match="did not answer") as caught:
         guests.boot(busybox_root, memory="128M", ready=ready, timeout=3 * took + 10)
     assert "last words" in caught.value.message

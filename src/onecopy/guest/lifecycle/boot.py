@@ -14,7 +14,7 @@ from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan
 from onecopy.images import initramfs
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT
-from onecopy.images.kernel import KernelConfig
+from onecopy.images.kernel import KernelConfig, boot_image
 from onecopy.vmm import guest_reply
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Kernel, Nic, guest_network
@@ -27,7 +27,8 @@ def kernel_of(plan: LaunchPlan, boot: Boot, folder: Path) -> Kernel:
     if not boot.tools:
         return Kernel(plan.source.layer("kernel").path, None)
     words = kernel_words(plan.accel.name, plan.config.qemu, plan.config.cpu)
-    return Kernel(boot.kernel.layer("kernel").path, folder / "initrd", words + boot.words)
+    image = boot_image(boot.kernel, plan.accel.name)
+    return Kernel(image, folder / "initrd", words + boot.words)
 
 
 def write_initrd(plan: LaunchPlan, boot: Boot, folder: Path, card: Nic | None) -> None:
