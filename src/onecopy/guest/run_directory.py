@@ -44,7 +44,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import AgentFailed, Incompatible, NotFound, OnecopyError
-from onecopy.guest.end_reason import Ended
+from onecopy.guest.end import Ended
 from onecopy.linux import files, process
 from onecopy.linux.files import process_directory
 from onecopy.linux.lock import flock, is_held, is_left

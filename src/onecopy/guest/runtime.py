@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -29,10 +30,11 @@ from onecopy.linux.lock import locked_blocking
 from onecopy.linux.run_base import make_own, make_run_base
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.model import in_order
-from onecopy.sharing import cross_check
 from onecopy.store import Lease, Store
 from onecopy.vmm import logs, name_servers
-from onecopy.vmm.qemu import Qemu, probe
+
+if TYPE_CHECKING:
+    from onecopy.vmm.qemu import Qemu
 
 
 class Runtime(msgspec.Struct, frozen=True, dict=True):
@@ -56,6 +58,8 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def qemu(self) -> Qemu:
         """This host's QEMU."""
+        from onecopy.vmm.qemu import probe  # few commands need QEMU
+
         return probe(self.store.cache)
 
     def guest(self, name: str) -> RunDirectory:
@@ -206,6 +210,9 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         with contextlib.ExitStack() as stack:
             with self.locked():
                 if not self.folders():
+                    # Only the first guest of a store needs it.
+                    from onecopy.sharing import cross_check
+
                     cross_check.note(self.memory_before)
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
                 folder = batch.add(self.run / name)
@@ -319,8 +326,10 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     def keep_logging(self, folder: RunDirectory) -> None:
         """Truncate the logs of a guest at their start if they are almost full."""
         if logs.are_filling(folder.path):
+            from onecopy.vmm import log_room  # a log rarely fills
+
             with self.locked(), contextlib.suppress(NotFound, OSError):
-                logs.make_room(folder.path, folder.record().pid)
+                log_room.make_room(folder.path, folder.record().pid)
 
     def drop(self, *folders: RunDirectory) -> None:
         """Kill the VMMs of run directories that the caller owns, and remove the directories."""

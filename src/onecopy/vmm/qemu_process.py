@@ -14,9 +14,9 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed
@@ -64,8 +64,7 @@ class GroupSetup(threading.Thread):
             cgroup.remove(self._group)
 
 
-@dataclass(frozen=True)
-class _Child:
+class _Child(msgspec.Struct, frozen=True):
     """The resources of a QEMU process that this process started."""
 
     process: subprocess.Popen[bytes]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from onecopy.errors import AgentFailed, GuestFailed, NotReady
 from onecopy.guest import machine
-from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan
 from onecopy.images import initramfs
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT
@@ -57,11 +56,14 @@ async def ready(folder: Path, spec: BootSpec) -> None:
             f"the guest did not come up within {spec.timeout:g} s",
             hint="give a longer --timeout, or more --memory",
         ) from None
+    # A clone does not wait for a boot.
+    from onecopy.guest.exec import run_captured
+
     script = spec.ready or _DEFAULT_READY
     left = max(deadline - time.monotonic(), 1)
     # The loop runs in the guest, so all attempts take one program.
     loop = f"until out=$({script}) 2>&1; do sleep 0.2; done"
-    done: Completed = await run_captured(folder, ["sh", "-c", loop], timeout=left)
+    done = await run_captured(folder, ["sh", "-c", loop], timeout=left)
     if done.exit_code:
         last = await run_captured(folder, ["sh", "-c", script], timeout=10)
         raise NotReady(
@@ -86,6 +88,8 @@ _DEFAULT_READY = f"""
 
 async def given_address(folder: Path) -> str:
     """Return the address that the guest got by DHCP (images/files/dhcp)."""
+    from onecopy.guest.exec import run_captured  # a clone reports it otherwise
+
     done = await run_captured(folder, ["cat", "/run/onecopy/address"], timeout=30)
     if done.exit_code:
         raise GuestFailed(

@@ -23,8 +23,8 @@ from onecopy.guest import identity
 from onecopy.guest.backing import backings, displayed, loaded
 from onecopy.guest.lifecycle import boot, restore
 from onecopy.guest.lifecycle.launchplan import LaunchPlan
-from onecopy.guest.lifecycle.resources import NOTHING, fit
-from onecopy.guest.lifecycle.snapshot import STATE_ROOM
+from onecopy.guest.lifecycle.resources import NOTHING
+from onecopy.guest.machine import STATE_ROOM
 from onecopy.guest.network import can_be_closed, display_nic, new_nic, rehearse
 from onecopy.guest.pagecache import preload
 from onecopy.guest.ports import Ports, published, require_free
@@ -89,6 +89,9 @@ async def launch(host: Runtime, plan: LaunchPlan, batch: Batch | None = None) ->
                 work = identity.become(up.folder.path, who, up.connect)
                 record = replace(record, address=await race_exit(up.vmm, work))
             if plan.extra != NOTHING:
+                # Most guests get nothing more.
+                from onecopy.guest.lifecycle.hot_add import fit
+
                 given = fit(host, mine, up.folder, record, plan.extra)
                 record = await race_exit(up.vmm, given)
             took = time.monotonic() - began
