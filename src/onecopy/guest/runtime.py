@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec.structs import replace
 
 from onecopy.errors import Incompatible, NotFound
 from onecopy.guest import ended_guests
@@ -106,7 +104,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     def seeing(self, batch: Batch) -> Runtime:
         """Return a runtime that sees the guests of ``batch`` before they are ready."""
-        return replace(self, batch_seen=batch)
+        return msgspec.structs.replace(self, batch_seen=batch)
 
     def guests(self) -> list[GuestRecord]:
         """Return the records of all ready guests whose VMM lives, by name."""
@@ -158,7 +156,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         with self._marked("starting") as mark:
             yield Batch(mark, owner)
 
-    def owner(self) -> AbstractContextManager[Path]:
+    def owner(self) -> contextlib.AbstractContextManager[Path]:
         """Yield the mark of an owner: its guests end with the block.
 
         If this process is killed, the next command ends them.
@@ -210,8 +208,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         with contextlib.ExitStack() as stack:
             with self.locked():
                 if not self.folders():
-                    # Only the first guest of a store needs it.
-                    from onecopy.sharing import cross_check
+                    from onecopy.sharing import cross_check  # few guests are the first
 
                     cross_check.note(self.memory_before)
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
@@ -298,7 +295,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         found = [(RunDirectory(self.run / each.name), each) for each in records]
         return [folder for folder, record in found if folder.is_of(record)]
 
-    def ending(self, *records: GuestRecord) -> AbstractContextManager[None]:
+    def ending(self, *records: GuestRecord) -> contextlib.AbstractContextManager[None]:
         """Mark running guests: an end within the block is not an end on their own."""
         return self._ending(self._folders_of(each for each in records if each.process.lives()))
 

@@ -17,7 +17,6 @@ from onecopy.images.kernel import KernelConfig
 from onecopy.vmm import guest_reply
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Kernel, Nic, guest_network
-from onecopy.vmm.monitor import connect
 from onecopy.vmm.tcg import kernel_words
 
 
@@ -46,6 +45,10 @@ def write_initrd(plan: LaunchPlan, boot: Boot, folder: Path, card: Nic | None) -
 async def ready(folder: Path, spec: BootSpec) -> None:
     """Wait for the agent, then until the readiness check succeeds; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
+    # The guest boots while this loads; a clone needs neither.
+    from onecopy.guest.exec import run_captured
+    from onecopy.vmm.monitor import connect
+
     # QEMU has opened its pipes when it answers.
     async with connect(folder):
         pass
@@ -56,9 +59,6 @@ async def ready(folder: Path, spec: BootSpec) -> None:
             f"the guest did not come up within {spec.timeout:g} s",
             hint="give a longer --timeout, or more --memory",
         ) from None
-    # A clone does not wait for a boot.
-    from onecopy.guest.exec import run_captured
-
     script = spec.ready or _DEFAULT_READY
     left = max(deadline - time.monotonic(), 1)
     # The loop runs in the guest, so all attempts take one program.

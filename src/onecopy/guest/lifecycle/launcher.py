@@ -35,7 +35,6 @@ from onecopy.model import Mergeable
 from onecopy.store import Lease
 from onecopy.store.sealed import sealed_layer
 from onecopy.vmm.argv import Launch, Nic, Ram, command
-from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm, prepare
 from onecopy.vmm.qemu_process import launch as launch_vmm
 
@@ -148,6 +147,9 @@ async def _come_up(
     if plan.boot and plan.config.agent:
         await race_exit(vmm, boot.ready(folder.path, plan.boot.spec), _BOOT_ENDED)
         (folder.path / "initrd").unlink()
+    # QEMU starts while this loads.
+    from onecopy.vmm.monitor import connect
+
     # A bare machine that boots is up when QEMU answers.
     async with connect(folder.path) as monitor:
         if state is not None:
