@@ -147,16 +147,7 @@ async def _come_up(
     if plan.boot and plan.config.agent:
         await race_exit(vmm, boot.ready(folder.path, plan.boot.spec), _BOOT_ENDED)
         (folder.path / "initrd").unlink()
-    # QEMU starts while this loads.
-    from onecopy.vmm.monitor import connect
-
-    # A bare machine that boots is up when QEMU answers.
-    async with connect(folder.path) as monitor:
-        if state is not None:
-            await monitor.incoming(state)
-            if not plan.standby:
-                await monitor.execute("cont")
-        ports = spec.publish and await published(monitor, folder.path, spec.publish)
+    ports = await _answer(plan, folder, spec, state)
     card, address = spec.card, spec.card.address if spec.card else ""
     if plan.boot and card and not address:
         address = await boot.given_address(folder.path)
@@ -188,6 +179,19 @@ async def _come_up(
     if plan.boot or not plan.spec.bridge or not card or not isinstance(card.tap, int):
         return Up(folder, vmm, record, _do_nothing)
     return Up(folder, vmm, record, partial(connect_tap, card.tap, plan.spec.bridge))
+
+
+async def _answer(plan: LaunchPlan, folder: RunDirectory, spec: Launch, state: int | None) -> Ports:
+    """Wait for QEMU's answer, load the saved state and resume it; return the published ports."""
+    from onecopy.vmm.monitor import connect  # it loads while QEMU starts
+
+    # A bare machine that boots is up when QEMU answers.
+    async with connect(folder.path) as monitor:
+        if state is not None:
+            await monitor.incoming(state)
+            if not plan.standby:
+                await monitor.execute("cont")
+        return spec.publish and await published(monitor, folder.path, spec.publish)
 
 
 def _do_nothing() -> None:
