@@ -151,7 +151,7 @@ def test_the_script_loads(shell: str) -> None:
         loaded = subprocess.run(command, capture_output=True, text=True, check=True)
         assert loaded.stdout.startswith("complete")
     elif program := shutil.which(shell):
-        subprocess.run([program, "--no-execute"], input=done.stdout, text=True, check=True)
+        subprocess.run([program, "-n"], input=done.stdout, text=True, check=True)
 
 
 def test_an_error_is_no_output(tmp_path: Path) -> None:
