@@ -37,14 +37,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Container, Iterable
 from pathlib import Path
 
 import msgspec
 
 from onecopy.errors import AgentFailed, Incompatible, NotFound, OnecopyError
-from onecopy.guest.end_reason import Ended
+from onecopy.guest.end import Ended
 from onecopy.linux import files, process
 from onecopy.linux.files import process_directory
 from onecopy.linux.lock import flock, is_held, is_left
@@ -390,7 +389,7 @@ def is_mark(path: Path) -> bool:
 
 def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
     """Make a mark of kind ``starting``, ``owner`` or ``ending``; return it and its locked file."""
-    mark = run / f".{kind}-{secrets.token_hex(8)}"
+    mark = run / f".{kind}-{os.urandom(8).hex()}"
     fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     flock(fd)
     return mark, fd

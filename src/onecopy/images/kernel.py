@@ -16,7 +16,6 @@ import msgspec
 
 from onecopy.errors import BadSource
 from onecopy.images.deb_packages import fetch_package, host_suite
-from onecopy.images.fs_image import make_image
 from onecopy.images.initramfs import cpio
 from onecopy.images.tree import walk
 from onecopy.images.vmlinux import unpack
@@ -150,6 +149,8 @@ def _require_shallow(modules: Path) -> None:
 def _put(
     store: Store, ref: Reference, image: Path, modules: Path, work: Path, package: str
 ) -> Artifact:
+    from onecopy.images.fs_image import make_image  # a kernel is imported once
+
     release = modules.name
     tree = work / "modules" / release
     shutil.copytree(modules, tree, symlinks=True, ignore=shutil.ignore_patterns("build", "source"))
