@@ -314,10 +314,10 @@ def first_vmm(host: Runtime, process: subprocess.Popen[str]) -> int:
 
 @pytest.fixture
 def small(host: Runtime, tmp_path: Path, busybox_root: Artifact) -> Iterator[Runtime]:
-    """A host whose store, with what a busybox guest needs, is on a disk of 300 MiB."""
+    """A host whose store, with what a busybox guest needs, is on a disk of 360 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300M", "small", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=360M", "small", disk], check=True)
     try:
         mine = Runtime.open(disk / "store")
         for artifact in (ensure_kernel(host.store), ensure_tools(host.store), busybox_root):
