@@ -15,6 +15,7 @@ import struct
 from pathlib import Path
 
 from onecopy.errors import CommandFailed, MissingProgram
+from onecopy.images.decompressors import decompressor
 from onecopy.linux import memfd
 from onecopy.vmm.confined_tool import Limits, Task, run_tool
 
@@ -22,8 +23,6 @@ from onecopy.vmm.confined_tool import Limits, Task, run_tool
 _PROTOCOL = 0x208
 #: Bytes up to their end, and bytes of an ELF header.
 _HEADER, _ELF = 0x250, 64
-#: Start of the compressed kernel -> the program that unpacks it.
-_PROGRAMS = {b"\x1f\x8b": "gzip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 #: An ELF note of Xen's with the address of the PVH entry point (XEN_ELFNOTE_PHYS32_ENTRY, 18).
 _ENTRIES = tuple(struct.pack("<III", 4, size, 18) + b"Xen\0" for size in (4, 8))
 #: Bytes of a kernel, and seconds to unpack it.
@@ -39,7 +38,7 @@ def unpack(image: Path, out: Path) -> bool:
     """
     with image.open("rb") as file:
         payload = _payload(file.read(_MOST))
-    program = next((name for magic, name in _PROGRAMS.items() if payload.startswith(magic)), "")
+    program = decompressor(payload)
     if not program:
         return False
     # All but gzip's have 4 bytes behind them: the size.
