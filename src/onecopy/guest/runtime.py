@@ -14,12 +14,12 @@ import msgspec
 from onecopy.errors import Incompatible, NotFound
 from onecopy.guest import ended_guests
 from onecopy.guest.run_directory import (
+    MARK_PREFIXES,
     POOL,
     Batch,
     GuestRecord,
     RunDirectory,
     find_vmms,
-    lock_mark,
     run_root,
 )
 from onecopy.guest.sweep import preserve, sweep
@@ -165,18 +165,23 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     @contextlib.contextmanager
     def _marked(self, kind: str) -> Iterator[Path]:
-        with self.locked():
-            mark, fd = lock_mark(self.run, kind)
-        try:
-            yield mark
-        finally:
+        with self._mark(kind) as mark:
             try:
+                yield mark
+            finally:
                 if mark.exists():
                     # The batch was not published. Leave no guest, wherever the error came from.
                     self._end_all(mark)
-            finally:
-                mark.unlink(missing_ok=True)
-                os.close(fd)
+
+    @contextlib.contextmanager
+    def _mark(self, kind: str) -> Iterator[Path]:
+        """Yield a mark, locked until the end; ``kind`` is one of MARK_PREFIXES."""
+        mark = self.run / f"{MARK_PREFIXES[kind]}{os.urandom(8).hex()}"
+        with contextlib.ExitStack() as stack:
+            with self.locked():
+                stack.enter_context(locked_blocking(mark))
+            stack.callback(mark.unlink, missing_ok=True)
+            yield mark
 
     def _end_all(self, mark: Path) -> None:
         """End the guests of an unpublished batch or of an owner."""
@@ -301,16 +306,11 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     @contextlib.contextmanager
     def _ending(self, folders: Iterable[RunDirectory]) -> Iterator[None]:
-        with self.locked():
-            mark, fd = lock_mark(self.run, "ending")
-        try:
+        with self._mark("ending") as mark:
             for folder in folders:
                 with contextlib.suppress(FileNotFoundError):
                     folder.ends_by(mark)
             yield
-        finally:
-            mark.unlink(missing_ok=True)
-            os.close(fd)
 
     def sweep(self) -> None:
         """Remove run directories and guests that no living command or VMM owns."""
