@@ -26,12 +26,13 @@ from benchmarks.figures import Spread
 from benchmarks.kinds import new_name
 from benchmarks.setup import Setup, without_network
 from onecopy.guest import identity
-from onecopy.guest.lifecycle import launcher, restore
+from onecopy.guest.lifecycle import launcher
 from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import POOL
 from onecopy.subprocesses import environment
+from onecopy.vmm import monitor
 from onecopy.vmm.monitor import Monitor, connect
 from onecopy.vmm.qemu_process import launch
 
@@ -188,9 +189,9 @@ def _watched() -> Iterator[dict[str, float]]:
 
     @contextlib.asynccontextmanager
     async def connecting(directory: Path) -> AsyncIterator[Monitor]:
-        async with connect(directory) as monitor:
+        async with connect(directory) as connection:
             marks["greeting"] = time.monotonic()
-            yield monitor
+            yield connection
 
     async def executing(self: Monitor, command: str, arguments: Any = None) -> Any:
         if command in _BEFORE:
@@ -207,8 +208,7 @@ def _watched() -> Iterator[dict[str, float]]:
 
     with (
         patch.object(launcher, "launch_vmm", launching),
-        patch.object(launcher, "connect", connecting),
-        patch.object(restore, "connect", connecting),
+        patch.object(monitor, "connect", connecting),
         patch.object(Monitor, "execute", executing),
         patch.object(identity, "become", becoming),
     ):

@@ -7,6 +7,9 @@ from typing import NoReturn
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Their assertions then say what they compared.
+pytest.register_assert_rewrite("tests.unit.store_kit", "tests.crash.state", "tests.crash.campaign")
+
 
 def pytest_configure() -> None:
     """Let Ctrl-C reach what the tests start: a shell without job control has it ignored.

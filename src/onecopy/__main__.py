@@ -1,11 +1,14 @@
 """The command's entry: the only place that ends the process."""
 
+import gc
 import os
 import sys
 
 
 def main() -> None:
     """Run the command line and exit with its documented code (docs/reference/exit-codes.md)."""
+    # Imports make many objects and no garbage, so Python need not look for it that often.
+    gc.set_threshold(50_000)
     from onecopy.cli import main as cli_main
     from onecopy.cli.signals import ignore
 
@@ -19,6 +22,8 @@ def main() -> None:
         code = 130
     # Python's own end takes a while, with no handlers any more.
     ignore()
+    # Objects that are in use at the end need no last search for garbage: it takes 30 ms.
+    gc.freeze()
     sys.exit(code)
 
 

@@ -16,7 +16,7 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from onecopy import aio
-from onecopy.guest.end_reason import Ended
+from onecopy.guest.end import Ended
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.transfer.destination import StrPath
 from onecopy.leaving import at_exit

@@ -6,6 +6,7 @@ now and then another command that must not be disturbed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
@@ -25,6 +26,8 @@ from tests.crash.jobs import BESIDE, KINDS, Job, Maker
 from tests.crash.state import State
 
 _MOST_GUESTS = 3
+#: prctl(2)
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass
@@ -73,6 +76,8 @@ class Campaign:
         self._state = State()
         self._guests: list[Guest] = []
         self._turns = 0
+        # Programs that a killed command has started become children of this process.
+        _set_subreaper(True)
         self.tally = {kind: Tally() for kind in KINDS}
         self.guests_ended = 0
         self.most_pending = 0
@@ -93,6 +98,7 @@ class Campaign:
         tally = self.tally[kind]
         other = self._start(self._bystander) if self._dice.random() < 0.2 else None
         killed = self._kill(job, tally)
+        self._await_orphans(other)
         if other is not None:
             self._require_done(other)
             job = Job(job.run, self._beside(job.after))
@@ -117,6 +123,7 @@ class Campaign:
         """End the processes that were started, whatever state the store is in."""
         for guest in self._guests:
             guest.end()
+        _set_subreaper(False)
 
     def _kill(self, job: Job, tally: Tally) -> bool:
         began = time.monotonic()
@@ -128,7 +135,6 @@ class Campaign:
             time.sleep(0.0005)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        _await_group(child)
         if os.WIFSIGNALED(status):
             tally.killed += 1
             # Else only the fast ones would count.
@@ -211,6 +217,16 @@ class Campaign:
         finally:
             os._exit(status)
 
+    def _await_orphans(self, other: int | None) -> None:
+        """Wait until the programs that a killed command has started are gone, too.
+
+        They have process groups of their own. One that has not come to its exec(2) yet still has
+        the command's locks.
+        """
+        ours = {guest.process.pid for guest in self._guests} | {other}
+        while orphans := _children() - ours:
+            os.waitpid(orphans.pop(), 0)
+
     def _require_done(self, child: int) -> None:
         self._require(os.waitpid(child, 0)[1])
 
@@ -218,14 +234,15 @@ class Campaign:
         assert status == 0, f"a job failed that was not killed:\n{self._log.read_text()}"
 
 
-def _await_group(group: int) -> None:
-    """Wait until the programs that a killed command has started are gone, too."""
-    while True:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.001)
+def _set_subreaper(on: bool) -> None:
+    done = ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
+    assert done == 0, "prctl(PR_SET_CHILD_SUBREAPER) failed"
+
+
+def _children() -> set[int]:
+    """The pids of this process's children, zombies too (proc(5), /proc/PID/task/TID/children)."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
 def total(tallies: dict[str, Tally]) -> Counter[str]:

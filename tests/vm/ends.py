@@ -38,8 +38,11 @@ FORCED = {
     "echo c >/proc/sysrq-trigger": PANIC,
     "echo 1 >/proc/sys/vm/panic_on_oom; tail /dev/zero": OUT_OF_MEMORY,
 }
-#: Before an end: ends our watcher and all else, as an init does.
-AFTER_ALL = "trap '' TERM; kill -TERM -1; sleep 1; kill -KILL -1; sleep 1; "
+#: Before an end: ends our watcher and all else, as an init does. It ends what carries a program's
+#: output, too. An init writes to the console.
+AFTER_ALL = (
+    "exec >/dev/console 2>&1; trap '' TERM; kill -TERM -1; sleep 1; kill -KILL -1; sleep 1; "
+)
 #: Not with the minimal init, which ends the machine with its command, and may be first.
 ALONE = {AFTER_ALL + "reboot -f": REBOOTED}
 ASKED = {"reboot": REBOOTED, "poweroff": POWERED_OFF, "halt": HALTED}

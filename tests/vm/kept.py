@@ -29,10 +29,11 @@ from onecopy.vmm.accel import Choice, choose
 PROJECT = Path(__file__).parents[2]
 #: The suite of the guests' roots.
 SUITE = os.environ.get("ONECOPY_TEST_SUITE", "bookworm")
-#: Suite -> Python, its own tests, and the names of services that these ask for.
+#: Suite -> Python, its own tests, the names of services that these ask for, and a key that is made
+#: at its installation.
 TEST_PACKAGES = {
-    "bookworm": ("python3", "libpython3.11-testsuite", "netbase"),
-    "trixie": ("python3", "libpython3.13-testsuite", "netbase"),
+    "bookworm": ("python3", "libpython3.11-testsuite", "netbase", "ssl-cert"),
+    "trixie": ("python3", "libpython3.13-testsuite", "netbase", "ssl-cert"),
 }
 #: Debian 13 as people run it.
 SERVICES = Reference("services", "trixie")

@@ -96,7 +96,7 @@ def test_an_agent_that_stops_answering(
     stop = "grep -q 'qemu-g[a]' $p/cmdline && kill -STOP ${p##*/}"
     # Long enough to boot, here and now.
     took = guests.boot(busybox_root, memory="128M").record.start_seconds
-    ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; false"
+    ready = f"echo last words >/dev/ttyS0; for p in /proc/[0-9]*; do {stop}; done; sleep 999"
     with pytest.raises(AgentFailed, match="did not answer") as caught:
         guests.boot(busybox_root, memory="128M", ready=ready, timeout=3 * took + 10)
     assert "last words" in caught.value.message
@@ -314,10 +314,10 @@ def first_vmm(host: Runtime, process: subprocess.Popen[str]) -> int:
 
 @pytest.fixture
 def small(host: Runtime, tmp_path: Path, busybox_root: Artifact) -> Iterator[Runtime]:
-    """A host whose store, with what a busybox guest needs, is on a disk of 300 MiB."""
+    """A host whose store, with what a busybox guest needs, is on a disk of 360 MiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300M", "small", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=360M", "small", disk], check=True)
     try:
         mine = Runtime.open(disk / "store")
         for artifact in (ensure_kernel(host.store), ensure_tools(host.store), busybox_root):

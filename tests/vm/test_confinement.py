@@ -40,9 +40,8 @@ from onecopy.sharing.account import measure
 from onecopy.store import Artifact, Store
 from onecopy.vmm import name_servers, vmm_limits
 from onecopy.vmm.argv import PORTS, Hardware, Launch, Nic
-from onecopy.vmm.logs import CONSOLE, QEMU
+from onecopy.vmm.logs import CONSOLE, LOG_ROOM, QEMU
 from onecopy.vmm.qemu_process import prepare
-from onecopy.vmm.vmm_limits import LOG_ROOM
 from onecopy.vmm.vmm_user import KVM, User, new_user
 from tests.conftest import cannot_run
 from tests.unit.bpf import decide, seccomp_filters

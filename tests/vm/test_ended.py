@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.end_reason import Cause
+from onecopy.guest.end import Cause
 from onecopy.guest.ended_guests import path
 from onecopy.guest.lifecycle.batch import start_many
 from onecopy.guest.lifecycle.start import start_one

@@ -151,7 +151,7 @@ def test_input_is_empty_unless_asked_for(guest: GuestRecord, run_in: RunIn) -> N
 
 def test_timeout_leaves_nothing_running(guest: GuestRecord, run_in: RunIn) -> None:
     script = "trap '' TERM INT HUP; echo on; sleep 1001 & sleep 1002"
-    done = execute("--timeout", "2", guest.name, "--", "sh", "-c", script)
+    done = execute("--timeout", "5", guest.name, "--", "sh", "-c", script)
     assert (done.returncode, done.stdout) == (124, b"on\n")
     assert eventually(lambda: not sleeping(guest, run_in))
     assert execute("--timeout", "60", guest.name, "--", "sh", "-c", "exit 4").returncode == 4

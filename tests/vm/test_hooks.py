@@ -70,7 +70,7 @@ def save(host: Runtime, guests: Guests) -> Iterator[SaveHooked]:
     ref = Reference("hooked")
 
     def now(guest: GuestRecord, *hooks: str, command: str = "") -> Saved:
-        return guests.save(guest, ref, clone_hooks=[*hooks, f"command:{command}"])
+        return guests.save(guest, ref, clone_hooks=[*(hooks or ("none",)), f"command:{command}"])
 
     yield now
     guests.end()

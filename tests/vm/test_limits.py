@@ -27,10 +27,10 @@ from onecopy.images.create import NewRange, create_segment
 from onecopy.linux.counters import smaps
 from onecopy.model import HUGE_PAGE_SIZE, MIB, PageClass, Reference
 from onecopy.store import Artifact
-from onecopy.vmm import logs, vmm_limits
+from onecopy.vmm import log_room, logs, vmm_limits
 from onecopy.vmm.argv import LEAST_TRANSLATED
+from onecopy.vmm.logs import LOG_ROOM
 from onecopy.vmm.monitor import Monitor, connect
-from onecopy.vmm.vmm_limits import LOG_ROOM
 from tests.vm.conftest import Clones, RunIn
 from tests.vm.guests import Guests, boot_plan, clone_plan
 
@@ -136,7 +136,7 @@ def test_a_guest_that_says_too_much(host: Runtime, clones: Clones, run_in: RunIn
         # No command comes by: it has had enough.
         assert run_in(guest, "hostname").stdout.decode().strip() == guest.name
         with host.locked():
-            logs.make_room(folder, guest.pid)
+            log_room.make_room(folder, guest.pid)
         run_in(guest, "sh", "-c", "echo found >/dev/ttyS0; sleep 0.2")
         assert "found" in logs.read(folder, logs.CONSOLE)
         assert (folder / "console.cut").exists()

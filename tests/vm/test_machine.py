@@ -65,6 +65,16 @@ def test_a_kernel_uses_no_cmpxchg16b_that_spoils_flags(clones: Clones, run_in: R
     assert spoiled == hides_cmpxchg16b(guest, run_in)
 
 
+def test_under_tcg_the_kernel_does_not_unpack_itself(
+    saved: Artifact, clones: Clones, run_in: RunIn
+) -> None:
+    """It lies at the address that it was linked for, which a bzImage would have changed."""
+    (guest,) = clones(1)
+    done = run_in(guest, "grep", "-w", "_text", "/proc/kallsyms")
+    if SystemConfig.of(saved).accel == "tcg":
+        assert int(done.stdout.split()[0], 16) == 0xFFFFFFFF81000000
+
+
 def test_clones_have_the_portable_cpu(saved: Artifact, clones: Clones, run_in: RunIn) -> None:
     assert SystemConfig.of(saved).cpu == LEVELS[DEFAULT]
     (guest,) = clones(1)

@@ -159,7 +159,7 @@ def test_connections_are_reset_in_the_clone_only(
         capture.bind((bridge, 0))
         port = server.getsockname()[1]
         command = f"exec python3 -c {shlex.quote(TALKS)} {NET}.1 {port}"
-        guest = guests.boot(python_root, bridge=bridge, run=command, memory=192 * MIB).record
+        guest = guests.boot(python_root, bridge=bridge, command=command, memory=192 * MIB).record
         server.settimeout(60)
         first = kept.enter_context(closing(server.accept()[0]))
         heard(first, guest.name)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import OnecopyError
-from onecopy.guest.end_reason import Cause
+from onecopy.guest.end import Cause
 from onecopy.guest.lifecycle.stop import wait_for_end
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import kmsg

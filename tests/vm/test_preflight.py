@@ -219,7 +219,7 @@ CASES: dict[str, Case] = {
         lambda w: replace(w.clone(), spec=CloneSpec(system=Reference("nothing"))),
         *(NotFound, "nothing"),
     ),
-    "no guests": (lambda w: w.clone(0), InvalidInput, "0 guests cannot be started"),
+    "no guests": (lambda w: w.clone(0), InvalidInput, "cannot start 0 guests"),
     "a bad name": (lambda w: w.clone(name="no_name"), InvalidInput, "no_name"),
     "a taken name": (lambda w: w.clone(name=TAKEN), AlreadyExists, "taken is already running"),
     "a taken port": (
@@ -357,7 +357,7 @@ CASES: dict[str, Case] = {
     "a small guest": (lambda w: w.boot(memory=MIB), InsufficientResources, "memory for a guest"),
     "a bare machine with a command": (
         lambda w: w.boot(root=MEMTEST, command="true"),
-        *(InvalidInput, "--command does not go with"),
+        *(InvalidInput, "--command does not apply to"),
     ),
     "a command without an agent": (
         lambda w: replace(w.boot(root=MEMTEST, command=None), needs_agent=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,6 +12,7 @@ from onecopy.errors import OnecopyError
 from onecopy.model import format_size
 from tests.workloads.aged import Campaign
 from tests.workloads.campaign import Outcome
+from tests.workloads.expected import only_in_guests
 from tests.workloads.powercut import Cut, Database
 from tests.workloads.tap import End, Lost, Results
 
@@ -54,9 +55,14 @@ def of_outcome(outcome: Outcome) -> Row:
         _counts(results["chroot"]) if "chroot" in results else "",
         _counts(results["booted"]),
         f"{len(clones)} x {' or '.join(told)}",
-        f"{len(outcome.wrong)} differ" if outcome.wrong else "same",
+        f"{len(outcome.wrong)} differ" if outcome.wrong else _same(results),
         bool(outcome.wrong),
     )
+
+
+def _same(results: Mapping[str, Results]) -> str:
+    more = only_in_guests(results)
+    return f"same; {more} tests skipped in the chroot only" if more else "same"
 
 
 def _counts(results: Results) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from onecopy.errors import InvalidInput, NotFound, ProgramFailed
 from onecopy.guest import ended_guests
-from onecopy.guest.end_reason import Ended
+from onecopy.guest.end import Ended
 from onecopy.guest.exec import Completed, run_streaming
 from onecopy.guest.exec_streams import KEPT, Kept, Sink, Streams
 from onecopy.guest.lifecycle import save, stop

@@ -221,11 +221,8 @@ class Host:
             NotReady: The guest was not ready within its time.
             InsufficientResources: The host has too little memory or disk space.
         """
-        spec, ref, hooks = (
-            boot_spec(root, options),
-            Reference.parse(system),
-            parse_hooks(clone_hooks),
-        )
+        spec, ref = boot_spec(root, options), Reference.parse(system)
+        hooks = parse_hooks(clone_hooks)
         return await save.save_system(self._sweep(), ref, spec, progress, hooks)
 
     @asynccontextmanager

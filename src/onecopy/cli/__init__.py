@@ -82,9 +82,9 @@ def _main(args: list[str]) -> int:
 def _run(args: list[str]) -> int:
     try:
         if _COMPLETE in os.environ:
-            from onecopy.cli import completion
+            from onecopy.cli import bash_completion
 
-            completion.register()
+            bash_completion.register()
         result = onecopy.main(args, prog_name="onecopy", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as exit_:

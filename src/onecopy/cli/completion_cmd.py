@@ -25,9 +25,9 @@ def command(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    from onecopy.cli import completion, onecopy
+    from onecopy.cli import bash_completion, onecopy
 
-    completion.register()
+    bash_completion.register()
     found = get_completion_class(shell)
     if found is not None:
         print(found(onecopy, {}, "onecopy", "_ONECOPY_COMPLETE").source())

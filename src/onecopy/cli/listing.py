@@ -7,7 +7,6 @@ here: the layout of tables (tables.py).
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -178,4 +177,6 @@ def _matches(row: Row, wanted: Filter) -> bool:
 
 def _text(value: Any) -> str:
     """Return a value as text: strings unchanged, other values as JSON."""
+    import json  # most lists are tables
+
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -8,7 +8,6 @@ both streams behind `escaping`. Bytes that are written to ``sys.stdout.buffer`` 
 from __future__ import annotations
 
 import codecs
-import json
 import os
 import re
 import sys
@@ -81,6 +80,8 @@ def tell_error(error: OnecopyError, before: str = "") -> None:
 
 def print_json(value: object) -> None:
     """Print one JSON document; control characters are escaped."""
+    import json  # most output is text
+
     text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False)
     text = printable(text, keep="\n", how=_json_escape)
     if codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8":
@@ -92,6 +93,8 @@ def _json_escape(character: str) -> str:
     """Escape a character for JSON; write a lone surrogate (from invalid UTF-8) as text."""
     if "\ud800" <= character <= "\udfff":
         return f"\\{escape(character)}"
+    import json
+
     return json.dumps(character)[1:-1]
 
 

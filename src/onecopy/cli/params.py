@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from onecopy.cli import completion
 from onecopy.errors import InvalidInput
@@ -26,6 +25,8 @@ from onecopy.model import (
 )
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from onecopy.guest.lifecycle.disks import DiskSpec
     from onecopy.store import Access
 
@@ -199,7 +200,7 @@ class CopyType(ParamType):
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
         found = completion.offered(lambda: (f"{g}:" for g in completion.guests()), incomplete)
-        return [CompletionItem(incomplete, type="file"), *found]
+        return [*completion.files(incomplete), *found]
 
 
 class DiskType(ParamType):
@@ -213,7 +214,7 @@ class DiskType(ParamType):
         return value if isinstance(value, DiskSpec) else DiskSpec.parse(str(value))
 
     def shell_complete(self, ctx: object, param: object, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="file")]
+        return completion.files(incomplete)
 
 
 class OwnDiskType(ParamType):

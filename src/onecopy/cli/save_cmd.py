@@ -88,7 +88,7 @@ def command(
             hint="give --root SEGMENT to boot a guest, or --from GUEST",
         )
     check_new_name(system.name)
-    hooks = parse_hooks(clone_hooks)
+    hooks = parse_hooks(clone_hooks or None)
     host = Runtime.open()
     if guest is not None:
         _require_no_boot()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
-from click.shell_completion import CompletionItem
 
 from onecopy.cli import completion
 from onecopy.cli.commands import Option
@@ -29,6 +28,8 @@ from onecopy.cli.params import (
 from onecopy.model import Mergeable, Reference
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from onecopy.guest.lifecycle.disks import DiskSpec
     from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
 

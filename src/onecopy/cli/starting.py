@@ -96,14 +96,15 @@ async def _start_and_run(
         unreported: Without a program this list gets the guests, in the same step in which they are
             handed out.
     """
-    from onecopy.guest.exec import run_streaming
-    from onecopy.guest.exec_streams import Streams, to_file
-    from onecopy.guest.lifecycle.stop import sync_disks
-
     started = await start
     if not program:
         unreported += started.guests
         return started, 0
+    # A start alone does not need these.
+    from onecopy.guest.exec import run_streaming
+    from onecopy.guest.exec_streams import Streams, to_file
+    from onecopy.guest.lifecycle.stop import sync_disks
+
     sys.stdout.flush()
     passed = Streams(to_file(1), to_file(2))
     try:

@@ -6,7 +6,6 @@ suggests those).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 from onecopy.errors import InvalidInput, NotFound, OnecopyError, did_you_mean
@@ -73,6 +72,8 @@ def near(name: str, known: Iterable[str], like: float = 0.6) -> list[str]:
     Args:
         like: The least similarity, from 0 to 1.
     """
+    import difflib  # most commands suggest nothing
+
     # difflib takes time quadratic in the length of a name.
     return difflib.get_close_matches(name[:64], list(known), n=_MOST, cutoff=like)
 

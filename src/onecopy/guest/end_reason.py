@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from enum import StrEnum
 
 import msgspec
 from msgspec.structs import replace
 
+from onecopy.guest.end import Cause
 from onecopy.printable import printable
 from onecopy.vmm import end_traces
 from onecopy.vmm.end_traces import LoggedEnd
@@ -21,40 +21,6 @@ from onecopy.vmm.end_traces import LoggedEnd
 #: The longest reason in characters.
 _MAX_TEXT = 160
 _SIGKILL_CODE = 128 + 9
-
-
-class Cause(StrEnum):
-    """The kind of an end."""
-
-    POWERED_OFF = "powered-off"
-    REBOOTED = "rebooted"
-    """The guest rebooted, or its machine was reset, on which QEMU exits."""
-    HALTED = "halted"
-    PANIC = "kernel-panic"
-    COMMAND = "command-ended"
-    """The guest's command under the minimal init ended (`--command`)."""
-    OUT_OF_MEMORY = "out-of-memory"
-    """Out of memory in the guest: its kernel panicked or killed its command."""
-    KILLED = "killed"
-    """QEMU was killed."""
-    HOST_OUT_OF_MEMORY = "host-out-of-memory"
-    """The host's kernel killed its QEMU."""
-    FAILED = "qemu-failed"
-    UNKNOWN = "unknown"
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """The end of a guest that nobody stopped."""
-
-    at: float | None
-    """Time of the end, in seconds since 1970; None if QEMU did not log it."""
-    found: float
-    """Time at which a command found the guest ended, in seconds since 1970."""
-    cause: Cause
-    reason: str
-    """The reason as text."""
-    exit_code: int | None
-    """Exit code of the guest's command, if that ended the guest."""
 
 
 class Reason(msgspec.Struct, frozen=True):

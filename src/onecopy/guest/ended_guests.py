@@ -17,19 +17,21 @@ import os
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
 
 from onecopy.errors import Incompatible, NotFound
-from onecopy.guest import end_reason
-from onecopy.guest.end_reason import Ended
+from onecopy.guest.end import Ended
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
-from onecopy.linux import cgroup, kmsg
-from onecopy.linux.kmsg import Death
+from onecopy.linux import cgroup
 from onecopy.linux.removal import remove_tree
 from onecopy.model import in_order
 from onecopy.vmm import logs
+
+if TYPE_CHECKING:
+    from onecopy.linux.kmsg import Death
 
 _FOLDER = ".ended"
 _NEW = ".new"
@@ -52,10 +54,14 @@ class Deaths:
 
     @cached_property
     def _found(self) -> list[Death]:
+        from onecopy.linux import kmsg  # few guests are killed
+
         return kmsg.deaths()
 
     def why(self, record: GuestRecord, uid: int) -> str:
         """Return why a guest's VMM, run by ``uid``, was killed or crashed; "" if unknown."""
+        from onecopy.linux import kmsg  # few guests are killed
+
         death = kmsg.of(self._found, record.pid, uid, record.start_ticks / _TICKS)
         return death.why if death else ""
 
@@ -66,6 +72,8 @@ def look(folder: RunDirectory, uid: int, deaths: Deaths) -> Left | None:
         record = folder.record()
     except (NotFound, Incompatible):
         return None
+    from onecopy.guest import end_reason  # few guests end by themselves
+
     said = {name: logs.tail(folder.path, name, KEPT) for name in (logs.CONSOLE, logs.QEMU)}
     qemu = said[logs.QEMU]
     reason = end_reason.find(

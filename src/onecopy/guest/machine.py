@@ -13,7 +13,7 @@ import msgspec
 from onecopy.errors import Incompatible, InvalidInput, NoSlot, StoreDamaged
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT, Mount
 from onecopy.images.range_record import Range, SegmentConfig, layer_of
-from onecopy.model import PageClass
+from onecopy.model import MIB, PageClass
 from onecopy.store import Artifact, Layer
 from onecopy.store.artifact import decode_config
 from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
@@ -23,6 +23,8 @@ from onecopy.vmm.argv import FIRST_SEGMENT_SLOT, MAX_SEGMENTS, Hardware
 #: 5: programs are frozen; clones report when their network card may be connected.
 #: 6: on_clone is called clone_command.
 _SCHEMA = 6
+#: The most bytes of a machine's device state; about 300 KiB are usual.
+STATE_ROOM = 16 * MIB
 _FILE = "system.json"
 
 

@@ -6,11 +6,14 @@ import asyncio
 import re
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onecopy.errors import InUse, InvalidInput, NotPermitted
 from onecopy.vmm import router
-from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.vmm_user import port_capabilities
+
+if TYPE_CHECKING:
+    from onecopy.vmm.monitor import Monitor
 
 Ports = tuple[tuple[int, int], ...]
 """Pairs (port on 127.0.0.1, port of the guest); 0 stands for any free port of the host."""

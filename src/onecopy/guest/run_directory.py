@@ -36,25 +36,23 @@ and VMMs whose mark nobody locks.
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from collections.abc import Container, Iterable
 from pathlib import Path
 
 import msgspec
 
 from onecopy.errors import AgentFailed, Incompatible, NotFound, OnecopyError
-from onecopy.guest.end_reason import Ended
+from onecopy.guest.end import Ended
 from onecopy.linux import files, process
 from onecopy.linux.files import process_directory
-from onecopy.linux.lock import flock, is_held, is_left
+from onecopy.linux.lock import is_held, is_left
 from onecopy.linux.removal import remove_tree
 from onecopy.linux.run_base import run_base
 from onecopy.linux.vmm_registry import Process, store_id
 from onecopy.model import PageClass
 from onecopy.store import Store
 
-_MARKS = ("starting", "owner", "ending")
+MARK_PREFIXES = {kind: f".{kind}-" for kind in ("starting", "owner", "ending")}
 #: Prefix of the run directories of standby VMMs. A guest's name has no dot.
 POOL = "pool."
 
@@ -389,12 +387,4 @@ class Batch(msgspec.Struct, frozen=True):
 
 def is_mark(path: Path) -> bool:
     """Return whether ``path``, beside the run directories, is a mark."""
-    return path.name.startswith(tuple(f".{kind}-" for kind in _MARKS))
-
-
-def lock_mark(run: Path, kind: str) -> tuple[Path, int]:
-    """Make a mark of kind ``starting``, ``owner`` or ``ending``; return it and its locked file."""
-    mark = run / f".{kind}-{secrets.token_hex(8)}"
-    fd = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    flock(fd)
-    return mark, fd
+    return path.name.startswith(tuple(MARK_PREFIXES.values()))

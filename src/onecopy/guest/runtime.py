@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec.structs import replace
 
 from onecopy.errors import Incompatible, NotFound
 from onecopy.guest import ended_guests
 from onecopy.guest.run_directory import (
+    MARK_PREFIXES,
     POOL,
     Batch,
     GuestRecord,
     RunDirectory,
     find_vmms,
-    lock_mark,
     run_root,
 )
 from onecopy.guest.sweep import preserve, sweep
@@ -29,10 +28,11 @@ from onecopy.linux.lock import locked_blocking
 from onecopy.linux.run_base import make_own, make_run_base
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.model import in_order
-from onecopy.sharing import cross_check
 from onecopy.store import Lease, Store
 from onecopy.vmm import logs, name_servers
-from onecopy.vmm.qemu import Qemu, probe
+
+if TYPE_CHECKING:
+    from onecopy.vmm.qemu import Qemu
 
 
 class Runtime(msgspec.Struct, frozen=True, dict=True):
@@ -56,6 +56,8 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     @cached_property
     def qemu(self) -> Qemu:
         """This host's QEMU."""
+        from onecopy.vmm.qemu import probe  # few commands need QEMU
+
         return probe(self.store.cache)
 
     def guest(self, name: str) -> RunDirectory:
@@ -102,7 +104,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     def seeing(self, batch: Batch) -> Runtime:
         """Return a runtime that sees the guests of ``batch`` before they are ready."""
-        return replace(self, batch_seen=batch)
+        return msgspec.structs.replace(self, batch_seen=batch)
 
     def guests(self) -> list[GuestRecord]:
         """Return the records of all ready guests whose VMM lives, by name."""
@@ -154,7 +156,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         with self._marked("starting") as mark:
             yield Batch(mark, owner)
 
-    def owner(self) -> AbstractContextManager[Path]:
+    def owner(self) -> contextlib.AbstractContextManager[Path]:
         """Yield the mark of an owner: its guests end with the block.
 
         If this process is killed, the next command ends them.
@@ -163,18 +165,23 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
 
     @contextlib.contextmanager
     def _marked(self, kind: str) -> Iterator[Path]:
-        with self.locked():
-            mark, fd = lock_mark(self.run, kind)
-        try:
-            yield mark
-        finally:
+        with self._mark(kind) as mark:
             try:
+                yield mark
+            finally:
                 if mark.exists():
                     # The batch was not published. Leave no guest, wherever the error came from.
                     self._end_all(mark)
-            finally:
-                mark.unlink(missing_ok=True)
-                os.close(fd)
+
+    @contextlib.contextmanager
+    def _mark(self, kind: str) -> Iterator[Path]:
+        """Yield a mark, locked until the end; ``kind`` is one of MARK_PREFIXES."""
+        mark = self.run / f"{MARK_PREFIXES[kind]}{os.urandom(8).hex()}"
+        with contextlib.ExitStack() as stack:
+            with self.locked():
+                stack.enter_context(locked_blocking(mark))
+            stack.callback(mark.unlink, missing_ok=True)
+            yield mark
 
     def _end_all(self, mark: Path) -> None:
         """End the guests of an unpublished batch or of an owner."""
@@ -206,6 +213,8 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         with contextlib.ExitStack() as stack:
             with self.locked():
                 if not self.folders():
+                    from onecopy.sharing import cross_check  # few guests are the first
+
                     cross_check.note(self.memory_before)
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
                 folder = batch.add(self.run / name)
@@ -291,22 +300,17 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
         found = [(RunDirectory(self.run / each.name), each) for each in records]
         return [folder for folder, record in found if folder.is_of(record)]
 
-    def ending(self, *records: GuestRecord) -> AbstractContextManager[None]:
+    def ending(self, *records: GuestRecord) -> contextlib.AbstractContextManager[None]:
         """Mark running guests: an end within the block is not an end on their own."""
         return self._ending(self._folders_of(each for each in records if each.process.lives()))
 
     @contextlib.contextmanager
     def _ending(self, folders: Iterable[RunDirectory]) -> Iterator[None]:
-        with self.locked():
-            mark, fd = lock_mark(self.run, "ending")
-        try:
+        with self._mark("ending") as mark:
             for folder in folders:
                 with contextlib.suppress(FileNotFoundError):
                     folder.ends_by(mark)
             yield
-        finally:
-            mark.unlink(missing_ok=True)
-            os.close(fd)
 
     def sweep(self) -> None:
         """Remove run directories and guests that no living command or VMM owns."""
@@ -319,8 +323,10 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
     def keep_logging(self, folder: RunDirectory) -> None:
         """Truncate the logs of a guest at their start if they are almost full."""
         if logs.are_filling(folder.path):
+            from onecopy.vmm import log_room  # a log rarely fills
+
             with self.locked(), contextlib.suppress(NotFound, OSError):
-                logs.make_room(folder.path, folder.record().pid)
+                log_room.make_room(folder.path, folder.record().pid)
 
     def drop(self, *folders: RunDirectory) -> None:
         """Kill the VMMs of run directories that the caller owns, and remove the directories."""

@@ -8,14 +8,12 @@ left to the next sweep. Not here: leftovers in the store (store/collect.py).
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from pathlib import Path
 from typing import Protocol
 
 from onecopy.guest import ended_guests
 from onecopy.guest.ended_guests import Deaths
-from onecopy.guest.resume import go_on
 from onecopy.guest.run_directory import POOL, RunDirectory, is_mark
 from onecopy.linux import vmm_registry
 from onecopy.linux.lock import is_left, take_over
@@ -23,8 +21,6 @@ from onecopy.linux.removal import remove_tree
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.store import Store
 from onecopy.store.leftovers import tolerate_failure, warn
-
-_log = logging.getLogger("onecopy")
 
 
 class Swept(Protocol):
@@ -54,6 +50,9 @@ def sweep(host: Swept) -> None:
         host.store.sweep()
     left = [path for path in host.folders() if RunDirectory(path).left_paused]
     if left:
+        # Rare, and it needs an event loop and QEMU's monitor.
+        from onecopy.guest.resume import go_on
+
         go_on(left)
     _sweep_stores(host.run)
 
@@ -104,7 +103,10 @@ def preserve(host: Swept, deaths: Deaths, folder: RunDirectory) -> None:
         # Its own logs may fill the disk. Free them and try again.
         folder.remove()
         if why := _kept(host.run, left):
-            _log.warning("onecopy: the logs of %s are lost: %s", folder.name, why)
+            import logging  # few commands need it
+
+            log = logging.getLogger("onecopy")
+            log.warning("onecopy: the logs of %s are lost: %s", folder.name, why)
 
 
 def _kept(run: Path, left: ended_guests.Left) -> str:

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from onecopy.linux.removal import remove_tree
 from onecopy.store.artifact import Layer
 from onecopy.subprocesses import run
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 TOOLS_MOUNTPOINT = "/run/onecopy/tools"
 
@@ -117,6 +119,8 @@ def _line(mount: Mount) -> str:
 
 def files() -> Traversable:
     """Return the directory images/files."""
+    from importlib import resources  # a clone needs no file of it
+
     return resources.files("onecopy.images").joinpath("files")
 
 

@@ -16,12 +16,13 @@ import msgspec
 
 from onecopy.errors import BadSource
 from onecopy.images.deb_packages import fetch_package, host_suite
-from onecopy.images.fs_image import make_image
 from onecopy.images.initramfs import cpio
 from onecopy.images.tree import walk
+from onecopy.images.vmlinux import unpack
 from onecopy.model import Reference
 from onecopy.store import Artifact, NewLayer, Store
 from onecopy.store.artifact import decode_config
+from onecopy.store.oci import ROLE
 from onecopy.subprocesses import run
 
 KERNEL_NAME = "onecopy-kernel"
@@ -148,6 +149,8 @@ def _require_shallow(modules: Path) -> None:
 def _put(
     store: Store, ref: Reference, image: Path, modules: Path, work: Path, package: str
 ) -> Artifact:
+    from onecopy.images.fs_image import make_image  # a kernel is imported once
+
     release = modules.name
     tree = work / "modules" / release
     shutil.copytree(modules, tree, symlinks=True, ignore=shutil.ignore_patterns("build", "source"))
@@ -158,23 +161,31 @@ def _put(
     archive.write_bytes(cpio(work / "boot"))
     make_image(work / "modules", work / "modules.erofs", "erofs")
     config = KernelConfig(release=release, modules=tuple(names), package=package)
-    return store.put_own(
-        "kernel",
-        ref,
-        msgspec.json.encode(config),
-        [
-            _layer(image, "linux", "kernel"),
-            _layer(archive, "cpio", "boot-modules"),
-            _layer(work / "modules.erofs", "erofs", "modules"),
-        ],
-    )
+    layers = [
+        _layer(image, "linux", "kernel"),
+        _layer(archive, "cpio", "boot-modules"),
+        _layer(work / "modules.erofs", "erofs", "modules"),
+    ]
+    if unpack(image, work / "vmlinux"):
+        layers.append(_layer(work / "vmlinux", "linux", "vmlinux"))
+    return store.put_own("kernel", ref, msgspec.json.encode(config), layers)
+
+
+def boot_image(kernel: Artifact, accel: str) -> Path:
+    """Return the file of a kernel that QEMU boots.
+
+    Under KVM that is the bzImage, which randomises the kernel's addresses. Under TCG that would
+    take long, so it is the unpacked kernel if there is one (vmlinux.py).
+    """
+    roles = {layer.annotations.get(ROLE) for layer in kernel.layers}
+    return kernel.layer("vmlinux" if accel == "tcg" and "vmlinux" in roles else "kernel").path
 
 
 def _layer(path: Path, form: str, role: str) -> NewLayer:
     return NewLayer(
         path=path,
         media_type=f"application/vnd.onecopy.image.v1+{form}",
-        annotations={"org.onecopy.role": role},
+        annotations={ROLE: role},
     )
 
 

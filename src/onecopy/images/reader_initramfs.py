@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onecopy.images.initramfs import cpio, resource
-from onecopy.images.kernel import KernelConfig, ensure_kernel
+from onecopy.images.kernel import KernelConfig, boot_image, ensure_kernel
 from onecopy.images.tools import ensure_tools
 from onecopy.store import Store
 from onecopy.store.artifact import Layer
@@ -48,7 +48,7 @@ def reader_parts(store: Store, work: Path, progress: Callable[[str], None]) -> P
     return Parts(
         qemu=qemu,
         accel=accel.name,
-        kernel=image,
+        kernel=boot_image(kernel, accel.name),
         initrd=initrd,
         modules=kernel.layer("modules").path,
     )

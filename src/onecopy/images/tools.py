@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onecopy.images.deb_packages import extract_packages, host_suite
-from onecopy.images.fs_image import make_image
 from onecopy.images.initramfs import files, resource
 from onecopy.images.range_record import Range, SegmentConfig
 from onecopy.model import PageClass, Reference
@@ -51,6 +50,8 @@ def ensure_tools(
     if found:
         return found
     with store.workspace() as work:
+        from onecopy.images.fs_image import make_image  # the tools are built once
+
         progress("fetching the guest agent")
         extract_packages(_PACKAGES, suite, work / "debian")
         tree = work / "tools"

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 from pathlib import Path
 
 # This file imports nothing of onecopy: a test runs it alone in a guest (tests/vm/test_cgroup.py).
@@ -67,7 +66,7 @@ def create(pid: int, memory: int, threads: int, root: Path = Path("/")) -> Path 
     if above is None:
         return None
     for _ in range(_TRIES):
-        group = above / f"{pid}-{secrets.token_hex(8)}"
+        group = above / f"{pid}-{os.urandom(8).hex()}"
         try:
             group.mkdir(mode=0o755)
             (group / "memory.max").write_text(str(memory))

@@ -5,7 +5,6 @@ Not here: what each lock protects (store/lease.py, guest/run_directory.py, vmm/m
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -119,6 +118,9 @@ async def locked(path: Path, pause: float = 0.05) -> AsyncIterator[int]:
     Raises:
         OSError: the file cannot be opened.
     """
+    # Most commands lock without an event loop, and it takes long to import.
+    import asyncio
+
     delay = 0.001
     while (fd := _take(path)) is None:
         await asyncio.sleep(delay)
@@ -132,6 +134,8 @@ async def locked(path: Path, pause: float = 0.05) -> AsyncIterator[int]:
 @asynccontextmanager
 async def locked_within(path: Path, seconds: float, late: OnecopyError) -> AsyncIterator[int]:
     """Hold the lock like `locked`, but raise ``late`` after waiting for ``seconds``."""
+    import asyncio
+
     async with AsyncExitStack() as stack:
         try:
             async with asyncio.timeout(seconds):

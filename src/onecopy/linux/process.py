@@ -5,7 +5,6 @@ Not here: its memory map (``smaps``), and what makes a process a guest.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from pathlib import Path
@@ -206,6 +205,9 @@ def page_table_bytes(pid: int, root: Path = ROOT) -> int | None:
 
 async def wait_for_end(pidfd: int, timeout: float | None) -> bool:
     """Wait up to ``timeout`` seconds for the end of a process; return whether it has ended."""
+    # Most readers of /proc need no event loop, and it takes long to import.
+    import asyncio
+
     loop, gone = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(pidfd, gone.set)
     try:

@@ -13,16 +13,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from onecopy.errors import Incompatible, NotFound, OnecopyError, Unreadable
 from onecopy.linux import bounded_wait, files, process
-from onecopy.linux.counters import meminfo, smaps
+from onecopy.linux.counters import meminfo
 from onecopy.linux.counters.meminfo import MemInfo
-from onecopy.sharing.account import GuestAccount
-from onecopy.sharing.report import Report
+
+if TYPE_CHECKING:
+    # The first guest's start only notes the host's memory here.
+    from onecopy.sharing.account import GuestAccount
+    from onecopy.sharing.report import Report
 
 _T = TypeVar("_T")
 #: Seconds to wait for one process.
@@ -169,6 +172,8 @@ def _all(
 
 def _part(each: GuestAccount, since: float | None, root: Path) -> _Part | OnecopyError | None:
     """Return a process's contribution or an error; None if it started before ``since``."""
+    from onecopy.linux.counters import smaps
+
     try:
         if since is not None and process.start_time(each.pid, root) <= since:
             return None

@@ -7,7 +7,6 @@ Not here: digests of data in memory (oci.py).
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -23,6 +22,8 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
+    import hashlib  # few commands check a digest, and it loads OpenSSL
+
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         fd = file.fileno()

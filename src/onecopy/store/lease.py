@@ -14,7 +14,6 @@ Not here: which blobs may be removed (collect.py).
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 from types import TracebackType
 
@@ -99,7 +98,7 @@ def path_of(layout: Layout, holder: str) -> Path:
 
 def further_path(layout: Layout, holder: str) -> Path:
     """Return a new path for a further lease of a holder."""
-    return layout.leases / f"{holder}{_FURTHER}{secrets.token_hex(6)}.json"
+    return layout.leases / f"{holder}{_FURTHER}{os.urandom(6).hex()}.json"
 
 
 def remains(layout: Layout, holder: str) -> bool:

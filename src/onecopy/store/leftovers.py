@@ -6,12 +6,10 @@ Not here: what is swept (collect.py, workspace.py, lease.py).
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_log = logging.getLogger("onecopy")
 #: Errors of the disk or of access to the store as a whole, not of one leftover.
 _STORE_ERRORS = {errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _warned: set[Path] = set()
@@ -36,4 +34,7 @@ def warn(path: Path, reason: str) -> None:
     """Log a warning, once per path, that ``path`` is left; do nothing if ``reason`` is ""."""
     if reason and path not in _warned:
         _warned.add(path)
-        _log.warning("onecopy: cannot remove %s: %s", ascii(str(path)), reason)
+        import logging  # few commands need it
+
+        log = logging.getLogger("onecopy")
+        log.warning("onecopy: cannot remove %s: %s", ascii(str(path)), reason)

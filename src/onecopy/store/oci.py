@@ -10,7 +10,6 @@ Source:
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,6 +127,8 @@ def is_digest(text: str) -> bool:
 
 def digest_of(data: bytes) -> str:
     """Return ``sha256:HEX`` of ``data``."""
+    import hashlib  # few commands check a digest, and it loads OpenSSL
+
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 

@@ -7,19 +7,18 @@ guest kernel does not get far. So the probe boots the kernel that guests use.
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from onecopy.errors import Incompatible
 from onecopy.linux import files
-from onecopy.vmm.confine import Confinement
-from onecopy.vmm.passed_files import READ
-from onecopy.vmm.spawn import Process, start
-from onecopy.vmm.vmm_user import new_user
+
+if TYPE_CHECKING:
+    from onecopy.vmm.spawn import Process
 
 #: Seconds after which a probe guest without new output is ended, and the limit for any: a busy host
 #: is slow.
@@ -103,6 +102,14 @@ def _device() -> str:
 
 def _probe(binary: str, kernel: Path) -> str:
     """Boot the kernel under KVM until it looks for its root; return "" or why it failed."""
+    # A probe runs once, and its result is kept.
+    import tempfile
+
+    from onecopy.vmm.confine import Confinement
+    from onecopy.vmm.passed_files import READ
+    from onecopy.vmm.spawn import start
+    from onecopy.vmm.vmm_user import new_user
+
     argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256M"]
     argv += ["-serial", "stdio", "-append", "console=ttyS0 panic=-1"]

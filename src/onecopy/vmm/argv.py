@@ -90,7 +90,7 @@ class Backing(msgspec.Struct, frozen=True):
     """Bytes, a multiple of 2 MiB; the file may be longer."""
     mode: MapMode = MapMode.READ_ONLY
     mapped: str = ""
-    """The path in the VMM's /proc/PID/maps, where it differs from ``path``."""
+    """The path in the VMM's /proc/PID/maps; "" for a dry run."""
     file: str = ""
     """The file of the store whose pages the range shares until it is written; "" for none."""
 

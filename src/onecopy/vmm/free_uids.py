@@ -6,7 +6,6 @@ Not here: the available range (vmm_user.py).
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Container
 from pathlib import Path
 
@@ -38,6 +37,8 @@ def unused(numbers: range) -> int:
 
 
 def _choose(numbers: range, taken: Container[int]) -> int:
+    import secrets  # only the start of a VMM needs it
+
     for _ in range(_TRIES):
         number = secrets.choice(numbers)
         if number not in taken and not (_SYSTEMD / str(number)).exists():

@@ -1,11 +1,8 @@
-"""The logs of a guest's console and of QEMU, limited so that they cannot fill the host's disk.
+"""The logs of a guest's console and of QEMU in its run directory.
 
-QEMU appends to ``console.log`` and ``qemu.log`` in the run directory. Each file of a VMM that is
-not a disk may have LOG_ROOM bytes (vmm_limits.py). The kernel enforces the limit on file offsets,
-and it is the same for all files of a process; output beyond it is lost. `make_room` extends the
-logs sparsely to the old limit, raises the limit, and drops all but the newest content.
-
-Not here: showing them (cli/logs_cmd.py).
+QEMU appends to ``console.log`` and ``qemu.log``. Each file of a VMM that is not a disk may have
+LOG_ROOM bytes, so that the logs cannot fill the host's disk (vmm_limits.py). Not here: more room
+for a full log (log_room.py), showing logs (cli/logs_cmd.py).
 """
 
 from __future__ import annotations
@@ -18,15 +15,14 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.linux.sandbox import rlimits
-from onecopy.linux.syscall import punch_hole
-from onecopy.vmm.vmm_limits import LOG_ROOM, file_room, let_write
+from onecopy.model import MIB
 
 CONSOLE, QEMU = "console.log", "qemu.log"
-#: The size in bytes at which a log is trimmed, and the size that remains.
-_FILLING, _TRIMMED = LOG_ROOM * 3 // 4, LOG_ROOM // 2
+#: Bytes of a log, and so of any file of a VMM that is not a disk.
+LOG_ROOM = 4 * MIB
+#: The size in bytes at which a log is trimmed (log_room.py).
+_FILLING = LOG_ROOM * 3 // 4
 _CHUNK = 1 << 16
-_BLOCK = 4096
 
 
 def make(folder: Path) -> None:
@@ -40,46 +36,6 @@ def are_filling(folder: Path) -> bool:
     return any(_allocated(folder / name) > _FILLING for name in (CONSOLE, QEMU))
 
 
-def make_room(folder: Path, pid: int, largest: int = 0) -> None:
-    """Let the logs of a VMM continue, and allow the VMM files of ``largest`` bytes.
-
-    Only one command at a time may do this (Host.locked).
-
-    Raises:
-        OSError: a log or a limit cannot be changed.
-    """
-    present = file_room(pid)
-    if present == rlimits.UNLIMITED:
-        return
-    # No log is longer than the old limit.
-    begin = -(-max(present, largest) // _BLOCK) * _BLOCK
-    for name in (CONSOLE, QEMU):
-        _extend(folder / name, begin, full=present)
-    let_write(pid, begin + LOG_ROOM)
-
-
-def _extend(path: Path, begin: int, *, full: int) -> None:
-    fd = _open(path, os.O_RDWR)
-    try:
-        cut = os.fstat(fd).st_size == full
-        os.ftruncate(fd, begin)
-        if cut | _keep_newest(fd):
-            _mark(path).touch(0o600)
-    finally:
-        os.close(fd)
-
-
-def _keep_newest(fd: int) -> bool:
-    """Drop all but the newest content of a log; return whether anything was dropped."""
-    size = 0
-    for start, stop in reversed(list(_extents(fd))):
-        size += stop - start
-        if size > _TRIMMED:
-            punch_hole(fd, 0, start + size - _TRIMMED)
-            return True
-    return False
-
-
 class Log:
     """A log that is being read, from the oldest content that is left."""
 
@@ -90,13 +46,13 @@ class Log:
             OSError: it cannot be opened.
         """
         self._path = folder / name
-        self._fd = _open(self._path, os.O_RDONLY)
+        self._fd = open_log(self._path, os.O_RDONLY)
         self._at = 0
 
     @property
     def was_cut(self) -> bool:
         """Whether older content has been dropped."""
-        return _mark(self._path).exists()
+        return cut_mark(self._path).exists()
 
     @property
     def written(self) -> float:
@@ -105,7 +61,7 @@ class Log:
 
     def read(self) -> Iterator[bytes]:
         """Yield new content in pieces, without the NULs of holes and of partial blocks."""
-        for start, stop in _extents(self._fd, self._at):
+        for start, stop in extents(self._fd, self._at):
             while start < stop and (data := os.pread(self._fd, min(stop - start, _CHUNK), start)):
                 start = self._at = start + len(data)
                 yield data.replace(b"\0", b"")
@@ -159,10 +115,10 @@ def write(folder: Path, name: str, content: Tail) -> None:
     """
     (folder / name).write_bytes(content.data)
     if content.cut:
-        _mark(folder / name).touch(0o600)
+        cut_mark(folder / name).touch(0o600)
 
 
-def _extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:
+def extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of the parts of a file that are not holes."""
     end = os.fstat(fd).st_size
     while start < end:
@@ -177,7 +133,8 @@ def _extents(fd: int, start: int = 0) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _open(path: Path, flags: int) -> int:
+def open_log(path: Path, flags: int) -> int:
+    """Open a log with these flags of open(2), but never through a symbolic link."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
@@ -187,5 +144,6 @@ def _allocated(path: Path) -> int:
     return 0
 
 
-def _mark(path: Path) -> Path:
+def cut_mark(path: Path) -> Path:
+    """Return the file whose existence says that older content of a log was dropped."""
     return path.with_suffix(".cut")

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from onecopy.linux.removal import remove_tree
 from onecopy.linux.syscall import bind_mount, unshare_mounts
 
 _ETC = Path("/etc")
@@ -69,7 +68,7 @@ def refresh(run: Path) -> None:
 
 def forget(run: Path) -> None:
     """Remove the directory when no VMM uses it any more."""
-    shutil.rmtree(_stand_in(run), ignore_errors=True)
+    remove_tree(_stand_in(run))
 
 
 def hide(stand_in: Path) -> None:
@@ -97,6 +96,8 @@ def can_hide() -> bool:
 
 @cache
 def _may_unshare() -> bool:
+    from concurrent.futures import ThreadPoolExecutor  # only the start of a VMM needs it
+
     with ThreadPoolExecutor(1) as one:
         try:
             one.submit(unshare_mounts).result()

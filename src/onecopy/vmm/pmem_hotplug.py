@@ -11,13 +11,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from onecopy.errors import GuestFailed, NoSlot, TooLarge
 from onecopy.model import format_size
-from onecopy.vmm import vmm_limits
 from onecopy.vmm.argv import HOT_BUS, HOT_ROOM, HOT_SLOTS, SERIAL, Backing, MapMode, backend
-from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.open_notify import answer_next
+
+if TYPE_CHECKING:
+    from onecopy.vmm.monitor import Monitor
 
 #: The prefix of the ids of ports for programs in the guest (guest/exec.py).
 EXEC_PORT = "port."
@@ -69,6 +71,8 @@ async def plug(
     # Remove what a killed command may have left.
     with contextlib.suppress(GuestFailed):
         await monitor.execute("object-del", {"id": name})
+    from onecopy.vmm import vmm_limits  # `exec` needs only this file's names
+
     vmm_limits.let_map(pid, memory.size, private=memory.mode is MapMode.COPY_ON_WRITE)
     file = os.open(memory.path, _flags(memory.mode) | os.O_CLOEXEC)
     try:

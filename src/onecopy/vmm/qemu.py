@@ -11,7 +11,6 @@ import msgspec
 from onecopy.errors import CommandFailed, Incompatible, as_root
 from onecopy.linux import files
 from onecopy.subprocesses import find_program, run
-from onecopy.vmm import end_traces
 
 BINARY = "qemu-system-x86_64"
 _QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
@@ -87,6 +86,8 @@ def _probe(binary: str) -> Qemu:
 
 
 def _traces(binary: str) -> tuple[str, ...]:
+    from onecopy.vmm import end_traces  # the result is kept
+
     # QEMU warns of events that it lacks. How it was built decides where it writes events.
     line = [binary, "-machine", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]
     for name in end_traces.WANTED:

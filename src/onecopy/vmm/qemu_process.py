@@ -13,9 +13,9 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from onecopy.errors import GuestFailed
@@ -24,7 +24,7 @@ from onecopy.linux.process import stat, wait_for_end
 from onecopy.linux.sandbox import seccomp
 from onecopy.linux.vmm_registry import has_ended
 from onecopy.model import Mergeable
-from onecopy.vmm import closed_network, end_traces, logs, name_servers, sockets, vmm_limits
+from onecopy.vmm import closed_network, logs, name_servers, sockets, vmm_limits
 from onecopy.vmm.argv import PORTS, Hardware, Launch, command
 from onecopy.vmm.confine import Confinement
 from onecopy.vmm.fork_request import Forked
@@ -65,8 +65,7 @@ class GroupSetup(threading.Thread):
             cgroup.remove(self._group)
 
 
-@dataclass(frozen=True)
-class _Child:
+class _Child(msgspec.Struct, frozen=True):
     """The resources of a QEMU process that this process started."""
 
     process: Process
@@ -172,6 +171,8 @@ def printed(folder: Path) -> str:
     """Return the output of QEMU (qemu.log) and of the guest (console.log) in a run directory."""
     texts = []
     with contextlib.suppress(OSError):
+        from onecopy.vmm import end_traces  # few starts fail
+
         texts.append(end_traces.read(logs.read(folder, logs.QEMU)).rest)
     with contextlib.suppress(OSError):
         texts.append(logs.read(folder, logs.CONSOLE))

@@ -8,11 +8,15 @@ Not here: what the guest does with them.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from onecopy.errors import Incompatible
 from onecopy.model import MIB, align_up
-from onecopy.vmm.monitor import Monitor
+
+if TYPE_CHECKING:
+    from onecopy.vmm.monitor import Monitor
 
 #: Linux accepts memory in blocks of this size at multiples of it (x86_64: MIN_MEMORY_BLOCK_SIZE in
 #: arch/x86/include/asm/sparsemem.h).

@@ -22,7 +22,6 @@ import select
 import shlex
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -204,6 +203,8 @@ def rehearse() -> None:
     Raises:
         Incompatible: a router is not possible.
     """
+    import tempfile  # only a plan without guests needs it
+
     with (
         tempfile.TemporaryDirectory(prefix="onecopy-") as folder,
         way_out(str(FIRST_ADDRESS), Path(folder)),

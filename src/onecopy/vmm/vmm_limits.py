@@ -16,11 +16,10 @@ from onecopy.linux.sandbox import rlimits
 from onecopy.linux.sandbox.rlimits import Limits
 from onecopy.model import MIB
 from onecopy.vmm.argv import Hardware, Launch, MapMode, Ram, cpu_room
+from onecopy.vmm.logs import LOG_ROOM
 from onecopy.vmm.spawn import as_user
 from onecopy.vmm.vmm_user import User
 
-#: Bytes of a log, and so of any file that is not a disk (logs.py).
-LOG_ROOM = 4 * MIB
 #: QEMU's threads besides those of vCPUs, 64 of them for input and output (util/thread-pool.c).
 _THREADS = 96
 #: Bytes of QEMU's own memory, without the stacks of these threads, which are hardly touched.

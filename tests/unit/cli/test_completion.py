@@ -11,7 +11,7 @@ import click
 import pytest
 
 from onecopy import cli
-from onecopy.cli import completion
+from onecopy.cli import bash_completion
 from onecopy.cli.commands import COMMANDS
 from onecopy.guest.run_directory import run_root
 from onecopy.guest.runtime import Runtime
@@ -137,7 +137,7 @@ def test_bash_completes_what_has_a_colon(home: Store, tmp_path: Path) -> None:
     ],
 )
 def test_a_line_is_split(line: str, words: list[str]) -> None:
-    assert completion._words(line) == words
+    assert bash_completion._words(line) == words
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -151,7 +151,7 @@ def test_the_script_loads(shell: str) -> None:
         loaded = subprocess.run(command, capture_output=True, text=True, check=True)
         assert loaded.stdout.startswith("complete")
     elif program := shutil.which(shell):
-        subprocess.run([program, "--no-execute"], input=done.stdout, text=True, check=True)
+        subprocess.run([program, "-n"], input=done.stdout, text=True, check=True)
 
 
 def test_an_error_is_no_output(tmp_path: Path) -> None:

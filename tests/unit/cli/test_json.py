@@ -19,7 +19,7 @@ from onecopy.cli.save_cmd import document
 from onecopy.demo import show
 from onecopy.demo.measure import Measured
 from onecopy.errors import GuestFailed
-from onecopy.guest.end_reason import Ended
+from onecopy.guest.end import Ended
 from onecopy.guest.lifecycle.batch import Started
 from onecopy.guest.lifecycle.disks import OwnDisk
 from onecopy.guest.lifecycle.pool import Pool

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from onecopy.cli.save_cmd import warning
 from onecopy.errors import AgentFailed, InvalidInput
-from onecopy.guest.lifecycle.clone_hooks import check_hook, parse_hooks, read
+from onecopy.guest.lifecycle.clone_hooks import KEPT, Hooks, check_hook, parse_hooks, read
 from onecopy.images.tools import ready_hooks
 
 REDIS = "secrets\tredis-server\tredis-server.service\tredis\tredis\t1"
@@ -34,6 +34,22 @@ def found(*lines: str) -> dict[str, str]:
 )
 def test_hooks(hook: str) -> None:
     assert check_hook(hook) == hook
+
+
+@pytest.mark.parametrize(
+    ("texts", "hooks"),
+    [
+        (None, KEPT),
+        ([], Hooks(())),
+        (["redis", "nginx"], Hooks(("redis", "nginx"))),
+        (["command:a"], Hooks(None, "a")),
+        (["command:"], Hooks(None, "")),
+        (["redis", "command:a"], Hooks(("redis",), "a")),
+        (["none"], Hooks(("none",), "")),
+    ],
+)
+def test_what_is_kept_of_the_guests_own(texts: list[str] | None, hooks: Hooks) -> None:
+    assert parse_hooks(texts) == hooks
 
 
 @pytest.mark.parametrize(

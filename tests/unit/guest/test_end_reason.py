@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.guest.end_reason import Cause, Reason, find
+from onecopy.guest.end import Cause
+from onecopy.guest.end_reason import Reason, find
 from onecopy.vmm import end_traces
 
 ENDS = Path(__file__).parents[1] / "data/ends"

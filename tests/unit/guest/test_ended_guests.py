@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from onecopy.guest import ended_guests
-from onecopy.guest.end_reason import Cause
+from onecopy.guest.end import Cause
 from onecopy.guest.ended_guests import KEPT, MOST, Deaths, Left
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.vmm import logs

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from onecopy.linux.sandbox import rlimits
-from onecopy.vmm import logs
-from onecopy.vmm.logs import CONSOLE, QEMU, Log
-from onecopy.vmm.vmm_limits import LOG_ROOM, file_room
+from onecopy.vmm import log_room, logs
+from onecopy.vmm.logs import CONSOLE, LOG_ROOM, QEMU, Log
+from onecopy.vmm.vmm_limits import file_room
 
 #: Appends so many lines, numbered through, to the console's log, and says how that ended.
 WRITER = """\
@@ -86,7 +86,7 @@ def test_a_full_log_goes_on_when_room_is_made(writer: Writer, tmp_path: Path) ->
     with contextlib.closing(Log(tmp_path, CONSOLE)) as log:
         assert lines(b"".join(log.read()).decode())[:2] == [0, 1]
         assert not log.was_cut
-        logs.make_room(tmp_path, writer.pid)
+        log_room.make_room(tmp_path, writer.pid)
         # What was over the limit is gone, and of the rest the oldest.
         assert log.was_cut and not logs.are_filling(tmp_path)
         assert allocated(tmp_path) <= LOG_ROOM // 2 + 8192
@@ -104,7 +104,7 @@ def test_it_never_ends(writer: Writer, tmp_path: Path) -> None:
     """Room is made again and again: the log stays small, and the newest is in it."""
     for _ in range(4):
         writer.write(2 * LOG_ROOM // LINE)
-        logs.make_room(tmp_path, writer.pid)
+        log_room.make_room(tmp_path, writer.pid)
     assert writer.write(10) == LINE
     assert allocated(tmp_path) <= LOG_ROOM
     assert file_room(writer.pid) == 5 * LOG_ROOM
@@ -117,7 +117,7 @@ def test_it_never_ends(writer: Writer, tmp_path: Path) -> None:
 
 def test_a_disk_is_larger_than_a_log(writer: Writer, tmp_path: Path) -> None:
     writer.write(100)
-    logs.make_room(tmp_path, writer.pid, largest=1 << 34)
+    log_room.make_room(tmp_path, writer.pid, largest=1 << 34)
     assert file_room(writer.pid) == (1 << 34) + LOG_ROOM
     # Nothing was lost, and the log has as much room as before.
     with contextlib.closing(Log(tmp_path, CONSOLE)) as log:
@@ -126,7 +126,7 @@ def test_a_disk_is_larger_than_a_log(writer: Writer, tmp_path: Path) -> None:
     assert allocated(tmp_path) <= LOG_ROOM + 8192
     assert lines(logs.read(tmp_path, CONSOLE))[:101] == list(range(101))
     # A smaller one beside it changes nothing.
-    logs.make_room(tmp_path, writer.pid, largest=1 << 20)
+    log_room.make_room(tmp_path, writer.pid, largest=1 << 20)
     assert writer.write(1) == LINE
 
 

@@ -57,6 +57,9 @@ ENTRY = expected.Expected("w", "t?", FAILED, PASSED, "a reason")
         (SKIPPED, SKIPPED, SKIPPED, (), False),
         (PASSED, PASSED, FAILED, (), True),
         (PASSED, SKIPPED, PASSED, (), True),
+        (SKIPPED, PASSED, PASSED, (), False),
+        (SKIPPED, PASSED, SKIPPED, (), True),
+        (SKIPPED, FAILED, FAILED, (), True),
         (FAILED, FAILED, FAILED, (), True),
         (FAILED, PASSED, PASSED, (ENTRY,), False),
         (FAILED, PASSED, FAILED, (ENTRY,), True),
@@ -69,6 +72,12 @@ def test_places_are_compared(
     places = {"chroot": results(t1=chroot), "booted": results(t1=booted)}
     places["clone 1"] = results(t1=clone)
     assert bool(expected.differences("w", places, entries)) is wrong
+
+
+def test_what_only_guests_can_run_is_counted() -> None:
+    places = {"chroot": results(a=SKIPPED, b=PASSED), "booted": results(a=PASSED, b=PASSED)}
+    assert expected.only_in_guests(places) == 1
+    assert expected.only_in_guests({"booted": results(a=PASSED)}) == 0
 
 
 def test_a_test_that_is_missing_somewhere_differs() -> None:

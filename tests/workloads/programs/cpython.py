@@ -77,7 +77,7 @@ def run_module(name: str, results: int, err: int) -> None:
     own = f"test.{name}."
     lines = [
         # Several modules have the tests of test.fork_wait.
-        f"{how} {test if test.startswith(own) else own + test}"
+        f"{how} {test if f'{test}.'.startswith(own) else own + test}"
         for test, how in told.ended.items()
     ]
     # A module that exits in the middle has not written the last line.

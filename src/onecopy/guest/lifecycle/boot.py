@@ -10,15 +10,13 @@ from pathlib import Path
 
 from onecopy.errors import AgentFailed, GuestFailed, NotReady
 from onecopy.guest import machine
-from onecopy.guest.exec import Completed, run_captured
 from onecopy.guest.lifecycle.launchplan import Boot, BootSpec, LaunchPlan
 from onecopy.images import initramfs
 from onecopy.images.initramfs import TOOLS_MOUNTPOINT
-from onecopy.images.kernel import KernelConfig
+from onecopy.images.kernel import KernelConfig, boot_image
 from onecopy.vmm import guest_reply
 from onecopy.vmm.agent import Agent
 from onecopy.vmm.argv import Kernel, Nic, guest_network
-from onecopy.vmm.monitor import connect
 from onecopy.vmm.tcg import kernel_words
 
 
@@ -27,7 +25,8 @@ def kernel_of(plan: LaunchPlan, boot: Boot, folder: Path) -> Kernel:
     if not boot.tools:
         return Kernel(plan.source.layer("kernel").path, None)
     words = kernel_words(plan.accel.name, plan.config.qemu, plan.config.cpu)
-    return Kernel(boot.kernel.layer("kernel").path, folder / "initrd", words + boot.words)
+    image = boot_image(boot.kernel, plan.accel.name)
+    return Kernel(image, folder / "initrd", words + boot.words)
 
 
 def write_initrd(plan: LaunchPlan, boot: Boot, folder: Path, card: Nic | None) -> None:
@@ -47,6 +46,10 @@ def write_initrd(plan: LaunchPlan, boot: Boot, folder: Path, card: Nic | None) -
 async def ready(folder: Path, spec: BootSpec) -> None:
     """Wait for the agent, then until the readiness check succeeds; raise NotReady."""
     deadline = time.monotonic() + spec.timeout
+    # The guest boots while this loads; a clone needs neither.
+    from onecopy.guest.exec import run_captured
+    from onecopy.vmm.monitor import connect
+
     # QEMU has opened its pipes when it answers.
     async with connect(folder):
         pass
@@ -61,7 +64,7 @@ async def ready(folder: Path, spec: BootSpec) -> None:
     left = max(deadline - time.monotonic(), 1)
     # The loop runs in the guest, so all attempts take one program.
     loop = f"until out=$({script}) 2>&1; do sleep 0.2; done"
-    done: Completed = await run_captured(folder, ["sh", "-c", loop], timeout=left)
+    done = await run_captured(folder, ["sh", "-c", loop], timeout=left)
     if done.exit_code:
         last = await run_captured(folder, ["sh", "-c", script], timeout=10)
         raise NotReady(
@@ -86,6 +89,8 @@ _DEFAULT_READY = f"""
 
 async def given_address(folder: Path) -> str:
     """Return the address that the guest got by DHCP (images/files/dhcp)."""
+    from onecopy.guest.exec import run_captured  # a clone reports it otherwise
+
     done = await run_captured(folder, ["cat", "/run/onecopy/address"], timeout=30)
     if done.exit_code:
         raise GuestFailed(

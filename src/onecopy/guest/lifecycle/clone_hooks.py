@@ -71,12 +71,16 @@ KEPT = Hooks()
 
 
 def parse_hooks(texts: Iterable[str] | None) -> Hooks:
-    """Parse clone hooks; None or no text keeps those of the guest's own saved system.
+    """Parse clone hooks; None keeps those of the guest's own saved system.
+
+    A command alone keeps the other hooks; other hooks, or an empty list, keep the command.
 
     Raises:
         InvalidInput: A text is no clone hook, or two are commands.
     """
-    hooks = [check_hook(each) for each in texts or ()]
+    if texts is None:
+        return KEPT
+    hooks = [check_hook(each) for each in texts]
     commands = [each.removeprefix(COMMAND) for each in hooks if each.startswith(COMMAND)]
     names = tuple(each for each in hooks if not each.startswith(COMMAND))
     if len(commands) > 1:
@@ -86,7 +90,7 @@ def parse_hooks(texts: Iterable[str] | None) -> Hooks:
         )
     if NONE in names and not commands:
         commands = [""]
-    return Hooks(names or None, commands[0] if commands else None)
+    return Hooks(None if commands and not names else names, commands[0] if commands else None)
 
 
 def check_hook(text: str) -> str:

@@ -25,7 +25,6 @@ from onecopy.linux import disk_image
 from onecopy.model import MIB, align_up, check_guest_name, format_size, in_order, parse_size
 from onecopy.store.disk import file_errors, sync_directory
 from onecopy.subprocesses import find_program, run
-from onecopy.vmm.confined_tool import run_on_file
 
 _SUFFIX = ".img"
 #: Bytes below which a disk has no room for a journal.
@@ -256,6 +255,8 @@ def _enlarge(path: Path, fd: int, size: int) -> None:
     # The length of the file is no proof: an earlier command may have been killed after setting it.
     inside = disk_image.file_system_size(fd)
     if inside is not None and size - inside >= MIB:
+        from onecopy.vmm.confined_tool import run_on_file  # few starts enlarge a disk
+
         # e2fsck replays the journal and makes safe repairs; exit code 1 means repaired (e2fsck(8)).
         run_on_file(["e2fsck", "-f", "-p"], fd, fine=(0, 1))
         run_on_file(["resize2fs"], fd)

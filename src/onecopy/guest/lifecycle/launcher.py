@@ -23,8 +23,8 @@ from onecopy.guest import identity
 from onecopy.guest.backing import backings, displayed, loaded
 from onecopy.guest.lifecycle import boot, restore
 from onecopy.guest.lifecycle.launchplan import LaunchPlan
-from onecopy.guest.lifecycle.resources import NOTHING, fit
-from onecopy.guest.lifecycle.snapshot import STATE_ROOM
+from onecopy.guest.lifecycle.resources import NOTHING
+from onecopy.guest.machine import STATE_ROOM
 from onecopy.guest.network import can_be_closed, display_nic, new_nic, rehearse
 from onecopy.guest.pagecache import preload
 from onecopy.guest.ports import Ports, published, require_free
@@ -37,7 +37,6 @@ from onecopy.store.sealed import sealed_layer
 from onecopy.vmm import fork_server
 from onecopy.vmm.argv import Launch, Nic, Ram, command
 from onecopy.vmm.fork_server import ForkServer
-from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm, prepare
 from onecopy.vmm.qemu_process import launch as launch_vmm
 
@@ -91,6 +90,9 @@ async def launch(host: Runtime, plan: LaunchPlan, batch: Batch | None = None) ->
                 work = identity.become(up.folder.path, who, up.connect)
                 record = replace(record, address=await race_exit(up.vmm, work))
             if plan.extra != NOTHING:
+                # Most guests get nothing more.
+                from onecopy.guest.lifecycle.hot_add import fit
+
                 given = fit(host, mine, up.folder, record, plan.extra)
                 record = await race_exit(up.vmm, given)
             took = time.monotonic() - began
@@ -147,13 +149,7 @@ async def _come_up(
     if plan.boot and plan.config.agent:
         await race_exit(vmm, boot.ready(folder.path, plan.boot.spec), _BOOT_ENDED)
         (folder.path / "initrd").unlink()
-    # A bare machine that boots is up when QEMU answers.
-    async with connect(folder.path) as monitor:
-        if state is not None:
-            await monitor.incoming(state)
-            if not plan.standby:
-                await monitor.execute("cont")
-        ports = spec.publish and await published(monitor, folder.path, spec.publish)
+    ports = await _answer(plan, folder, spec, state)
     card, address = spec.card, spec.card.address if spec.card else ""
     if plan.boot and card and not address:
         address = await boot.given_address(folder.path)
@@ -191,6 +187,19 @@ def _connection(plan: LaunchPlan, card: Nic | None) -> Callable[[], None]:
     if plan.boot or not plan.spec.bridge or not card or not isinstance(card.tap, int):
         return _do_nothing
     return partial(connect_tap, card.tap, plan.spec.bridge)
+
+
+async def _answer(plan: LaunchPlan, folder: RunDirectory, spec: Launch, state: int | None) -> Ports:
+    """Wait for QEMU's answer, load the saved state and resume it; return the published ports."""
+    from onecopy.vmm.monitor import connect  # it loads while QEMU starts
+
+    # A bare machine that boots is up when QEMU answers.
+    async with connect(folder.path) as monitor:
+        if state is not None:
+            await monitor.incoming(state)
+            if not plan.standby:
+                await monitor.execute("cont")
+        return spec.publish and await published(monitor, folder.path, spec.publish)
 
 
 def _do_nothing() -> None:

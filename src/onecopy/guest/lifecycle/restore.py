@@ -12,7 +12,6 @@ from onecopy.guest.network import require_closed
 from onecopy.guest.ports import Ports, forward, published
 from onecopy.guest.run_directory import GuestRecord, RunDirectory
 from onecopy.linux import process
-from onecopy.vmm.monitor import connect
 from onecopy.vmm.qemu_process import Vmm
 
 
@@ -40,6 +39,8 @@ async def wake(folder: RunDirectory, record: GuestRecord, publish: Ports) -> Gue
         Incompatible: The guest's network cannot be closed to the host.
         InUse: A port is taken.
     """
+    from onecopy.vmm.monitor import connect  # launcher.py says why it loads late
+
     require_closed(record, folder.path)
     async with connect(folder.path) as monitor:
         await forward(monitor, folder.path, publish)

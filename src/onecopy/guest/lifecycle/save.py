@@ -26,8 +26,8 @@ from onecopy.guest.lifecycle import admission, launcher, snapshot, start
 from onecopy.guest.lifecycle.clone_hooks import KEPT, Hooks, hooked
 from onecopy.guest.lifecycle.freeze import frozen
 from onecopy.guest.lifecycle.launchplan import BootSpec, LaunchPlan
-from onecopy.guest.lifecycle.snapshot import STATE_ROOM, Snapshot, Source
-from onecopy.guest.machine import Generator, MappedSegment, SystemConfig
+from onecopy.guest.lifecycle.snapshot import Snapshot, Source
+from onecopy.guest.machine import STATE_ROOM, Generator, MappedSegment, SystemConfig
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.guest.segments.hotplug import changing

@@ -17,19 +17,16 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import GuestFailed, InUse, InvalidInput
+from onecopy.guest.machine import STATE_ROOM
 from onecopy.guest.pause import copying, stopped
 from onecopy.guest.run_directory import RunDirectory
 from onecopy.linux import cow_pages, memfd, sparse
-from onecopy.model import MIB
 from onecopy.store.disk import file_errors
 from onecopy.subprocesses import run
 from onecopy.vmm import agent
 from onecopy.vmm.monitor import Monitor
 from onecopy.vmm.pmem_hotplug import EXEC_PORT, hotplugged_devices
 from onecopy.vmm.vmm_limits import writing_at_most
-
-#: The most bytes of a machine's device state; about 300 KiB are usual.
-STATE_ROOM = 16 * MIB
 
 
 class Source(msgspec.Struct, frozen=True):

@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from onecopy.errors import InvalidInput, OnecopyError
 from onecopy.guest.lifecycle import admission, launcher, pool
 from onecopy.guest.lifecycle.batch import Started, start_many
-from onecopy.guest.lifecycle.bootplan import plan_boot
 from onecopy.guest.lifecycle.disks import check_disks
 from onecopy.guest.lifecycle.launchplan import (
     BootSpec,
@@ -143,6 +142,9 @@ def plan_launch(host: Runtime, spec: BootSpec | CloneSpec, tell: Tell = _quiet) 
     """Plan guests without names; raise the errors of `plan_boot` and `plan_clone`."""
     if isinstance(spec, CloneSpec):
         return plan_clone(host, spec)
+    # A clone needs nothing that prepares a boot.
+    from onecopy.guest.lifecycle.bootplan import plan_boot
+
     made = plan_boot(host, spec, tell)
     tell(f"booting under {made.accel.name} ({in_short(made.accel.reason)})")
     return made

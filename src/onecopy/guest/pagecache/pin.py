@@ -32,7 +32,6 @@ from onecopy.linux.process import capabilities
 from onecopy.model import MIB
 from onecopy.store import Artifact, Lease, Store
 from onecopy.store.lease import PIN
-from onecopy.subprocesses import Detached
 
 #: Bytes of memory to leave to guests and the host.
 _RESERVE = 256 * MIB
@@ -134,6 +133,8 @@ def _require_memory(needed: int) -> None:
 
 def _start(lease: Lease, files: object, needed: int) -> dict[str, Any]:
     """Start the process, pass it the lease, and wait until all pages are locked."""
+    from onecopy.subprocesses import Detached  # `ls` only asks who pins
+
     wanted = json.dumps({"files": files, "record": str(lease.files / _RECORD)})
     with Detached(
         [sys.executable, "-m", "onecopy.linux.page_locker"], pass_fds=[lease.fd]

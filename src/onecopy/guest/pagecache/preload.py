@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from onecopy.errors import NotFound, NotPermitted, StoreDamaged
 from onecopy.guest.pagecache import access_record
-from onecopy.guest.pagecache.mapped import Users
 from onecopy.linux import prefetch
 from onecopy.linux.counters import residency
 from onecopy.linux.prefetch import Extent
@@ -25,6 +25,9 @@ from onecopy.linux.sparse import data_ranges
 from onecopy.store import Artifact, Layer, Store
 from onecopy.store.disk import file_errors
 from onecopy.store.oci import ROLE
+
+if TYPE_CHECKING:
+    from onecopy.guest.pagecache.mapped import Users
 
 
 class Warmed(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from onecopy.errors import BadSource, CommandFailed
+from onecopy.images.decompressors import decompressor
 from onecopy.images.free_space import disk_space
 from onecopy.images.pax_header import BadMember
 from onecopy.images.skipped import SkippedItems
@@ -27,7 +28,6 @@ from onecopy.linux.removal import remove_tree
 from onecopy.subprocesses import find_program
 from onecopy.vmm.confined_tool import Limits, Task, Tool, running
 
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _HINT = "pack it again with GNU tar: tar -C DIRECTORY -cf FILE ."
 #: Time limit of decompression in seconds: a constant, and more for each MiB of the archive.
 _SECONDS, _SECONDS_PER_MIB = 6 * 3600, 10
@@ -94,7 +94,7 @@ def _decompressed(file: io.FileIO) -> Iterator[tuple[Stream, Tool | None]]:
     """Yield the archive's uncompressed stream, and its decompressor if there is one."""
     start = file.read(6)
     file.seek(0)
-    program = _program(start)
+    program = decompressor(start)
     if not program:
         yield io.BufferedReader(file, _BUFFER), None
         return
@@ -123,10 +123,6 @@ def _finish(stream: Stream, tool: Tool | None) -> None:
             raise CommandFailed("decompressing the archive", ran.code, ran.err)
 
 
-def _program(start: bytes) -> str:
-    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), "")
-
-
 def open_archive(text: str) -> ArchiveSource:
     """Return the source for the archive ``text``.
 
@@ -142,7 +138,7 @@ def open_archive(text: str) -> ArchiveSource:
                 f"{text!r} is not a regular file", hint="for a directory write dir:PATH"
             )
         with path.open("rb") as file:
-            program = _program(file.read(6))
+            program = decompressor(file.read(6))
     if program:
         find_program(program)
     return ArchiveSource(path)
