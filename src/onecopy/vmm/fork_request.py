@@ -51,6 +51,10 @@ class Unserved(Exception):
     """The server did not fork a VMM, and none is left: it may be started by exec."""
 
 
+class Unanswered(Unserved):
+    """The server does not answer, or has ended."""
+
+
 class Forked:
     """A VMM that a fork server started, with the methods of Popen that its users need."""
 
@@ -159,7 +163,7 @@ def ask(
         The VMM, and the listener for its open requests, if it makes them.
 
     Raises:
-        Unserved: the server did not answer.
+        Unserved: the server did not fork it.
         Incompatible: this host cannot confine the VMM.
     """
     directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -172,7 +176,7 @@ def ask(
             socket.send_fds(connection, [request], sent)
             reply, fds, _, _ = socket.recv_fds(connection, _ANSWER.size, 1)
         except OSError as error:
-            raise Unserved(f"the fork server does not answer ({error})") from error
+            raise Unanswered(f"the fork server does not answer ({error})") from error
     finally:
         os.close(directory)
     return _accept(connection, reply, fds)
@@ -185,7 +189,7 @@ def _accept(
     listener = Listener(received[0], 0) if received else None
     try:
         if len(reply) != _ANSWER.size:
-            raise Unserved("the fork server has ended")
+            raise Unanswered("the fork server has ended")
         pid, step, code, number = _ANSWER.unpack(reply)
         if step:
             raise Incompatible(

@@ -1,17 +1,15 @@
 """Fork servers: QEMUs that were initialised once and fork the VMMs of one trust domain.
 
-    BASE/forks/KEY         the socket of a server
-    BASE/forks/KEY.lock    held while a command starts it
-
-A VMM inherits what its creator has. So KEY covers what a command would pass on: namespaces, control
-group, resource limits, scheduling. A command with others has another server. KEY also covers the
-trust domain, QEMU's binary and the library: after an upgrade new guests have another server, and
-the old one ends.
+The socket of a server is named KEY. A VMM inherits what its creator has. So KEY covers what a
+command would pass on: namespaces, control group, resource limits, scheduling. A command with others
+has another server. KEY also covers the trust domain, QEMU's binary and the library: after an
+upgrade new guests have another server, and the old one ends.
 
 A server ends if it has had no children for a while. It is renewed regularly, because all its
 children have the same addresses. Its end, even by SIGKILL, affects no VMM.
 
-Not here: the library (files/fork_server.c), and the request (fork_request.py).
+Not here: the library (files/fork_server.c), the request (fork_request.py), which servers run
+(fork_registry.py), and whether this host's QEMU can be forked (fork_probe.py).
 """
 
 from __future__ import annotations
@@ -30,15 +28,16 @@ import msgspec
 
 from onecopy.linux import child_reaper
 from onecopy.linux.lock import locked_blocking
-from onecopy.linux.run_base import make_own, make_run_base
 from onecopy.subprocesses import run
+from onecopy.vmm import fork_registry
 
-_DIRECTORY = "forks"
 _SOURCES = [
     Path(__file__).with_name("files") / f"fork_{name}.c" for name in ("server", "child", "preload")
 ]
 #: The library that a package brings along.
 _SHIPPED = _SOURCES[0].with_suffix(".so")
+#: What the server's command line shows. Without the library QEMU refuses it and ends at once.
+_ARGUMENTS = ("-machine", "none", "-fork-server")
 _COMPILE = ("-O2", "-Wall", "-shared", "-fPIC")
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
@@ -48,7 +47,10 @@ class ForkServer(msgspec.Struct, frozen=True):
     """How to reach the fork server of a trust domain, which starts when it is first needed."""
 
     library: Path
+    store: str = ""
+    """The store of its guests (`vmm_registry.store_id`)."""
     domain: str = ""
+    """Their trust domain; "" is none."""
     idle: int = 600
     """Seconds until a server without children ends."""
     life: int = 3600
@@ -62,15 +64,16 @@ class ForkServer(msgspec.Struct, frozen=True):
         Raises:
             OSError: it cannot be started.
         """
-        path = make_own(make_run_base() / _DIRECTORY) / self._key(binary, environment)
+        path = fork_registry.directory() / self._key(binary, environment)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             if not _connects(connection, path):
-                with locked_blocking(path.with_name(f"{path.name}.lock")):
+                with locked_blocking(fork_registry.lock_of(path)):
                     if not _connects(connection, path):
                         path.unlink(missing_ok=True)
                         self._start(binary, environment, path)
-                        connection.connect(str(path))
+                        if not _connects(connection, path):
+                            raise ConnectionError("the fork server ended at its start")
         except BaseException:
             connection.close()
             raise
@@ -88,7 +91,7 @@ class ForkServer(msgspec.Struct, frozen=True):
             settings = f"{listener.fileno()} {self.idle} {self.life}"
             added = {"LD_PRELOAD": str(self.library), "ONECOPY_FORK_SERVER": settings}
             process = subprocess.Popen(
-                [binary],
+                [binary, *_ARGUMENTS],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -98,12 +101,13 @@ class ForkServer(msgspec.Struct, frozen=True):
                 restore_signals=False,
                 start_new_session=True,
             )
+        fork_registry.record(path, process.pid, self.store, self.domain)
         # Otherwise Popen would warn that the process is still running.
         process.returncode = 0
         child_reaper.adopt(process.pid)
 
     def _key(self, binary: str, environment: Mapping[str, str]) -> str:
-        parts: list[object] = [self.domain, os.geteuid(), sorted(os.getgroups())]
+        parts: list[object] = [self.store, self.domain, os.geteuid(), sorted(os.getgroups())]
         parts += [sorted(environment.items()), self.idle, self.life]
         for path in (Path(binary), self.library):
             found = path.stat()

@@ -34,7 +34,7 @@ from onecopy.linux.syscall import (
 )
 from onecopy.subprocesses import environment
 from onecopy.vmm.confine import Confinement, enter, ruleset
-from onecopy.vmm.fork_request import Forked, Unserved, ask
+from onecopy.vmm.fork_request import Forked, Unanswered, Unserved, ask
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.vmm_user import User
 
@@ -120,7 +120,7 @@ def _fork(
                 connection, argv, confinement, folder, descriptors, rules.fd if rules else None
             )
         except BaseException as error:
-            if isinstance(error, Unserved):
+            if isinstance(error, Unanswered):
                 server.forsake(connection)
             connection.close()
             raise

@@ -42,6 +42,7 @@
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -176,12 +177,22 @@ static long now(void)
     return time.tv_sec;
 }
 
-/* Remove the socket's name, so that clients start another server. */
-static void withdraw(void)
+/* Return the inode of the socket's name, which may be another server's by now. */
+static ino_t find_name(struct sockaddr_un *name)
 {
-    struct sockaddr_un name = {0};
-    socklen_t size = sizeof name;
-    if (!getsockname(listening, (struct sockaddr *)&name, &size) && name.sun_path[0])
+    struct stat found;
+    socklen_t size = sizeof *name;
+    memset(name, 0, size);
+    return getsockname(listening, (struct sockaddr *)name, &size) || stat(name->sun_path, &found)
+               ? 0
+               : found.st_ino;
+}
+
+/* Remove the socket's name, so that clients start another server. */
+static void withdraw(ino_t own)
+{
+    struct sockaddr_un name;
+    if (own && find_name(&name) == own)
         unlink(name.sun_path);
 }
 
@@ -205,7 +216,9 @@ static void require_early(void)
 static void serve(void)
 {
     static struct pollfd ready[MOST_CLIENTS + 2];
+    struct sockaddr_un name;
     sigset_t children, mask;
+    ino_t own = find_name(&name);
     require_early();
     sigemptyset(&children);
     sigaddset(&children, SIGCHLD);
@@ -217,7 +230,7 @@ static void serve(void)
         struct signalfd_siginfo information;
         if (open && (now() - began >= life_limit || (!child_count && now() - last >= idle_limit))) {
             /* Once more, because a client may just have connected. */
-            withdraw();
+            withdraw(own);
             open = 0;
         } else if (!open && !client_count) {
             _exit(0);
