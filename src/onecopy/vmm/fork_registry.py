@@ -81,6 +81,11 @@ def running() -> list[Server]:
     return sorted(found, key=lambda each: each.process.pid)
 
 
+def pids() -> list[int]:
+    """List the processes of this user's fork servers."""
+    return [each.process.pid for each in running()]
+
+
 def end(store: str) -> None:
     """Kill the servers of a store, and remove their files."""
     theirs = [each for each in _records("") if each.store == store]

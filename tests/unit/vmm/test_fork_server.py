@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,19 @@ import pytest
 from msgspec.structs import replace
 
 from onecopy.errors import Incompatible
+from onecopy.guest.observe import accounts
+from onecopy.linux import process, vmm_registry
+from onecopy.linux.counters import pagemap, smaps
 from onecopy.linux.sandbox import rlimits, seccomp
+from onecopy.model import PAGE_SIZE
+from onecopy.sharing import report
 from onecopy.subprocesses import find_program
-from onecopy.vmm import fork_registry, fork_request, fork_server, vmm_user
+from onecopy.vmm import external_qemu, fork_registry, fork_request, fork_server, vmm_user
 from onecopy.vmm.confine import Confinement, filter_program
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.qemu import BINARY
 from onecopy.vmm.spawn import Started, release, start
+from tests.conftest import cannot_run
 from tests.unit.bpf import decide
 
 PATIENCE = 60.0
@@ -191,6 +197,65 @@ def _private(pid: int) -> int:
     return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+)", text, re.MULTILINE)))
 
 
+def test_the_server_is_no_guest_and_no_other_qemu(server: ForkServer, tmp_path: Path) -> None:
+    blue = replace(server, store="store", domain="blue")
+    with vmm(tmp_path / "a", blue) as one, vmm(tmp_path / "b", blue):
+        (pid,) = servers(tmp_path / "base")
+        (found,) = fork_registry.running()
+        assert (found.process.pid, found.store, found.domain) == (pid, "store", "blue")
+        assert process.cmdline(pid)[1:] == ["-machine", "none", "-fork-server"]
+        others = {each.pid for each in external_qemu.find(()).vmms}
+        assert one.pid in others and pid not in others
+        (maps,) = accounts.server_maps()
+        (account,) = report.collect([], servers=[maps]).servers
+        assert (account.name, account.ram_private) == ("blue", 0)
+        # Most of its memory is its children's, too.
+        assert (account.vmm_shared or 0) > (account.vmm_private or 0) > 0
+    # A store's end is the end of its servers.
+    fork_registry.end("another store")
+    assert fork_registry.pids() == [pid]
+    fork_registry.end("store")
+    assert not found.process.lives()
+    assert list((tmp_path / "base/forks").iterdir()) == []
+
+
+def test_memory_is_counted_once(server: ForkServer, tmp_path: Path) -> None:
+    """All that a server and its VMMs have is what their pages say (pagemap)."""
+    if os.geteuid():
+        cannot_run("page frame numbers need root")
+    with vmm(tmp_path / "a", server) as one, vmm(tmp_path / "b", server) as other:
+        # A connection would fork a child, which would have its part for a moment.
+        (pid,) = fork_registry.pids()
+        pids = [pid, one.pid, other.pid]
+        deadline = time.monotonic() + PATIENCE
+        frames = counted = None
+        # VMMs that have just started give memory back.
+        while frames is None or frames != [set(_anonymous_frames(each)) for each in pids]:
+            assert time.monotonic() < deadline
+            frames = [set(_anonymous_frames(each)) for each in pids]
+            counted = [_rollup(each).anonymous for each in pids]
+        everything = len(set.union(*frames)) * PAGE_SIZE
+        assert counted and sum(counted) == pytest.approx(everything, rel=0.01)
+        shared = len(set.intersection(*frames)) * PAGE_SIZE
+        assert shared > everything / 4
+        # Without the server, its part of these pages would be missing.
+        assert sum(counted[1:]) < everything - shared / 4
+
+
+def _rollup(pid: int) -> smaps.Rollup:
+    found = smaps.read_rollup(pid)
+    assert found
+    return found
+
+
+def _anonymous_frames(pid: int) -> Iterator[int]:
+    for each in smaps.read(pid):
+        if each.anonymous:
+            for entry in pagemap.read(pid, each.start, each.size // PAGE_SIZE):
+                if pagemap.present(entry) and not pagemap.file_or_shared(entry):
+                    yield pagemap.pfn(entry) or 0
+
+
 def test_nothing_of_another_guest_is_in_a_vmm(server: ForkServer, tmp_path: Path) -> None:
     name = "the-name-of-the-first-guest"
     with (
@@ -208,19 +273,20 @@ def _contains(pid: int, text: bytes) -> bool:
             begin, end = (int(each, 16) for each in span.split("-"))
             if rights.startswith("rw") and end - begin < 1 << 26:
                 memory.seek(begin)
-                if text in memory.read(end - begin):
-                    return True
+                with suppress(OSError):  # the VMM has just given it back
+                    if text in memory.read(end - begin):
+                        return True
     return False
 
 
 def test_the_end_of_the_server_harms_no_vmm(server: ForkServer, tmp_path: Path) -> None:
     with vmm(tmp_path / "a", server) as before:
-        (pid,) = servers(tmp_path / "base")
-        os.kill(pid, signal.SIGKILL)
+        (killed,) = fork_registry.running()
+        assert vmm_registry.end([killed.process]) == []
         assert before.execute("query-status")["status"] == "prelaunch"
         with vmm(tmp_path / "b", server) as after:
             assert not after.started.why_exec
-            assert servers(tmp_path / "base") != [pid]
+            assert servers(tmp_path / "base") != [killed.process.pid]
     # Nobody could report how it ended.
     assert before.process.returncode is None
     assert after.process.returncode == -signal.SIGKILL
