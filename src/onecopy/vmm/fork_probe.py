@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -68,6 +67,8 @@ def find(binary: str, cache: Path, *, again: bool = False) -> Library:
 
 def _probe(binary: str, library: Path) -> str:
     """Have a server fork a VMM that answers and ends; return "" or why that failed."""
+    import tempfile  # a probe runs once, and its result is kept
+
     server = ForkServer(library, store=f"probe {os.urandom(8).hex()}")
     ours, theirs = socket.socketpair()
     argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-m", "16M", "-S"]

@@ -176,7 +176,8 @@ def ask(
             socket.send_fds(connection, [request], sent)
             reply, fds, _, _ = socket.recv_fds(connection, _ANSWER.size, 1)
         except OSError as error:
-            raise Unanswered(f"the fork server does not answer ({error})") from error
+            reason = error.strerror or error
+            raise Unanswered(f"the fork server does not answer: {reason}") from error
     finally:
         os.close(directory)
     return _accept(connection, reply, fds)

@@ -20,7 +20,6 @@ import os
 import resource
 import socket
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,7 +72,7 @@ class ForkServer(msgspec.Struct, frozen=True):
                         path.unlink(missing_ok=True)
                         self._start(binary, environment, path)
                         if not _connects(connection, path):
-                            raise ConnectionError("the fork server ended at its start")
+                            raise ConnectionError("it ended at its start")
         except BaseException:
             connection.close()
             raise
@@ -162,6 +161,8 @@ def library(cache: Path) -> Path:
     digest = hashlib.sha256(text).hexdigest()[:16]
     path = cache / f"fork-server-{digest}.so"
     if not path.exists():
+        import tempfile  # it is compiled once
+
         with tempfile.TemporaryDirectory(dir=cache) as directory:
             made = Path(directory) / path.name
             run(["gcc", *_COMPILE, "-o", made, _SOURCES[0], "-ldl"])

@@ -28,7 +28,7 @@ from onecopy.guest.machine import STATE_ROOM
 from onecopy.guest.network import can_be_closed, display_nic, new_nic, rehearse
 from onecopy.guest.pagecache import preload
 from onecopy.guest.ports import Ports, published, require_free
-from onecopy.guest.run_directory import Attached, Batch, GuestRecord, RunDirectory
+from onecopy.guest.run_directory import REQUESTED, Attached, Batch, GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.linux.tap import connect_tap
 from onecopy.model import Mergeable
@@ -238,7 +238,7 @@ async def _spawn(
 def _fork_server(host: Runtime, plan: LaunchPlan) -> tuple[ForkServer | None, str]:
     """Return the server that is to fork a guest's VMM; None and the reason if none is."""
     if plan.spec.isolated_vmm:
-        return None, "requested"
+        return None, REQUESTED
     found = fork_probe.find(host.qemu.binary, host.store.cache)
     if not found.path:
         return None, found.why_not
