@@ -85,10 +85,7 @@ def test_another_program_is_not_forked(tmp_path: Path, public: Path) -> None:
     binary = compiled(public, DYNAMIC)
     found = fork_probe.find(binary, tmp_path)
     assert not found.path
-    assert (
-        "cannot be forked: the fork server cannot be reached: it ended at its start"
-        in found.why_not
-    )
+    assert found.why_not.startswith("this QEMU cannot be forked: the fork server")
 
 
 def test_a_program_that_hangs_is_ended(
