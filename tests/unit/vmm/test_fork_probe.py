@@ -76,8 +76,8 @@ def test_a_failed_probe_is_kept_unless_asked_for_again(
     monkeypatch.setattr(fork_probe, "_probe", lambda *_: results.pop(0))
     failed = Library(None, "it hangs; `onecopy doctor` tries again")
     assert [fork_probe.find("/bin/true", tmp_path) for _ in range(2)] == [failed] * 2
-    assert "still" in fork_probe.find("/bin/true", tmp_path, again=True).why_not
-    assert fork_probe.find("/bin/true", tmp_path, again=True).path
+    assert "still" in fork_probe.find("/bin/true", tmp_path, again=0).why_not
+    assert fork_probe.find("/bin/true", tmp_path, again=0).path
     assert fork_probe.find("/bin/true", tmp_path).path
 
 
