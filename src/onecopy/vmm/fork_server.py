@@ -28,7 +28,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,7 @@ import msgspec
 from onecopy.linux import child_reaper
 from onecopy.linux.lock import locked_blocking
 from onecopy.linux.run_base import make_own, make_run_base
+from onecopy.linux.syscall import PR_GET_MEMORY_MERGE, buffer, prctl, syscall
 from onecopy.subprocesses import run
 from onecopy.vmm.fork_request import is_open
 
@@ -58,6 +59,8 @@ _RESTRICTIONS = (
     *(b"Umask:", b"CapInh:", b"CapPrm:", b"CapBnd:", b"CapAmb:"),
     *(b"NoNewPrivs:", b"Seccomp:", b"Seccomp_filters:", b"SigBlk:", b"SigIgn:"),
 )
+#: System calls (asm/unistd_64.h), ioprio_get(2)'s argument, and more NUMA nodes than hosts have.
+_IOPRIO_GET, _GET_MEMPOLICY, _OF_THREAD, _NODES = 252, 239, 1, 1024
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
@@ -102,7 +105,7 @@ class ForkServer(msgspec.Struct, frozen=True):
     ) -> None:
         """Start a server, and connect to it."""
         with (
-            _open_own(self.library) as library,
+            _copied(self.library) as library,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
             os.fdopen(os.memfd_create("errors"), "rb") as errors,
         ):
@@ -110,7 +113,6 @@ class ForkServer(msgspec.Struct, frozen=True):
             passed = listener.fileno(), library
             settings = (*passed, self.idle, self.life)
             added = {
-                # The library's path could contain spaces or colons, which separate libraries.
                 "LD_PRELOAD": f"/proc/self/fd/{library}",
                 "ONECOPY_FORK_SERVER": " ".join(map(str, settings)),
             }
@@ -152,7 +154,7 @@ class ForkServer(msgspec.Struct, frozen=True):
         parts += [sorted(os.sched_getaffinity(0))]
         names = ("cgroup", "oom_score_adj", "attr/current", "personality")
         parts += [_read(name) for name in names]
-        parts += [_restrictions()]
+        parts += [_restrictions(), *_policies()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
@@ -197,16 +199,21 @@ def _await(process: subprocess.Popen[bytes], connection: socket.socket, path: Pa
 
 
 @contextlib.contextmanager
-def _open_own(path: Path) -> Iterator[int]:
-    """Open a library that no other user may have changed, since root executes it, too."""
+def _copied(path: Path) -> Iterator[int]:
+    """Copy a library that no other user may have changed, since root executes it, too.
+
+    A server that had the file itself would keep the file's file system from being unmounted.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise PermissionError(f"{path} belongs to another user, or others may write to it")
-        yield fd
-    finally:
-        os.close(fd)
+        data = file.read()
+    with os.fdopen(os.memfd_create("fork-server"), "wb") as copy:
+        copy.write(data)
+        copy.flush()
+        yield copy.fileno()
 
 
 def _file(path: Path) -> tuple[str, int, int, int, int]:
@@ -230,6 +237,22 @@ def _restrictions() -> bytes:
     """Return what restricts this thread and its children, by its lines in /proc."""
     status = _read("status").split(b"\n")
     return b"".join(line for line in status if line.startswith(_RESTRICTIONS))
+
+
+def _policies() -> list[object]:
+    """Return the I/O priority, the NUMA policy, and whether KSM may merge all of its memory."""
+    mode, nodes = buffer(bytes(4)), buffer(bytes(_NODES // 8))
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: syscall(_IOPRIO_GET, _OF_THREAD, 0),
+        lambda: syscall(_GET_MEMPOLICY, mode, nodes, _NODES, 0, 0),
+        lambda: prctl(PR_GET_MEMORY_MERGE),
+    )
+    found: list[object] = []
+    for call in calls:
+        # Containers refuse some, and older kernels lack the last one.
+        with contextlib.suppress(OSError):
+            found.append(call())
+    return [*found, mode.raw, nodes.raw]
 
 
 def library(cache: Path) -> Path:

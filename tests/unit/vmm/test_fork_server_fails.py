@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from onecopy.errors import Incompatible
 from onecopy.linux.lock import locked_blocking
 from onecopy.linux.sandbox import seccomp
-from onecopy.linux.syscall import PR_SET_NO_NEW_PRIVS, prctl
+from onecopy.linux.syscall import PR_SET_NO_NEW_PRIVS, prctl, syscall
 from onecopy.subprocesses import find_program
 from onecopy.vmm import fork_request, fork_server
 from onecopy.vmm.fork_server import ForkServer
@@ -34,6 +34,8 @@ from tests.unit.other_user import NOBODY, as_nobody
 from tests.unit.vmm.fork_kit import PATIENCE, Vmm, confinement, runs, servers, vmm, wait_for
 
 PRCTL, PR_SET_MM = 157, 35
+#: A system call, and an I/O priority (ioprio_set(2)).
+IOPRIO_SET, IDLE = 251, 3 << 13
 
 
 def test_the_end_of_the_server_harms_no_vmm(server: ForkServer, base: Path, tmp_path: Path) -> None:
@@ -401,10 +403,15 @@ def test_what_a_vmm_would_inherit_makes_another_server(server: ForkServer) -> No
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     keys += [server._key(binary, {"A": "b"}), replace(server, domain="x")._key(binary, {})]
 
-    def restricted() -> str:
+    def changed() -> list[str]:
+        """Of this thread alone."""
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        return server._key(binary, {})
+        keys = [server._key(binary, {})]
+        syscall(IOPRIO_SET, 1, 0, IDLE)
+        keys.append(server._key(binary, {}))
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        return [*keys, server._key(binary, {})]
 
     with ThreadPoolExecutor(1) as one:
-        keys.append(one.submit(restricted).result())
+        keys += one.submit(changed).result()
     assert len(set(keys)) == len(keys)
