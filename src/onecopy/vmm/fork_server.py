@@ -61,6 +61,8 @@ _RESTRICTIONS = (
 )
 #: System calls (asm/unistd_64.h), ioprio_get(2)'s argument, and more NUMA nodes than hosts have.
 _IOPRIO_GET, _GET_MEMPOLICY, _OF_THREAD, _NODES = 252, 239, 1, 1024
+#: Larger than any file of /proc that is read here.
+_LARGEST = 1 << 16
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
@@ -223,13 +225,17 @@ def _file(path: Path) -> tuple[str, int, int, int, int]:
 
 def _namespace(name: str) -> str:
     with contextlib.suppress(OSError):
-        return str(Path(f"/proc/thread-self/ns/{name}").readlink())
+        return os.readlink(f"/proc/thread-self/ns/{name}")  # noqa: PTH115 - Path takes 8 times as long
     return ""
 
 
 def _read(name: str) -> bytes:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/thread-self/{name}").read_bytes()
+        fd = os.open(f"/proc/thread-self/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, _LARGEST)
+        finally:
+            os.close(fd)
     return b""
 
 
