@@ -92,8 +92,11 @@ __attribute__((constructor)) static void raise_limit(void)
 static int run_main(int count, char **arguments, char **environment)
 {
     char *settings = getenv(VARIABLE);
-    if (!settings || sscanf(settings, "%d %d %d", &listening, &idle_limit, &life_limit) != 3)
+    int library;
+    if (!settings ||
+        sscanf(settings, "%d %d %d %d", &listening, &library, &idle_limit, &life_limit) != 4)
         return real_main(count, arguments, environment);
+    close(library);
     unsetenv(VARIABLE);
     unsetenv("LD_PRELOAD");
     read_memory_map();
