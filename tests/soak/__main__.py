@@ -14,7 +14,7 @@ from pathlib import Path
 from onecopy.cli.tables import print_table
 from onecopy.linux.counters import meminfo
 from onecopy.model import format_size
-from tests.soak.campaign import Campaign
+from tests.soak.campaign import KINDS, Campaign
 from tests.soak.setup import soaked
 
 
@@ -26,6 +26,8 @@ def main() -> int:
     parser.add_argument("--clones", type=int, default=2000, help="default: 2000")
     parser.add_argument("--wave", type=int, default=25, help="clones at once; default: 25")
     parser.add_argument("--seed", type=int, help="for the same waves again")
+    only = "the event of each wave; default: drawn"
+    parser.add_argument("--only", choices=KINDS, default="", help=only)
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
@@ -38,7 +40,7 @@ def main() -> int:
             began = time.monotonic()
             try:
                 while campaign.clones < arguments.clones:
-                    campaign.turn()
+                    campaign.turn(arguments.only)
                     print(f"{campaign.clones} clones", file=sys.stderr, flush=True)
             except Exception:
                 traceback.print_exc()
@@ -56,6 +58,9 @@ def _show(campaign: Campaign, seconds: float, before: meminfo.MemInfo) -> None:
         "run folder, socket, lease, blob, temporary file, mount, network interface or shared "
         "memory file was left."
     )
+    if campaign.forked:
+        rows = [[str(count), how] for how, count in campaign.forked.most_common()]
+        print_table(["VMMS", "HOW THEY STARTED WHILE FORK SERVERS FAILED"], rows)
     after = meminfo.read()
     for what in ("available", "page_tables", "kernel_stacks"):
         was, now = getattr(before, what), getattr(after, what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -13,12 +14,13 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from onecopy.guest.runtime import Runtime
 from tests.soak.remains import Remains
+from tests.vm.forks import servers
 
 ONECOPY = Path(sys.executable).parent / "onecopy"
 #: The saved system as it was made, and the name under which it is replaced and removed.
@@ -42,6 +44,8 @@ class Campaign:
         self.killed = 0
         """VMMs, by SIGKILL."""
         self.answers = 0
+        self.forked: Counter[str] = Counter()
+        """How the VMMs of waves started whose fork servers failed: "forked", or why not."""
         _done("tag", BASE, SYSTEM)
         self._before = Remains.look(host)
 
@@ -125,6 +129,30 @@ class Campaign:
         _done("stop", "--all", "--now")
         _done("tag", BASE, SYSTEM)
 
+    def _servers_fail(self) -> None:
+        """Fork servers are killed, hang or lack descriptors while they start: all answer."""
+        with self._starting() as command, ThreadPoolExecutor(1) as one:
+            said = one.submit(command.communicate)
+            hangs = self._dice.random() < 0.5
+            while not said.done():
+                for pid in servers(self._host):
+                    with suppress(ProcessLookupError):
+                        if hangs:
+                            os.kill(pid, signal.SIGSTOP)
+                            hangs = False
+                        elif self._dice.random() < 0.5:
+                            os.kill(pid, signal.SIGKILL)
+                        else:
+                            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
+                time.sleep(self._dice.uniform(0.01, 0.2))
+            output, complaint = said.result()
+        assert command.returncode == 0, complaint
+        guests = json.loads(output)["guests"]
+        assert all(each["forked"] or each["why_exec"] for each in guests)
+        self.forked.update(each["why_exec"] or "forked" for each in guests)
+        self._ask(guests)
+        _done("stop", "--all", "--now")
+
     def _start(self, count: int = 0, stem: str = "wave") -> Guests:
         began = time.monotonic()
         guests: Guests = json.loads(_done(*self._run(count, stem)))["guests"]
@@ -157,7 +185,10 @@ class Campaign:
 
 
 #: What may befall a wave: methods of Campaign.
-KINDS = ("stopped", "dying", "command_killed", "interrupted", "replaced", "removed")
+KINDS = (
+    *("stopped", "dying", "command_killed", "interrupted", "replaced", "removed"),
+    "servers_fail",
+)
 
 
 def _answer(guest: dict[str, Any]) -> str:

@@ -31,8 +31,9 @@ def test_a_wave_of_each_kind(host: Runtime) -> None:
     for kind in KINDS:
         campaign.turn(kind)
     assert campaign.waves.total() == len(KINDS)
-    # Of the whole, half of the dying (of three: one), and both of what they came from.
-    assert campaign.answers >= 3 + 1 + 4 + 3
+    # Of the whole, half of the dying (of three: one), both of what they came from, and all again.
+    assert campaign.answers >= 3 + 1 + 4 + 3 + 3
+    assert campaign.forked.total() == 3
 
 
 def test_what_is_left_is_seen(host: Runtime, tmp_path: Path) -> None:

@@ -189,7 +189,15 @@ static void system_calls(void) {
     numbered("process_vm_readv", SYS_process_vm_readv, getppid(), 0, 0, 0);
 }
 
+#ifdef FORKED
+int gnutls_global_init(void);
+#endif
+
 int main(int argc, char **argv) {
+#ifdef FORKED
+    /* A fork server takes QEMU over here (vmm/files/fork_server.c). */
+    gnutls_global_init();
+#endif
     setvbuf(stdout, 0, _IONBF, 0);
     int i = 1;
     for (; i < argc && strcmp(argv[i], "--"); i++) {

@@ -9,10 +9,13 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from onecopy.vmm import fork_server
 from onecopy.vmm.argv import Hardware, Launch
+from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.logs import QEMU, read
 from onecopy.vmm.qemu_process import launch
 from tests.conftest import cannot_run
@@ -40,18 +43,33 @@ READ_ONLY = {
 BY_NAME = ("open for writing", "open for both", "open and cut off", "truncate", "open for reading")
 
 
-def compile_rogue(folder: Path) -> Path:
-    """The program, where every user finds it."""
+#: How a rogue is linked: for exec, and for a fork server, which needs what QEMU has.
+LINKED = {"exec": ["-static"], "fork": ["-DFORKED", "-l:libgnutls.so.30"]}
+
+
+class Rogue(NamedTuple):
+    """The program, where every user finds it, and the library if a server is to fork it."""
+
+    program: Path
+    library: Path | None
+
+    @property
+    def server(self) -> ForkServer | None:
+        return ForkServer(self.library, f"rogue {self.library}") if self.library else None
+
+
+def compile_rogue(folder: Path, way: str) -> Rogue:
+    """Compile the program for a way of starting it: exec or fork."""
     if shutil.which("gcc") is None:
         cannot_run("there is no gcc")
-    program = folder / "rogue"
-    subprocess.run(["gcc", "-static", "-pthread", "-Os", "-o", program, SOURCE], check=True)
+    program = folder / way
+    subprocess.run(["gcc", SOURCE, "-pthread", "-Os", "-o", program, *LINKED[way]], check=True)
     folder.chmod(0o755)
-    return program
+    return Rogue(program, fork_server.library(folder) if way == "fork" else None)
 
 
 async def run_rogue(
-    program: Path,
+    rogue: Rogue,
     hardware: Hardware,
     spec: Launch,
     attempts: Sequence[tuple[str, str | Path | int]],
@@ -59,9 +77,10 @@ async def run_rogue(
 ) -> Outcome:
     """Let it do its worst in a prepared run folder."""
     words = [str(word) for attempt in attempts for word in attempt]
-    spec = replace(spec, binary=str(program), extra=("--", *words))
-    vmm = launch(hardware, spec, inherit=inherit)
+    spec = replace(spec, binary=str(rogue.program), extra=("--", *words))
+    vmm = launch(hardware, spec, inherit=inherit, server=rogue.server)
     try:
+        assert vmm.forked == (rogue.library is not None), vmm.why_exec
         assert await vmm.wait(60) and vmm.returncode == 0, read(spec.folder, QEMU)
     finally:
         await vmm.kill()

@@ -1,7 +1,8 @@
 """The confinement of VMMs: as the kernel reports it, and by a rogue program in QEMU's place.
 
 The same launch() starts the rogue (rogue.c) in the same confinement, but without QEMU's own
-`-sandbox`. A guest that takes over QEMU cannot drop that either.
+`-sandbox`. A guest that takes over QEMU cannot drop that either. The rogue is started both ways: by
+exec, and by a fork server.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from tests.unit.other_user import NOBODY, as_nobody
 from tests.vm.conftest import ACCEL, Boot, Clones
 from tests.vm.guests import Guests, clone_plan
 from tests.vm.kept import copy_artifact
-from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, compile_rogue, run_rogue
+from tests.vm.rogue import BY_NAME, READ_ONLY, Outcome, Rogue, compile_rogue, run_rogue
 
 #: What QEMU has open besides files: event loop, sockets, virtual machine, where it asks for files.
 ANONYMOUS = re.compile(
@@ -71,10 +72,15 @@ def _landlock() -> None:
 
 
 @pytest.fixture(scope="module")
-def rogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def rogues() -> Iterator[dict[str, Rogue]]:
     # Not below pytest's own folder, which only root can enter.
     with tempfile.TemporaryDirectory(prefix="onecopy-rogue-") as folder:
-        yield compile_rogue(Path(folder))
+        yield {way: compile_rogue(Path(folder), way) for way in ("exec", "fork")}
+
+
+@pytest.fixture(params=["exec", "fork"])
+def rogue(rogues: dict[str, Rogue], request: pytest.FixtureRequest) -> Rogue:
+    return rogues[request.param]
 
 
 def status(guest: GuestRecord) -> dict[str, str]:
@@ -87,8 +93,17 @@ def groups(guest: GuestRecord) -> list[str]:
     return [str(KVM.stat().st_gid)] if guest.accel == "kvm" else []
 
 
-def test_each_vmm_is_a_user_of_its_own(clones: Clones, boot: Boot, busybox_root: Artifact) -> None:
-    guests = [*clones(2), boot(busybox_root, memory=128 * MIB)]
+@pytest.fixture
+def isolated(guests: Guests, saved: Artifact) -> GuestRecord:
+    """A clone whose VMM started by exec."""
+    return guests.clone(saved, isolated_vmm=True)[0].record
+
+
+def test_each_vmm_is_a_user_of_its_own(
+    clones: Clones, boot: Boot, busybox_root: Artifact, isolated: GuestRecord
+) -> None:
+    guests = [*clones(2), boot(busybox_root, memory=128 * MIB), isolated]
+    assert [guest.forked for guest in guests] == [True, True, True, False]
     users = set()
     for guest in guests:
         told = status(guest)
@@ -125,9 +140,13 @@ def _is_free(port: int) -> bool:
 
 
 def test_a_vmm_has_only_what_it_needs(
-    host: Runtime, clones: Clones, boot: Boot, busybox_root: Artifact
+    host: Runtime,
+    clones: Clones,
+    boot: Boot,
+    busybox_root: Artifact,
+    isolated: GuestRecord,
 ) -> None:
-    for guest in (*clones(1), boot(busybox_root, memory=128 * MIB)):
+    for guest in (*clones(1), boot(busybox_root, memory=128 * MIB), isolated):
         blobs = 0
         for target, access in open_files(guest.pid):
             if Path(target).is_relative_to(host.store.root):
@@ -248,7 +267,7 @@ def test_a_rogue_clone(
     host: Runtime,
     saved: Artifact,
     clones: Clones,
-    rogue: Path,
+    rogue: Rogue,
     place: tuple[RunDirectory, int],
 ) -> None:
     (neighbour,) = clones(1)
@@ -264,7 +283,7 @@ def test_a_rogue_clone(
     ]
     (folder.path / "guest.json").write_text("{}")
     unreadable = [
-        *(secret(rogue.parent), Path("/etc/shadow"), Path("/etc/passwd")),
+        *(secret(rogue.program.parent), Path("/etc/shadow"), Path("/etc/passwd")),
         Path(f"/proc/{neighbour.pid}/cmdline"),
     ]
     attempts: list[tuple[str, str | Path | int]] = [
@@ -303,7 +322,7 @@ def assert_ram_was_given_read_only(outcome: Outcome) -> None:
 
 
 def test_a_low_port_is_the_only_one(
-    host: Runtime, saved: Artifact, rogue: Path, place: tuple[RunDirectory, int]
+    host: Runtime, saved: Artifact, rogue: Rogue, place: tuple[RunDirectory, int]
 ) -> None:
     """A rogue with a network, and the right to ports below 1024, has the published one."""
     if landlock.abi() < landlock.BINDS_SINCE:
@@ -327,14 +346,14 @@ def test_a_low_port_is_the_only_one(
     assert_no_way_out(outcome, network=True)
 
 
-def test_qemu_makes_no_processes(clones: Clones) -> None:
-    """What our own filter leaves to it, since it is what starts QEMU: vfork and execve."""
-    (guest,) = clones(1)
-    filters = seccomp_filters(guest.pid)
-    assert len(filters) == 2
-    for number in (CLONE, FORK, VFORK, EXECVE):
-        ends = [decide(program, number, signal.SIGCHLD) for program in filters]
-        assert any(end >> 16 in DENYING for end in ends), (number, ends)
+def test_qemu_makes_no_processes(clones: Clones, isolated: GuestRecord) -> None:
+    """What our own filter leaves to it, if it is what starts QEMU: vfork and execve."""
+    for guest in (*clones(1), isolated):
+        filters = seccomp_filters(guest.pid)
+        assert len(filters) == 2
+        for number in (CLONE, FORK, VFORK, EXECVE):
+            ends = [decide(program, number, signal.SIGCHLD) for program in filters]
+            assert any(end >> 16 in DENYING for end in ends), (number, ends)
 
 
 def test_the_blobs_of_a_saved_system_are_roots_and_read_only(
@@ -363,29 +382,30 @@ def others_store(host: Runtime) -> Iterator[Path]:
         yield home
 
 
-def test_an_ordinary_user(others_store: Path, rogue: Path) -> None:
+def test_an_ordinary_user(others_store: Path, rogues: dict[str, Rogue]) -> None:
     """Builds, saves, runs, executes, stops in a store of their own, and is as well protected."""
     kvm = [KVM.stat().st_gid] if KVM.exists() and KVM.stat().st_gid else []
-    told = as_nobody(lambda: asyncio.run(_as_user(others_store, rogue)), kvm)
+    told = as_nobody(lambda: asyncio.run(_as_user(others_store, rogues)), kvm)
     assert ACCEL in (None, told["accel"])
     assert told["answers"] == {"user-1": "user-1", "user-2": "user-2"}
+    assert told["forked"] == [True, True]
     assert told["users"] == [NOBODY, NOBODY]
     assert told["seccomp"] == ["2", "2"]
     assert told["accounts"] == ["", ""]
     assert told["stopped"] == ["SHUT_DOWN", "SHUT_DOWN"]
     assert told["left"] == []
     assert told["segments"] == ["mine", "----", "mine"]
-    outcome = told["outcome"]
-    assert_read_only(outcome, given(outcome))
-    if told["asks"]:
-        assert_ram_was_given_read_only(outcome)
-    assert (outcome["signal"], outcome["ptrace"]) == ("EPERM", "EPERM")
-    assert_closed(outcome, [Path(path) for path in told["closed"]])
-    assert {outcome[f"unlink {path}"] for path in told["closed"]} == {"EACCES"}
-    assert_no_way_out(outcome)
+    for outcome in told["outcomes"]:
+        assert_read_only(outcome, given(outcome))
+        if told["asks"]:
+            assert_ram_was_given_read_only(outcome)
+        assert (outcome["signal"], outcome["ptrace"]) == ("EPERM", "EPERM")
+        assert_closed(outcome, [Path(path) for path in told["closed"]])
+        assert {outcome[f"unlink {path}"] for path in told["closed"]} == {"EACCES"}
+        assert_no_way_out(outcome)
 
 
-async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
+async def _as_user(home: Path, rogues: dict[str, Rogue]) -> dict[str, object]:
     os.environ |= {"ONECOPY_HOME": str(home / "store"), "XDG_RUNTIME_DIR": str(home / "run")}
     os.environ["HOME"] = str(home)
     host = Runtime.open()
@@ -397,29 +417,30 @@ async def _as_user(home: Path, rogue: Path) -> dict[str, object]:
     request = start.Request(clones, 2, "user", overcommit=True)
     started = await start.start(host, start.plan(host, request), refill=False)
     try:
-        return await _what_they_do(host, system, started.guests, rogue)
+        return await _what_they_do(host, system, started.guests, rogues)
     finally:
         for record in host.guests():
             host.end(record)
 
 
 async def _what_they_do(
-    host: Runtime, system: Artifact, guests: Sequence[GuestRecord], rogue: Path
+    host: Runtime, system: Artifact, guests: Sequence[GuestRecord], rogues: dict[str, Rogue]
 ) -> dict[str, object]:
     answers = {}
     for guest in guests:
         done = await run_captured(host.run / guest.name, ["hostname"], timeout=60)
         answers[guest.name] = done.stdout.decode().strip()
     segments = await _segments_of_user(host, guests)
-    outcome, closed = await _rogue_of_user(host, system, guests[0], rogue)
+    found = [await _rogue_of_user(host, system, guests[0], each) for each in rogues.values()]
     result: dict[str, object] = {
         "accel": guests[0].accel,
         "segments": segments,
         "asks": not host.qemu.rom,
         "accounts": [measure(maps).note for maps in guest_maps(guests)],
         "answers": answers,
-        "outcome": outcome,
-        "closed": closed,
+        "forked": [guest.forked for guest in guests],
+        "outcomes": [outcome for outcome, _ in found],
+        "closed": found[0][1],
         "users": [int(status(guest)["Uid"].split()[0]) for guest in guests],
         "seccomp": [status(guest)["Seccomp"] for guest in guests],
         "stopped": [each.how.name for each in await stop_guests(host, guests, 60)],
@@ -444,7 +465,7 @@ async def _segments_of_user(host: Runtime, guests: Sequence[GuestRecord]) -> lis
 
 
 async def _rogue_of_user(
-    host: Runtime, system: Artifact, neighbour: GuestRecord, rogue: Path
+    host: Runtime, system: Artifact, neighbour: GuestRecord, rogue: Rogue
 ) -> tuple[Outcome, list[str]]:
     """What it came to, and the files that it tried to write and to unlink."""
     source = clone_plan(host, system)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from onecopy.errors import OnecopyError
 
 #: O_NOFOLLOW: through a symbolic link another user's file would be opened or created.
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Seconds between two attempts to take a lock in a limited time.
+_PAUSE = 0.002
 
 
 def flock(fd: int, *, wait: bool = True) -> bool:
@@ -69,20 +72,30 @@ def _free_links(path: Path) -> int | None:
 
 
 @contextmanager
-def locked_blocking(path: Path) -> Iterator[int]:
-    """Hold the exclusive lock on ``path`` like `locked`, but block this thread while waiting."""
-    fd = _open_locked(path)
+def locked_blocking(path: Path, patience: float | None = None) -> Iterator[int]:
+    """Hold the exclusive lock on ``path`` like `locked`, but block this thread while waiting.
+
+    Args:
+        patience: the seconds to wait; None waits for ever.
+
+    Raises:
+        TimeoutError: the lock was not free in that time.
+    """
+    fd = _open_locked(path, patience)
     try:
         yield fd
     finally:
         os.close(fd)
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, patience: float | None) -> int:
     while True:
         fd = os.open(path, _FLAGS, 0o600)
         try:
-            flock(fd)
+            if patience is None:
+                flock(fd)
+            else:
+                _flock_within(fd, patience, path)
             if os.fstat(fd).st_nlink:
                 return fd
         except BaseException:
@@ -90,6 +103,14 @@ def _open_locked(path: Path) -> int:
             raise
         # The file was removed while this waited, and others lock a new file of that name.
         os.close(fd)
+
+
+def _flock_within(fd: int, seconds: float, path: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not flock(fd, wait=False):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"another process has locked {path} for {seconds:g} seconds")
+        time.sleep(_PAUSE)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from onecopy.errors import Incompatible
 from onecopy.vmm import name_servers
 from onecopy.vmm.confine import Confinement, filter_program
 
@@ -32,7 +31,7 @@ _STEPS = (
     *("", "receive the request", "place its descriptors", "set its command line", "mount"),
     *("enter its directory", "let KSM merge its memory", "change its user"),
     *("drop its capabilities", "drop its privileges", "apply Landlock", "apply seccomp"),
-    "be confined, because QEMU already has threads",
+    *("be confined, because QEMU already has threads", "fork"),
 )
 _GO = b"."
 #: Seconds to wait for the child's report, and for the server's when the child has ended.
@@ -51,8 +50,12 @@ class Unserved(Exception):
     """The server did not fork a VMM, and none is left: it may be started by exec."""
 
 
+class ServerEnded(Unserved):
+    """The server has ended meanwhile: another one may serve."""
+
+
 class Unanswered(Unserved):
-    """The server does not answer, or has ended."""
+    """The server does not answer in time."""
 
 
 class Forked:
@@ -163,8 +166,7 @@ def ask(
         The VMM, and the listener for its open requests, if it makes them.
 
     Raises:
-        Unserved: the server did not fork it.
-        Incompatible: this host cannot confine the VMM.
+        Unserved: the server or its child failed. If it is for the host's sake, exec fails, too.
     """
     directory = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -173,14 +175,29 @@ def ask(
         request = pack(argv, confinement, targets, rules=rules is not None)
         connection.settimeout(_PATIENCE)
         try:
-            socket.send_fds(connection, [request], sent)
-            reply, fds, _, _ = socket.recv_fds(connection, _ANSWER.size, 1)
+            reply, fds = _exchange(connection, request, sent)
+        except TimeoutError as error:
+            raise Unanswered("the fork server does not answer") from error
         except OSError as error:
-            reason = error.strerror or error
-            raise Unanswered(f"the fork server does not answer: {reason}") from error
+            raise Unserved(f"cannot ask the fork server: {error.strerror}") from error
     finally:
         os.close(directory)
     return _accept(connection, reply, fds)
+
+
+def _exchange(
+    connection: socket.socket, request: bytes, sent: Sequence[int]
+) -> tuple[bytes, list[int]]:
+    """Send a request; return the reply and its descriptors, b"" if the server has ended."""
+    # A server that cannot fork replies and closes the connection. The kernel reports first that it
+    # has not read the request (unix(7)), and then delivers the reply.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        socket.send_fds(connection, [request], sent)
+    try:
+        reply, fds, _, _ = socket.recv_fds(connection, _ANSWER.size, 1)
+    except ConnectionResetError:
+        reply, fds, _, _ = socket.recv_fds(connection, _ANSWER.size, 1)
+    return reply, fds
 
 
 def _accept(
@@ -189,18 +206,32 @@ def _accept(
     """Return the child that has reported; it ends if this fails."""
     listener = Listener(received[0], 0) if received else None
     try:
+        if not reply:
+            raise ServerEnded("the fork server has ended")
         if len(reply) != _ANSWER.size:
-            raise Unanswered("the fork server has ended")
+            raise Unserved("the forked QEMU has ended")
         pid, step, code, number = _ANSWER.unpack(reply)
         if step:
-            raise Incompatible(
-                f"cannot confine QEMU on this host: it could not {_STEPS[step]}: "
-                f"{os.strerror(code)}",
-                hint="run `onecopy doctor` to see what this host supports",
-            )
-        pidfd = os.pidfd_open(pid)
+            raise Unserved(f"fork server: could not {_STEPS[step]}: {os.strerror(code)}")
+        pidfd = _open(pid, connection)
     except BaseException:
         if listener:
             os.close(listener.fd)
         raise
     return Forked(pid, pidfd, connection), listener and Listener(listener.fd, number)
+
+
+def _open(pid: int, connection: socket.socket) -> int:
+    """Return a pidfd of the child at the other end, whose pid nobody else has while it lives."""
+    pidfd = os.pidfd_open(pid)
+    if not is_open(connection):
+        os.close(pidfd)
+        raise Unserved("the forked QEMU has ended")
+    return pidfd
+
+
+def is_open(connection: socket.socket) -> bool:
+    """Whether a server or its child has the other end of a connection, and has sent no more."""
+    received = select.poll()
+    received.register(connection, select.POLLIN)
+    return not received.poll(0)

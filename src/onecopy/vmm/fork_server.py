@@ -1,12 +1,13 @@
 """Fork servers: QEMUs that were initialised once and fork the VMMs of one trust domain.
 
 The socket of a server is named KEY. A VMM inherits what its creator has. So KEY covers what a
-command would pass on: namespaces, control group, resource limits, scheduling. A command with others
-has another server. KEY also covers the trust domain, QEMU's binary and the library: after an
-upgrade new guests have another server, and the old one ends.
+command would pass on: namespaces, control group, resource limits, scheduling, restrictions. A
+command with others has another server. KEY also covers the trust domain, QEMU's binary, this host's
+libraries and the library here: after an upgrade new guests have another server, and the old one
+ends.
 
 A server ends if it has had no children for a while. It is renewed regularly, because all its
-children have the same addresses. Its end, even by SIGKILL, affects no VMM.
+children have the same addresses. One that does not answer is killed. Its end affects no VMM.
 
 Not here: the library (files/fork_server.c), the request (fork_request.py), which servers run
 (fork_registry.py), and whether this host's QEMU can be forked (fork_probe.py).
@@ -18,17 +19,24 @@ import contextlib
 import hashlib
 import os
 import resource
+import select
+import signal
 import socket
+import stat
+import struct
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from onecopy.linux import child_reaper
 from onecopy.linux.lock import locked_blocking
+from onecopy.linux.syscall import PR_GET_MEMORY_MERGE, buffer, prctl, syscall
 from onecopy.subprocesses import run
 from onecopy.vmm import fork_registry
+from onecopy.vmm.fork_request import is_open
 
 _SOURCES = [
     Path(__file__).with_name("files") / f"fork_{name}.c" for name in ("server", "child", "preload")
@@ -37,7 +45,21 @@ _SOURCES = [
 _SHIPPED = _SOURCES[0].with_suffix(".so")
 #: What the server's command line shows. Without the library QEMU refuses it and ends at once.
 _ARGUMENTS = ("-machine", "none", "-fork-server")
+#: Seconds for a server to start, and for a killed one to end; and between two looks.
+_PATIENCE, _PAUSE = 10.0, 0.001
+#: This host's shared libraries; ldconfig(8) replaces it when one is upgraded.
+_LIBRARIES = Path("/etc/ld.so.cache")
 _COMPILE = ("-O2", "-Wall", "-shared", "-fPIC")
+#: The most that is told of what a server has printed; and struct ucred (unix(7)).
+_PRINTED, _CREDENTIALS = 500, struct.Struct("3i")
+_RESTRICTIONS = (
+    *(b"Umask:", b"CapInh:", b"CapPrm:", b"CapBnd:", b"CapAmb:"),
+    *(b"NoNewPrivs:", b"Seccomp:", b"Seccomp_filters:", b"SigBlk:", b"SigIgn:"),
+)
+#: System calls (asm/unistd_64.h), ioprio_get(2)'s argument, and more NUMA nodes than hosts have.
+_IOPRIO_GET, _GET_MEMPOLICY, _OF_THREAD, _NODES = 252, 239, 1, 1024
+#: Larger than any file of /proc that is read here.
+_LARGEST = 1 << 16
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
@@ -66,41 +88,58 @@ class ForkServer(msgspec.Struct, frozen=True):
         path = fork_registry.directory() / self._key(binary, environment)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
+            # The queue of a server that hangs is full at some time.
+            patience = struct.pack("ll", int(_PATIENCE), 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             if not _connects(connection, path):
-                with locked_blocking(fork_registry.lock_of(path)):
+                with locked_blocking(fork_registry.lock_of(path), _PATIENCE):
                     if not _connects(connection, path):
                         path.unlink(missing_ok=True)
-                        self._start(binary, environment, path)
-                        if not _connects(connection, path):
-                            raise ConnectionError("it ended at its start")
+                        self._start(binary, environment, path, connection)
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def forsake(self, connection: socket.socket) -> None:
-        """Have later starts use another server than the one that does not answer here."""
-        with contextlib.suppress(OSError):
-            Path(connection.getpeername()).unlink()
-
-    def _start(self, binary: str, environment: Mapping[str, str], path: Path) -> None:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+    def _start(
+        self, binary: str, environment: Mapping[str, str], path: Path, connection: socket.socket
+    ) -> None:
+        """Start a server, and connect to it."""
+        with (
+            _copied(self.library) as library,
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+            os.fdopen(os.memfd_create("errors"), "rb") as errors,
+        ):
             listener.bind(str(path))
-            listener.listen()
-            settings = f"{listener.fileno()} {self.idle} {self.life}"
-            added = {"LD_PRELOAD": str(self.library), "ONECOPY_FORK_SERVER": settings}
+            passed = listener.fileno(), library
+            settings = (*passed, self.idle, self.life)
+            added = {
+                "LD_PRELOAD": f"/proc/self/fd/{library}",
+                "ONECOPY_FORK_SERVER": " ".join(map(str, settings)),
+            }
             process = subprocess.Popen(
                 [binary, *_ARGUMENTS],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=errors,
                 env={**environment, **added},
-                pass_fds=[listener.fileno()],
+                pass_fds=passed,
                 cwd="/",
                 restore_signals=False,
                 start_new_session=True,
             )
-        fork_registry.record(path, process.pid, self.store, self.domain)
+            try:
+                fork_registry.record(path, process.pid, self.store, self.domain)
+                _await(process, connection, path)
+            except BaseException as error:
+                process.kill()
+                process.wait()
+                path.unlink(missing_ok=True)
+                if isinstance(error, OSError):
+                    errors.seek(0)
+                    printed = errors.read(_PRINTED).decode(errors="replace").strip()
+                    raise OSError(f"{error}: {printed}" if printed else str(error)) from error
+                raise
         # Otherwise Popen would warn that the process is still running.
         process.returncode = 0
         child_reaper.adopt(process.pid)
@@ -108,16 +147,38 @@ class ForkServer(msgspec.Struct, frozen=True):
     def _key(self, binary: str, environment: Mapping[str, str]) -> str:
         parts: list[object] = [self.store, self.domain, os.geteuid(), sorted(os.getgroups())]
         parts += [sorted(environment.items()), self.idle, self.life]
-        for path in (Path(binary), self.library):
-            found = path.stat()
-            parts += [str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns]
+        parts += [_file(path) for path in (Path(binary), self.library, Path("/"))]
+        if _LIBRARIES.exists():
+            parts += [_file(_LIBRARIES)]
         parts += [_namespace(name) for name in _NAMESPACES]
         parts += [resource.getrlimit(number) for number in _LIMITS]
         parts += [os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)]
         parts += [sorted(os.sched_getaffinity(0))]
-        parts += [_read(name) for name in ("cgroup", "oom_score_adj", "attr/current")]
-        parts += [_mask()]
+        names = ("cgroup", "oom_score_adj", "attr/current", "personality")
+        parts += [_read(name) for name in names]
+        parts += [_restrictions(), *_policies()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def forsake(connection: socket.socket) -> None:
+    """Kill the server of a connection, which does not answer.
+
+    Otherwise it would keep what the request has sent: the lease of the guest, which starts by exec.
+    """
+    pid, _, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    with contextlib.suppress(OSError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            # Otherwise the server has ended, and another process may have its pid.
+            if is_open(connection):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                ended = select.poll()
+                ended.register(pidfd, select.POLLIN)
+                ended.poll(_PATIENCE * 1000)
+        finally:
+            os.close(pidfd)
 
 
 def _connects(connection: socket.socket, path: Path) -> bool:
@@ -128,22 +189,76 @@ def _connects(connection: socket.socket, path: Path) -> bool:
     return True
 
 
+def _await(process: subprocess.Popen[bytes], connection: socket.socket, path: Path) -> None:
+    """Connect to a server as soon as it listens."""
+    deadline = time.monotonic() + _PATIENCE
+    while not _connects(connection, path):
+        if (code := process.poll()) is not None:
+            raise ChildProcessError(f"the fork server ended while starting (exit code {code})")
+        if time.monotonic() > deadline:
+            raise TimeoutError("the fork server did not start")
+        time.sleep(_PAUSE)
+
+
+@contextlib.contextmanager
+def _copied(path: Path) -> Iterator[int]:
+    """Copy a library that no other user may have changed, since root executes it, too.
+
+    A server that had the file itself would keep the file's file system from being unmounted.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{path} belongs to another user, or others may write to it")
+        data = file.read()
+    with os.fdopen(os.memfd_create("fork-server"), "wb") as copy:
+        copy.write(data)
+        copy.flush()
+        yield copy.fileno()
+
+
+def _file(path: Path) -> tuple[str, int, int, int, int]:
+    found = path.stat()
+    return str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _namespace(name: str) -> str:
     with contextlib.suppress(OSError):
-        return str(Path(f"/proc/self/ns/{name}").readlink())
+        return os.readlink(f"/proc/thread-self/ns/{name}")  # noqa: PTH115 - Path takes 8 times as long
     return ""
 
 
 def _read(name: str) -> bytes:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/self/{name}").read_bytes()
+        fd = os.open(f"/proc/thread-self/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(fd, _LARGEST)
+        finally:
+            os.close(fd)
     return b""
 
 
-def _mask() -> bytes:
-    """Return the umask, and the capabilities that a process of this one could have."""
+def _restrictions() -> bytes:
+    """Return what restricts this thread and its children, by its lines in /proc."""
     status = _read("status").split(b"\n")
-    return b"".join(line for line in status if line.startswith((b"Umask:", b"CapBnd:", b"CapPrm:")))
+    return b"".join(line for line in status if line.startswith(_RESTRICTIONS))
+
+
+def _policies() -> list[object]:
+    """Return the I/O priority, the NUMA policy, and whether KSM may merge all of its memory."""
+    mode, nodes = buffer(bytes(4)), buffer(bytes(_NODES // 8))
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: syscall(_IOPRIO_GET, _OF_THREAD, 0),
+        lambda: syscall(_GET_MEMPOLICY, mode, nodes, _NODES, 0, 0),
+        lambda: prctl(PR_GET_MEMORY_MERGE),
+    )
+    found: list[object] = []
+    for call in calls:
+        # Containers refuse some, and older kernels lack the last one.
+        with contextlib.suppress(OSError):
+            found.append(call())
+    return [*found, mode.raw, nodes.raw]
 
 
 def library(cache: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from onecopy.errors import Incompatible
+from onecopy.errors import Incompatible, NotPermitted
 from onecopy.linux import child_reaper
 from onecopy.linux.sandbox import rlimits
 from onecopy.linux.syscall import (
@@ -34,8 +34,8 @@ from onecopy.linux.syscall import (
 )
 from onecopy.subprocesses import environment
 from onecopy.vmm.confine import Confinement, enter, ruleset
-from onecopy.vmm.fork_request import Forked, Unanswered, Unserved, ask
-from onecopy.vmm.fork_server import ForkServer
+from onecopy.vmm.fork_request import Forked, Listener, ServerEnded, Unanswered, Unserved, ask
+from onecopy.vmm.fork_server import ForkServer, forsake
 from onecopy.vmm.vmm_user import User
 
 #: QEMU allocates large blocks, mostly virtio queues, of which it uses little. As separate mappings,
@@ -81,11 +81,9 @@ def start(
         return _execute(argv, confinement, folder, output, passed)
     try:
         return _fork(argv, confinement, folder, output, passed, server)
-    except Unserved as error:
-        why_exec = str(error)
-    except OSError as error:
-        why_exec = f"the fork server cannot be reached: {error.strerror or error}"
-    return replace(_execute(argv, confinement, folder, output, passed), why_exec=why_exec)
+    except (Unserved, OSError, NotPermitted) as error:
+        started = _execute(argv, confinement, folder, output, passed)
+        return replace(started, why_exec=str(error))
 
 
 def release(process: Process) -> None:
@@ -112,20 +110,26 @@ def _fork(
             ends.callback(rules.close)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         ends.callback(os.close, null)
-        # The server may have to be started. Its children inherit this.
-        with alone, inherited_attributes(), ignored(signal.SIGXFSZ):
-            connection = server.connect(argv[0], environment(_ENVIRONMENT))
         standard = (null, 0), (output, 1), (output, 2)
         descriptors = [*standard, *((fd, fd) for fd in passed)]
+
+        def attempt() -> tuple[Forked, Listener | None]:
+            # The server may have to be started. Its children inherit this.
+            with alone, inherited_attributes(), ignored(signal.SIGXFSZ):
+                connection = server.connect(argv[0], environment(_ENVIRONMENT))
+            fd = rules.fd if rules else None
+            try:
+                return ask(connection, argv, confinement, folder, descriptors, fd)
+            except BaseException as error:
+                if isinstance(error, Unanswered):
+                    forsake(connection)
+                connection.close()
+                raise
+
         try:
-            process, listener = ask(
-                connection, argv, confinement, folder, descriptors, rules.fd if rules else None
-            )
-        except BaseException as error:
-            if isinstance(error, Unanswered):
-                server.forsake(connection)
-            connection.close()
-            raise
+            process, listener = attempt()
+        except ServerEnded:
+            process, listener = attempt()
     started = Started(process, *(listener or (None, None)))
     _limit(started, confinement)
     try:

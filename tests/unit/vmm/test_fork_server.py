@@ -1,145 +1,43 @@
-"""A fork server with this host's QEMU: what its VMMs are, and what its end means for them.
+"""A fork server with this host's QEMU: what its VMMs are, and what is not in them.
 
-Not here: guests that run (tests/vm).
+Not here: servers that fail or end (test_fork_server_fails.py), and guests that run (tests/vm).
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
-import socket
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from onecopy.errors import Incompatible
 from onecopy.guest.observe import accounts
-from onecopy.linux import process, vmm_registry
+from onecopy.linux import process
 from onecopy.linux.counters import pagemap, smaps
 from onecopy.linux.sandbox import rlimits, seccomp
 from onecopy.model import PAGE_SIZE
 from onecopy.sharing import report
 from onecopy.subprocesses import find_program
-from onecopy.vmm import external_qemu, fork_registry, fork_request, fork_server, vmm_user
-from onecopy.vmm.confine import Confinement, filter_program
+from onecopy.vmm import external_qemu, fork_registry, fork_request, vmm_user
+from onecopy.vmm.confine import filter_program
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.qemu import BINARY
-from onecopy.vmm.spawn import Started, release, start
+from onecopy.vmm.spawn import start
 from tests.conftest import cannot_run
 from tests.unit.bpf import decide
+from tests.unit.vmm.fork_kit import PATIENCE, Vmm, confinement, servers, vmm
 
-PATIENCE = 60.0
 #: What must be equal however a VMM was started.
 CREDENTIALS = re.compile(
     r"^(Umask|Uid|Gid|Groups|CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs|Seccomp|"
     r"Seccomp_filters|SigBlk|SigIgn|SigCgt|Cpus_allowed|THP_enabled):.*",
     re.MULTILINE,
 )
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fork_server.library(tmp_path_factory.mktemp("library"))
-
-
-@pytest.fixture
-def server(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServer]:
-    base = tmp_path / "base"
-    base.mkdir(mode=0o700)
-    monkeypatch.setattr(fork_registry, "make_run_base", lambda: base)
-    found = ForkServer(library, domain=str(tmp_path))
-    yield found
-    for pid in servers(base):
-        os.kill(pid, signal.SIGKILL)
-
-
-def servers(base: Path) -> list[int]:
-    """Return the servers whose sockets are below ``base``."""
-    found = []
-    for path in (base / "forks").glob("*"):
-        if path.suffix != ".lock" and "=" not in path.name:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-                try:
-                    connection.connect(str(path))
-                except OSError:
-                    continue
-                peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                found.append(int.from_bytes(peer[:4], "little"))
-    return found
-
-
-def confinement(**options: Any) -> Confinement:
-    given = {"user": vmm_user.new_user("tcg"), "kvm": False, "asks": False, **options}
-    return Confinement(**{"capabilities": 0, "rights": {}, **given})
-
-
-class Vmm:
-    """A QEMU without a guest, with a monitor at an inherited socket."""
-
-    def __init__(self, folder: Path, server: ForkServer | None, *more: str, **options: Any) -> None:
-        folder.mkdir(mode=0o711)
-        self.log = folder / "log"
-        argv = [find_program(BINARY), "-nodefaults", "-no-user-config", "-display", "none"]
-        argv += ["-machine", "q35", "-accel", "tcg,tb-size=8", "-m", "16M", "-S", *more]
-        with socket.socket(socket.AF_UNIX) as listener, self.log.open("wb") as out:
-            listener.bind(str(folder / "qmp"))
-            listener.listen()
-            fd = listener.fileno()
-            argv += [
-                "-chardev",
-                f"socket,id=m,fd={fd},server=on,wait=off",
-                "-mon",
-                "m,mode=control",
-            ]
-            self.argv = argv
-            self.started: Started = start(
-                argv, confinement(**options), folder, out.fileno(), [fd], server
-            )
-        self.process = self.started.process
-        self.pid = self.process.pid
-        self.monitor = socket.socket(socket.AF_UNIX)
-        self.monitor.settimeout(PATIENCE)
-        self.monitor.connect(str(folder / "qmp"))
-        self.lines = self.monitor.makefile("r")
-        assert "QMP" in self.lines.readline(), self.log.read_text()
-        self.execute("qmp_capabilities")
-
-    def close(self) -> None:
-        self.lines.close()
-        self.monitor.close()
-        self.process.kill()
-        self.process.wait()
-
-    def execute(self, command: str) -> Any:
-        self.monitor.sendall(json.dumps({"execute": command}).encode())
-        while "return" not in (reply := json.loads(self.lines.readline())):
-            pass
-        return reply["return"]
-
-    def read(self, name: str) -> str:
-        return Path(f"/proc/{self.pid}/{name}").read_text()
-
-    def descriptors(self) -> list[str]:
-        found = [os.readlink(each) for each in Path(f"/proc/{self.pid}/fd").iterdir()]  # noqa: PTH115
-        return sorted(re.sub(r"\d+|/\S+/", "", each) for each in found)
-
-
-@contextmanager
-def vmm(folder: Path, server: ForkServer | None, *more: str, **options: Any) -> Iterator[Vmm]:
-    found = Vmm(folder, server, *more, **options)
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 def status(found: Vmm) -> list[str]:
@@ -197,10 +95,12 @@ def _private(pid: int) -> int:
     return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+)", text, re.MULTILINE)))
 
 
-def test_the_server_is_no_guest_and_no_other_qemu(server: ForkServer, tmp_path: Path) -> None:
+def test_the_server_is_no_guest_and_no_other_qemu(
+    server: ForkServer, base: Path, tmp_path: Path
+) -> None:
     blue = replace(server, store="store", domain="blue")
     with vmm(tmp_path / "a", blue) as one, vmm(tmp_path / "b", blue):
-        (pid,) = servers(tmp_path / "base")
+        (pid,) = fork_registry.pids()
         (found,) = fork_registry.running()
         assert (found.process.pid, found.store, found.domain) == (pid, "store", "blue")
         assert process.cmdline(pid)[1:] == ["-machine", "none", "-fork-server"]
@@ -216,7 +116,7 @@ def test_the_server_is_no_guest_and_no_other_qemu(server: ForkServer, tmp_path: 
     assert fork_registry.pids() == [pid]
     fork_registry.end("store")
     assert not found.process.lives()
-    assert list((tmp_path / "base/forks").iterdir()) == []
+    assert list((base / "forks").iterdir()) == []
 
 
 def test_memory_is_counted_once(server: ForkServer, tmp_path: Path) -> None:
@@ -256,14 +156,21 @@ def _anonymous_frames(pid: int) -> Iterator[int]:
                     yield pagemap.pfn(entry) or 0
 
 
-def test_nothing_of_another_guest_is_in_a_vmm(server: ForkServer, tmp_path: Path) -> None:
-    name = "the-name-of-the-first-guest"
+def test_nothing_of_another_guest_or_of_its_creator_is_in_a_vmm(
+    server: ForkServer, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"the-name-of-the-first-guest-{os.urandom(8).hex()}".encode()
+    secret = f"a-secret-of-the-command-{os.urandom(8).hex()}".encode()
+    monkeypatch.setenv("SECRET", secret.decode())
     with (
-        vmm(tmp_path / "a", server, "-name", name) as one,
+        vmm(tmp_path / "a", server, "-name", name.decode()) as one,
         vmm(tmp_path / "b", server) as other,
     ):
-        assert _contains(one.pid, name.encode())
-        assert not _contains(other.pid, name.encode())
+        (pid,) = servers(base)
+        assert _contains(one.pid, name)
+        for each in (pid, other.pid):
+            assert not _contains(each, name)
+            assert not _contains(each, secret)
 
 
 def _contains(pid: int, text: bytes) -> bool:
@@ -271,58 +178,11 @@ def _contains(pid: int, text: bytes) -> bool:
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             span, rights = line.split()[:2]
             begin, end = (int(each, 16) for each in span.split("-"))
-            if rights.startswith("rw") and end - begin < 1 << 26:
+            if rights.startswith("rw"):
                 memory.seek(begin)
-                with suppress(OSError):  # the VMM has just given it back
-                    if text in memory.read(end - begin):
-                        return True
+                if text in memory.read(end - begin):
+                    return True
     return False
-
-
-def test_the_end_of_the_server_harms_no_vmm(server: ForkServer, tmp_path: Path) -> None:
-    with vmm(tmp_path / "a", server) as before:
-        (killed,) = fork_registry.running()
-        assert vmm_registry.end([killed.process]) == []
-        assert before.execute("query-status")["status"] == "prelaunch"
-        with vmm(tmp_path / "b", server) as after:
-            assert not after.started.why_exec
-            assert servers(tmp_path / "base") != [killed.process.pid]
-    # Nobody could report how it ended.
-    assert before.process.returncode is None
-    assert after.process.returncode == -signal.SIGKILL
-
-
-def test_a_server_that_hangs_is_replaced(
-    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with vmm(tmp_path / "a", server):
-        (pid,) = servers(tmp_path / "base")
-        monkeypatch.setattr(fork_request, "_PATIENCE", 1.0)
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            with vmm(tmp_path / "b", server) as executed:
-                assert "does not answer" in executed.started.why_exec
-            monkeypatch.undo()
-            monkeypatch.setattr(fork_registry, "make_run_base", lambda: tmp_path / "base")
-            with vmm(tmp_path / "c", server) as forked:
-                assert not forked.started.why_exec
-        finally:
-            os.kill(pid, signal.SIGKILL)
-
-
-def test_a_server_ends_when_idle(library: Path, tmp_path: Path, server: ForkServer) -> None:
-    short = replace(server, idle=1)
-    with vmm(tmp_path / "a", short) as forked:
-        (pid,) = servers(tmp_path / "base")
-        time.sleep(2.5)
-        assert forked.execute("query-status")
-        assert servers(tmp_path / "base") == [pid]
-    deadline = time.monotonic() + PATIENCE
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not Path(f"/proc/{pid}").exists()
-    fork_registry.sweep()
-    assert list((tmp_path / "base/forks").iterdir()) == []
 
 
 def test_a_vmm_that_qemu_refuses_has_its_exit_code(server: ForkServer, tmp_path: Path) -> None:
@@ -331,36 +191,6 @@ def test_a_vmm_that_qemu_refuses_has_its_exit_code(server: ForkServer, tmp_path:
         process = start(argv, confinement(), tmp_path, out.fileno(), [], server).process
         assert process.wait(PATIENCE) == 1
     assert "no-such-option" in (tmp_path / "log").read_text()
-
-
-def test_a_confinement_that_fails_is_an_error_and_starts_nothing(
-    server: ForkServer, tmp_path: Path
-) -> None:
-    wrong = confinement(etc=tmp_path / "missing")
-    with (tmp_path / "log").open("wb") as out, pytest.raises(Incompatible, match="mount"):
-        start([find_program(BINARY)], wrong, tmp_path, out.fileno(), [], server)
-
-
-def test_a_client_that_leaves_ends_its_child(server: ForkServer, tmp_path: Path) -> None:
-    binary = find_program(BINARY)
-    connection = server.connect(binary, {})
-    folder = ["-name", "left"]
-    process, _ = fork_request.ask(connection, [binary, *folder], confinement(), tmp_path, [], None)
-    assert process.poll() is None
-    pid = process.pid
-    release(process)
-    deadline = time.monotonic() + PATIENCE
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{pid}").exists()
-
-
-def test_another_program_falls_back_to_exec(server: ForkServer, tmp_path: Path) -> None:
-    with (tmp_path / "log").open("wb") as out:
-        started = start(["/bin/true"], confinement(), tmp_path, out.fileno(), [], server)
-    assert started.why_exec
-    assert started.process.wait(PATIENCE) == 0
-    assert isinstance(started.process, subprocess.Popen)
 
 
 def test_a_forked_vmm_may_start_no_program() -> None:

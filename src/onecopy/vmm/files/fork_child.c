@@ -34,8 +34,6 @@ static long receive(int connection)
     struct iovec part = {message.bytes, sizeof message.bytes};
     struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.room,
                             .msg_controllen = sizeof control.room};
-    struct timeval patience = {PATIENCE, 0};
-    setsockopt(connection, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     long count = recvmsg(connection, &header, MSG_CMSG_CLOEXEC);
     if (count <= 0)
         _exit(0);
@@ -53,7 +51,13 @@ static long receive(int connection)
     if (asked->version != VERSION || asked->fd_count != fds || fds < 1 + !!(asked->flags & RULES) ||
         asked->group_count > MOST_GROUPS || asked->word_count > MOST_WORDS || !asked->word_count ||
         asked->filter_bytes % sizeof(struct sock_filter) || asked->text_bytes > count ||
-        asked->filter_bytes != count - asked->text_bytes || message.bytes[sizeof *asked + count - 1])
+        asked->filter_bytes != count - asked->text_bytes)
+        return -1;
+    unsigned strings = 0;
+    for (long i = asked->filter_bytes; i < count; i++)
+        strings += !message.bytes[sizeof *asked + i];
+    if (strings != asked->word_count + 2L * asked->mount_count ||
+        message.bytes[sizeof *asked + count - 1])
         return -1;
     return count;
 }

@@ -61,8 +61,8 @@ int __register_atfork(handler *prepare, handler *parent, handler *child, void *o
     return 0;
 }
 
-/* Read a number after spaces. (The C library's functions for that need its newest versions if they
- * are compiled with these.) */
+/* Read a number after spaces. (The C library's functions for that would need the C library with
+ * which this is compiled, and not an older one.) */
 static unsigned long read_number(char **at)
 {
     unsigned long value = 0;
@@ -109,6 +109,7 @@ static int run_main(int count, char **arguments, char **environment)
     if (!settings)
         return real_main(count, arguments, environment);
     listening = read_number(&settings);
+    close(read_number(&settings));
     idle_limit = read_number(&settings);
     life_limit = read_number(&settings);
     unsetenv(VARIABLE);

@@ -9,18 +9,21 @@
  * A connection is of SOCK_SEQPACKET. The client sends a struct request, the child answers with a
  * struct answer, the client sends one byte, and the child runs. If the client closes the connection
  * before that, the child ends. When the child has ended, the server sends its wait status, an int.
+ * If the server cannot fork, it sends the answer. If it cannot accept, it serves no more.
  *
  * The server receives nothing but connections, so no child has anything of another guest in its
  * memory. The child closes all descriptors of the server before it receives its own. A thread keeps
  * the confinement of its creator, so QEMU's RCU thread starts in the child only afterwards.
  *
- * ONECOPY_FORK_SERVER is "SOCKET IDLE LIFE": the descriptor of a bound socket, the seconds after
- * which a server without children ends, and those after which it accepts no more connections.
+ * ONECOPY_FORK_SERVER is "SOCKET LIBRARY IDLE LIFE": the descriptors of a bound socket and of this
+ * library, the seconds after which a server without children ends, and those after which it accepts
+ * no more connections. It does not either once its socket has lost its name.
  *
  * Not here: what a VMM may (vmm/confine.py), and the client (vmm/fork_request.py).
  */
 
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -83,10 +86,8 @@ struct answer {
 
 /* The steps of a child that can fail (vmm/fork_request.py). */
 enum { RECEIVE = 1, PLACE, TITLE, MOUNT, DIRECTORY, MERGING, USER, CAPABILITIES, PRIVILEGES,
-       LANDLOCK, SECCOMP, THREADS };
+       LANDLOCK, SECCOMP, THREADS, FORK };
 
-/* Seconds that a child waits for its client. */
-enum { PATIENCE = 10 };
 enum { MOST_CLIENTS = 1024 };
 
 #define VARIABLE "ONECOPY_FORK_SERVER"
@@ -98,6 +99,9 @@ static main_function *real_main;
 static char *words[MOST_WORDS + 1];
 static char filler[] = "-nodefaults";
 static int listening = -1, idle_limit, life_limit;
+/* The name of the socket, and its file. */
+static struct sockaddr_un name;
+static struct stat named;
 /* QEMU's handlers of pthread_atfork: they lock and restart its RCU thread. */
 enum { MOST_HANDLERS = 4 };
 static struct { handler *prepare, *parent, *child; } handlers[MOST_HANDLERS];
@@ -149,17 +153,20 @@ static int serve_one(int connection, const sigset_t *mask)
         if (handlers[i].prepare)
             handlers[i].prepare();
     pid_t pid = fork();
-    if (!pid)
+    if (!pid) {
         begin(connection);
+        /* QEMU's RCU thread inherits the mask. */
+        sigprocmask(SIG_SETMASK, mask, 0);
+    }
+    if (pid < 0)
+        report(connection, FORK, -1);
     for (int i = 0; i < handler_count; i++) {
         handler *each = pid ? handlers[i].parent : handlers[i].child;
         if (each)
             each();
     }
-    if (!pid) {
-        sigprocmask(SIG_SETMASK, mask, 0);
+    if (!pid)
         return 1;
-    }
     if (pid < 0) {
         close(connection);
     } else {
@@ -177,23 +184,33 @@ static long now(void)
     return time.tv_sec;
 }
 
-/* Return the inode of the socket's name, which may be another server's by now. */
-static ino_t find_name(struct sockaddr_un *name)
+static int has_name(void)
 {
     struct stat found;
-    socklen_t size = sizeof *name;
-    memset(name, 0, size);
-    return getsockname(listening, (struct sockaddr *)name, &size) || stat(name->sun_path, &found)
-               ? 0
-               : found.st_ino;
+    return !lstat(name.sun_path, &found) && found.st_dev == named.st_dev &&
+           found.st_ino == named.st_ino;
 }
 
 /* Remove the socket's name, so that clients start another server. */
-static void withdraw(ino_t own)
+static void withdraw(void)
 {
-    struct sockaddr_un name;
-    if (own && find_name(&name) == own)
+    if (has_name())
         unlink(name.sun_path);
+}
+
+/* End if QEMU has other threads than that of its handlers, which children would not have. */
+static void require_threads(void)
+{
+    int count = 0;
+    DIR *tasks = opendir("/proc/self/task");
+    for (struct dirent *each; tasks && (each = readdir(tasks));)
+        count += each->d_name[0] != '.';
+    if (!tasks || closedir(tasks))
+        fail("cannot count threads");
+    if (count > 1 + !!handler_count) {
+        errno = EAGAIN;
+        fail("this QEMU starts other threads early");
+    }
 }
 
 /* End if QEMU has opened descriptors that children cannot have anew. */
@@ -212,25 +229,43 @@ static void require_early(void)
             early[i].count = 0;
 }
 
+static void begin_listening(void)
+{
+    socklen_t size = sizeof name;
+    if (getsockname(listening, (struct sockaddr *)&name, &size) || lstat(name.sun_path, &named) ||
+        listen(listening, SOMAXCONN) || fcntl(listening, F_SETFL, O_NONBLOCK))
+        fail("cannot listen");
+}
+
+/* Accept a client; return 1 in its child, and -1 if that is not possible any more. */
+static int accept_one(const sigset_t *mask)
+{
+    int connection = accept4(listening, 0, 0, SOCK_CLOEXEC);
+    if (connection >= 0)
+        return serve_one(connection, mask);
+    return errno == EAGAIN || errno == EINTR || errno == ECONNABORTED ? 0 : -1;
+}
+
 /* Serve until a child is to go on as QEMU. */
 static void serve(void)
 {
     static struct pollfd ready[MOST_CLIENTS + 2];
-    struct sockaddr_un name;
     sigset_t children, mask;
-    ino_t own = find_name(&name);
     require_early();
+    require_threads();
     sigemptyset(&children);
     sigaddset(&children, SIGCHLD);
     sigprocmask(SIG_BLOCK, &children, &mask);
     int ended = signalfd(-1, &children, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (ended < 0 || listen(listening, 128) || fcntl(listening, F_SETFL, O_NONBLOCK))
-        fail("cannot listen");
+    if (ended < 0)
+        fail("cannot watch children");
+    begin_listening();
     for (long began = now(), last = began, open = 1;;) {
         struct signalfd_siginfo information;
-        if (open && (now() - began >= life_limit || (!child_count && now() - last >= idle_limit))) {
+        if (open && (now() - began >= life_limit || !has_name() ||
+                     (!child_count && now() - last >= idle_limit))) {
             /* Once more, because a client may just have connected. */
-            withdraw(own);
+            withdraw();
             open = 0;
         } else if (!open && !client_count) {
             _exit(0);
@@ -239,7 +274,7 @@ static void serve(void)
         ready[1] = (struct pollfd){client_count < MOST_CLIENTS ? listening : -1, POLLIN, 0};
         for (int i = 0; i < client_count; i++)
             ready[i + 2] = (struct pollfd){clients[i].connection, 0, 0};
-        int count = poll(ready, client_count + 2, open ? 1000 : client_count ? 1000 : 0);
+        int count = poll(ready, client_count + 2, open || client_count ? 1000 : 0);
         for (int i = client_count - 1; count > 0 && i >= 0; i--)
             if (ready[i + 2].revents)
                 forget_client(i);
@@ -250,10 +285,17 @@ static void serve(void)
             last = now();
         }
         if (count > 0 && ready[1].revents) {
-            int connection = accept4(listening, 0, 0, SOCK_CLOEXEC);
+            int accepted = accept_one(&mask);
             last = now();
-            if (connection >= 0 && serve_one(connection, &mask))
+            if (accepted > 0)
                 return;
+            if (accepted < 0) {
+                /* Clients that wait are refused, and start another server. */
+                withdraw();
+                close(listening);
+                listening = -1;
+                open = 0;
+            }
         }
     }
 }
