@@ -87,8 +87,7 @@ COLUMNS = (
         "vmm_shared",
         "VMM SHARED",
         "QEMU's memory besides RAM and segments that other processes map too: its program, "
-        "libraries, pages of its fork server, merged pages. The total counts a page once for each "
-        "guest that maps it.",
+        "libraries, merged pages. The total counts a page once for each guest that maps it.",
     ),
     Column(
         "pss_total",
