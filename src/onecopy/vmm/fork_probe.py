@@ -9,7 +9,6 @@ Not here: a server that fails later, whose guests start by exec, too (spawn.py).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 from functools import partial
@@ -53,9 +52,9 @@ def find(binary: str, cache: Path, *, again: float = _AGAIN) -> Library:
     """
     try:
         path = fork_server.library(cache)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        probe = partial(_probe, binary, path)
-        why_not = remember(cache, f"fork-{digest}", binary, probe, again=again)
+        found = path.stat()
+        name = f"fork-{found.st_size:x}-{found.st_mtime_ns:x}"
+        why_not = remember(cache, name, binary, partial(_probe, binary, path), again=again)
     except MissingProgram:
         return Library(None, f"gcc is not installed, which fork servers need: {as_root(_COMPILER)}")
     except CommandFailed:
