@@ -65,7 +65,7 @@ def record(socket: Path, pid: int, store: str, domain: str) -> None:
 
 def running() -> list[Server]:
     """List this user's fork servers that run, those of all stores, by pid."""
-    found = [each for each in _records("") if each.process.lives()]
+    found = [each for each in _records() if each.process.lives()]
     return sorted(found, key=lambda each: each.process.pid)
 
 
@@ -76,7 +76,7 @@ def pids() -> list[int]:
 
 def end(store: str) -> None:
     """Kill the servers of a store, and remove their files."""
-    vmm_registry.end(each.process for each in _records("") if each.store == store)
+    vmm_registry.end(each.process for each in _records() if each.store == store)
     sweep()
 
 
@@ -84,36 +84,42 @@ def sweep() -> None:
     """Remove what ended servers have left."""
     with contextlib.suppress(FileNotFoundError):
         names = os.listdir(_path())  # noqa: PTH208 - each command calls this
+        records = [match for name in names if (match := _RECORD.fullmatch(name))]
         for key in [name.removesuffix(_LOCK) for name in names if name.endswith(_LOCK)]:
-            _clean(key)
+            found = [_process(match) for match in records if match[1] == key]
+            if not found or not all(each.lives() for each in found):
+                _clean(key)
 
 
 def _clean(key: str) -> None:
     """Remove the files of a server if it has ended, unless another command starts one."""
-    found = _records(key)
-    if found and all(each.process.lives() for each in found):
-        return
     socket = _path() / key
     with take_over(lock_of(socket)) as lock:
         if lock is None:
             return
-        found = _records(key)
-        ended = [each for each in found if not each.process.lives()]
-        for each in ended:
-            each.path.unlink(missing_ok=True)
-        if len(ended) == len(found):
+        living = 0
+        for path in _path().glob(f"{key}=*"):
+            match = _RECORD.fullmatch(path.name)
+            if match and _process(match).lives():
+                living += 1
+            else:
+                path.unlink(missing_ok=True)
+        if not living:
             socket.unlink(missing_ok=True)
             lock_of(socket).unlink(missing_ok=True)
 
 
-def _records(key: str) -> list[Server]:
-    """Read the records of a server, or of all."""
+def _records() -> list[Server]:
+    """Read the records of all servers."""
     found = []
-    for path in _path().glob(f"{key or '*'}=*"):
+    for path in _path().glob("*=*"):
         match = _RECORD.fullmatch(path.name)
         with contextlib.suppress(OSError, msgspec.DecodeError):
             if match:
                 content = msgspec.json.decode(path.read_bytes(), type=_Content)
-                process = Process(int(match[2]), int(match[3]))
-                found.append(Server(path, process, content.store, content.domain))
+                found.append(Server(path, _process(match), content.store, content.domain))
     return found
+
+
+def _process(match: re.Match[str]) -> Process:
+    return Process(int(match[2]), int(match[3]))

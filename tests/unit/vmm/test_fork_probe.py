@@ -138,6 +138,11 @@ def test_what_ended_servers_left_is_swept() -> None:
         assert (one.process.pid, one.domain) == (process.pid, "blue")
         fork_registry.sweep()
         assert len(list(forks.iterdir())) == 6
+        # Its command was killed while it wrote.
+        (forks / f"0b={process.pid}-{one.process.start_ticks}").write_text("")
+        assert len(fork_registry.running()) == 1
+        fork_registry.sweep()
+        assert len(list(forks.iterdir())) == 6
         process.kill()
     fork_registry.sweep()
     assert list(forks.iterdir()) == []
