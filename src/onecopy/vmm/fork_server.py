@@ -280,7 +280,16 @@ def library(cache: Path) -> Path:
 
         with tempfile.TemporaryDirectory(dir=cache) as directory:
             made = Path(directory) / path.name
-            run(["gcc", *_COMPILE, "-o", made, _SOURCES[0], "-ldl"])
-            made.chmod(0o555)
+            build(made)
             made.rename(path)
     return path
+
+
+def build(path: Path) -> None:
+    """Compile the library to ``path``.
+
+    Raises:
+        MissingProgram, CommandFailed: it cannot be compiled.
+    """
+    run(["gcc", *_COMPILE, "-o", path, _SOURCES[0], "-ldl"])
+    path.chmod(0o555)

@@ -12,7 +12,7 @@ import pytest
 from onecopy import subprocesses
 from onecopy.linux.lock import locked_blocking
 from onecopy.subprocesses import find_program
-from onecopy.vmm import fork_probe, fork_registry, fork_request, fork_server
+from onecopy.vmm import fork_probe, fork_registry, fork_server
 from onecopy.vmm.fork_probe import Library
 from onecopy.vmm.qemu import BINARY
 
@@ -22,12 +22,7 @@ STATIC = "#include <unistd.h>\nint main(void) { for (;;) pause(); }"
 DYNAMIC = "int main(void) { return 0; }"
 
 
-@pytest.fixture(autouse=True)
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "base"
-    path.mkdir(mode=0o700)
-    monkeypatch.setattr(fork_registry, "make_run_base", lambda: path)
-    return path
+pytestmark = pytest.mark.usefixtures("base")
 
 
 @pytest.fixture
@@ -76,8 +71,8 @@ def test_a_failed_probe_is_kept_unless_asked_for_again(
     monkeypatch.setattr(fork_probe, "_probe", lambda *_: results.pop(0))
     failed = Library(None, "it hangs; `onecopy doctor` tries again")
     assert [fork_probe.find("/bin/true", tmp_path) for _ in range(2)] == [failed] * 2
-    assert "still" in fork_probe.find("/bin/true", tmp_path, again=True).why_not
-    assert fork_probe.find("/bin/true", tmp_path, again=True).path
+    assert "still" in fork_probe.find("/bin/true", tmp_path, again=0).why_not
+    assert fork_probe.find("/bin/true", tmp_path, again=0).path
     assert fork_probe.find("/bin/true", tmp_path).path
 
 
@@ -92,14 +87,14 @@ def test_a_program_that_hangs_is_ended(
     tmp_path: Path, public: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = compiled(public, STATIC, "-static")
-    monkeypatch.setattr(fork_request, "_PATIENCE", 0.5)
+    monkeypatch.setattr(fork_server, "_PATIENCE", 0.5)
     found = fork_probe.find(binary, tmp_path)
     assert not found.path
-    assert "does not answer" in found.why_not
+    assert "did not start" in found.why_not
     assert processes_of(binary) == []
     assert list((base / "forks").iterdir()) == []
     # Later starts do not wait for it.
-    monkeypatch.setattr(fork_request, "_PATIENCE", 1e6)
+    monkeypatch.setattr(fork_server, "_PATIENCE", 1e6)
     assert fork_probe.find(binary, tmp_path) == found
 
 
@@ -132,9 +127,7 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert found.why_not.endswith("No such file or directory")
 
 
-def test_what_ended_servers_left_is_swept(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_ended_servers_left_is_swept() -> None:
     forks = fork_registry.directory()
     with subprocess.Popen(["sleep", "1000"]) as process:
         for key in ("0a", "0b"):
@@ -145,13 +138,7 @@ def test_what_ended_servers_left_is_swept(
         assert (one.process.pid, one.domain) == (process.pid, "blue")
         fork_registry.sweep()
         assert len(list(forks.iterdir())) == 6
-        # Nobody reaches this one any more, but it has some time to end.
-        (forks / "0b").unlink()
-        fork_registry.sweep()
-        assert process.poll() is None
-        monkeypatch.setattr(fork_registry, "_PATIENCE", -1.0)
-        fork_registry.sweep()
-        assert process.wait(60) < 0
+        process.kill()
     fork_registry.sweep()
     assert list(forks.iterdir()) == []
     assert fork_registry.running() == []
