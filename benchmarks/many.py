@@ -20,13 +20,13 @@ from benchmarks.answers import answered
 from benchmarks.figures import SETTLE, Spread
 from benchmarks.setup import SYSTEM, Setup
 from onecopy.errors import GuestFailed
-from onecopy.guest.observe.accounts import guest_maps
+from onecopy.guest.observe.accounts import report_of
 from onecopy.guest.observe.plan import measure
 from onecopy.linux import process
 from onecopy.linux.counters import meminfo
-from onecopy.sharing.cross_check import Before, check
+from onecopy.sharing.cross_check import Before, check, look
 from onecopy.sharing.forecast import Forecast, Work, forecast
-from onecopy.sharing.report import collect
+from onecopy.vmm import fork_registry
 
 #: Number of single starts in each measurement.
 _ONES = 7
@@ -81,7 +81,7 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
         tell("one clone alone")
         alone = [await _one() for _ in range(_ONES + 1)]
         tell(f"{count} clones")
-        at_first = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
+        at_first = look(fork_registry.pids())
         began = time.monotonic()
         guests = json.loads(await _onecopy("run", *_options(count)))["guests"]
         started = time.monotonic() - began
@@ -126,7 +126,7 @@ async def measure_many(setup: Setup, count: int, tell: Callable[[str], None]) ->
 
 
 def _parts(setup: Setup, before: Before) -> int:
-    return check(before, collect(guest_maps(setup.host.guests()))).parts
+    return check(before, report_of(setup.host.guests())).parts
 
 
 def _options(count: int, name: str = _NAME) -> list[str]:

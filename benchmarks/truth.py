@@ -21,13 +21,15 @@ from benchmarks.kinds import Starter, start_one_cold, start_one_plain, start_one
 from benchmarks.merging import merged
 from benchmarks.plain import disk_module
 from benchmarks.setup import Setup
+from onecopy.guest.observe.accounts import server_maps
 from onecopy.linux import process_memory
 from onecopy.linux.counters import ksm, meminfo
 from onecopy.model import MIB, PAGE_SIZE
 from onecopy.sharing import report
-from onecopy.sharing.cross_check import Before, Check, check
+from onecopy.sharing.cross_check import Check, check, look
 from onecopy.sharing.file_pages import Image
 from onecopy.sharing.survey import Sources, Survey, survey
+from onecopy.vmm import fork_registry
 
 Tell = Callable[[str], None]
 
@@ -135,11 +137,12 @@ async def _guests(setup: Setup, count: int, start: Starter) -> AsyncIterator[_Re
     disk_module(setup)
     files = [item.layer.path for item in setup.prepared.placed if item.layer]
     evict([*files, setup.saved.ram, setup.image])
-    before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
+    before = look(fork_registry.pids())
     async with contextlib.AsyncExitStack() as ends:
         guests: Sequence[Running] = [await start(setup, ends) for _ in range(count)]
         await settled([guest.maps.pid for guest in guests])
-        told = check(before, report.collect(guest.maps for guest in guests))
+        found = report.collect([guest.maps for guest in guests], servers=server_maps())
+        told = check(before, found)
         yield _Rested(guests, told, taken(before.memory.unused, meminfo.read().unused))
 
 

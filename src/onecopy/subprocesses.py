@@ -35,7 +35,6 @@ PACKAGES = {
     "dump.erofs": "erofs-utils",
     "fsck.erofs": "erofs-utils",
     "e2fsck": "e2fsprogs",
-    "gcc": "gcc",
     "mke2fs": "e2fsprogs",
     "mkfs.erofs": "erofs-utils",
     "mmdebstrap": "mmdebstrap",

@@ -89,6 +89,14 @@ class Guest:
         """The guest's record (docs/json.md) from the time of the look-up."""
         return self._async.record
 
+    @property
+    def forked(self) -> bool | None:
+        """Whether a fork server started the guest's QEMU; None if unknown.
+
+        ``record.why_exec`` says why none did.
+        """
+        return self._async.forked
+
     def port(self, port: int) -> int:
         """Return the host's port, on 127.0.0.1, that leads to a published port of the guest.
 

@@ -45,6 +45,14 @@ class Guest:
         """The guest's name, which is also its hostname when it starts."""
         return self.record.name
 
+    @property
+    def forked(self) -> bool | None:
+        """Whether a fork server started the guest's QEMU; None if unknown.
+
+        ``record.why_exec`` says why none did.
+        """
+        return self.record.forked
+
     def port(self, port: int) -> int:
         """Return the host's port, on 127.0.0.1, that leads to a published port of the guest.
 

@@ -162,10 +162,14 @@ def show_place(error: Exception) -> None:
 
 
 def reasons(guests: Iterable[GuestRecord]) -> list[str]:
-    """Return the reasons for the guests' accelerators, in short and each once."""
+    """Return the reasons for the guests' accelerators and for starts by exec, each once."""
+    from onecopy.guest.run_directory import REQUESTED
     from onecopy.vmm.accel import in_short
 
-    return sorted({f"{g.accel}: {in_short(g.accel_reason)}" for g in guests if g.accel})
+    known = [guest for guest in guests if guest.accel]
+    accelerators = {f"{each.accel}: {in_short(each.accel_reason)}" for each in known}
+    starts = {each.why_exec for each in known} - {"", REQUESTED}
+    return [*sorted(accelerators), *(f"no fork server: {reason}" for reason in sorted(starts))]
 
 
 def duration(seconds: float) -> str:

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 def command(checked: bool, as_json: bool) -> None:
     """Show the memory of all guests, by the kernel's counters.
 
-    Figures are MiB; ? is a figure that the kernel does not tell this user. Other QEMU processes of
-    the host have a table of their own. Guests that `onecopy pool` keeps ready have names that begin
-    with "pool.".
+    Figures are MiB; ? is a figure that the kernel does not tell this user. Fork servers, from which
+    QEMUs start, and other QEMU processes of the host have tables of their own. Guests that `onecopy
+    pool` keeps ready have names that begin with "pool.".
     """
     from onecopy.guest.observe.accounts import checked_report, report_all
     from onecopy.guest.runtime import Runtime
@@ -50,12 +50,13 @@ def command(checked: bool, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json() | ({"check": to_builtins(compared)} if compared else {}))
         return
-    every = [*result.guests, *result.others]
+    every = [*result.guests, *result.servers, *result.others]
     columns = [c for c in report.COLUMNS if c.summed and _tells(c, every)]
     _table("GUEST", columns, result.guests)
-    if result.others:
-        print()
-        _table("OTHER QEMU", columns, result.others)
+    for heading, others in (("FORK SERVER", result.servers), ("OTHER QEMU", result.others)):
+        if others:
+            print()
+            _table(heading, columns, others)
     print()
     blobs = [
         [

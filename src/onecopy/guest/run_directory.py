@@ -108,6 +108,10 @@ class GuestDisk(msgspec.Struct, frozen=True):
     """Whether it was created at this guest's start."""
 
 
+#: The value of `GuestRecord.why_exec` if the user asked for exec.
+REQUESTED = "requested"
+
+
 class GuestRecord(msgspec.Struct, frozen=True):
     """guest.json: the record of a running guest."""
 
@@ -157,10 +161,10 @@ class GuestRecord(msgspec.Struct, frozen=True):
     """Persistent disks."""
     traced: bool = False
     """Whether its QEMU logs how it ends (vmm/end_traces.py)."""
-    forked: bool = False
-    """Whether a fork server started its QEMU (vmm/fork_server.py)."""
+    forked: bool | None = None
+    """Whether a fork server started its QEMU (vmm/fork_server.py); None if unknown."""
     why_exec: str = ""
-    """Why no fork server did, although one was to."""
+    """Why no fork server did: ``requested``, or why it could not."""
     ended: Ended | None = None
     """How it ended on its own (ended_guests.py); None for a running guest."""
     note: str = ""

@@ -29,7 +29,7 @@ from onecopy.linux.run_base import make_own, make_run_base
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.model import in_order
 from onecopy.store import Lease, Store
-from onecopy.vmm import logs, name_servers
+from onecopy.vmm import fork_registry, logs, name_servers
 
 if TYPE_CHECKING:
     from onecopy.vmm.qemu import Qemu
@@ -215,7 +215,7 @@ class Runtime(msgspec.Struct, frozen=True, dict=True):
                 if not self.folders():
                     from onecopy.sharing import cross_check  # few guests are the first
 
-                    cross_check.note(self.memory_before)
+                    cross_check.note(self.memory_before, fork_registry.pids())
                 lease = stack.enter_context(self.store.hold(digests, name, {}))
                 folder = batch.add(self.run / name)
             try:

@@ -21,6 +21,7 @@ from onecopy.linux.removal import remove_tree
 from onecopy.linux.vmm_registry import Entry, Process
 from onecopy.store import Store
 from onecopy.store.leftovers import tolerate_failure, warn
+from onecopy.vmm import fork_registry
 
 
 class Swept(Protocol):
@@ -55,6 +56,8 @@ def sweep(host: Swept) -> None:
 
         go_on(left)
     _sweep_stores(host.run)
+    with tolerate_failure(host.run.parent):
+        fork_registry.sweep()
 
 
 def _unwanted(host: Swept) -> list[Process]:

@@ -23,6 +23,7 @@ from onecopy.model import PAGE_SIZE
 #: has; for onecopy's own it is the most that the kernel allows.
 _LARGEST_EXTERNAL, _LARGEST = 16 << 20, 128 << 20
 _DELETED = " (deleted)"
+_NO_RAM = "the guest's RAM was not found in the memory map of QEMU"
 #: The prefix of files that QEMU creates in a given directory (system/physmem.c, file_ram_open).
 _QEMU_FILE = "/qemu_back_mem."
 
@@ -52,6 +53,8 @@ class GuestMaps(msgspec.Struct, frozen=True):
     #: For an external QEMU: the paths that may be opened, and the files that they must be. None
     #: allows all.
     regular: MappingOf[str, Identity] | None = None
+    #: Whether it is a fork server, which has no guest and so no RAM.
+    serves: bool = False
 
     def file(self, path: str) -> str:
         """Return the path under which a segment's file is known for all guests."""
@@ -114,6 +117,7 @@ def account(
         ksm_bytes: the process's merged bytes, used if the mappings do not say.
     """
     ram = find_ram(maps, mappings)
+    known = bool(ram) or maps.serves
     ram_ids = {id(m) for m in ram}
     rest = [m for m in mappings if id(m) not in ram_ids and _file(m) not in maps.segments]
     merged = [m.ksm for m in mappings if m.ksm is not None]
@@ -126,20 +130,20 @@ def account(
         pid=maps.pid,
         ram_path=maps.ram_path,
         ram_size=maps.ram_bytes,
-        ram_private=sum(_ram_private(m) for m in ram) if ram else None,
-        ram_shared=sum(_ram_shared(m) for m in ram) if ram else None,
-        ram_proportional=_proportional(ram) if ram else None,
+        ram_private=sum(_ram_private(m) for m in ram) if known else None,
+        ram_shared=sum(_ram_shared(m) for m in ram) if known else None,
+        ram_proportional=_proportional(ram) if known else None,
         segments_mapped=sum(segment.mapped for segment in segments),
         segments=segments,
         segments_private=sum(segment.private for segment in segments),
-        vmm_private=sum(m.private + m.swap for m in rest) if ram else None,
-        vmm_shared=sum(m.shared for m in rest) if ram else None,
+        vmm_private=sum(m.private + m.swap for m in rest) if known else None,
+        vmm_shared=sum(m.shared for m in rest) if known else None,
         pss_total=_proportional(mappings),
         page_tables=page_tables,
         swapped=sum(m.swap for m in mappings),
         huge=sum(m.huge for m in mappings),
         ksm=sum(merged) if merged else ksm_bytes,
-        note="" if ram else maps.note or "the guest's RAM was not found in the memory map of QEMU",
+        note="" if known else maps.note or _NO_RAM,
     )
 
 
@@ -201,7 +205,7 @@ def find_ram(maps: GuestMaps, mappings: Sequence[Mapping]) -> list[Mapping]:
 
     With ``ram_path`` these are all mappings of that file, else anonymous ones of matching size.
     """
-    if maps.note:
+    if maps.note or maps.serves:
         return []
     if maps.ram_path is None:
         return _find_anonymous(maps, mappings, maps.ram_bytes)

@@ -1,7 +1,8 @@
 """Check the report: compare what guests cost with the change of the host's used memory.
 
 The host's memory is recorded when the first guest starts. Its increase since then must equal the
-guests' memory, each page counted once, plus their files in the page cache. Both sides come from the
+guests' memory, each page counted once, plus their files in the page cache. A fork server may be
+older: what it had before is subtracted, even if it has ended since. Both sides come from the
 kernel, but from different counters: those of processes and files, and /proc/meminfo.
 """
 
@@ -38,12 +39,21 @@ _KERNEL_FIELDS = ("kernel_stacks", "unreclaimable", "per_cpu", _NEW)
 _CACHES = ("cached", "buffers", "swap_cached", "reclaimable")
 
 
+class Part(msgspec.Struct, frozen=True):
+    """The contribution of one process, in bytes."""
+
+    own: int = 0
+    page_tables: int = 0
+
+
 class Before(msgspec.Struct, frozen=True):
     """The host before the first guest started."""
 
     when: float
     """Seconds since the host's boot."""
     memory: MemInfo
+    servers: tuple[Part, ...] = ()
+    """The fork servers, which no guest used."""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -69,7 +79,7 @@ LINES = (
         "processes",
         "memory of QEMU",
         "Anonymous and shared memory of all QEMU processes started since, each page counted once "
-        "(Pss_Anon, Pss_Shmem).",
+        "(Pss_Anon, Pss_Shmem). Fork servers count, too, less what they had before.",
     ),
     ("page_tables", "page tables", "The page tables of the same processes."),
     (
@@ -98,10 +108,23 @@ LINES = (
 )
 
 
-def note(path: Path, root: Path = files.ROOT) -> None:
-    """Record the host's memory in ``path``; errors are ignored, so that no start fails."""
+def note(path: Path, servers: Sequence[int] = (), root: Path = files.ROOT) -> None:
+    """Record the host's memory in ``path``; errors are ignored, so that no start fails.
+
+    Args:
+        servers: the pids of the fork servers.
+    """
     with suppress(OSError):
-        files.replace(path, msgspec.json.encode(Before(_now(), meminfo.read(root))))
+        files.replace(path, msgspec.json.encode(look(servers, root)))
+
+
+def look(servers: Sequence[int] = (), root: Path = files.ROOT) -> Before:
+    """Return the host's memory at present; see `note`."""
+    found = []
+    for pid in servers:
+        with suppress(OnecopyError):  # it has just ended
+            found.append(_measure(pid, process.page_table_bytes(pid, root), root))
+    return Before(_now(), meminfo.read(root), tuple(found))
 
 
 def read(path: Path) -> Before:
@@ -130,13 +153,14 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
         Unreadable: a guest's figures are too large or late.
     """
     now = meminfo.read(root)
-    ours = _all(report.guests, None, root)
+    ours = _all([*report.guests, *report.servers], None, root)
     others = _all(report.others, before.when, root)
     if failed := next((each for each in ours if isinstance(each, OnecopyError)), None):
         raise failed
-    known = [each for each in (*ours, *others) if isinstance(each, _Part)]
-    processes = sum(each.own for each in known)
+    known = [each for each in (*ours, *others) if isinstance(each, Part)]
+    processes = sum(each.own for each in known) - sum(each.own for each in before.servers)
     page_tables = sum(each.page_tables for each in known)
+    page_tables -= sum(each.page_tables for each in before.servers)
     kernel = _increase(before.memory, now, _KERNEL_FIELDS)
     blobs = _require_figure(report.resident, "resident pages of a file")
     cache = _increase(before.memory, now, _CACHES) - _increase(before.memory, now, ("shmem",))
@@ -156,34 +180,31 @@ def check(before: Before, report: Report, root: Path = files.ROOT) -> Check:
     )
 
 
-class _Part(msgspec.Struct, frozen=True):
-    """The contribution of one process, in bytes."""
-
-    own: int
-    page_tables: int
-
-
 def _all(
     accounts: Sequence[GuestAccount], since: float | None, root: Path
-) -> list[_Part | OnecopyError | None]:
+) -> list[Part | OnecopyError | None]:
     part = partial(_part, since=since, root=root)
     return bounded_wait.each(part, accounts, _late, seconds=_PATIENCE, at_once=os.cpu_count() or 1)
 
 
-def _part(each: GuestAccount, since: float | None, root: Path) -> _Part | OnecopyError | None:
+def _part(each: GuestAccount, since: float | None, root: Path) -> Part | OnecopyError | None:
     """Return a process's contribution or an error; None if it started before ``since``."""
-    from onecopy.linux.counters import smaps
-
     try:
         if since is not None and process.start_time(each.pid, root) <= since:
             return None
-        rollup = _require_figure(
-            smaps.read_rollup(each.pid, root), "a process's proportional share of its pages"
-        )
-        page_tables = _require_figure(each.page_tables, f"the page tables of process {each.pid}")
+        return _measure(each.pid, each.page_tables, root)
     except OnecopyError as error:
         return error
-    return _Part(rollup.anonymous + rollup.shared_memory, page_tables)
+
+
+def _measure(pid: int, page_tables: int | None, root: Path) -> Part:
+    from onecopy.linux.counters import smaps  # the start of the first guest rarely needs it
+
+    rollup = _require_figure(
+        smaps.read_rollup(pid, root), "a process's proportional share of its pages"
+    )
+    tables = _require_figure(page_tables, f"the page tables of process {pid}")
+    return Part(rollup.anonymous + rollup.shared_memory, tables)
 
 
 def _late(each: GuestAccount) -> OnecopyError:

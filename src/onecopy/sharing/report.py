@@ -87,13 +87,15 @@ COLUMNS = (
         "vmm_shared",
         "VMM SHARED",
         "QEMU's memory besides RAM and segments that other processes map too: its program, "
-        "libraries, merged pages. The total counts a page once for each guest that maps it.",
+        "libraries, merged pages, and pages that it still shares with its fork server and the "
+        "guests of that. The total counts a page once for each guest that maps it.",
     ),
     Column(
         "pss_total",
         "PROPORTIONAL",
         "All pages of the guest in memory, each divided by the number of processes that map it. "
-        "The total counts every page once if only these guests map it.",
+        "The total counts every page once if only these guests map it. The fork server maps pages, "
+        "too, and has its own share of them.",
     ),
     Column("page_tables", "PAGE TABLES", "The kernel's page tables for the QEMU process."),
     Column("swapped", "SWAPPED", "The part of all this in swap."),
@@ -149,6 +151,8 @@ class Report(msgspec.Struct, frozen=True):
     others: tuple[GuestAccount, ...] = ()
     #: What could not be examined at all, one sentence each.
     left_out: tuple[str, ...] = ()
+    #: This user's fork servers.
+    servers: tuple[GuestAccount, ...] = ()
 
     @property
     def totals(self) -> dict[str, int | None]:
@@ -168,14 +172,16 @@ class Report(msgspec.Struct, frozen=True):
 
         The fields are ``version`` (``JSON_VERSION``); ``guests``, with the keys of ``COLUMNS`` and
         ``ram_path``, where ``segments`` is a list of the fields of ``SegmentUse``; ``others``, the
-        same for external QEMU processes; ``blobs``, with the keys of ``BLOB_COLUMNS``; ``totals``,
-        the sums over guests; ``blobs_resident``, the sum over the files that guests map; and
-        ``left_out``, what could not be examined, one sentence each.
+        same for external QEMU processes; ``servers``, the same for fork servers; ``blobs``, with
+        the keys of ``BLOB_COLUMNS``; ``totals``, the sums over guests; ``blobs_resident``, the sum
+        over the files that guests map; and ``left_out``, what could not be examined, one sentence
+        each.
         """
         return {
             "version": JSON_VERSION,
             "guests": [msgspec.to_builtins(guest) for guest in self.guests],
             "others": [msgspec.to_builtins(guest) for guest in self.others],
+            "servers": [msgspec.to_builtins(guest) for guest in self.servers],
             "blobs": [msgspec.to_builtins(blob) for blob in self.blobs],
             "totals": self.totals,
             "blobs_resident": self.resident,
@@ -205,10 +211,11 @@ def collect(
     guests: Iterable[GuestMaps],
     others: Iterable[GuestMaps] = (),
     *,
+    servers: Iterable[GuestMaps] = (),
     left_out: Sequence[str] = (),
     root: Path = files.ROOT,
 ) -> Report:
-    """Read the kernel's figures for all guests and for external processes.
+    """Read the kernel's figures for all guests, external processes and fork servers.
 
     Processes that end meanwhile are left out. For one that cannot be read, only the reason is
     known.
@@ -219,8 +226,8 @@ def collect(
     Raises:
         Incompatible: this kernel has no smaps.
     """
-    known, external = list(guests), list(others)
-    every = [*known, *external]
+    known, external, serving = list(guests), list(others), list(servers)
+    every = [*known, *external, *serving]
     measure_one = partial(_measure, root=root)
     # Half of the time is spent in the kernel, which can serve several threads at once.
     accounts = bounded_wait.each(
@@ -228,11 +235,13 @@ def collect(
     )
     alive = [(maps, account) for maps, account in zip(every, accounts, strict=True) if account]
     pids = {maps.pid for maps in known}
+    mapping = [(maps, account) for maps, account in alive if not maps.serves]
     return Report(
-        tuple(account for maps, account in alive if maps.pid in pids),
-        tuple(_blobs(alive, pids, root)),
-        tuple(account for maps, account in alive if maps.pid not in pids),
+        tuple(account for maps, account in mapping if maps.pid in pids),
+        tuple(_blobs(mapping, pids, root)),
+        tuple(account for maps, account in mapping if maps.pid not in pids),
         tuple(left_out),
+        tuple(account for maps, account in alive if maps.serves),
     )
 
 

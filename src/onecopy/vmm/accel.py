@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from onecopy.errors import Incompatible
-from onecopy.linux import files
+from onecopy.vmm.probe_cache import remember
 
 if TYPE_CHECKING:
     from onecopy.vmm.spawn import Process
@@ -80,15 +80,7 @@ def _cached_probe(binary: str, kernel: Path, cache: Path) -> str:
     why_not = _device()
     if why_not:
         return why_not
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    qemu = Path(binary).resolve().stat().st_mtime_ns
-    cached = cache / f"kvm-{boot}-{qemu:x}-{kernel.name[:12]}"
-    try:
-        return cached.read_text()
-    except OSError:
-        why_not = _probe(binary, kernel)
-    files.replace(cached, why_not.encode())
-    return why_not
+    return remember(cache, f"kvm-{kernel.name[:12]}", binary, lambda: _probe(binary, kernel))
 
 
 def _device() -> str:

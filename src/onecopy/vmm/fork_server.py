@@ -1,17 +1,16 @@
 """Fork servers: QEMUs that were initialised once and fork the VMMs of one trust domain.
 
-    BASE/forks/KEY         the socket of a server
-    BASE/forks/KEY.lock    held while a command starts it
-
-A VMM inherits what its creator has. So KEY covers what a command would pass on: namespaces, control
-group, resource limits, scheduling, restrictions. A command with others has another server. KEY also
-covers the trust domain, QEMU's binary, this host's libraries and the library here: after an upgrade
-new guests have another server, and the old one ends.
+The socket of a server is named KEY. A VMM inherits what its creator has. So KEY covers what a
+command would pass on: namespaces, control group, resource limits, scheduling, restrictions. A
+command with others has another server. KEY also covers the trust domain, QEMU's binary, this host's
+libraries and the library here: after an upgrade new guests have another server, and the old one
+ends.
 
 A server ends if it has had no children for a while. It is renewed regularly, because all its
 children have the same addresses. One that does not answer is killed. Its end affects no VMM.
 
-Not here: the library (files/fork_server.c), and the request (fork_request.py).
+Not here: the library (files/fork_server.c), the request (fork_request.py), which servers run
+(fork_registry.py), and whether this host's QEMU can be forked (fork_probe.py).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import socket
 import stat
 import struct
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -35,12 +33,11 @@ import msgspec
 
 from onecopy.linux import child_reaper
 from onecopy.linux.lock import locked_blocking
-from onecopy.linux.run_base import make_own, make_run_base
 from onecopy.linux.syscall import PR_GET_MEMORY_MERGE, buffer, prctl, syscall
 from onecopy.subprocesses import run
-from onecopy.vmm.fork_request import is_open
+from onecopy.vmm import fork_registry
+from onecopy.vmm.fork_request import Unserved, is_open
 
-_DIRECTORY = "forks"
 _SOURCES = [
     Path(__file__).with_name("files") / f"fork_{name}.c" for name in ("server", "child", "preload")
 ]
@@ -71,7 +68,10 @@ class ForkServer(msgspec.Struct, frozen=True):
     """How to reach the fork server of a trust domain, which starts when it is first needed."""
 
     library: Path
+    store: str = ""
+    """The store of its guests (`vmm_registry.store_id`)."""
     domain: str = ""
+    """Their trust domain; "" is none."""
     idle: int = 600
     """Seconds until a server without children ends."""
     life: int = 3600
@@ -83,17 +83,16 @@ class ForkServer(msgspec.Struct, frozen=True):
         The caller has set what new children inherit (spawn.py), except for descriptors.
 
         Raises:
-            OSError: it cannot be started.
+            Unserved, OSError, NotPermitted: it cannot be started.
         """
-        path = make_own(make_run_base() / _DIRECTORY) / self._key(binary, environment)
+        path = fork_registry.directory() / self._key(binary, environment)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             # The queue of a server that hangs is full at some time.
             patience = struct.pack("ll", int(_PATIENCE), 0)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             if not _connects(connection, path):
-                lock = path.with_name(f"{path.name}.lock")
-                with locked_blocking(lock, _PATIENCE):
+                with locked_blocking(fork_registry.lock_of(path), _PATIENCE):
                     if not _connects(connection, path):
                         path.unlink(missing_ok=True)
                         self._start(binary, environment, path, connection)
@@ -135,17 +134,18 @@ class ForkServer(msgspec.Struct, frozen=True):
                 process.kill()
                 process.wait()
                 path.unlink(missing_ok=True)
-                if isinstance(error, OSError):
+                if isinstance(error, Unserved):
                     errors.seek(0)
                     printed = errors.read(_PRINTED).decode(errors="replace").strip()
-                    raise OSError(f"{error}: {printed}" if printed else str(error)) from error
+                    raise Unserved(f"{error}: {printed}" if printed else str(error)) from error
                 raise
+        fork_registry.record(path, process.pid, self.store, self.domain)
         # Otherwise Popen would warn that the process is still running.
         process.returncode = 0
         child_reaper.adopt(process.pid)
 
     def _key(self, binary: str, environment: Mapping[str, str]) -> str:
-        parts: list[object] = [self.domain, os.geteuid(), sorted(os.getgroups())]
+        parts: list[object] = [self.store, self.domain, os.geteuid(), sorted(os.getgroups())]
         parts += [sorted(environment.items()), self.idle, self.life]
         parts += [_file(path) for path in (Path(binary), self.library, Path("/"))]
         if _LIBRARIES.exists():
@@ -194,9 +194,9 @@ def _await(process: subprocess.Popen[bytes], connection: socket.socket, path: Pa
     deadline = time.monotonic() + _PATIENCE
     while not _connects(connection, path):
         if (code := process.poll()) is not None:
-            raise ChildProcessError(f"the fork server ended while starting (exit code {code})")
+            raise Unserved(f"the fork server ended while starting (exit code {code})")
         if time.monotonic() > deadline:
-            raise TimeoutError("the fork server did not start")
+            raise Unserved("the fork server did not start")
         time.sleep(_PAUSE)
 
 
@@ -210,7 +210,7 @@ def _copied(path: Path) -> Iterator[int]:
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"{path} belongs to another user, or others may write to it")
+            raise Unserved(f"{path} belongs to another user, or others may write to it")
         data = file.read()
     with os.fdopen(os.memfd_create("fork-server"), "wb") as copy:
         copy.write(data)
@@ -276,6 +276,8 @@ def library(cache: Path) -> Path:
     digest = hashlib.sha256(text).hexdigest()[:16]
     path = cache / f"fork-server-{digest}.so"
     if not path.exists():
+        import tempfile  # it is compiled once
+
         with tempfile.TemporaryDirectory(dir=cache) as directory:
             made = Path(directory) / path.name
             run(["gcc", *_COMPILE, "-o", made, _SOURCES[0], "-ldl"])

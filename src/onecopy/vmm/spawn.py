@@ -81,9 +81,13 @@ def start(
         return _execute(argv, confinement, folder, output, passed)
     try:
         return _fork(argv, confinement, folder, output, passed, server)
-    except (Unserved, OSError, NotPermitted) as error:
-        started = _execute(argv, confinement, folder, output, passed)
-        return replace(started, why_exec=str(error))
+    except Unserved as error:
+        why_exec = str(error)
+    except NotPermitted as error:
+        why_exec = error.message
+    except OSError as error:
+        why_exec = f"the fork server cannot be reached: {error.strerror or error}"
+    return replace(_execute(argv, confinement, folder, output, passed), why_exec=why_exec)
 
 
 def release(process: Process) -> None:

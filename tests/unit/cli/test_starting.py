@@ -8,16 +8,30 @@ from typing import Any
 import pytest
 
 from onecopy import cli
+from onecopy.cli.starting import print_started
 from onecopy.errors import GuestFailed
 from onecopy.guest.lifecycle import start
 from onecopy.guest.lifecycle.batch import Started
 from onecopy.guest.lifecycle.disks import DiskSpec
 from onecopy.guest.lifecycle.launchplan import BootSpec, CloneSpec
-from onecopy.guest.run_directory import run_root
+from onecopy.guest.run_directory import REQUESTED, run_root
 from onecopy.model import MIB, Mergeable, Reference
 from onecopy.store import Store
 from onecopy.vmm.accel import Choice
 from tests.unit.guest_kit import record
+
+
+def test_a_start_that_fell_back_to_exec_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    guests = (
+        record("web-1", forked=True),
+        record("web-2", why_exec=REQUESTED),
+        record("web-3", why_exec="it hangs"),
+        record("web-4", why_exec="it hangs"),
+    )
+    print_started((Started(guests, ()), 0), as_json=False, quiet=False)
+    told = capsys.readouterr()
+    assert told.out.count("started in") == 4
+    assert told.err.splitlines() == ["onecopy: tcg: asked for", "onecopy: no fork server: it hangs"]
 
 
 class Door:

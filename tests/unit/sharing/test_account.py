@@ -110,6 +110,13 @@ def test_ram_that_is_not_there_is_unknown_not_zero() -> None:
         assert found.pss_total
 
 
+def test_a_fork_server_has_no_ram() -> None:
+    found = measure(replace(ANONYMOUS, ram_bytes=0, serves=True), RECORDED)
+    assert (found.ram_private, found.ram_shared, found.ram_proportional) == (0, 0, 0)
+    assert (found.vmm_private or 0) + (found.vmm_shared or 0) == 45248 << 10
+    assert found.note == ""
+
+
 def test_without_per_mapping_ksm_the_processs_own_figure_serves() -> None:
     mappings = [msgspec.structs.replace(m, ksm=None) for m in smaps.read(1002, RECORDED)]
     assert account(FROM_FILE, mappings).ksm is None

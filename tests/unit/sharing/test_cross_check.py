@@ -59,6 +59,26 @@ def test_both_sides(after: Path) -> None:
     assert told_now.ratio == told_now.difference / (63 * MIB)
 
 
+def test_an_older_fork_server_counts_by_its_increase(after: Path) -> None:
+    server = msgspec.structs.replace(COLD, ram_bytes=0, serves=True)
+    found = report.collect([], servers=[server], root=after)
+    assert (found.guests, found.others, len(found.servers)) == ((), (), 1)
+    assert found.blobs == ()
+    memory = told(BEFORE, SecPageTables=0)
+    whole = cross_check.check(cross_check.Before(0, memory), found, after)
+    assert whole.processes > 10 * MIB and whole.page_tables > 0
+    noted = cross_check.look([1001], after).servers
+    same = cross_check.check(cross_check.Before(0, memory, noted), found, after)
+    assert (same.processes, same.page_tables) == (0, 0)
+    # It has ended: the guests that it forked have its pages, which are nothing new.
+    ended = report.collect([COLD], root=after)
+    assert cross_check.check(cross_check.Before(0, memory, noted), ended, after).processes == 0
+
+
+def test_a_server_that_has_just_ended_is_not_noted(after: Path) -> None:
+    assert cross_check.look([4321], after).servers == ()
+
+
 def test_a_kernel_that_does_not_tell_is_no_zero(after: Path) -> None:
     found = report.collect([COLD], root=after)
     lacks = msgspec.structs.replace(told(BEFORE, SecPageTables=0), free=None)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from onecopy.vmm import fork_server
+from onecopy.vmm import fork_registry, fork_server
 from onecopy.vmm.fork_server import ForkServer
 from tests.unit.vmm.fork_kit import servers
 
@@ -25,7 +25,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory in place of /run/onecopy."""
     base = tmp_path / "base"
     base.mkdir(mode=0o700)
-    monkeypatch.setattr(fork_server, "make_run_base", lambda: base)
+    monkeypatch.setattr(fork_registry, "make_run_base", lambda: base)
     return base
 
 

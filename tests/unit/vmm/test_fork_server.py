@@ -9,18 +9,27 @@ import errno
 import os
 import re
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from onecopy.guest.observe import accounts
+from onecopy.linux import process
+from onecopy.linux.counters import pagemap, smaps
 from onecopy.linux.sandbox import rlimits, seccomp
+from onecopy.model import PAGE_SIZE
+from onecopy.sharing import report
 from onecopy.subprocesses import find_program
-from onecopy.vmm import fork_request, vmm_user
+from onecopy.vmm import external_qemu, fork_registry, fork_request, vmm_user
 from onecopy.vmm.confine import filter_program
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.qemu import BINARY
 from onecopy.vmm.spawn import start
+from tests.conftest import cannot_run
 from tests.unit.bpf import decide
 from tests.unit.vmm.fork_kit import PATIENCE, Vmm, confinement, servers, vmm
 
@@ -87,6 +96,65 @@ def _private(pid: int) -> int:
     return sum(map(int, re.findall(r"^Private_\w+:\s+(\d+)", text, re.MULTILINE)))
 
 
+def test_the_server_is_no_guest_and_no_other_qemu(server: ForkServer, tmp_path: Path) -> None:
+    blue = replace(server, store="store", domain="blue")
+    with vmm(tmp_path / "a", blue) as one, vmm(tmp_path / "b", blue):
+        (pid,) = servers(tmp_path / "base")
+        (found,) = fork_registry.running()
+        assert (found.process.pid, found.store, found.domain) == (pid, "store", "blue")
+        assert process.cmdline(pid)[1:] == ["-machine", "none", "-fork-server"]
+        others = {each.pid for each in external_qemu.find(()).vmms}
+        assert one.pid in others and pid not in others
+        (maps,) = accounts.server_maps()
+        (account,) = report.collect([], servers=[maps]).servers
+        assert (account.name, account.ram_private) == ("blue", 0)
+        # Most of its memory is its children's, too.
+        assert (account.vmm_shared or 0) > (account.vmm_private or 0) > 0
+    # A store's end is the end of its servers.
+    fork_registry.end("another store")
+    assert fork_registry.pids() == [pid]
+    fork_registry.end("store")
+    assert not found.process.lives()
+    assert list((tmp_path / "base/forks").iterdir()) == []
+
+
+def test_memory_is_counted_once(server: ForkServer, tmp_path: Path) -> None:
+    """All that a server and its VMMs have is what their pages say (pagemap)."""
+    if os.geteuid():
+        cannot_run("page frame numbers need root")
+    with vmm(tmp_path / "a", server) as one, vmm(tmp_path / "b", server) as other:
+        # A connection would fork a child, which would have its part for a moment.
+        (pid,) = fork_registry.pids()
+        pids = [pid, one.pid, other.pid]
+        deadline = time.monotonic() + PATIENCE
+        frames = counted = None
+        # VMMs that have just started give memory back.
+        while frames is None or frames != [set(_anonymous_frames(each)) for each in pids]:
+            assert time.monotonic() < deadline
+            frames = [set(_anonymous_frames(each)) for each in pids]
+            counted = [_rollup(each).anonymous for each in pids]
+        everything = len(set.union(*frames)) * PAGE_SIZE
+        assert counted and sum(counted) == pytest.approx(everything, rel=0.01)
+        shared = len(set.intersection(*frames)) * PAGE_SIZE
+        assert shared > everything / 4
+        # Without the server, its part of these pages would be missing.
+        assert sum(counted[1:]) < everything - shared / 4
+
+
+def _rollup(pid: int) -> smaps.Rollup:
+    found = smaps.read_rollup(pid)
+    assert found
+    return found
+
+
+def _anonymous_frames(pid: int) -> Iterator[int]:
+    for each in smaps.read(pid):
+        if each.anonymous:
+            for entry in pagemap.read(pid, each.start, each.size // PAGE_SIZE):
+                if pagemap.present(entry) and not pagemap.file_or_shared(entry):
+                    yield pagemap.pfn(entry) or 0
+
+
 def test_nothing_of_another_guest_or_of_its_creator_is_in_a_vmm(
     server: ForkServer, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,8 +179,9 @@ def _contains(pid: int, text: bytes) -> bool:
             begin, end = (int(each, 16) for each in span.split("-"))
             if rights.startswith("rw"):
                 memory.seek(begin)
-                if text in memory.read(end - begin):
-                    return True
+                with suppress(OSError):  # the VMM has just given it back
+                    if text in memory.read(end - begin):
+                        return True
     return False
 
 

@@ -26,7 +26,7 @@ from onecopy.linux.lock import locked_blocking
 from onecopy.linux.sandbox import seccomp
 from onecopy.linux.syscall import PR_SET_NO_NEW_PRIVS, prctl, syscall
 from onecopy.subprocesses import find_program
-from onecopy.vmm import fork_request, fork_server
+from onecopy.vmm import fork_registry, fork_request, fork_server
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.qemu import BINARY
 from onecopy.vmm.spawn import release, start
@@ -177,7 +177,7 @@ def _start_without_processes(folder: Path) -> list[str]:
     base = folder / "base"
     base.mkdir(mode=0o700)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fork_server, "make_run_base", lambda: base)
+        patch.setattr(fork_registry, "make_run_base", lambda: base)
         server = ForkServer(folder / "library.so")
         with vmm(folder / "a", server) as first:
             assert not first.started.why_exec
@@ -200,7 +200,8 @@ def test_a_server_ends_when_idle(server: ForkServer, base: Path, tmp_path: Path)
         assert forked.execute("query-status")
         assert servers(base) == [pid]
     wait_for(lambda: not runs(pid))
-    assert not [each for each in (base / "forks").iterdir() if each.suffix != ".lock"]
+    fork_registry.sweep()
+    assert list((base / "forks").iterdir()) == []
 
 
 def test_a_server_is_renewed(server: ForkServer, base: Path, tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_starters_at_once_start_one_server(server: ForkServer, base: Path) -> No
         for each in pool.map(lambda _: server.connect(binary, {}), range(6)):
             ends.enter_context(closing(each))
         assert len(servers(base)) == 1
-        assert len(list((base / "forks").iterdir())) == 2
+        assert len(fork_registry.pids()) == 1
 
 
 def test_what_a_killed_server_left_is_replaced(

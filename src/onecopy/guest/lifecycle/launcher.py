@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
-from onecopy.errors import AgentFailed, CommandFailed, GuestFailed, MissingProgram
+from onecopy.errors import AgentFailed, GuestFailed
 from onecopy.guest import identity
 from onecopy.guest.backing import backings, displayed, loaded
 from onecopy.guest.lifecycle import boot, restore
@@ -28,13 +28,13 @@ from onecopy.guest.machine import STATE_ROOM
 from onecopy.guest.network import can_be_closed, display_nic, new_nic, rehearse
 from onecopy.guest.pagecache import preload
 from onecopy.guest.ports import Ports, published, require_free
-from onecopy.guest.run_directory import Attached, Batch, GuestRecord, RunDirectory
+from onecopy.guest.run_directory import REQUESTED, Attached, Batch, GuestRecord, RunDirectory
 from onecopy.guest.runtime import Runtime
 from onecopy.linux.tap import connect_tap
 from onecopy.model import Mergeable
 from onecopy.store import Lease
 from onecopy.store.sealed import sealed_layer
-from onecopy.vmm import fork_server
+from onecopy.vmm import fork_probe
 from onecopy.vmm.argv import Launch, Nic, Ram, command
 from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.qemu_process import Vmm, prepare
@@ -238,13 +238,12 @@ async def _spawn(
 def _fork_server(host: Runtime, plan: LaunchPlan) -> tuple[ForkServer | None, str]:
     """Return the server that is to fork a guest's VMM; None and the reason if none is."""
     if plan.spec.isolated_vmm:
-        return None, "requested"
-    try:
-        library = fork_server.library(host.store.cache)
-        # No store shares a server with another one.
-        return ForkServer(library, f"{host.run.name} {plan.domain}"), ""
-    except (MissingProgram, CommandFailed, OSError) as error:
-        return None, str(error)
+        return None, REQUESTED
+    found = fork_probe.find(host.qemu.binary, host.store.cache)
+    if not found.path:
+        return None, found.why_not
+    # No store shares a server with another one.
+    return ForkServer(found.path, host.run.name, plan.domain), ""
 
 
 def launch_spec(host: Runtime, plan: LaunchPlan, folder: Path, card: Nic | None) -> Launch:

@@ -1,4 +1,4 @@
-"""Converts running guests, and other QEMU processes, to the input of sharing/."""
+"""Converts running guests, fork servers and other QEMU processes to the input of sharing/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onecopy.sharing import cross_check
 from onecopy.sharing.account import GuestMaps
 from onecopy.sharing.cross_check import Check
 from onecopy.sharing.report import Report, collect
-from onecopy.vmm import external_qemu
+from onecopy.vmm import external_qemu, fork_registry
 from onecopy.vmm.external_qemu import Vmm
 
 #: Attempts at a consistent report while processes end.
@@ -20,10 +20,15 @@ _TRIES = 10
 
 
 def report_all(host: Runtime) -> Report:
-    """Report the memory of a host's guests, standby VMMs and other QEMU processes."""
-    maps = guest_maps([*host.guests(), *host.prepared()])
-    others = external_qemu.find({each.pid for each in maps})
-    return collect(maps, map(vmm_maps, others.vmms), left_out=others.left_out)
+    """Report the memory of guests, standby VMMs, fork servers and other QEMU processes."""
+    maps, servers = guest_maps([*host.guests(), *host.prepared()]), server_maps()
+    others = external_qemu.find({each.pid for each in (*maps, *servers)})
+    return collect(maps, map(vmm_maps, others.vmms), servers=servers, left_out=others.left_out)
+
+
+def report_of(guests: Iterable[GuestRecord]) -> Report:
+    """Report the memory of some guests and of the fork servers, whose pages they share."""
+    return collect(guest_maps(guests), servers=server_maps())
 
 
 def checked_report(host: Runtime) -> tuple[Report, Check]:
@@ -68,6 +73,21 @@ def guest_maps(guests: Iterable[GuestRecord]) -> list[GuestMaps]:
             },
         )
         for guest in guests
+    ]
+
+
+def server_maps() -> list[GuestMaps]:
+    """Return one GuestMaps per fork server of this user."""
+    return [
+        GuestMaps(
+            name=each.domain or f"pid {each.process.pid}",
+            pid=each.process.pid,
+            ram_path=None,
+            ram_bytes=0,
+            start_ticks=each.process.start_ticks,
+            serves=True,
+        )
+        for each in fork_registry.running()
     ]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from onecopy.errors import (
-    CommandFailed,
     MissingProgram,
     NotFound,
     NotPermitted,
@@ -24,7 +23,7 @@ from onecopy.linux.counters import ksm, meminfo, pagemap
 from onecopy.linux.sandbox import landlock
 from onecopy.model import MIB, format_size
 from onecopy.subprocesses import PACKAGES, find_program
-from onecopy.vmm import closed_network, fork_server, name_servers, open_notify, router, vmm_user
+from onecopy.vmm import closed_network, fork_probe, name_servers, open_notify, router, vmm_user
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.qemu import Qemu
 
@@ -68,7 +67,7 @@ def _virtualization(host: Runtime, progress: Callable[[str], None]) -> Iterator[
     try:
         qemu = host.qemu
         yield _starting(qemu)
-        yield _forking(host)
+        yield _forking(qemu, host)
         kernel = ensure_kernel(host.store, progress=progress)
         yield Finding("kernel", "ok", KernelConfig.of(kernel).release)
         progress("running a probe guest under KVM")
@@ -92,13 +91,12 @@ def _starting(qemu: Qemu) -> Finding:
     return Finding("qemu", "limited", f"{says}; cannot start saved systems on this kernel")
 
 
-def _forking(host: Runtime) -> Finding:
-    try:
-        fork_server.library(host.store.cache)
-    except (MissingProgram, CommandFailed) as error:
-        says = f"each QEMU starts by itself and shares no memory: {error.message} ({error.hint})"
-        return Finding("fork server", "limited", says)
-    return Finding("fork server", "ok", "a server forks the QEMUs of each trust domain")
+def _forking(qemu: Qemu, host: Runtime) -> Finding:
+    found = fork_probe.find(qemu.binary, host.store.cache, again=True)
+    if found.path:
+        return Finding("fork server", "ok", "a server forks the QEMUs of each trust domain")
+    says = f"each QEMU starts by exec and shares none of its own memory: {found.why_not}"
+    return Finding("fork server", "limited", says)
 
 
 def _confinement(accel: str) -> Finding:

@@ -18,17 +18,16 @@ from onecopy.errors import GuestFailed
 from onecopy.guest.lifecycle import start
 from onecopy.guest.lifecycle.batch import turns
 from onecopy.guest.lifecycle.launchplan import CloneSpec
-from onecopy.guest.observe.accounts import guest_maps
+from onecopy.guest.observe.accounts import report_of
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.linux import files, process
-from onecopy.linux.counters import meminfo
 from onecopy.model import Reference
-from onecopy.sharing.cross_check import Before, Check, check
+from onecopy.sharing.cross_check import Before, Check, check, look
 from onecopy.sharing.forecast import Profile, Work
-from onecopy.sharing.report import collect
 from onecopy.store import Artifact
 from onecopy.subprocesses import run_shell
+from onecopy.vmm import fork_registry
 
 Tell = Callable[[str], None]
 
@@ -64,7 +63,7 @@ async def measure(
         system=Reference(system.name, digest=system.digest),
         publish=((0, work.port),) if work.port else (),
     )
-    before = Before(time.clock_gettime(time.CLOCK_BOOTTIME), meminfo.read())
+    before = look(fork_registry.pids())
     started: list[GuestRecord] = []
     with host.owner() as owner:
         try:
@@ -138,7 +137,7 @@ async def _run_command(command: str, guest: GuestRecord) -> None:
 def _check_memory(host: Runtime, guests: list[GuestRecord], before: Before) -> Check:
     names = {guest.name for guest in guests}
     records = [each for each in host.guests() if each.name in names]
-    return check(before, collect(guest_maps(records)))
+    return check(before, report_of(records))
 
 
 async def _idle(guests: list[GuestRecord], seconds: float) -> float:
