@@ -12,7 +12,7 @@ import pytest
 from onecopy import subprocesses
 from onecopy.linux.lock import locked_blocking
 from onecopy.subprocesses import find_program
-from onecopy.vmm import fork_probe, fork_registry, fork_request, fork_server
+from onecopy.vmm import fork_probe, fork_registry, fork_server
 from onecopy.vmm.fork_probe import Library
 from onecopy.vmm.qemu import BINARY
 
@@ -85,24 +85,21 @@ def test_another_program_is_not_forked(tmp_path: Path, public: Path) -> None:
     binary = compiled(public, DYNAMIC)
     found = fork_probe.find(binary, tmp_path)
     assert not found.path
-    assert (
-        "cannot be forked: the fork server ended while starting"
-        in found.why_not
-    )
+    assert "cannot be forked: the fork server ended while starting" in found.why_not
 
 
 def test_a_program_that_hangs_is_ended(
     tmp_path: Path, public: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = compiled(public, STATIC, "-static")
-    monkeypatch.setattr(fork_request, "_PATIENCE", 0.5)
+    monkeypatch.setattr(fork_server, "_PATIENCE", 0.5)
     found = fork_probe.find(binary, tmp_path)
     assert not found.path
     assert "did not start" in found.why_not
     assert processes_of(binary) == []
     assert list((base / "forks").iterdir()) == []
     # Later starts do not wait for it.
-    monkeypatch.setattr(fork_request, "_PATIENCE", 1e6)
+    monkeypatch.setattr(fork_server, "_PATIENCE", 1e6)
     assert fork_probe.find(binary, tmp_path) == found
 
 
