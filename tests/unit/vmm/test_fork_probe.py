@@ -97,6 +97,7 @@ def test_a_program_that_hangs_is_ended(
     assert not found.path
     assert "did not start" in found.why_not
     assert processes_of(binary) == []
+    fork_registry.sweep()
     assert list((base / "forks").iterdir()) == []
     # Later starts do not wait for it.
     monkeypatch.setattr(fork_server, "_PATIENCE", 1e6)
