@@ -23,6 +23,7 @@ from onecopy.images.build import build_segment
 from onecopy.images.kernel import ensure_kernel
 from onecopy.model import Reference
 from onecopy.store import Artifact
+from onecopy.vmm import fork_registry
 from onecopy.vmm.accel import Choice, choose
 from onecopy.vmm.closed_network import TABLE, is_closed
 from onecopy.vmm.vmm_user import User
@@ -100,6 +101,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
             for record in mine.guests():
                 mine.end(record)
             left = vmms(mine)
+            fork_registry.end(mine.run.name)
             shutil.rmtree(mine.run)
             shutil.rmtree(root)
             remove_rules()

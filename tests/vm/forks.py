@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from onecopy.guest.runtime import Runtime
-from onecopy.linux import vmm_registry
+from onecopy.vmm import fork_registry
 
 
 def server_of(pid: int) -> int | None:
@@ -23,7 +23,6 @@ def server_of(pid: int) -> int | None:
     return int(found[1]) if b"-fork-server" in line.split(b"\0") else None
 
 
-def servers(host: Runtime) -> set[int]:
-    """Return the fork servers of all VMMs of a host."""
-    entries = vmm_registry.of_store(vmm_registry.store_id(host.store.root))
-    return {pid for each in entries if (pid := server_of(each.process.pid))}
+def servers(host: Runtime) -> list[int]:
+    """Return the fork servers of a host's store that run."""
+    return [each.process.pid for each in fork_registry.running() if each.store == host.run.name]
