@@ -17,17 +17,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from onecopy.errors import InUse
+from onecopy.errors import GuestFailed, InUse
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import BuildOptions, build_segment
 from onecopy.model import Reference
+from onecopy.store import Store
 from tests.vm.kept import builders_digest, kept_store
+from vmtest.root import run_in_root
 
 PROJECT = Path(__file__).parents[1]
 #: Mount points of the other segments in an emulated host.
 PYTHON, TREE, STORE = "/opt/onecopy/python", "/opt/onecopy/tree", "/opt/onecopy/store"
+PYCACHE = "/opt/onecopy/pycache"
 #: Mount points of another release's root and Python.
 OTHER_ROOT, OTHER_PYTHON = "/opt/onecopy/other/root", "/opt/onecopy/other/python"
+#: Mount point -> the variable of vmtest/chroot.
+_NAMES = {
+    PYTHON: "PYTHON",
+    TREE: "TREE",
+    STORE: "STORE",
+    OTHER_ROOT: "OTHER_ROOT",
+    OTHER_PYTHON: "OTHER_PYTHON",
+}
 #: Packages beside those of script/bootstrap: Python, and packages that a minimal Debian lacks.
 _PACKAGES = ("python3", "passwd", "procps", "mount", "iproute2")
 #: The packages of the extra "dev" (pyproject.toml) that the tests need; the linters run elsewhere.
@@ -61,6 +72,11 @@ class Images:
     mounted: tuple[tuple[Reference, str], ...]
     """Pairs (segment, mount point)."""
 
+    @property
+    def named(self) -> dict[str, Reference]:
+        """Return the segments by their names in vmtest/chroot."""
+        return {"ROOT": self.root, **{_NAMES[at]: ref for ref, at in self.mounted if at in _NAMES}}
+
 
 def store_root() -> Path:
     """Return the directory of the segments' store."""
@@ -82,6 +98,12 @@ def ensure_images(
     root, python = _system(builder, debian)
     with tempfile.TemporaryDirectory(prefix="onecopy-vmtest-") as work:
         tree = builder.ensure_made("tree", _tree_digest(), lambda: _tree(Path(work) / "tree"))
+        used = Images(root, ((python, PYTHON), (tree, TREE)))
+        pycache = builder.ensure_made(
+            f"pycache-{debian.suite}",
+            " ".join(host.store.resolve(ref).digest for ref in (root, python, tree)),
+            lambda: _compiled(Path(work) / "pycache", host.store, used, debian),
+        )
     # The store is the same one each time.
     if other:
         with kept_store(suites, other.suite):
@@ -91,7 +113,7 @@ def ensure_images(
         store = builder.ensure(
             f"store-{debian.suite}", (path / "index.json").read_text(), f"dir:{path}"
         )
-    mounted = [(python, PYTHON), (tree, TREE), (store, STORE)]
+    mounted = [*used.mounted, (pycache, PYCACHE), (store, STORE)]
     if other:
         mounted += zip(_system(builder, other), (OTHER_ROOT, OTHER_PYTHON), strict=True)
     return Images(root, tuple(mounted))
@@ -181,6 +203,18 @@ def _python(into: Path, debian: Debian) -> Path:
     (binaries / "python").symlink_to("/usr/bin/python3")
     (binaries / "onecopy").write_text(_LAUNCHER)
     (binaries / "onecopy").chmod(0o755)
+    return into
+
+
+def _compiled(into: Path, store: Store, used: Images, debian: Debian) -> Path:
+    """Compile all modules, which takes some seconds here and minutes in an emulated host."""
+    into.mkdir()
+    argv = ["env", "PYTHONPYCACHEPREFIX=/run/results", "python", "-m", "compileall", "-qq"]
+    # Modules are not compared with their sources, whose times may differ there.
+    argv += ["--invalidation-mode", "unchecked-hash", "-x", "/(test|lib2to3)/"]
+    argv += [f"/usr/lib/python{debian.python}", f"{PYTHON}/lib", TREE]
+    if run_in_root(store, used.named, into, argv):
+        raise GuestFailed(f"cannot compile the modules for Debian {debian.number}")
     return into
 
 

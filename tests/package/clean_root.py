@@ -74,6 +74,8 @@ def has_its_files(root: Path) -> None:
     for name in ("onecopy", "onecopy-run", "onecopy-ksm-on"):
         assert (root / f"usr/share/man/man1/{name}.1.gz").stat().st_size > 200, name
     assert "_ONECOPY_COMPLETE" in enter(root, "cat /usr/share/bash-completion/completions/onecopy")
+    # The library of fork servers is not compiled on the host.
+    enter(root, "! which gcc; test -s /usr/lib/onecopy/lib/*/*/onecopy/vmm/files/fork_server.so")
     said = enter(root, "! python3 -c 'import msgspec' 2>&1; onecopy --version")
     assert "No module named 'msgspec'" in said
     where = "import onecopy, numpy; print(onecopy.__file__, numpy.__file__)"
@@ -114,6 +116,8 @@ def the_readme_works(root: Path) -> None:
     """
     (session,) = sessions((PROJECT / "README.md").read_text())
     asked = [Step(f"onecopy exec web-{n} hostname", f"web-{n}\n") for n in range(1, 5)]
+    forked = "".join(f"web-{n} true\n" for n in range(1, 5))
+    asked.append(Step("onecopy ps --format '{{.name}} {{.forked}}'", forked))
     steps = [*session, *asked]
     mark = "=== step ==="
     lines = ["set -e", "trap 'onecopy stop --all >/dev/null' EXIT"]

@@ -14,6 +14,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -71,6 +72,12 @@ def test_the_archives_have_what_they_need(dist: Path) -> None:
         names = {name.partition("/")[2] for name in source.getnames()}
     assert {"README.md", "LICENSE", "CHANGELOG.md", "mkdocs.yml", "docgen/man.py"} <= names
     assert {"src/onecopy/py.typed", "src/onecopy/images/files/init"} <= names
+    sources = {f"vmm/files/fork_{name}.c" for name in ("server", "child", "preload")}
+    assert {f"src/onecopy/{name}" for name in sources} <= names
+    (wheel,) = dist.glob("*.whl")
+    # It is for any machine, so each compiles the library for itself.
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert {f"onecopy/{name}" for name in sources} <= set(ZipFile(wheel).namelist())
     assert not [name for name in names if name.startswith((".venv", "out/", ".cache", ".git/"))]
 
 
@@ -118,6 +125,8 @@ def test_the_readme_s_commands_work(outside: dict[str, str], tmp_path: Path) -> 
         ["onecopy", "run"],
     ]
     follow(session, empty, outside, only=True)
+    told = run("onecopy", "ps", "--format", "{{.forked}}", cwd=empty, env=outside)
+    assert told == "true\n" * 4
     # Each guest says itself who it is.
     for number in range(1, 5):
         name = f"web-{number}"

@@ -89,7 +89,6 @@ def test_what_is_known_is_found_and_no_more(
     assert all(guest.shared > 8 * MIB and guest.missed < MIB for guest in advice.guests)
 
 
-@pytest.mark.smoke
 def test_it_is_carried_out(host: Runtime, clones: Clones, files: Path, run_in: RunIn) -> None:
     (guest,) = clones(1)
     known = (files / "known").read_bytes()

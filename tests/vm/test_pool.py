@@ -61,7 +61,6 @@ def answer(guest: GuestRecord) -> str:
         return str(reply.read().decode().strip())
 
 
-@pytest.mark.smoke
 @pytest.mark.usefixtures("empty")
 def test_a_prepared_guest_is_like_any_other(
     host: Runtime, saved: Artifact, run_in: RunIn, tmp_path: Path

@@ -2,7 +2,7 @@
 
 The library takes over functions of a QEMU that nobody promised to keep. So a server of this QEMU
 forks a VMM, which must answer and end. The result is kept until the host reboots, or QEMU or the
-library changes.
+library changes. A failure is kept for an hour, because a very busy host may be its reason.
 
 Not here: a server that fails later, whose guests start by exec, too (spawn.py).
 """
@@ -27,6 +27,8 @@ from onecopy.vmm.vmm_user import new_user
 
 #: Seconds to wait for the VMM.
 _PATIENCE = 10.0
+#: Seconds after which a probe that failed is repeated.
+_AGAIN = 3600.0
 _QUIT = b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n'
 #: The Debian packages that compile the library.
 _COMPILER = "apt-get install gcc libc6-dev"
@@ -41,13 +43,13 @@ class Library(msgspec.Struct, frozen=True):
     """Why it does, and what to do."""
 
 
-def find(binary: str, cache: Path, *, again: bool = False) -> Library:
+def find(binary: str, cache: Path, *, again: float = _AGAIN) -> Library:
     """Return the library, if a server with it has forked a VMM.
 
     Args:
         binary: QEMU.
         cache: keeps the compiled library and the probe's result.
-        again: whether a probe that failed is repeated.
+        again: the seconds after which a probe that failed is repeated.
     """
     try:
         path = fork_server.library(cache)

@@ -4,8 +4,7 @@
     BASE/forks/KEY=PID-TICKS    the record of its process
     BASE/forks/KEY.lock         held while a command starts the server
 
-A server that is killed leaves these files. The next command removes them. A server without a socket
-serves nobody any more and ends by itself; one that does not, because it hangs, is killed.
+A server that is killed leaves these files. The next command removes them.
 
 Not here: what a server is, and its KEY (fork_server.py).
 """
@@ -15,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from pathlib import Path
 
 import msgspec
@@ -28,15 +26,11 @@ from onecopy.linux.vmm_registry import Process
 
 _DIRECTORY, _LOCK = "forks", ".lock"
 _RECORD = re.compile(r"([0-9a-f]+)=([0-9]{1,10})-([0-9]{1,20})")
-#: Seconds from its start until a server without a socket is killed.
-_PATIENCE = 600.0
 
 
 class _Content(msgspec.Struct, frozen=True):
     store: str
     domain: str
-    socket: int
-    """The inode of the server's socket."""
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -47,21 +41,15 @@ class Server(msgspec.Struct, frozen=True):
     store: str
     domain: str
     """The trust domain; "" is none."""
-    socket: int
-
-    @property
-    def is_left(self) -> bool:
-        """Whether no command can reach it, and it has had time to end."""
-        socket = self.path.with_name(self.path.name.partition("=")[0])
-        with contextlib.suppress(FileNotFoundError):
-            if socket.stat().st_ino == self.socket:
-                return False
-        return time.time() - self.path.stat().st_mtime > _PATIENCE
 
 
 def directory() -> Path:
     """Return the directory of the sockets, created if missing."""
-    return make_own(make_run_base() / _DIRECTORY)
+    return make_own(_path())
+
+
+def _path() -> Path:
+    return make_run_base() / _DIRECTORY
 
 
 def lock_of(socket: Path) -> Path:
@@ -72,7 +60,7 @@ def lock_of(socket: Path) -> Path:
 def record(socket: Path, pid: int, store: str, domain: str) -> None:
     """Record a server that has just started, under its lock."""
     path = socket.with_name(f"{socket.name}={pid}-{stat(pid).start_ticks}")
-    path.write_bytes(msgspec.json.encode(_Content(store, domain, socket.stat().st_ino)))
+    path.write_bytes(msgspec.json.encode(_Content(store, domain)))
 
 
 def running() -> list[Server]:
@@ -88,26 +76,24 @@ def pids() -> list[int]:
 
 def end(store: str) -> None:
     """Kill the servers of a store, and remove their files."""
-    theirs = [each for each in _records("") if each.store == store]
-    vmm_registry.end(each.process for each in theirs)
-    for each in theirs:
-        _clean(each.path.name.partition("=")[0])
+    vmm_registry.end(each.process for each in _records("") if each.store == store)
+    sweep()
 
 
 def sweep() -> None:
-    """Remove what ended servers have left, and end those that nobody can reach."""
-    names = os.listdir(directory())  # noqa: PTH208 - each command calls this
-    for key in [name.removesuffix(_LOCK) for name in names if name.endswith(_LOCK)]:
-        _clean(key)
+    """Remove what ended servers have left."""
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(_path())  # noqa: PTH208 - each command calls this
+        for key in [name.removesuffix(_LOCK) for name in names if name.endswith(_LOCK)]:
+            _clean(key)
 
 
 def _clean(key: str) -> None:
     """Remove the files of a server if it has ended, unless another command starts one."""
     found = _records(key)
-    vmm_registry.end(each.process for each in found if each.is_left)
     if found and all(each.process.lives() for each in found):
         return
-    socket = directory() / key
+    socket = _path() / key
     with take_over(lock_of(socket)) as lock:
         if lock is None:
             return
@@ -123,11 +109,11 @@ def _clean(key: str) -> None:
 def _records(key: str) -> list[Server]:
     """Read the records of a server, or of all."""
     found = []
-    for path in directory().glob(f"{key or '*'}=*"):
+    for path in _path().glob(f"{key or '*'}=*"):
         match = _RECORD.fullmatch(path.name)
         with contextlib.suppress(OSError, msgspec.DecodeError):
             if match:
                 content = msgspec.json.decode(path.read_bytes(), type=_Content)
                 process = Process(int(match[2]), int(match[3]))
-                found.append(Server(path, process, content.store, content.domain, content.socket))
+                found.append(Server(path, process, content.store, content.domain))
     return found

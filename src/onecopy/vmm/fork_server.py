@@ -129,6 +129,7 @@ class ForkServer(msgspec.Struct, frozen=True):
                 start_new_session=True,
             )
             try:
+                fork_registry.record(path, started.pid, self.store, self.domain)
                 _await(started, connection, path)
             except BaseException as error:
                 started.kill()
@@ -139,7 +140,6 @@ class ForkServer(msgspec.Struct, frozen=True):
                     printed = errors.read(_PRINTED).decode(errors="replace").strip()
                     raise Unserved(f"{error}: {printed}" if printed else str(error)) from error
                 raise
-        fork_registry.record(path, started.pid, self.store, self.domain)
         # Otherwise Popen would warn that the process is still running.
         started.returncode = 0
         child_reaper.adopt(started.pid)
@@ -289,7 +289,16 @@ def library(cache: Path) -> Path:
 
         with tempfile.TemporaryDirectory(dir=cache) as directory:
             made = Path(directory) / path.name
-            run(["gcc", *_COMPILE, "-o", made, _SOURCES[0], "-ldl"])
-            made.chmod(0o555)
+            build(made)
             made.rename(path)
     return path
+
+
+def build(path: Path) -> None:
+    """Compile the library to ``path``.
+
+    Raises:
+        MissingProgram, CommandFailed: it cannot be compiled.
+    """
+    run(["gcc", *_COMPILE, "-o", path, _SOURCES[0], "-ldl"])
+    path.chmod(0o555)

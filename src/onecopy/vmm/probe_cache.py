@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from onecopy.linux import files
 
 
 def remember(
-    cache: Path, name: str, binary: str, probe: Callable[[], str], *, again: bool = False
+    cache: Path, name: str, binary: str, probe: Callable[[], str], *, again: float = math.inf
 ) -> str:
     """Return why a probe failed, "" if it did not.
 
@@ -18,14 +20,14 @@ def remember(
         name: what is probed, apart from ``binary``.
         binary: QEMU.
         probe: the probe.
-        again: whether a probe that failed is repeated.
+        again: the seconds after which a probe that failed is repeated.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     qemu = Path(binary).resolve().stat().st_mtime_ns
     path = cache / f"{name}-{boot}-{qemu:x}"
     try:
         why_not = path.read_text()
-        if not (why_not and again):
+        if not why_not or time.time() - path.stat().st_mtime < again:
             return why_not
     except OSError:
         pass

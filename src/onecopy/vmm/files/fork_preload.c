@@ -61,6 +61,18 @@ int __register_atfork(handler *prepare, handler *parent, handler *child, void *o
     return 0;
 }
 
+/* Read a number after spaces. (The C library's functions for that would need the C library with
+ * which this is compiled, and not an older one.) */
+static unsigned long read_number(char **at)
+{
+    unsigned long value = 0;
+    while (**at == ' ')
+        ++*at;
+    while (**at >= '0' && **at <= '9')
+        value = value * 10 + *(*at)++ - '0';
+    return value;
+}
+
 /* Read what PR_SET_MM_MAP needs besides the command line (proc_pid_stat(5)). */
 static void read_memory_map(void)
 {
@@ -71,8 +83,10 @@ static void read_memory_map(void)
     char *at = count > 0 ? strrchr(text, ')') : 0;
     uint64_t values[53] = {0};
     for (int field = 3; at && field < 53; field++)
-        if ((at = strchr(at + 1, ' ')))
-            values[field] = strtoull(at, 0, 10);
+        if ((at = strchr(at + 1, ' '))) {
+            char *number = at;
+            values[field] = read_number(&number);
+        }
     memory_map = (struct prctl_mm_map){
         .start_code = values[26], .end_code = values[27], .start_stack = values[28],
         .start_data = values[45], .end_data = values[46], .start_brk = values[47],
@@ -92,11 +106,12 @@ __attribute__((constructor)) static void raise_limit(void)
 static int run_main(int count, char **arguments, char **environment)
 {
     char *settings = getenv(VARIABLE);
-    int library;
-    if (!settings ||
-        sscanf(settings, "%d %d %d %d", &listening, &library, &idle_limit, &life_limit) != 4)
+    if (!settings)
         return real_main(count, arguments, environment);
-    close(library);
+    listening = read_number(&settings);
+    close(read_number(&settings));
+    idle_limit = read_number(&settings);
+    life_limit = read_number(&settings);
     unsetenv(VARIABLE);
     unsetenv("LD_PRELOAD");
     read_memory_map();
