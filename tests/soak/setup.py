@@ -13,6 +13,7 @@ import onecopy
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import build_segment
 from onecopy.model import Reference
+from onecopy.vmm import fork_registry
 from tests.soak.campaign import BASE
 from tests.vm.conftest import APP, PYTHON_ROOT
 from tests.vm.kept import kept_store
@@ -43,5 +44,6 @@ def soaked(folder: Path) -> Iterator[Runtime]:
     finally:
         host.sweep()
         host.end(*host.guests())
+        fork_registry.end(host.run.name)
         shutil.rmtree(host.run)
         shutil.rmtree(folder)

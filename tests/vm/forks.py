@@ -5,25 +5,17 @@ Not here: servers without guests (tests/unit/vmm/fork_kit.py).
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 from onecopy.guest.runtime import Runtime
-from onecopy.linux import vmm_registry
+from onecopy.linux import process
+from onecopy.vmm import fork_registry, fork_server
 
 
 def server_of(pid: int) -> int | None:
-    """Return the fork server that is the parent of a VMM; None if there is none."""
-    try:
-        found = re.search(r"^PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-        assert found
-        line = Path(f"/proc/{found[1]}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):  # one of them has ended
-        return None
-    return int(found[1]) if b"-fork-server" in line.split(b"\0") else None
+    """Return the fork server that is the parent of a VMM; None if it is not."""
+    parent = process.parent(pid)
+    return parent if fork_server.is_server(parent) else None
 
 
-def servers(host: Runtime) -> set[int]:
-    """Return the fork servers of all VMMs of a host."""
-    entries = vmm_registry.of_store(vmm_registry.store_id(host.store.root))
-    return {pid for each in entries if (pid := server_of(each.process.pid))}
+def servers(host: Runtime) -> list[int]:
+    """Return the fork servers of a host's store that run."""
+    return [each.process.pid for each in fork_registry.running() if each.store == host.run.name]

@@ -108,9 +108,16 @@ def _of_guests() -> Iterator[tuple[str, Process]]:
             uid = folder.stat().st_uid
             if uid in GUESTS and _is_here(folder) and not _has_run_folder(folder):
                 name, began = _name_of(pid), process.stat(pid).start_ticks
-                # Confined tools have such user IDs, too, but their parent is not process 1.
-                if name or b"\nPPid:\t1\n" in (folder / "status").read_bytes():
+                if name or _is_vmm(pid):
                     yield name or f"uid-{uid}", Process(pid, began)
+
+
+def _is_vmm(pid: int) -> bool:
+    """Whether it is no confined tool: these have such user IDs, too, but a command as parent."""
+    from onecopy.vmm import fork_server  # there is rarely such a process
+
+    parent = process.parent(pid)
+    return parent == 1 or fork_server.is_server(parent)
 
 
 def _is_here(folder: Path) -> bool:

@@ -22,6 +22,7 @@ _SIZES = re.compile(rb"^(\w+):\s+([0-9]{1,15}) kB$", re.MULTILINE)
 
 #: Indexes of the fields after the name: flags, utime, stime, starttime, vsize.
 _FIELDS = (6, 11, 12, 19, 20)
+_PARENT = re.compile(rb"^PPid:\t([0-9]{1,10})$", re.MULTILINE)
 _PF_KTHREAD = 0x00200000
 
 
@@ -168,6 +169,18 @@ def cmdline(pid: int, root: Path = ROOT) -> list[str]:
     if not text:
         return []
     return [arg.decode(errors="surrogateescape") for arg in text.removesuffix(b"\0").split(b"\0")]
+
+
+def parent(pid: int, root: Path = ROOT) -> int:
+    """Return the process's parent; 0 if it has none in this PID namespace.
+
+    Raises:
+        NotFound: the process does not exist.
+    """
+    found = _PARENT.search(read_of_process(pid, "status", root) or b"")
+    if found is None:
+        raise no_process(pid)
+    return int(found[1])
 
 
 def owner(pid: int, root: Path = ROOT) -> int | None:

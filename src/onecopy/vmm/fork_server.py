@@ -31,12 +31,12 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.linux import child_reaper
+from onecopy.linux import child_reaper, process
 from onecopy.linux.lock import locked_blocking
 from onecopy.linux.syscall import PR_GET_MEMORY_MERGE, buffer, prctl, syscall
 from onecopy.subprocesses import run
 from onecopy.vmm import fork_registry
-from onecopy.vmm.fork_request import is_open
+from onecopy.vmm.fork_request import Unserved, is_open
 
 _SOURCES = [
     Path(__file__).with_name("files") / f"fork_{name}.c" for name in ("server", "child", "preload")
@@ -83,7 +83,7 @@ class ForkServer(msgspec.Struct, frozen=True):
         The caller has set what new children inherit (spawn.py), except for descriptors.
 
         Raises:
-            OSError: it cannot be started.
+            Unserved, OSError, NotPermitted: it cannot be started.
         """
         path = fork_registry.directory() / self._key(binary, environment)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -117,7 +117,7 @@ class ForkServer(msgspec.Struct, frozen=True):
                 "LD_PRELOAD": f"/proc/self/fd/{library}",
                 "ONECOPY_FORK_SERVER": " ".join(map(str, settings)),
             }
-            process = subprocess.Popen(
+            started = subprocess.Popen(
                 [binary, *_ARGUMENTS],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -129,20 +129,20 @@ class ForkServer(msgspec.Struct, frozen=True):
                 start_new_session=True,
             )
             try:
-                fork_registry.record(path, process.pid, self.store, self.domain)
-                _await(process, connection, path)
+                fork_registry.record(path, started.pid, self.store, self.domain)
+                _await(started, connection, path)
             except BaseException as error:
-                process.kill()
-                process.wait()
+                started.kill()
+                started.wait()
                 path.unlink(missing_ok=True)
-                if isinstance(error, OSError):
+                if isinstance(error, Unserved):
                     errors.seek(0)
                     printed = errors.read(_PRINTED).decode(errors="replace").strip()
-                    raise OSError(f"{error}: {printed}" if printed else str(error)) from error
+                    raise Unserved(f"{error}: {printed}" if printed else str(error)) from error
                 raise
         # Otherwise Popen would warn that the process is still running.
-        process.returncode = 0
-        child_reaper.adopt(process.pid)
+        started.returncode = 0
+        child_reaper.adopt(started.pid)
 
     def _key(self, binary: str, environment: Mapping[str, str]) -> str:
         parts: list[object] = [self.store, self.domain, os.geteuid(), sorted(os.getgroups())]
@@ -181,6 +181,15 @@ def forsake(connection: socket.socket) -> None:
             os.close(pidfd)
 
 
+def is_server(pid: int) -> bool:
+    """Whether a process of root's or of this user's is a fork server.
+
+    Raises:
+        NotFound: it does not exist.
+    """
+    return tuple(process.cmdline(pid)[1:]) == _ARGUMENTS
+
+
 def _connects(connection: socket.socket, path: Path) -> bool:
     try:
         connection.connect(str(path))
@@ -189,14 +198,14 @@ def _connects(connection: socket.socket, path: Path) -> bool:
     return True
 
 
-def _await(process: subprocess.Popen[bytes], connection: socket.socket, path: Path) -> None:
+def _await(server: subprocess.Popen[bytes], connection: socket.socket, path: Path) -> None:
     """Connect to a server as soon as it listens."""
     deadline = time.monotonic() + _PATIENCE
     while not _connects(connection, path):
-        if (code := process.poll()) is not None:
-            raise ChildProcessError(f"the fork server ended while starting (exit code {code})")
+        if (code := server.poll()) is not None:
+            raise Unserved(f"the fork server ended while starting (exit code {code})")
         if time.monotonic() > deadline:
-            raise TimeoutError("the fork server did not start")
+            raise Unserved("the fork server did not start")
         time.sleep(_PAUSE)
 
 
@@ -210,7 +219,7 @@ def _copied(path: Path) -> Iterator[int]:
     with os.fdopen(fd, "rb") as file:
         found = os.fstat(fd)
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"{path} belongs to another user, or others may write to it")
+            raise Unserved(f"{path} belongs to another user, or others may write to it")
         data = file.read()
     with os.fdopen(os.memfd_create("fork-server"), "wb") as copy:
         copy.write(data)

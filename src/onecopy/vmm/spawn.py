@@ -81,8 +81,10 @@ def start(
         return _execute(argv, confinement, folder, output, passed)
     try:
         return _fork(argv, confinement, folder, output, passed, server)
-    except (Unserved, NotPermitted) as error:
+    except Unserved as error:
         why_exec = str(error)
+    except NotPermitted as error:
+        why_exec = error.message
     except OSError as error:
         reason = error.strerror
         why_exec = f"the fork server cannot be reached: {reason}" if reason else str(error)

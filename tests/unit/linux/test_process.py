@@ -27,6 +27,13 @@ def test_recorded_process() -> None:
         process.stat(1002, RECORDED)
 
 
+def test_the_parent() -> None:
+    assert process.parent(os.getpid()) == os.getppid()
+    assert process.parent(1) == 0
+    with pytest.raises(NotFound):
+        process.parent(GONE)
+
+
 def test_own_times() -> None:
     until = time.process_time() + 0.2
     while time.process_time() < until:

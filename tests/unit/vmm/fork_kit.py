@@ -26,7 +26,7 @@ def servers(base: Path) -> list[int]:
     """Return the servers whose sockets are below ``base``."""
     found = []
     for path in (base / "forks").glob("*"):
-        if path.suffix != ".lock" and "=" not in path.name:
+        if path.is_socket():
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
                 try:
                     connection.connect(str(path))

@@ -80,7 +80,7 @@ def test_another_program_is_not_forked(tmp_path: Path, public: Path) -> None:
     binary = compiled(public, DYNAMIC)
     found = fork_probe.find(binary, tmp_path)
     assert not found.path
-    assert found.why_not.startswith("this QEMU cannot be forked: the fork server")
+    assert "cannot be forked: the fork server ended while starting" in found.why_not
 
 
 def test_a_program_that_hangs_is_ended(
@@ -92,6 +92,7 @@ def test_a_program_that_hangs_is_ended(
     assert not found.path
     assert "did not start" in found.why_not
     assert processes_of(binary) == []
+    fork_registry.sweep()
     assert list((base / "forks").iterdir()) == []
     # Later starts do not wait for it.
     monkeypatch.setattr(fork_server, "_PATIENCE", 1e6)
