@@ -175,15 +175,16 @@ def test_a_vmms_own_memory_merges_if_asked(guests: Guests, saved: Artifact) -> N
     # Relocated data alone is more, and equal only without address randomisation. VMMs of one fork
     # server have the same pages of it anyway (test_forked.py), but each has more of its own.
     deadline = time.monotonic() + 300
-    while min(merged_of_qemu(pid) for pid in apart) < MIB or not all(map(merging, forked)):
-        told = [merged_of_qemu(pid) for pid in apart], [merging(pid) for pid in forked]
-        assert time.monotonic() < deadline, told
+    while min(relocated := [merged(pid, "qemu-system") for pid in apart]) < MIB or not all(
+        heaps := [merged(pid, "[heap]") for pid in forked]
+    ):
+        assert time.monotonic() < deadline, (relocated, heaps)
         time.sleep(0.5)
 
 
-def merged_of_qemu(pid: int) -> int:
-    """Bytes of QEMU's own file mappings, which only relocation writes to, that are merged."""
-    mappings = [m for m in smaps.read(pid) if "qemu-system" in m.path]
+def merged(pid: int, path: str) -> int:
+    """Merged bytes of QEMU's heap, or of its own file, which only relocation writes to."""
+    mappings = [m for m in smaps.read(pid) if path in m.path]
     assert mappings
     if any(mapping.ksm is None for mapping in mappings):
         cannot_run("this kernel does not tell what is merged of a mapping")
