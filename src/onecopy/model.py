@@ -105,7 +105,7 @@ class Mergeable(StrEnum):
     RAM = "ram"
     """The guest's RAM."""
     ALL = "all"
-    """Also QEMU's own memory; QEMU then runs without address space layout randomisation."""
+    """Also QEMU's own memory; a QEMU that exec starts then has no address randomisation."""
 
 
 class PageClass(StrEnum):

@@ -43,8 +43,8 @@ class _GroupOptions(TypedDict, total=False):
     """Disks, as for `onecopy run --disk`. The guest syncs them at the end of the block, unless an
     exception ends it."""
     isolated_vmm: bool
-    """Whether QEMU starts by exec, with memory addresses and pages of its own, rather than from a
-    fork server. Default: False."""
+    """Whether to start QEMU by exec, with memory addresses and pages of its own. Default: False; a
+    server forks the QEMUs of a trust domain."""
     overcommit: bool
     """Whether to start the guests even if the host lacks memory for all. Default: False."""
 

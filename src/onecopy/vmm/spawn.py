@@ -86,7 +86,8 @@ def start(
     except NotPermitted as error:
         why_exec = error.message
     except OSError as error:
-        why_exec = f"the fork server cannot be reached: {error.strerror or error}"
+        reason = error.strerror
+        why_exec = f"the fork server cannot be reached: {reason}" if reason else str(error)
     return replace(_execute(argv, confinement, folder, output, passed), why_exec=why_exec)
 
 

@@ -119,7 +119,7 @@ def test_the_server_is_no_guest_and_no_other_qemu(
     assert list((base / "forks").iterdir()) == []
 
 
-def test_memory_is_counted_once(server: ForkServer, tmp_path: Path) -> None:
+def test_memory_is_counted_once(server: ForkServer, base: Path, tmp_path: Path) -> None:
     """All that a server and its VMMs have is what their pages say (pagemap)."""
     if os.geteuid():
         cannot_run("page frame numbers need root")
