@@ -133,13 +133,13 @@ class Campaign:
         """Fork servers are killed, hang or lack descriptors while they start: all answer."""
         with self._starting() as command, ThreadPoolExecutor(1) as one:
             said = one.submit(command.communicate)
-            hangs = self._dice.random() < 0.5
+            hangs, stopped = self._dice.random() < 0.5, 0
             while not said.done():
-                for pid in servers(self._host):
+                for pid in set(servers(self._host)) - {stopped}:
                     with suppress(ProcessLookupError):
                         if hangs:
                             os.kill(pid, signal.SIGSTOP)
-                            hangs = False
+                            hangs, stopped = False, pid
                         elif self._dice.random() < 0.5:
                             os.kill(pid, signal.SIGKILL)
                         else:

@@ -137,7 +137,7 @@ class ForkServer(msgspec.Struct, frozen=True):
                 path.unlink(missing_ok=True)
                 if isinstance(error, Unserved):
                     errors.seek(0)
-                    printed = errors.read(_PRINTED).decode(errors="replace").strip()
+                    printed = errors.read(_PRINTED).decode(errors="replace").split("\n")[0]
                     raise Unserved(f"{error}: {printed}" if printed else str(error)) from error
                 raise
         # Otherwise Popen would warn that the process is still running.
