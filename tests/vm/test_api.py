@@ -26,6 +26,7 @@ from onecopy.guest.run_directory import is_mark
 from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
 from onecopy.store import Artifact
+from onecopy.vmm import fork_registry
 from tests.vm.conftest import vmms
 from tests.vm.kept import PROJECT
 
@@ -104,13 +105,13 @@ def descriptors() -> int:
 
 
 def children() -> list[str]:
-    """The QEMUs that are children of this process, zombies included."""
-    found = []
+    """The VMMs that are children of this process, zombies included."""
+    found, servers = [], set(fork_registry.pids())
     for entry in Path("/proc/self/task").glob("*/children"):
         for pid in entry.read_text().split():
             with contextlib.suppress(OSError):  # it ended meanwhile
                 name = Path(f"/proc/{pid}/comm").read_text().strip()
-                found += [name] if name.startswith("qemu") else []
+                found += [name] if name.startswith("qemu") and int(pid) not in servers else []
     return found
 
 
@@ -121,20 +122,22 @@ def eventually(holds: Callable[[], bool]) -> bool:
     return holds()
 
 
+@pytest.mark.parametrize("isolated", [False, True])
 def test_a_process_that_starts_many_keeps_nothing(
-    host: Runtime, mine: onecopy.Host, saved: Artifact
+    host: Runtime, mine: onecopy.Host, saved: Artifact, isolated: bool
 ) -> None:
-    with mine.start(saved.ref, 2):
+    with mine.start(saved.ref, 2, isolated_vmm=isolated):
         pass
     assert eventually(lambda: not children())
     before, threads = descriptors(), threading.active_count()
-    for _ in range(5):
-        with mine.start(saved.ref, 4, name="again") as guests:
+    for _ in range(3):
+        with mine.start(saved.ref, 4, name="again", isolated_vmm=isolated) as guests:
             assert guests[3].exec(["hostname"]).text == "again-4\n"
             # One that ends by itself is waited for, too.
             os.kill(guests[0].record.pid, signal.SIGKILL)
             assert guests[0].wait(STUCK)
-            assert eventually(lambda: len(children()) == 3)
+            # A forked one is its server's child.
+            assert eventually(lambda: len(children()) == (3 if isolated else 0))
         assert vmms(host) == []
         # The others ended with their block; each time it takes the place of the one before.
         assert [each.name for each in mine.ended()] == ["again-1"]

@@ -275,6 +275,8 @@ static void serve(void)
         for (int i = 0; i < client_count; i++)
             ready[i + 2] = (struct pollfd){clients[i].connection, 0, 0};
         int count = poll(ready, client_count + 2, open || client_count ? 1000 : 0);
+        if (count < 0 && errno != EINTR)
+            fail("cannot wait for clients");
         for (int i = client_count - 1; count > 0 && i >= 0; i--)
             if (ready[i + 2].revents)
                 forget_client(i);
