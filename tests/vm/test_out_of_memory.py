@@ -21,9 +21,10 @@ from onecopy.errors import OnecopyError
 from onecopy.guest.end import Cause
 from onecopy.guest.lifecycle.stop import wait_for_end
 from onecopy.guest.runtime import Runtime
-from onecopy.linux import kmsg
+from onecopy.linux import kmsg, vmm_registry
 from onecopy.model import MIB
 from onecopy.store import Artifact
+from onecopy.vmm import fork_registry
 from tests.command import ONECOPY, onecopy
 from tests.conftest import cannot_run
 from tests.vm.conftest import Clones, RunIn, vmms
@@ -59,6 +60,10 @@ def _group(root: Path, limit: str) -> Iterator[Path]:
         (made / limit).write_text(str(LIMIT))
         yield made
     finally:
+        # Fork servers stay there until they have been idle for a while.
+        members = (made / "cgroup.procs").read_text().split()
+        servers = [each.process for each in fork_registry.running()]
+        vmm_registry.end(each for each in servers if str(each.pid) in members)
         made.rmdir()
 
 
