@@ -52,7 +52,7 @@ class Memory:
     """Bytes per guest: the sum divided by the number of guests."""
 
     pss: float
-    """Pss of the VMMs, in whose sum a shared page counts once."""
+    """Pss of the VMMs. A page is divided among its processes, and a fork server is one of them."""
     ram_private: float
     """Guest RAM that only this guest has."""
     vmm_private: float

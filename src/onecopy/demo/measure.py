@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 
 from onecopy.guest.lifecycle import start
-from onecopy.guest.observe.accounts import guest_maps
+from onecopy.guest.observe.accounts import report_of
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.sharing import report
+from onecopy.linux import process
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: demo\r\nConnection: close\r\n\r\n"
 #: Seconds for a guest to answer.
@@ -59,7 +59,10 @@ async def start_batch(host: Runtime, kind: str, request: start.Request, owner: P
     began = time.monotonic()
     started = await start.start(host, group, owner=owner, ran=ask)
     when = [at for at in await asyncio.gather(*answers) if at is not None]
-    figures = report.collect(guest_maps(started.guests)).totals
+    figures = report_of(started.guests)
+    # A fork server maps pages of its guests, too, so it has a part of their Pss.
+    servers = {process.parent(guest.pid) for guest in started.guests}
+    every = [*figures.guests, *(each for each in figures.servers if each.pid in servers)]
     count, accel = len(started.guests), group.plans[0].accel
     return Measured(
         accel=f"{accel.name}: {accel.reason}",
@@ -68,8 +71,8 @@ async def start_batch(host: Runtime, kind: str, request: start.Request, owner: P
         answered=len(when),
         seconds=max(when, default=time.monotonic()) - began,
         each=tuple(at - began for at in when),
-        ram_private=(figures["ram_private"] or 0) // count,
-        host=((figures["pss_total"] or 0) + (figures["page_tables"] or 0)) // count,
+        ram_private=(figures.totals["ram_private"] or 0) // count,
+        host=sum((each.pss_total or 0) + (each.page_tables or 0) for each in every) // count,
     )
 
 
