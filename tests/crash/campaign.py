@@ -6,7 +6,6 @@ now and then another command that must not be disturbed.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from onecopy.linux.syscall import prctl
 from onecopy.model import Reference
 from onecopy.store import Lease, NewLayer, Store
 from tests.crash import state
@@ -235,8 +235,7 @@ class Campaign:
 
 
 def _set_subreaper(on: bool) -> None:
-    done = ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0)
-    assert done == 0, "prctl(PR_SET_CHILD_SUBREAPER) failed"
+    prctl(_PR_SET_CHILD_SUBREAPER, on)
 
 
 def _children() -> set[int]:

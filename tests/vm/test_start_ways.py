@@ -16,7 +16,6 @@ import pytest
 from onecopy.guest.observe import doctor
 from onecopy.guest.observe.accounts import report_of
 from onecopy.guest.runtime import Runtime
-from onecopy.linux import process
 from onecopy.linux.counters import smaps
 from onecopy.sharing import cross_check
 from onecopy.store import Artifact
@@ -24,15 +23,16 @@ from onecopy.vmm import external_qemu, fork_probe, fork_registry
 from onecopy.vmm.fork_probe import Library
 from onecopy.vmm.fork_registry import Server
 from tests.command import answer, onecopy
+from tests.vm import forks
 from tests.vm.guests import Guests
 
 TOLD = "gcc is not installed, which fork servers need: apt-get install gcc libc6-dev"
 
 
 def server_of(pid: int) -> Server:
-    """The server of a VMM, one of those that the host may have."""
-    parent = process.parent(pid)
-    (found,) = [each for each in fork_registry.running() if each.process.pid == parent]
+    """The record of a VMM's server, one of those that the host may have."""
+    server = forks.server_of(pid)
+    (found,) = [each for each in fork_registry.running() if each.process.pid == server]
     return found
 
 

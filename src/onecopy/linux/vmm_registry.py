@@ -264,8 +264,11 @@ def _kill(
             yield each, pidfd
 
 
-def has_ended(pidfd: int, patience: float) -> bool:
-    """Wait up to ``patience`` seconds for the end of a process; return whether it has ended."""
+def has_ended(pidfd: int, patience: float | None) -> bool:
+    """Wait up to ``patience`` seconds for the end of a process; return whether it has ended.
+
+    None waits for ever.
+    """
     poll = select.poll()  # select() fails for descriptors above 1023
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(patience * 1000))
+    return bool(poll.poll(None if patience is None else patience * 1000))

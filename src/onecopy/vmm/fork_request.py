@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from onecopy.linux.vmm_registry import has_ended
 from onecopy.vmm import name_servers
 from onecopy.vmm.confine import Confinement, filter_program
 
@@ -86,7 +87,7 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait up to ``timeout`` seconds for the end; return the exit code."""
-        self._wait(None if timeout is None else timeout * 1000)
+        self._wait(timeout)
         return self.returncode
 
     def kill(self) -> None:
@@ -102,12 +103,8 @@ class Forked:
             self._pidfd = -1
             self._connection.close()
 
-    def _wait(self, milliseconds: float | None) -> None:
-        if self._pidfd < 0:
-            return
-        ended = select.poll()
-        ended.register(self._pidfd, select.POLLIN)
-        if ended.poll(milliseconds):
+    def _wait(self, timeout: float | None) -> None:
+        if self._pidfd >= 0 and has_ended(self._pidfd, timeout):
             self._connection.settimeout(_REPORTING)
             with contextlib.suppress(OSError, struct.error):
                 (status,) = _STATUS.unpack(self._connection.recv(_STATUS.size))

@@ -16,10 +16,10 @@ Not here: the library (files/fork_server.c), the request (fork_request.py), whic
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
-import select
 import signal
 import socket
 import stat
@@ -31,9 +31,10 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.linux import child_reaper, process
+from onecopy.linux import child_reaper, memfd, process
 from onecopy.linux.lock import locked_blocking
 from onecopy.linux.syscall import PR_GET_MEMORY_MERGE, buffer, prctl, syscall
+from onecopy.linux.vmm_registry import has_ended
 from onecopy.subprocesses import run
 from onecopy.vmm import fork_registry
 from onecopy.vmm.fork_request import Unserved, is_open
@@ -108,7 +109,7 @@ class ForkServer(msgspec.Struct, frozen=True):
         with (
             _copied(self.library) as library,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
-            os.fdopen(os.memfd_create("errors"), "rb") as errors,
+            os.fdopen(memfd.scratch("errors"), "rb") as errors,
         ):
             listener.bind(str(path))
             passed = listener.fileno(), library
@@ -136,8 +137,8 @@ class ForkServer(msgspec.Struct, frozen=True):
                 started.wait()
                 path.unlink(missing_ok=True)
                 if isinstance(error, Unserved):
-                    errors.seek(0)
-                    printed = errors.read(_PRINTED).decode(errors="replace").split("\n")[0]
+                    text = memfd.take(errors.fileno(), _PRINTED).decode(errors="replace")
+                    printed = text.split("\n")[0]
                     raise Unserved(f"{error}: {printed}" if printed else str(error)) from error
                 raise
         # Otherwise Popen would warn that the process is still running.
@@ -174,9 +175,7 @@ def forsake(connection: socket.socket) -> None:
             # Otherwise the server has ended, and another process may have its pid.
             if is_open(connection):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                ended = select.poll()
-                ended.register(pidfd, select.POLLIN)
-                ended.poll(_PATIENCE * 1000)
+                has_ended(pidfd, _PATIENCE)
         finally:
             os.close(pidfd)
 
@@ -221,10 +220,11 @@ def _copied(path: Path) -> Iterator[int]:
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise Unserved(f"{path} belongs to another user, or others may write to it")
         data = file.read()
-    with os.fdopen(os.memfd_create("fork-server"), "wb") as copy:
-        copy.write(data)
-        copy.flush()
-        yield copy.fileno()
+    copy = memfd.create_sealed("fork-server", data)
+    try:
+        yield copy
+    finally:
+        os.close(copy)
 
 
 def _file(path: Path) -> tuple[str, int, int, int, int]:
@@ -281,9 +281,7 @@ def library(cache: Path) -> Path:
     """
     if _SHIPPED.exists():
         return _SHIPPED
-    text = b"".join(each.read_bytes() for each in _SOURCES)
-    digest = hashlib.sha256(text).hexdigest()[:16]
-    path = cache / f"fork-server-{digest}.so"
+    path = cache / f"fork-server-{_source_digest()}.so"
     if not path.exists():
         import tempfile  # it is compiled once
 
@@ -292,6 +290,13 @@ def library(cache: Path) -> Path:
             build(made)
             made.rename(path)
     return path
+
+
+@functools.cache
+def _source_digest() -> str:
+    # Each start asks for the library.
+    text = b"".join(each.read_bytes() for each in _SOURCES)
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def build(path: Path) -> None:

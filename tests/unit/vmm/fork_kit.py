@@ -123,5 +123,18 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def children(pid: int) -> str:
+    """Return the process ids of a server's children, as the kernel writes them."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
+def connected(server: ForkServer, base: Path) -> tuple[socket.socket, int]:
+    """Connect to the only server, which has forked a child; return its process id, too."""
+    connection = server.connect(find_program(BINARY), {})
+    (pid,) = servers(base)
+    wait_for(lambda: children(pid))
+    return connection, pid
+
+
 def runs(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()

@@ -31,7 +31,17 @@ from onecopy.vmm.fork_server import ForkServer
 from onecopy.vmm.qemu import BINARY
 from onecopy.vmm.spawn import release, start
 from tests.unit.other_user import NOBODY, as_nobody
-from tests.unit.vmm.fork_kit import PATIENCE, Vmm, confinement, runs, servers, vmm, wait_for
+from tests.unit.vmm.fork_kit import (
+    PATIENCE,
+    Vmm,
+    children,
+    confinement,
+    connected,
+    runs,
+    servers,
+    vmm,
+    wait_for,
+)
 
 PRCTL, PR_SET_MM = 157, 35
 #: A system call, and an I/O priority (ioprio_set(2)).
@@ -87,14 +97,11 @@ def test_servers_that_are_killed_during_starts_lose_no_vmm(
 def test_a_child_without_its_server_serves_its_client(
     server: ForkServer, base: Path, tmp_path: Path
 ) -> None:
-    binary = find_program(BINARY)
-    connection = server.connect(binary, {})
-    (pid,) = servers(base)
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    wait_for(children.read_text)
+    connection, pid = connected(server, base)
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not runs(pid))
-    process, _ = fork_request.ask(connection, [binary], confinement(), tmp_path, [], None)
+    argv = [find_program(BINARY)]
+    process, _ = fork_request.ask(connection, argv, confinement(), tmp_path, [], None)
     process.kill()
     assert process.wait(PATIENCE) is None
 
@@ -370,24 +377,21 @@ def test_a_confinement_that_fails_starts_nothing(
     with (tmp_path / "log").open("wb") as out, pytest.raises(Incompatible, match="cannot confine"):
         start([find_program(BINARY)], wrong, tmp_path, out.fileno(), [], server)
     (pid,) = servers(base)
-    wait_for(lambda: not Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    wait_for(lambda: not children(pid))
 
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_client_that_leaves_ends_its_child(
     asked: bool, server: ForkServer, base: Path, tmp_path: Path
 ) -> None:
-    binary = find_program(BINARY)
-    connection = server.connect(binary, {})
-    (pid,) = servers(base)
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    wait_for(children.read_text)
+    connection, pid = connected(server, base)
     if asked:
-        process, _ = fork_request.ask(connection, [binary], confinement(), tmp_path, [], None)
+        argv = [find_program(BINARY)]
+        process, _ = fork_request.ask(connection, argv, confinement(), tmp_path, [], None)
         assert process.poll() is None
         release(process)
     connection.close()
-    wait_for(lambda: not children.read_text())
+    wait_for(lambda: not children(pid))
 
 
 def test_what_a_vmm_would_inherit_makes_another_server(server: ForkServer) -> None:
