@@ -222,7 +222,7 @@ def test_many_of_one_user_hide_nobody_else(program: Path, monkeypatch: pytest.Mo
         one = stack.enter_context(impostor(program, uid=OTHER)).pid
         found = external_qemu.find(known - many - {one})
     seen = {vmm.pid for vmm in found.vmms}
-    assert one in seen and 0 < len(seen & many) < 6 and len(seen) <= 6
+    assert one in seen and 0 < len(seen & many) < 6 and len(seen) <= 6, found
     assert found.left_out
 
 

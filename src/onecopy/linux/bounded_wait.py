@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -19,7 +18,8 @@ from typing import Generic, TypeVar
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
-#: Seconds between looks for late jobs, while no job finishes.
+#: Seconds between looks for late jobs, while no job finishes. A job's time is counted in looks, not
+#: by the clock: if this process itself was stopped or did not get a processor, no job was late.
 _POLL_INTERVAL = 0.1
 #: After this many late jobs, the others get this fraction of the time: the cause may be the same.
 _MISSED_BEFORE_HURRY, _HURRY_FACTOR = 4, 0.05
@@ -37,18 +37,19 @@ class _Worker(Generic[_T, _R]):
     ) -> None:
         self._function, self._jobs, self._done = function, jobs, done
         self._lock = threading.Lock()
-        self._since = 0.0
+        self._looks = 0
         self._number: int | None = None
         self._abandoned = False
         threading.Thread(target=self._work, daemon=True, name="onecopy asks").start()
 
     def going_on(self) -> None:
-        self._since = time.monotonic()
+        self._looks = 0
 
     def abandon_if_late(self, seconds: float) -> int | None:
         """Abandon the thread if its job has run for ``seconds``; return its number or None."""
         with self._lock:
-            if self._number is None or time.monotonic() - self._since < seconds:
+            self._looks += 1
+            if self._number is None or self._looks * _POLL_INTERVAL <= seconds:
                 return None
             self._abandoned = True
             return self._number
@@ -73,7 +74,7 @@ class _Worker(Generic[_T, _R]):
                 number, self._item = self._jobs.popleft()
             except IndexError:
                 return False
-            self._since, self._number = time.monotonic(), number
+            self._looks, self._number = 0, number
             return True
 
 

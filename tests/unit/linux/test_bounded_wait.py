@@ -1,12 +1,27 @@
 """Waiting for many answers, and for none of them for ever."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from onecopy.linux import bounded_wait
+
+#: Each answer takes 0.3 s of its process, which is stopped meanwhile for longer than the limit.
+STOPPED = """
+import os, subprocess, time
+from onecopy.linux import bounded_wait
+stop = f"sleep 0.1; kill -STOP {os.getpid()}; sleep 1; kill -CONT {os.getpid()}"
+def ask(number):
+    stopping = subprocess.Popen(["sh", "-c", stop])
+    time.sleep(0.3)
+    stopping.wait()
+    return number
+print(bounded_wait.each(ask, [1, 2, 3], lambda _: -1, seconds=0.5))
+"""
 
 
 def test_answers_are_in_order() -> None:
@@ -51,6 +66,12 @@ def test_who_goes_on_is_not_late() -> None:
     assert bounded_wait.each(slow, [7], lambda _: -1, seconds=0.7) == [7]
     # Outside it means nothing.
     bounded_wait.going_on()
+
+
+def test_nobody_is_late_while_this_process_is_stopped() -> None:
+    """As on a host that is itself paused, or so busy that this process gets no processor."""
+    done = subprocess.run([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "[1, 2, 3]\n"
 
 
 def test_threads_end() -> None:
