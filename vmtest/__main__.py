@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import signal
 import sys
 from pathlib import Path
 
 from onecopy.errors import OnecopyError
 from vmtest import jobs
+from vmtest.boot import tell
 from vmtest.images import PROJECT, RELEASES
 
 JOBS: dict[str, jobs.Job] = {
@@ -64,15 +64,11 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:end], arguments[end + 1 :]
 
 
-async def _all(arguments: argparse.Namespace) -> list[str]:
-    task = asyncio.current_task()
-    if task:
-        # End the emulated host, as on Ctrl-C.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+def _all(arguments: argparse.Namespace) -> list[str]:
     found = []
     for number in arguments.debian:
         job = JOBS[arguments.what]
-        problems = await job(RELEASES[number], arguments.out, arguments.inside)
+        problems = job(RELEASES[number], arguments.out, arguments.inside)
         found += [f"Debian {number}: {text}" for text in problems]
     return found
 
@@ -80,16 +76,18 @@ async def _all(arguments: argparse.Namespace) -> list[str]:
 def main() -> int:
     """Run the job for each release; return 0 only if all passed."""
     arguments = _arguments()
+    # Ends the emulated host, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        found = asyncio.run(_all(arguments))
+        found = _all(arguments)
     except OnecopyError as error:
-        jobs.tell(f"{error.message}\n{error.hint}".rstrip())
+        tell(f"{error.message}\n{error.hint}".rstrip())
         return error.exit_code
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except KeyboardInterrupt:
         return 130
     for text in found:
-        jobs.tell(text)
-    jobs.tell("FAILED" if found else "passed")
+        tell(text)
+    tell("FAILED" if found else "passed")
     return 1 if found else 0
 
 

@@ -1,14 +1,13 @@
 """Boots an emulated host: a guest under TCG whose CPUs have AMD's virtualization.
 
 QEMU's TCG emulates SVM with nested paging, so the KVM inside is the kernel's own. Not here: the
-host's segments (images.py), judging its results (verdict.py).
+host's segments (images.py), its QEMU (boot.py), judging its results (verdict.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -117,7 +116,7 @@ class EmulatedHost:
 async def emulated_host(
     host: Runtime, images: Images, folder: Path, memory: int = MEMORY
 ) -> AsyncIterator[EmulatedHost]:
-    """Boot an emulated host; at the end, end it and copy its logs to ``folder``.
+    """Boot an emulated host; at the end, end it and copy its logs to ``folder``, which exists.
 
     Its batch is never published, so that the next command ends the host if this process is killed.
     """
@@ -137,8 +136,6 @@ async def emulated_host(
             ksm=Mergeable.NONE,
         ),
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     with host.batch() as batch:
         record = await _booted(host, prepared, batch)
         mine = host.run / record.name

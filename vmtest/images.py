@@ -95,13 +95,12 @@ def ensure_images(
     The segments of the release ``other`` are mounted, too.
     """
     builder = _Builder(host, tell)
-    root, python = _system(builder, debian)
+    used = ensure_base(host, debian, tell)
+    digests = (host.store.resolve(ref).digest for ref in used.named.values())
     with tempfile.TemporaryDirectory(prefix="onecopy-vmtest-") as work:
-        tree = builder.ensure_made("tree", _tree_digest(), lambda: _tree(Path(work) / "tree"))
-        used = Images(root, ((python, PYTHON), (tree, TREE)))
         pycache = builder.ensure_made(
             f"pycache-{debian.suite}",
-            " ".join(host.store.resolve(ref).digest for ref in (root, python, tree)),
+            " ".join(digests),
             lambda: _compiled(Path(work) / "pycache", host.store, used, debian),
         )
     # The store is the same one each time.
@@ -116,7 +115,16 @@ def ensure_images(
     mounted = [*used.mounted, (pycache, PYCACHE), (store, STORE)]
     if other:
         mounted += zip(_system(builder, other), (OTHER_ROOT, OTHER_PYTHON), strict=True)
-    return Images(root, tuple(mounted))
+    return Images(used.root, tuple(mounted))
+
+
+def ensure_base(host: Runtime, debian: Debian, tell: Tell) -> Images:
+    """Build what programs of the tree need in the root of ``debian``, on any kernel."""
+    builder = _Builder(host, tell)
+    root, python = _system(builder, debian)
+    with tempfile.TemporaryDirectory(prefix="onecopy-vmtest-") as work:
+        tree = builder.ensure_made("tree", _tree_digest(), lambda: _tree(Path(work) / "tree"))
+    return Images(root, ((python, PYTHON), (tree, TREE)))
 
 
 def ensure_debian(

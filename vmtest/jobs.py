@@ -7,24 +7,27 @@ programs that run in it (inside, matrix, bench).
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.compare import mix
-from onecopy.errors import OnecopyError
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
-from vmtest import support, verdict
-from vmtest.host import INSIDE, MEMORY, RESULTS, EmulatedHost, emulated_host
-from vmtest.images import PROJECT, RELEASES, Debian, ensure_debian, ensure_images, store_root
+from vmtest import boot, support, verdict
+from vmtest.boot import tell
+from vmtest.host import INSIDE, MEMORY, RESULTS
+from vmtest.images import (
+    PROJECT,
+    RELEASES,
+    Debian,
+    ensure_debian,
+    ensure_images,
+    store_root,
+)
 from vmtest.root import run_in_root
 
-#: Time limit of a job in an emulated host, in seconds.
-LIMIT = 7200.0
 #: The first two build Debian roots from the network, which an emulated host does not have. The
 #: last boots emulated hosts. KVM makes no difference to any of them.
 _ELSEWHERE = tuple(
@@ -41,37 +44,30 @@ _SMOKE_MEMORY = 6144 * MIB
 _COMPARE_ROOT = "/opt/onecopy/compare-root"
 _SUITES = tuple(release.suite for release in RELEASES.values())
 
-Job = Callable[[Debian, Path, Sequence[str]], Awaitable[list[str]]]
+Job = Callable[[Debian, Path, Sequence[str]], list[str]]
 """(release, directory for results, arguments for pytest or compare) -> problems."""
 
 
-def tell(text: str) -> None:
-    """Print a progress line."""
-    print(f"test-kvm: {text}", file=sys.stderr, flush=True)
-
-
-async def tests(
-    debian: Debian, out: Path, arguments: Sequence[str], memory: int = MEMORY
-) -> list[str]:
+def tests(debian: Debian, out: Path, arguments: Sequence[str], memory: int = MEMORY) -> list[str]:
     """Run all VM tests, or pytest with ``arguments``; ``memory`` is the host's RAM in bytes."""
     wanted = arguments or ["tests/vm", _WORKLOADS, *_ELSEWHERE]
     pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider"]
     folder = out / f"debian-{debian.number}"
     argv = [INSIDE, *pytest, f"--junitxml={RESULTS}/junit.xml", *wanted]
-    found = await _in_host(debian, ("bookworm",), folder, argv, memory)
+    found = _in_host(debian, ("bookworm",), folder, argv, memory)
     return [*found, *verdict.tests(folder), *verdict.console(folder)]
 
 
-async def smoke(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
+def smoke(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     """Run the few tests that script/test also runs under KVM."""
     # Collecting all tests takes a minute there.
     files = sorted((PROJECT / "tests/vm").rglob("test_*.py"))
     marked = [str(path.relative_to(PROJECT)) for path in files if _SMOKE in path.read_text()]
     wanted = arguments or marked
-    return await tests(debian, out, ["-m", "smoke", *wanted], _SMOKE_MEMORY)
+    return tests(debian, out, ["-m", "smoke", *wanted], _SMOKE_MEMORY)
 
 
-async def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """Measure the rows of a host release, and regenerate docs/support.md.
 
     KVM's rows run in an emulated host. TCG's run in its root on this host's kernel, which saves
@@ -79,17 +75,17 @@ async def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]
     """
     folder = out / f"support-debian-{debian.number}"
     argv = ["env", "ACCELS=kvm", "vmtest/matrix", *_SUITES]
-    found = await _in_host(debian, _SUITES, folder, [INSIDE, *argv])
+    found = _in_host(debian, _SUITES, folder, [INSIDE, *argv])
     found += verdict.console(folder)
     found += _in_root(debian, folder, ["env", "ACCELS=tcg", "vmtest/matrix", *_SUITES])
     return [*found, *_write_support(folder)]
 
 
-async def moved(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+def moved(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """Start systems that another release's QEMU saved, and regenerate docs/support.md."""
     folder = out / f"moved-debian-{debian.number}"
     (other,) = (release for release in RELEASES.values() if release is not debian)
-    found = await _in_host(
+    found = _in_host(
         debian, _SUITES, folder, [INSIDE, "env", "ACCELS=kvm", "vmtest/moved"], other=other
     )
     found += verdict.console(folder)
@@ -119,14 +115,14 @@ def _write_support(folder: Path) -> list[str]:
     return [f"{row.key}: {row.reason}" for row in new if row.result == "failed"]
 
 
-async def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """Measure under KVM in an emulated host, whose times are long, and under TCG (vmtest/bench)."""
     folder = out / f"bench-debian-{debian.number}"
-    found = await _in_host(debian, _SUITES, folder, [INSIDE, "vmtest/bench", "kvm"])
+    found = _in_host(debian, _SUITES, folder, [INSIDE, "vmtest/bench", "kvm"])
     return [*found, *verdict.console(folder), *_in_root(debian, folder, ["vmtest/bench", "tcg"])]
 
 
-async def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
+def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     """Run script/compare under KVM with ``arguments``, without plots."""
     root = ensure_debian(Runtime.open(store_root()), "compare-root", mix.SOURCE, mix.PACKAGES, tell)
     folder = out / f"compare-debian-{debian.number}"
@@ -134,12 +130,12 @@ async def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[s
     argv = [INSIDE, "vmtest/compare", _COMPARE_ROOT, *wanted]
     more = ((root, _COMPARE_ROOT),)
     return [
-        *await _in_host(debian, ("bookworm",), folder, argv, more=more),
+        *_in_host(debian, ("bookworm",), folder, argv, more=more),
         *verdict.console(folder),
     ]
 
 
-async def _in_host(
+def _in_host(
     debian: Debian,
     suites: tuple[str, ...],
     folder: Path,
@@ -155,32 +151,8 @@ async def _in_host(
     host = Runtime.open(store_root())
     images = ensure_images(host, debian, suites, tell, other)
     images = replace(images, mounted=(*images.mounted, *more))
-    tell(f"booting Debian {debian.number}")
-    began = time.monotonic()
-    try:
-        async with emulated_host(host, images, folder, memory) as emulated:
-            tell(f"the host was up after {time.monotonic() - began:.0f} s")
-            code = await _call(emulated, argv)
-    except OnecopyError as error:
-        return [error.message]
-    finally:
-        tell(f"Debian {debian.number}: {time.monotonic() - began:.0f} s; logs are in {folder}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tell(f"booting Debian {debian.number}; its logs go to {folder}")
+    code = boot.Job(images, memory, argv).run(host, folder)
     return [f"the job ended with exit code {code}"] if code else []
-
-
-async def _call(emulated: EmulatedHost, argv: list[str]) -> int:
-    try:
-        code = await emulated.call(argv, LIMIT, _show)
-    except OnecopyError:
-        tell(f"the host's CPUs are at:\n{await emulated.processors()}")
-        # The first error matters more than one of fetching results.
-        with suppress(OnecopyError):
-            await emulated.fetch()
-        raise
-    await emulated.fetch()
-    return code
-
-
-def _show(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
