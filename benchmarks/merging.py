@@ -17,8 +17,8 @@ from onecopy.linux.counters import ksm
 
 #: The kernel's defaults, 100 pages every 20 ms, would take hours.
 SETTINGS = {"pages_to_scan": 2000, "sleep_millisecs": 20, "run": 1}
-#: Seconds after which unfinished merging is a failure.
-TIMEOUT = 300.0
+#: Seconds after which unfinished merging is a failure; an emulated host is slow.
+TIMEOUT = 1800.0
 _EVERY = 2.0
 
 

@@ -50,6 +50,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-plots", dest="plots", action="store_false", help="and matplotlib is not needed"
     )
+    parser.add_argument(
+        "--ratios",
+        action="store_true",
+        help="show times relative to the first way's, as on a host whose time is not real",
+    )
     arguments = parser.parse_args()
     if min(arguments.guests, default=4) < 4 or arguments.different in range(1, 3):
         parser.error("at least 4 guests that are alike, 3 that are different, or none")
@@ -63,10 +68,14 @@ def _tell(text: str) -> None:
 class _Results:
     """The results so far, written to ``out``."""
 
-    def __init__(self, out: Path, *, plots: bool) -> None:
-        self.out, self.plots = out, plots
+    def __init__(self, out: Path, *, plots: bool, ratios: bool) -> None:
+        self.out, self.plots, self.ratios = out, plots, ratios
         self.machine: dict[str, str] = {}
         self.found: list[Outcome] = []
+
+    def markdown(self) -> str:
+        """Format all tables."""
+        return tables(self.machine, self.found, ratios=self.ratios)
 
     def write(self) -> None:
         """Write all files."""
@@ -75,7 +84,7 @@ class _Results:
         outcomes = [asdict(each) for each in self.found]
         values = {"schema": 1, "machine": self.machine, "outcomes": outcomes}
         (out / "values.json").write_text(json.dumps(values, indent=1) + "\n")
-        (out / "tables.md").write_text(tables(self.machine, self.found))
+        (out / "tables.md").write_text(self.markdown())
         if self.plots:
             from benchmarks.compare.plots import plot_all
 
@@ -119,7 +128,7 @@ async def _ways(
 def main() -> int:
     """Run the comparison; return 0, or the exit code of the error."""
     arguments = _arguments()
-    results = _Results(arguments.out, plots=arguments.plots)
+    results = _Results(arguments.out, plots=arguments.plots, ratios=arguments.ratios)
     try:
         asyncio.run(_measure(arguments, results))
     except OnecopyError as error:
@@ -127,7 +136,7 @@ def main() -> int:
         return error.exit_code
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
-    print(tables(results.machine, results.found), end="")
+    print(results.markdown(), end="")
     _tell(f"what was found is in {arguments.out}")
     return 0
 

@@ -94,7 +94,7 @@ class Application:
 
 
 def _http_load(count: int) -> str:
-    text = resources.files("compare").joinpath("load.py").read_text()
+    text = resources.files("benchmarks.compare").joinpath("load.py").read_text()
     return f"python3 -c {shlex.quote(text)} {PORT} {count}"
 
 

@@ -17,6 +17,7 @@ from statistics import median
 from benchmarks.compare.mix import Tell, Ware, shell
 from benchmarks.compare.templating import Templates
 from benchmarks.compare.ways import Means, Up, Way, start_one
+from benchmarks.counts import Counts, medians
 from benchmarks.figures import SETTLE, Spread, cpu, evict, settled, taken
 from benchmarks.merging import SETTINGS, converged
 from benchmarks.plain import disk_module
@@ -62,6 +63,10 @@ class Outcome:
     """The same for the other guests."""
     boot_cpu: float
     """Median CPU seconds of a VMM until its application answered."""
+    boot_counts: Counts
+    """The counts of a VMM until its application answered."""
+    counts: Counts
+    """The same at the end, after some guests have worked."""
     idle_memory: int
     """Host memory of all idle guests, after KSM has merged all that it can."""
     pss: int
@@ -117,6 +122,8 @@ async def measure(
             first=guests[0].seconds,
             seconds=Spread.of(guest.seconds for guest in guests[1:]),
             boot_cpu=Spread.of(guest.cpu for guest in guests).median,
+            boot_counts=medians([guest.counts for guest in guests]),
+            counts=medians([Counts.of(pid) for pid in pids]),
             idle_memory=idle_memory,
             pss=pss,
             worked=_used(at_first),

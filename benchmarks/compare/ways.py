@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from benchmarks.answers import before, free_port, until
 from benchmarks.compare.mix import PORT, SHELL, Ware
 from benchmarks.compare.templating import Templates, start_from
+from benchmarks.counts import Counts
 from benchmarks.kinds import new_name
 from benchmarks.plain import start_plain
 from onecopy.guest.lifecycle.start import start_one as start_guest
@@ -35,6 +36,8 @@ class Up:
     """Seconds from the request until the application answered."""
     cpu: float
     """CPU seconds of its VMM until then."""
+    counts: Counts
+    """The counts of its VMM until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ async def start_one(way: Way, ware: Ware, means: Means) -> Up:
     port, shell = free_port(), free_port()
     name, began = new_name(), time.monotonic()
     pid = await way.start(ware, name, ((port, PORT), (shell, SHELL)), means)
-    return Up(ware, pid, shell, time.monotonic() - began, process.cpu_seconds(pid))
+    seconds = time.monotonic() - began
+    return Up(ware, pid, shell, seconds, process.cpu_seconds(pid), Counts.of(pid))
 
 
 async def _plain(ware: Ware, name: str, ports: Ports, means: Means) -> int:

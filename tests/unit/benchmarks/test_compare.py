@@ -1,12 +1,16 @@
 """compare: what was found, as tables and pictures. The runs themselves: script/compare."""
 
+import mmap
+import os
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.compare.mix import applications
 from benchmarks.compare.plots import plot_all
 from benchmarks.compare.run import Outcome, Timeline
 from benchmarks.compare.tables import tables
+from benchmarks.counts import Counts, medians
 from benchmarks.figures import Spread
 from onecopy.model import MIB
 
@@ -23,6 +27,8 @@ NONE = Outcome(
     first=6.0,
     seconds=Spread.of([5.0, 4.0, 4.5]),
     boot_cpu=4.0,
+    boot_counts=Counts(exits=None, faults=800, read=3 * MIB),
+    counts=Counts(exits=None, faults=900, read=4 * MIB),
     idle_memory=80 * MIB,
     pss=70 * MIB,
     worked=90 * MIB,
@@ -36,7 +42,7 @@ NONE = Outcome(
 )
 FOUND = [
     NONE,
-    replace(NONE, way="all", idle_memory=20 * MIB, ksm_cpu=2.5),
+    replace(NONE, way="all", idle_memory=20 * MIB, ksm_cpu=2.5, counts=Counts(5e6, 1, 0)),
     replace(NONE, way="none", alike=False, idle_memory=200 * MIB),
 ]
 
@@ -49,8 +55,34 @@ def test_each_kind_of_guests_has_a_table() -> None:
     assert "|  | no sharing | saved system + KSM |" in alike
     assert "| the same per guest | 20.0 | 5.0 |" in alike
     assert "| CPU of ksmd, s | 0.0 | 2.5 |" in alike
+    assert "| read from disks until then, median, MiB | 3.0 | 3.0 |" in alike
+    assert "| VM exits of a guest to the end, median | - | 5000000 |" in alike
     assert "| the same per guest | 50.0 |" in different
-    assert "| python, answers per second inside a guest | 82 |" in different
+    assert "| work inside a guest: python, answers per second | 82 |" in different
+
+
+def test_times_that_are_not_real_are_relative() -> None:
+    found = [NONE, replace(NONE, way="all", first=3.0, ksm_cpu=15.0)]
+    text = tables({}, found, ratios=True)
+    assert "first guest, relative | 1.00 | 0.50 |" in text
+    assert "| CPU of ksmd / that of the guests | 0.00 | 0.50 |" in text
+    assert ", s |" not in text
+
+
+def test_counts_are_the_kernel_s() -> None:
+    before = Counts.of(os.getpid())
+    touched = mmap.mmap(-1, 8 * MIB)
+    touched.madvise(mmap.MADV_NOHUGEPAGE)
+    for at in range(0, 8 * MIB, mmap.PAGESIZE):
+        touched[at] = 1
+    after = Counts.of(os.getpid())
+    assert after.faults - before.faults >= 2048
+    assert after.exits is None
+    assert medians([before, after, after]) == after
+
+
+def test_applications_have_their_programs() -> None:
+    assert [each.name for each in applications()] == ["python", "nginx", "redis"]
 
 
 def test_pictures(tmp_path: Path) -> None:
