@@ -300,10 +300,17 @@ def test_qemu_killed_while_a_clone_starts(host: Runtime, saved: Artifact, delay:
 
 
 def kill_first(host: Runtime, process: subprocess.Popen[str], delay: float) -> None:
-    """Wait for the first VMM, and ``delay`` seconds more, and kill it."""
-    pid = first_vmm(host, process)
+    """Wait for the first VMM, and ``delay`` seconds more; kill it, until the command has ended.
+
+    One that is killed while a fork server confines it is started again by exec.
+    """
+    first_vmm(host, process)
     time.sleep(delay)
-    os.kill(pid, signal.SIGKILL)
+    while process.poll() is None:
+        for pid in vmms(host):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def first_vmm(host: Runtime, process: subprocess.Popen[str]) -> int:
