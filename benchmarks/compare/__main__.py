@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.compare.mix import RUNS, Ware, alike, different, removed_at_end
+from benchmarks.compare.mix import RUNS, Ware, alike, build_root, different, removed_at_end
 from benchmarks.compare.run import Outcome, measure
 from benchmarks.compare.tables import tables
 from benchmarks.compare.templating import Templates
@@ -49,6 +49,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--no-plots", dest="plots", action="store_false", help="and matplotlib is not needed"
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIRECTORY",
+        help="the guests' root, with their packages (default: a Debian, which needs a mirror)",
     )
     parser.add_argument(
         "--ratios",
@@ -98,6 +104,7 @@ async def _measure(arguments: argparse.Namespace, results: _Results) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     host = Runtime.open()
     with tempfile.TemporaryDirectory(prefix="onecopy-compare-") as work, removed_at_end(host):
+        build_root(host, arguments.root, _tell)
         if arguments.guests:
             wares = await alike(host, Path(work), arguments.accel, _tell)
             for count in arguments.guests:

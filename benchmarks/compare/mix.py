@@ -158,13 +158,11 @@ def removed_at_end(host: Runtime) -> Iterator[None]:
 
 async def alike(host: Runtime, work: Path, accel: Choice, tell: Tell) -> list[Ware]:
     """Return one of each application, all on ROOT."""
-    _build_root(host, tell)
     return [await _ware(host, work, accel, each, ROOT, tell) for each in applications()]
 
 
 async def different(host: Runtime, work: Path, accel: Choice, count: int, tell: Tell) -> list[Ware]:
     """Return ``count``, each on its own root: the packages of ROOT, and unique files."""
-    _build_root(host, tell)
     tree = work / "tree"
     image = host.store.resolve(ROOT, "segment").layer("image").path
     run(["fsck.erofs", f"--extract={tree}", image])
@@ -176,9 +174,11 @@ async def different(host: Runtime, work: Path, accel: Choice, count: int, tell: 
     return [await _ware(host, work, accel, application, root, tell) for application, root in each]
 
 
-def _build_root(host: Runtime, tell: Tell) -> None:
+def build_root(host: Runtime, tree: Path | None, tell: Tell) -> None:
+    """Build ROOT, unless it is there: from a directory that has the packages, or from Debian."""
     if host.store.find(ROOT, "segment") is None:
-        build_segment(host.store, ROOT, SOURCE, BuildOptions(include=PACKAGES), progress=tell)
+        source, packages = (f"dir:{tree}", ()) if tree else (SOURCE, PACKAGES)
+        build_segment(host.store, ROOT, source, BuildOptions(include=packages), progress=tell)
 
 
 def _own_root(host: Runtime, tree: Path, number: int, tell: Tell) -> Reference:
