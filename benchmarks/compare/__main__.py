@@ -32,7 +32,7 @@ def _arguments() -> argparse.Namespace:
         prog="script/compare",
         description="Run the same guests (python, nginx, redis) without sharing, with KSM, with a "
         "segment, from a frozen guest, from a saved system, and with all of it.",
-        epilog="The store is that of onecopy (ONECOPY_HOME); the root segment onecopy-compare-root "
+        epilog="The store is that of onecopy (ONECOPY_HOME); the root segment script-compare-root "
         "stays in it. KSM is the whole host's: it is switched on for a while, then as it was.",
     )
     parser.add_argument(

@@ -33,7 +33,7 @@ from onecopy.vmm.accel import Choice
 
 Tell = Callable[[str], None]
 
-_PREFIX = "onecopy-compare-"
+_PREFIX = "script-compare-"
 #: Kept in the store for the next run.
 ROOT = Reference(f"{_PREFIX}root")
 #: Source and packages of ROOT.

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-from benchmarks.compare.mix import applications
+from benchmarks.compare.mix import ROOT, applications
 from benchmarks.compare.plots import plot_all
 from benchmarks.compare.run import Outcome, Timeline
 from benchmarks.compare.tables import tables
 from benchmarks.counts import Counts, medians
 from benchmarks.figures import Spread
-from onecopy.model import MIB
+from onecopy.model import MIB, check_new_name
 
 LINE = Timeline(
     began=0.0,
@@ -79,6 +79,10 @@ def test_counts_are_the_kernel_s() -> None:
     assert after.faults - before.faults >= 2048
     assert after.exits is None
     assert medians([before, after, after]) == after
+
+
+def test_its_names_are_no_reserved_ones() -> None:
+    check_new_name(ROOT.name)
 
 
 def test_applications_have_their_programs() -> None:
