@@ -21,7 +21,7 @@ from onecopy.errors import OnecopyError
 from onecopy.guest.runtime import Runtime
 from onecopy.images.kernel import ensure_kernel
 from onecopy.images.tools import ensure_tools
-from vmtest.host import RESULTS, EmulatedHost, emulated_host
+from vmtest.host import RESULTS, SILENCE, EmulatedHost, emulated_host
 from vmtest.images import RELEASES, Images, ensure_base, store_root
 from vmtest.root import run_in_root
 
@@ -39,6 +39,8 @@ class Job:
     memory: int
     """Bytes of the host's RAM."""
     argv: Sequence[str]
+    silence: float = SILENCE
+    """Seconds without output after which the host counts as hung."""
 
     def run(self, host: Runtime, results: Path) -> int:
         """Run it in the root of Debian 13; return its exit code. ``results`` is a directory."""
@@ -67,7 +69,7 @@ async def _run(job: Job) -> int:
             tell(
                 f"QEMU {host.qemu.version}: the host was up after {time.monotonic() - began:.0f} s"
             )
-            return await _call(emulated, job.argv)
+            return await _call(emulated, job)
     except OnecopyError as error:
         tell(f"{error.message}\n{error.hint}".rstrip())
         return error.exit_code
@@ -75,9 +77,9 @@ async def _run(job: Job) -> int:
         tell(f"the host ended after {time.monotonic() - began:.0f} s")
 
 
-async def _call(emulated: EmulatedHost, argv: Sequence[str]) -> int:
+async def _call(emulated: EmulatedHost, job: Job) -> int:
     try:
-        code = await emulated.call(argv, _LIMIT, _show)
+        code = await emulated.call(job.argv, _LIMIT, _show, job.silence)
     except OnecopyError:
         tell(f"the host's CPUs are at:\n{await emulated.processors()}")
         # The first error matters more than one of fetching results.

@@ -17,11 +17,12 @@ from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Reference
 from vmtest import boot, support, verdict
 from vmtest.boot import tell
-from vmtest.host import INSIDE, MEMORY, RESULTS
+from vmtest.host import INSIDE, MEMORY, RESULTS, SILENCE
 from vmtest.images import (
     PROJECT,
     RELEASES,
     Debian,
+    Images,
     ensure_debian,
     ensure_images,
     store_root,
@@ -40,6 +41,8 @@ _WORKLOADS = "tests/workloads/test_short.py"
 _SMOKE = "pytest.mark.smoke"
 #: RAM of the host for smoke tests, so that a machine with 10 GiB can run them.
 _SMOKE_MEMORY = 6144 * MIB
+#: Seconds without output of a measurement, which has long steps.
+_MEASURING = 3600.0
 #: Mount point in an emulated host of the root for compared guests.
 _COMPARE_ROOT = "/opt/onecopy/compare-root"
 _SUITES = tuple(release.suite for release in RELEASES.values())
@@ -54,7 +57,7 @@ def tests(debian: Debian, out: Path, arguments: Sequence[str], memory: int = MEM
     pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider"]
     folder = out / f"debian-{debian.number}"
     argv = [INSIDE, *pytest, f"--junitxml={RESULTS}/junit.xml", *wanted]
-    found = _in_host(debian, ("bookworm",), folder, argv, memory)
+    found = _in_host(_images(debian, ("bookworm",)), folder, argv, memory)
     return [*found, *verdict.tests(folder), *verdict.console(folder)]
 
 
@@ -75,7 +78,7 @@ def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """
     folder = out / f"support-debian-{debian.number}"
     argv = ["env", "ACCELS=kvm", "vmtest/matrix", *_SUITES]
-    found = _in_host(debian, _SUITES, folder, [INSIDE, *argv])
+    found = _in_host(_images(debian, _SUITES), folder, [INSIDE, *argv])
     found += verdict.console(folder)
     found += _in_root(debian, folder, ["env", "ACCELS=tcg", "vmtest/matrix", *_SUITES])
     return [*found, *_write_support(folder)]
@@ -86,7 +89,7 @@ def moved(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     folder = out / f"moved-debian-{debian.number}"
     (other,) = (release for release in RELEASES.values() if release is not debian)
     found = _in_host(
-        debian, _SUITES, folder, [INSIDE, "env", "ACCELS=kvm", "vmtest/moved"], other=other
+        _images(debian, _SUITES, other), folder, [INSIDE, "env", "ACCELS=kvm", "vmtest/moved"]
     )
     found += verdict.console(folder)
     found += _in_root(debian, folder, ["env", "ACCELS=tcg", "vmtest/moved"], other)
@@ -118,7 +121,9 @@ def _write_support(folder: Path) -> list[str]:
 def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """Measure under KVM in an emulated host, whose times are long, and under TCG (vmtest/bench)."""
     folder = out / f"bench-debian-{debian.number}"
-    found = _in_host(debian, _SUITES, folder, [INSIDE, "vmtest/bench", "kvm"])
+    found = _in_host(
+        _images(debian, _SUITES), folder, [INSIDE, "vmtest/bench", "kvm"], silence=_MEASURING
+    )
     return [*found, *verdict.console(folder), *_in_root(debian, folder, ["vmtest/bench", "tcg"])]
 
 
@@ -128,31 +133,26 @@ def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     folder = out / f"compare-debian-{debian.number}"
     wanted = arguments or ["--guests", "4", "--different", "0"]
     argv = [INSIDE, "vmtest/compare", _COMPARE_ROOT, *wanted]
-    more = ((root, _COMPARE_ROOT),)
-    return [
-        *_in_host(debian, ("bookworm",), folder, argv, more=more),
-        *verdict.console(folder),
-    ]
+    images = _images(debian, ("bookworm",))
+    images = replace(images, mounted=(*images.mounted, (root, _COMPARE_ROOT)))
+    found = _in_host(images, folder, argv, silence=_MEASURING)
+    return [*found, *verdict.console(folder)]
+
+
+def _images(debian: Debian, suites: tuple[str, ...], other: Debian | None = None) -> Images:
+    return ensure_images(Runtime.open(store_root()), debian, suites, tell, other)
 
 
 def _in_host(
-    debian: Debian,
-    suites: tuple[str, ...],
+    images: Images,
     folder: Path,
     argv: list[str],
     memory: int = MEMORY,
-    other: Debian | None = None,
-    more: tuple[tuple[Reference, str], ...] = (),
+    silence: float = SILENCE,
 ) -> list[str]:
-    """Boot a host, run ``argv`` in it, and fetch the results to ``folder``; return problems.
-
-    ``more`` are pairs (segment, mount point) of further segments.
-    """
-    host = Runtime.open(store_root())
-    images = ensure_images(host, debian, suites, tell, other)
-    images = replace(images, mounted=(*images.mounted, *more))
+    """Boot a host, run ``argv`` in it, and fetch the results to ``folder``; return problems."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tell(f"booting Debian {debian.number}; its logs go to {folder}")
-    code = boot.Job(images, memory, argv).run(host, folder)
+    tell(f"booting an emulated host; its logs go to {folder}")
+    code = boot.Job(images, memory, argv, silence).run(Runtime.open(store_root()), folder)
     return [f"the job ended with exit code {code}"] if code else []

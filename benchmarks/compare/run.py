@@ -102,7 +102,10 @@ async def measure(
     async with contextlib.AsyncExitStack() as ends, _watched(at_first) as timeline:
         merging = ends.enter_context(_ksm(on=way.ksm))
         means = Means(ends, templates)
-        guests = [await start_one(way, ware, means) for ware in islice(cycle(wares), count)]
+        guests = []
+        for number, ware in enumerate(islice(cycle(wares), count), start=1):
+            guests.append(await start_one(way, ware, means))
+            tell(f"{number} of {count} answers")
         timeline.mark("all answer", tell)
         if way.ksm:
             await converged()
