@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.compare import mix
 from onecopy.guest.runtime import Runtime
-from onecopy.model import MIB, Reference
+from onecopy.model import MIB
 from vmtest import boot, support, verdict
 from vmtest.boot import tell
 from vmtest.host import INSIDE, MEMORY, RESULTS, SILENCE
