@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from onecopy.model import HUGE_PAGE_SIZE, MIB, Mergeable, PageClass, Reference, 
 from onecopy.store import Artifact
 from onecopy.vmm import closed_network, router, spawn, vmm_user
 from onecopy.vmm.accel import Choice
+from onecopy.vmm.fork_request import Forked
 from tests.vm.conftest import left
 from tests.vm.kept import MEMTEST
 
@@ -397,6 +399,29 @@ MET = [
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("case", MET)
 def test_a_start_that_nothing_has_checked_fails_alike(world: World, case: str) -> None:
+    fails_unchecked(world, case)
+
+
+@pytest.mark.usefixtures("taken")
+def test_a_forked_qemu_that_ends_at_once_is_told_alike(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, ended = Forked.begin, []
+
+    def and_end(process: Forked) -> None:
+        begin(process)
+        # The server reaps it, as it happens on a busy host.
+        while Path(f"/proc/{process.pid}").exists():
+            time.sleep(0.01)
+        ended.append(process.pid)
+
+    monkeypatch.setattr(Forked, "begin", and_end)
+    fails_unchecked(world, "a taken port")
+    assert ended
+
+
+def fails_unchecked(world: World, case: str) -> None:
+    """A start that no check has refused fails as the check would have told, and leaves nothing."""
     asks, error, _ = CASES[case]
     request = asks(world)
     before = left(world.host)

@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from onecopy.linux.vmm_registry import has_ended
+from onecopy.errors import NotFound
+from onecopy.linux.process import stat
+from onecopy.linux.vmm_registry import Process, has_ended
 from onecopy.vmm import name_servers
 from onecopy.vmm.confine import Confinement, filter_program
 
@@ -62,12 +64,18 @@ class Unanswered(Unserved):
 class Forked:
     """A VMM that a fork server started, with the methods of Popen that its users need."""
 
-    def __init__(self, pid: int, pidfd: int, connection: socket.socket) -> None:
-        self.pid = pid
+    def __init__(self, identity: Process, pidfd: int, connection: socket.socket) -> None:
+        self.identity = identity
+        """The process: the server reaps it, so the kernel may say nothing of it after its end."""
+        self.pid = identity.pid
         self.returncode: int | None = None
         """The exit code after the end, as Popen has it; None if the server has ended before."""
         self._pidfd = pidfd
         self._connection = connection
+
+    def open_pidfd(self) -> int | None:
+        """Return a pidfd of the process; None if its end was noticed."""
+        return os.dup(self._pidfd) if self._pidfd >= 0 else None
 
     def begin(self) -> None:
         """Let the process, which is confined, run QEMU.
@@ -210,21 +218,29 @@ def _accept(
         pid, step, code, number = _ANSWER.unpack(reply)
         if step:
             raise Unserved(f"fork server: could not {_STEPS[step]}: {os.strerror(code)}")
-        pidfd = _open(pid, connection)
+        identity, pidfd = _open(pid, connection)
     except BaseException:
         if listener:
             os.close(listener.fd)
         raise
-    return Forked(pid, pidfd, connection), listener and Listener(listener.fd, number)
+    return Forked(identity, pidfd, connection), listener and Listener(listener.fd, number)
 
 
-def _open(pid: int, connection: socket.socket) -> int:
-    """Return a pidfd of the child at the other end, whose pid nobody else has while it lives."""
-    pidfd = os.pidfd_open(pid)
-    if not is_open(connection):
-        os.close(pidfd)
-        raise Unserved("the forked QEMU has ended")
-    return pidfd
+def _open(pid: int, connection: socket.socket) -> tuple[Process, int]:
+    """Return the child at the other end and a pidfd; while it lives nobody else has its pid.
+
+    Raises:
+        Unserved: it has ended.
+    """
+    with contextlib.suppress(ProcessLookupError, NotFound):
+        pidfd = os.pidfd_open(pid)
+        try:
+            identity = Process(pid, stat(pid).start_ticks)
+            if is_open(connection):
+                return identity, os.dup(pidfd)
+        finally:
+            os.close(pidfd)
+    raise Unserved("the forked QEMU has ended")
 
 
 def is_open(connection: socket.socket) -> bool:

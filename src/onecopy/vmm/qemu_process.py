@@ -88,8 +88,8 @@ class Vmm:
     ) -> None:
         """Manage a process started here (``child``) or any other; raise ProcessLookupError."""
         self.pid = pid
-        self._pidfd: int | None = os.pidfd_open(pid)
-        self.start_ticks = stat(pid).start_ticks
+        self._pidfd = _open_pidfd(child.process) if child else os.pidfd_open(pid)
+        self.start_ticks = (_identity(child.process) if child else _of_pid(pid)).start_ticks
         self.folder = folder
         self.argv = tuple(argv)
         self._process = child.process if child else None
@@ -165,6 +165,19 @@ class Vmm:
             output=printed(self.folder),
             hint=hint,
         )
+
+
+def _open_pidfd(process: Process) -> int | None:
+    """Return a pidfd of a process that this one has started, also if it has ended."""
+    return process.open_pidfd() if isinstance(process, Forked) else os.pidfd_open(process.pid)
+
+
+def _identity(process: Process) -> vmm_registry.Process:
+    return process.identity if isinstance(process, Forked) else _of_pid(process.pid)
+
+
+def _of_pid(pid: int) -> vmm_registry.Process:
+    return vmm_registry.Process(pid, stat(pid).start_ticks)
 
 
 def printed(folder: Path) -> str:
@@ -260,9 +273,7 @@ def _register(started: Started, folder: Path, user: User | None) -> None:
     """Register a VMM before its guest runs, so that it is known if this process dies; or end it."""
     process = started.process
     try:
-        vmm_registry.register(
-            folder, vmm_registry.Process(process.pid, stat(process.pid).start_ticks), _user_id(user)
-        )
+        vmm_registry.register(folder, _identity(process), _user_id(user))
     except BaseException:
         process.kill()
         process.wait()
