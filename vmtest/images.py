@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +86,11 @@ def store_root() -> Path:
 def ensure_images(
     host: Runtime,
     debian: Debian,
-    suites: tuple[str, ...],
+    roots: tuple[Reference, ...],
     tell: Tell,
     other: Debian | None = None,
 ) -> Images:
-    """Build all segments for the release ``debian``, with guests' roots of ``suites``.
+    """Build all segments for the release ``debian``, with the kept ``roots`` of guests.
 
     The segments of the release ``other`` are mounted, too.
     """
@@ -103,15 +103,7 @@ def ensure_images(
             " ".join(digests),
             lambda: _compiled(Path(work) / "pycache", host.store, used, debian),
         )
-    # The store is the same one each time.
-    if other:
-        with kept_store(suites, other.suite):
-            pass
-    with kept_store(suites, debian.suite) as kept:
-        path = kept.store.root
-        store = builder.ensure(
-            f"store-{debian.suite}", (path / "index.json").read_text(), f"dir:{path}"
-        )
+    store = _store(builder, [debian, other] if other else [debian], roots)
     mounted = [*used.mounted, (pycache, PYCACHE), (store, STORE)]
     if other:
         mounted += zip(_system(builder, other), (OTHER_ROOT, OTHER_PYTHON), strict=True)
@@ -147,6 +139,23 @@ def _system(builder: _Builder, debian: Debian) -> tuple[Reference, Reference]:
             lambda: _python(Path(work) / "python", debian),
         )
     return root, python
+
+
+def _store(
+    builder: _Builder, releases: Sequence[Debian], roots: tuple[Reference, ...]
+) -> Reference:
+    """Build the segment of the store that tests copy, with kernels and tools of the releases."""
+    with (
+        kept_store(roots, [release.suite for release in releases]) as kept,
+        builder.host.store.workspace() as work,
+    ):
+
+        def make() -> Path:
+            kept.copy(work / "store")
+            return work / "store"
+
+        inputs = " ".join(artifact.digest for artifact in kept.artifacts)
+        return builder.ensure_made(f"store-{releases[0].suite}", inputs, make)
 
 
 @dataclass(frozen=True, slots=True)
