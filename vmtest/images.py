@@ -232,9 +232,10 @@ def _compiled(into: Path, store: Store, used: Images, debian: Debian) -> Path:
     every = ["compileall", "-qq", "--invalidation-mode", "unchecked-hash", "-x", "/(test|lib2to3)/"]
     every += [f"/usr/lib/python{debian.python}", f"{PYTHON}/lib", TREE]
     # pytest rewrites the tests' assertions, and keeps those modules apart.
-    rewritten = ["pytest", "--collect-only", "-qqq", "-p", "no:cacheprovider", "tests/vm"]
+    rewritten = ["pytest", "--collect-only", "-p", "no:cacheprovider", "tests/vm"]
+    quiet = ["sh", "-c", 'said=$("$@") || { echo "$said"; exit 1; }', "sh"]
     for argv in (every, rewritten):
-        if run_in_root(store, used.named, into, [*python, *argv]):
+        if run_in_root(store, used.named, into, [*quiet, *python, *argv]):
             raise GuestFailed(f"cannot compile the modules for Debian {debian.number}")
     return into
 
