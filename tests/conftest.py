@@ -5,20 +5,13 @@ import signal
 from typing import NoReturn
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 # Their assertions then say what they compared.
 pytest.register_assert_rewrite("tests.unit.store_kit", "tests.crash.state", "tests.crash.campaign")
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach what the tests start: a shell without job control has it ignored.
-
-    No property has a deadline, and no input may come too slowly: a busy machine is no fault.
-    """
-    slow = [HealthCheck.too_slow]
-    settings.register_profile("onecopy", deadline=None, suppress_health_check=slow)
-    settings.load_profile("onecopy")
+    """Let Ctrl-C reach what the tests start: a shell without job control has it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -19,8 +19,7 @@ import msgspec
 
 from onecopy.errors import OnecopyError
 from onecopy.guest.runtime import Runtime
-from onecopy.images.kernel import ensure_kernel
-from onecopy.images.tools import ensure_tools
+from tests.vm.kept import kept_store
 from vmtest.host import RESULTS, SILENCE, EmulatedHost, emulated_host
 from vmtest.images import RELEASES, Images, ensure_base, store_root
 from vmtest.root import run_in_root
@@ -46,8 +45,8 @@ class Job:
         """Run it in the root of Debian 13; return its exit code. ``results`` is a directory."""
         base = ensure_base(host, _RELEASE, tell)
         # No Debian mirror can be reached from there.
-        ensure_kernel(host.store, suite=_RELEASE.suite)
-        ensure_tools(host.store, suite=_RELEASE.suite)
+        with kept_store(hosts=(_RELEASE.suite,)) as kept:
+            kept.copy(host.store.root)
         argv = ["python", "-m", "vmtest.boot", msgspec.json.encode(self).decode()]
         return run_in_root(host.store, base.named, results, argv)
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +86,11 @@ def store_root() -> Path:
 def ensure_images(
     host: Runtime,
     debian: Debian,
-    suites: tuple[str, ...],
+    roots: tuple[Reference, ...],
     tell: Tell,
     other: Debian | None = None,
 ) -> Images:
-    """Build all segments for the release ``debian``, with guests' roots of ``suites``.
+    """Build all segments for the release ``debian``, with the kept ``roots`` of guests.
 
     The segments of the release ``other`` are mounted, too.
     """
@@ -103,15 +103,7 @@ def ensure_images(
             " ".join(digests),
             lambda: _compiled(Path(work) / "pycache", host.store, used, debian),
         )
-    # The store is the same one each time.
-    if other:
-        with kept_store(suites, other.suite):
-            pass
-    with kept_store(suites, debian.suite) as kept:
-        path = kept.store.root
-        store = builder.ensure(
-            f"store-{debian.suite}", (path / "index.json").read_text(), f"dir:{path}"
-        )
+    store = _store(builder, [debian, other] if other else [debian], roots)
     mounted = [*used.mounted, (pycache, PYCACHE), (store, STORE)]
     if other:
         mounted += zip(_system(builder, other), (OTHER_ROOT, OTHER_PYTHON), strict=True)
@@ -147,6 +139,23 @@ def _system(builder: _Builder, debian: Debian) -> tuple[Reference, Reference]:
             lambda: _python(Path(work) / "python", debian),
         )
     return root, python
+
+
+def _store(
+    builder: _Builder, releases: Sequence[Debian], roots: tuple[Reference, ...]
+) -> Reference:
+    """Build the segment of the store that tests copy, with kernels and tools of the releases."""
+    with (
+        kept_store(roots, [release.suite for release in releases]) as kept,
+        builder.host.store.workspace() as work,
+    ):
+
+        def make() -> Path:
+            kept.copy(work / "store")
+            return work / "store"
+
+        inputs = " ".join(artifact.digest for artifact in kept.artifacts)
+        return builder.ensure_made(f"store-{releases[0].suite}", inputs, make)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +226,17 @@ def _python(into: Path, debian: Debian) -> Path:
 def _compiled(into: Path, store: Store, used: Images, debian: Debian) -> Path:
     """Compile all modules, which takes some seconds here and minutes in an emulated host."""
     into.mkdir()
-    argv = ["env", "PYTHONPYCACHEPREFIX=/run/results", "python", "-m", "compileall", "-qq"]
+    python = ["env", "--unset=PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX=/run/results"]
+    python += ["ONECOPY_TEST_ACCEL=kvm", "python", "-m"]
     # Modules are not compared with their sources, whose times may differ there.
-    argv += ["--invalidation-mode", "unchecked-hash", "-x", "/(test|lib2to3)/"]
-    argv += [f"/usr/lib/python{debian.python}", f"{PYTHON}/lib", TREE]
-    if run_in_root(store, used.named, into, argv):
-        raise GuestFailed(f"cannot compile the modules for Debian {debian.number}")
+    every = ["compileall", "-qq", "--invalidation-mode", "unchecked-hash", "-x", "/(test|lib2to3)/"]
+    every += [f"/usr/lib/python{debian.python}", f"{PYTHON}/lib", TREE]
+    # pytest rewrites the tests' assertions, and keeps those modules apart.
+    rewritten = ["pytest", "--collect-only", "-p", "no:cacheprovider", "tests/vm"]
+    quiet = ["sh", "-c", 'said=$("$@") || { echo "$said"; exit 1; }', "sh"]
+    for argv in (every, rewritten):
+        if run_in_root(store, used.named, into, [*quiet, *python, *argv]):
+            raise GuestFailed(f"cannot compile the modules for Debian {debian.number}")
     return into
 
 

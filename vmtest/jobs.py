@@ -14,7 +14,8 @@ from pathlib import Path
 
 from benchmarks.compare import mix
 from onecopy.guest.runtime import Runtime
-from onecopy.model import MIB
+from onecopy.model import MIB, Reference
+from tests.vm.kept import SERVICES, builders_digest
 from vmtest import boot, support, verdict
 from vmtest.boot import tell
 from vmtest.host import INSIDE, MEMORY, RESULTS, SILENCE
@@ -46,18 +47,29 @@ _MEASURING = 3600.0
 #: Mount point in an emulated host of the root for compared guests.
 _COMPARE_ROOT = "/opt/onecopy/compare-root"
 _SUITES = tuple(release.suite for release in RELEASES.values())
+#: Roots of guests: for the tests, the smoke tests, and guests of each suite.
+_ROOTS = (Reference("python", "bookworm"), Reference("systemd", "bookworm"), SERVICES)
+_SMOKE_ROOTS = _ROOTS[:1]
+_PYTHON_ROOTS = tuple(Reference("python", suite) for suite in _SUITES)
 
 Job = Callable[[Debian, Path, Sequence[str]], list[str]]
 """(release, directory for results, arguments for pytest or compare) -> problems."""
 
 
-def tests(debian: Debian, out: Path, arguments: Sequence[str], memory: int = MEMORY) -> list[str]:
-    """Run all VM tests, or pytest with ``arguments``; ``memory`` is the host's RAM in bytes."""
+def tests(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
+    """Run all VM tests, or pytest with ``arguments``."""
     wanted = arguments or ["tests/vm", _WORKLOADS, *_ELSEWHERE]
+    return _pytest(debian, out, wanted, _ROOTS, MEMORY)
+
+
+def _pytest(
+    debian: Debian, out: Path, wanted: Sequence[str], roots: tuple[Reference, ...], memory: int
+) -> list[str]:
+    """Run tests with guests of ``roots``; ``memory`` is the host's RAM in bytes."""
     pytest = ["python", "-m", "pytest", "-p", "no:cacheprovider"]
     folder = out / f"debian-{debian.number}"
-    argv = [INSIDE, *pytest, f"--junitxml={RESULTS}/junit.xml", *wanted]
-    found = _in_host(_images(debian, ("bookworm",)), folder, argv, memory)
+    argv = [*pytest, f"--junitxml={RESULTS}/junit.xml", *wanted]
+    found = _in_host(_images(debian, roots), folder, argv, memory)
     return [*found, *verdict.tests(folder), *verdict.console(folder)]
 
 
@@ -67,7 +79,7 @@ def smoke(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     files = sorted((PROJECT / "tests/vm").rglob("test_*.py"))
     marked = [str(path.relative_to(PROJECT)) for path in files if _SMOKE in path.read_text()]
     wanted = arguments or marked
-    return tests(debian, out, ["-m", "smoke", *wanted], _SMOKE_MEMORY)
+    return _pytest(debian, out, ["-m", "smoke", *wanted], _SMOKE_ROOTS, _SMOKE_MEMORY)
 
 
 def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
@@ -78,7 +90,7 @@ def make_support(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """
     folder = out / f"support-debian-{debian.number}"
     argv = ["env", "ACCELS=kvm", "vmtest/matrix", *_SUITES]
-    found = _in_host(_images(debian, _SUITES), folder, [INSIDE, *argv])
+    found = _in_host(_images(debian, _PYTHON_ROOTS), folder, argv)
     found += verdict.console(folder)
     found += _in_root(debian, folder, ["env", "ACCELS=tcg", "vmtest/matrix", *_SUITES])
     return [*found, *_write_support(folder)]
@@ -88,9 +100,8 @@ def moved(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """Start systems that another release's QEMU saved, and regenerate docs/support.md."""
     folder = out / f"moved-debian-{debian.number}"
     (other,) = (release for release in RELEASES.values() if release is not debian)
-    found = _in_host(
-        _images(debian, _SUITES, other), folder, [INSIDE, "env", "ACCELS=kvm", "vmtest/moved"]
-    )
+    argv = ["env", "ACCELS=kvm", "vmtest/moved"]
+    found = _in_host(_images(debian, _PYTHON_ROOTS, other), folder, argv)
     found += verdict.console(folder)
     found += _in_root(debian, folder, ["env", "ACCELS=tcg", "vmtest/moved"], other)
     return [*found, *_write_support(folder)]
@@ -100,9 +111,8 @@ def _in_root(
     debian: Debian, folder: Path, argv: list[str], other: Debian | None = None
 ) -> list[str]:
     """Run ``argv`` in a release's root on this host's kernel (vmtest/chroot); return problems."""
-    host = Runtime.open(store_root())
-    images = ensure_images(host, debian, _SUITES, tell, other)
-    code = run_in_root(host.store, images.named, folder, argv)
+    images = _images(debian, _PYTHON_ROOTS, other)
+    code = run_in_root(Runtime.open(store_root()).store, images.named, folder, argv)
     return [f"{argv} ended with exit code {code}"] if code else []
 
 
@@ -121,9 +131,8 @@ def _write_support(folder: Path) -> list[str]:
 def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
     """Measure under KVM in an emulated host, whose times are long, and under TCG (vmtest/bench)."""
     folder = out / f"bench-debian-{debian.number}"
-    found = _in_host(
-        _images(debian, _SUITES), folder, [INSIDE, "vmtest/bench", "kvm"], silence=_MEASURING
-    )
+    images = _images(debian, _PYTHON_ROOTS)
+    found = _in_host(images, folder, ["vmtest/bench", "kvm"], silence=_MEASURING)
     return [*found, *verdict.console(folder), *_in_root(debian, folder, ["vmtest/bench", "tcg"])]
 
 
@@ -132,15 +141,16 @@ def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     root = ensure_debian(Runtime.open(store_root()), "compare-root", mix.SOURCE, mix.PACKAGES, tell)
     folder = out / f"compare-debian-{debian.number}"
     wanted = arguments or ["--guests", "4", "--different", "0"]
-    argv = [INSIDE, "vmtest/compare", _COMPARE_ROOT, *wanted]
-    images = _images(debian, ("bookworm",))
+    argv = ["vmtest/compare", _COMPARE_ROOT, *wanted]
+    images = _images(debian, ())
     images = replace(images, mounted=(*images.mounted, (root, _COMPARE_ROOT)))
     found = _in_host(images, folder, argv, silence=_MEASURING)
     return [*found, *verdict.console(folder)]
 
 
-def _images(debian: Debian, suites: tuple[str, ...], other: Debian | None = None) -> Images:
-    return ensure_images(Runtime.open(store_root()), debian, suites, tell, other)
+def _images(debian: Debian, roots: tuple[Reference, ...], other: Debian | None = None) -> Images:
+    """Build the segments of a host whose guests have ``roots``."""
+    return ensure_images(Runtime.open(store_root()), debian, roots, tell, other)
 
 
 def _in_host(
@@ -154,5 +164,6 @@ def _in_host(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tell(f"booting an emulated host; its logs go to {folder}")
-    code = boot.Job(images, memory, argv, silence).run(Runtime.open(store_root()), folder)
+    job = boot.Job(images, memory, [INSIDE, builders_digest(), *argv], silence)
+    code = job.run(Runtime.open(store_root()), folder)
     return [f"the job ended with exit code {code}"] if code else []

@@ -8,6 +8,7 @@ import os
 
 import pytest
 
+import tests.hypothesis_settings  # noqa: F401
 from onecopy.linux.syscall import unshare_mounts
 from tests.vm.conftest import (  # noqa: F401
     app,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +14,15 @@ from onecopy.images.build import build_segment
 from onecopy.model import Reference
 from onecopy.vmm import fork_registry
 from tests.soak.campaign import BASE
-from tests.vm.conftest import APP, PYTHON_ROOT
-from tests.vm.kept import kept_store
+from tests.vm.conftest import APP
+from tests.vm.kept import PYTHON_ROOT, kept_store
 
 
 @contextmanager
 def soaked(folder: Path) -> Iterator[Runtime]:
     """The host, in ``folder``, which ONECOPY_HOME names for the commands; it goes at the end."""
-    with kept_store() as kept:
-        subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, folder], check=True)
+    with kept_store((PYTHON_ROOT,)) as kept:
+        kept.copy(folder)
     host = Runtime.open(folder)
     try:
         with host.store.workspace() as work:

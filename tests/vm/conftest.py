@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -29,9 +30,15 @@ from onecopy.vmm.closed_network import TABLE, is_closed
 from onecopy.vmm.vmm_user import User
 from tests.conftest import cannot_run
 from tests.vm.guests import Guests, open_guests, save_system
-from tests.vm.kept import SUITE, kept_store, kept_system
+from tests.vm.kept import (
+    PYTHON_ROOT,
+    SERVICES,
+    SYSTEMD_ROOT,
+    kept_root,
+    kept_store,
+    kept_system,
+)
 
-PYTHON_ROOT = Reference("python", SUITE)
 #: What guests must run under ("kvm" or "tcg"); else what is found.
 ACCEL = os.environ.get("ONECOPY_TEST_ACCEL")
 #: Where there is no KVM script/test-kvm makes one, and runs these.
@@ -89,7 +96,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     if os.geteuid() != 0:
         cannot_run("Debian roots are built, and physical pages seen, by root only")
     root = tmp_path_factory.mktemp("home") / "store"
-    _copy_kept_store(root)
+    with _or_cannot_run(), kept_store() as kept:
+        kept.copy(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONECOPY_HOME", str(root))
         mine = Runtime.open(root)
@@ -148,19 +156,24 @@ def remove_rules() -> None:
         subprocess.run(["nft", "delete", "table", "inet", TABLE], capture_output=True)
 
 
-def _copy_kept_store(root: Path) -> None:
+@contextmanager
+def _or_cannot_run() -> Iterator[None]:
+    """Say so if the kept store cannot be filled here."""
     try:
-        with kept_store() as kept:
-            # Copied, not linked: a test may damage what it has.
-            subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, root], check=True)
+        yield
     except (BadSource, MissingProgram) as error:
         cannot_run(error.message)
+
+
+def _root(host: Runtime, ref: Reference) -> Artifact:
+    with _or_cannot_run():
+        return kept_root(host, ref)
 
 
 @pytest.fixture(scope="session")
 def python_root(host: Runtime) -> Artifact:
     """Root segment: Debian with python3, no init."""
-    return host.store.resolve(PYTHON_ROOT, "segment")
+    return _root(host, PYTHON_ROOT)
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +224,13 @@ def static_root(host: Runtime, tmp_path_factory: pytest.TempPathFactory) -> Arti
 @pytest.fixture(scope="session")
 def systemd_root(host: Runtime) -> Artifact:
     """Root segment: Debian with systemd as its init."""
-    return host.store.resolve(Reference("systemd", SUITE), "segment")
+    return _root(host, SYSTEMD_ROOT)
+
+
+@pytest.fixture(scope="session")
+def services_root(host: Runtime) -> Artifact:
+    """Root segment: Debian 13 with systemd, an SSH server and cron."""
+    return _root(host, SERVICES)
 
 
 @pytest.fixture(scope="session")

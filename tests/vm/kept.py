@@ -14,7 +14,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from onecopy.guest.runtime import Runtime
 from onecopy.images.build import BuildOptions, build_segment
@@ -35,12 +37,36 @@ TEST_PACKAGES = {
     "bookworm": ("python3", "libpython3.11-testsuite", "netbase", "ssl-cert"),
     "trixie": ("python3", "libpython3.13-testsuite", "netbase", "ssl-cert"),
 }
+PYTHON_ROOT, SYSTEMD_ROOT = Reference("python", SUITE), Reference("systemd", SUITE)
 #: Debian 13 as people run it.
 SERVICES = Reference("services", "trixie")
-SERVICES_PACKAGES = ("systemd-sysv", "dbus", "openssh-server", "cron")
+#: A root -> the packages in it, of the suite that is its version.
+ROOTS: dict[Reference, tuple[str, ...]] = {
+    **{Reference("python", suite): packages for suite, packages in TEST_PACKAGES.items()},
+    **{Reference("systemd", suite): ("systemd-sysv", "dbus") for suite in TEST_PACKAGES},
+    SERVICES: ("systemd-sysv", "dbus", "openssh-server", "cron"),
+}
 #: A system that is no Linux: the kernel by itself of that package.
 MEMTEST = Reference("memtest")
 MEMTEST_PACKAGE = "memtest86+"
+
+
+class Kept(NamedTuple):
+    """The kept store, and what was asked for: kernels, tools, the bare machine, roots."""
+
+    host: Runtime
+    artifacts: list[Artifact]
+
+    def copy(self, into: Path) -> None:
+        """Make a store with copies of the artifacts, and with what is known of this host.
+
+        Copied, not linked: a test may damage what it has.
+        """
+        store = Store(into)
+        for artifact in self.artifacts:
+            copy_artifact(artifact, store)
+        # The answers of QEMU and of the KVM probe are kept beside the store.
+        shutil.copytree(self.host.store.cache, store.cache, dirs_exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -58,45 +84,53 @@ def _only(name: str, digest: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def kept_store(roots: Sequence[str] = (SUITE,), host: str = "") -> Iterator[Runtime]:
-    """The kept store, locked meanwhile: filled for guests of the suites ``roots``.
+def kept_store(roots: Sequence[Reference] = (), hosts: Sequence[str] = ("",)) -> Iterator[Kept]:
+    """The kept store, locked meanwhile: with kernels, tools, the bare machine and ``roots``.
 
-    Kernel and tools are those of the suite ``host`` (default: this host's). Raises BadSource and
+    Kernels and tools are those of the suites ``hosts`` (default: this host's). Raises BadSource and
     MissingProgram if it cannot be filled here.
     """
     with _only("store", builders_digest()) as path:
         kept = Runtime.open(path)
-        kernel = ensure_kernel(kept.store, suite=host)
-        ensure_tools(kept.store, suite=host)
-        wanted: dict[Reference, tuple[str, ...]] = {SERVICES: SERVICES_PACKAGES}
-        for suite in roots:
-            wanted |= {Reference(name, suite): each for name, each in _roots(suite).items()}
+        wanted: list[Callable[[], Artifact]] = [
+            *(partial(ensure_kernel, kept.store, suite=host) for host in hosts),
+            *(partial(ensure_tools, kept.store, suite=host) for host in hosts),
+            partial(_ensure_memtest, kept.store),
+            *(partial(_ensure_root, kept.store, root) for root in roots),
+        ]
         # Mirrors and disks are waited for.
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda item: _ensure_root(kept, *item), wanted.items()))
-        _ensure_memtest(kept)
-        # The answers of QEMU and of the KVM probe are kept beside the store, too.
-        choose(Choice.AUTO, kept.qemu.binary, kernel.layer("kernel").path, kept.store.cache)
-        yield kept
+            artifacts = list(pool.map(lambda make: make(), wanted))
+        kernel = artifacts[0].layer("kernel").path
+        choose(Choice.AUTO, kept.qemu.binary, kernel, kept.store.cache)
+        yield Kept(kept, artifacts)
 
 
-def _roots(suite: str) -> dict[str, tuple[str, ...]]:
-    """Name of a kept segment -> the Debian packages in it; its version is the suite."""
-    return {"python": TEST_PACKAGES[suite], "systemd": ("systemd-sysv", "dbus")}
+def kept_root(host: Runtime, ref: Reference) -> Artifact:
+    """The root ``ref`` in the host's store: a copy of the kept one. Raises as `kept_store`."""
+    found = host.store.find(ref, "segment")
+    if found:
+        return found
+    with kept_store((ref,)) as kept:
+        return copy_artifact(kept.artifacts[-1], host.store)
 
 
-def _ensure_root(kept: Runtime, ref: Reference, packages: tuple[str, ...]) -> None:
-    if not kept.store.find(ref, "segment"):
-        build_segment(kept.store, ref, f"debian:{ref.version}", BuildOptions(include=packages))
+def _ensure_root(store: Store, ref: Reference) -> Artifact:
+    found = store.find(ref, "segment")
+    return found or build_segment(
+        store, ref, f"debian:{ref.version}", BuildOptions(include=ROOTS[ref])
+    )
 
 
-def _ensure_memtest(kept: Runtime) -> None:
-    if not kept.store.find(MEMTEST, "kernel"):
-        with kept.store.workspace() as work:
-            package = fetch_package((MEMTEST_PACKAGE,), "trixie", work, lambda _: None)
-            run(["dpkg-deb", "--extract", package, work / "tree"])
-            image = next((work / "tree/boot").glob("m*x64.bin"))
-            build_segment(kept.store, MEMTEST, f"kernel:{image}")
+def _ensure_memtest(store: Store) -> Artifact:
+    found = store.find(MEMTEST, "kernel")
+    if found:
+        return found
+    with store.workspace() as work:
+        package = fetch_package((MEMTEST_PACKAGE,), "trixie", work, lambda _: None)
+        run(["dpkg-deb", "--extract", package, work / "tree"])
+        image = next((work / "tree/boot").glob("m*x64.bin"))
+        return build_segment(store, MEMTEST, f"kernel:{image}")
 
 
 def kept_system(host: Runtime, name: str, make: Callable[[], Artifact]) -> Artifact:
@@ -120,21 +154,23 @@ def kept_system(host: Runtime, name: str, make: Callable[[], Artifact]) -> Artif
 
 
 def copy_artifact(artifact: Artifact, into: Store) -> Artifact:
-    """Store a copy of an artifact, under its own name, in another store."""
+    """Store a copy of an artifact, under its own name, in another store.
+
+    Its blobs have their digests already: hashing them takes minutes in an emulated host.
+    """
     with into.workspace() as work:
-        layers = []
         for layer in artifact.layers:
-            file = work / layer.digest
-            run(["cp", layer.path, file])
-            layers.append(NewLayer(file, layer.media_type, layer.annotations))
-        ref = Reference.parse(artifact.ref)
-        return into.put_own(artifact.kind, ref, artifact.config, layers)
+            blob = into.root / "blobs/sha256" / layer.path.name
+            if not blob.exists():
+                run(["cp", "--archive", "--reflink=auto", layer.path, work / blob.name])
+                (work / blob.name).rename(blob)
+    layers = [NewLayer.of(layer) for layer in artifact.layers]
+    return into.put_own(artifact.kind, Reference.parse(artifact.ref), artifact.config, layers)
 
 
 def builders_digest() -> str:
     """Changes with all that builds segments, and with what is in those that are kept."""
-    roots = {suite: _roots(suite) for suite in TEST_PACKAGES}
-    return _digest(repr((roots, SERVICES_PACKAGES)), _sources("images"))
+    return _digest(repr(ROOTS), _sources("images"))
 
 
 def _sources(part: str) -> list[Path]:

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 from onecopy.errors import BadSource, InsufficientResources
-from onecopy.guest.runtime import Runtime
 from onecopy.images.fs_image import make_image
 from onecopy.images.source import open_source
 from onecopy.images.tree import find_init
-from onecopy.model import Reference
+from onecopy.store import Artifact
 from tests.conftest import cannot_run
-from tests.vm.kept import SERVICES, SUITE, TEST_PACKAGES
+from tests.vm.kept import SUITE, TEST_PACKAGES
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +47,11 @@ def mounted(image: Path, point: Path) -> Iterator[Path]:
         subprocess.run(["umount", point], check=True)
 
 
-def test_two_builds_are_one(host: Runtime, tmp_path: Path) -> None:
+def test_two_builds_are_one(python_root: Artifact, tmp_path: Path) -> None:
     """The kept root and another; each installation makes a certificate for this host's name."""
     tree = build(tmp_path / "tree", SUITE, *TEST_PACKAGES[SUITE])
     make_image(tree, tmp_path / "image", "erofs")
-    kept = host.store.resolve(Reference("python", SUITE), "segment").layer("image").path
+    kept = python_root.layer("image").path
     if (tmp_path / "image").read_bytes() != kept.read_bytes():
         with mounted(kept, tmp_path / "kept") as other:
             argv = ["diff", "-rq", "--no-dereference", str(tree), str(other)]
@@ -77,9 +76,9 @@ def test_two_builds_are_one(host: Runtime, tmp_path: Path) -> None:
     assert not re.search(r"code object from '?\S+\.py\b", said)
 
 
-def test_a_root_with_systemd_has_an_init(host: Runtime, tmp_path: Path) -> None:
+def test_a_root_with_systemd_has_an_init(services_root: Artifact, tmp_path: Path) -> None:
     # The kept root was built as any: what is in its image is what there is to see.
-    image = host.store.resolve(SERVICES, "segment").layer("image").path
+    image = services_root.layer("image").path
     with mounted(image, tmp_path / "root") as tree:
         assert find_init(tree) == "/sbin/init"
         assert (tree / "etc/machine-id").read_bytes() == b""

@@ -24,7 +24,7 @@ from onecopy.store import Artifact
 from tests.command import onecopy
 from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests
-from tests.vm.kept import MEMTEST, SERVICES
+from tests.vm.kept import MEMTEST
 
 #: As Debian's installer and its cloud images have it: of disks that a guest has not.
 FSTAB = """\
@@ -69,9 +69,9 @@ def restart(host: Runtime, guests: Guests) -> Iterator[Restart]:
 
 
 @pytest.fixture
-def disk(host: Runtime, tmp_path: Path) -> Path:
+def disk(services_root: Artifact, tmp_path: Path) -> Path:
     """The disk of a machine with Debian 13: GPT, EFI partition, ext4, fstab, in qcow2."""
-    segment = host.store.resolve(SERVICES, "segment").layer("image").path
+    segment = services_root.layer("image").path
     raw, root, image = (tmp_path / name for name in ("raw", "root", "disk.qcow2"))
     size = segment.stat().st_size // MIB * 3 // 2
     for path, length in ((root, size), (raw, size + 8)):

@@ -18,7 +18,6 @@ from onecopy.model import MIB, Reference
 from onecopy.store import Artifact
 from tests.vm.conftest import Boot, RunIn
 from tests.vm.guests import Guests
-from tests.vm.kept import SERVICES
 
 REF = Reference("named")
 #: What a program in Python sees: addresses of localhost and of itself, its names.
@@ -122,9 +121,10 @@ def test_a_root_without_etc(
         assert files == ["hosts", "nsswitch.conf", "resolv.conf"]
 
 
-def test_host_keys_of_any_type(host: Runtime, boot: Boot, run_in: RunIn, restart: Restart) -> None:
-    services = host.store.resolve(SERVICES, "segment")
-    guest = boot(services, memory=192 * MIB, command="")
+def test_host_keys_of_any_type(
+    host: Runtime, services_root: Artifact, boot: Boot, run_in: RunIn, restart: Restart
+) -> None:
+    guest = boot(services_root, memory=192 * MIB, command="")
     assert run_in(guest, "sh", "-ec", KEYS, timeout=300).exit_code == 0
 
     def public(guest: GuestRecord) -> list[list[str]]:

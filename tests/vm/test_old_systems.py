@@ -16,9 +16,9 @@ import pytest
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import Reference
+from onecopy.store import Artifact
 from tests.vm.conftest import RunIn
 from tests.vm.guests import Guests, open_guests
-from tests.vm.kept import SERVICES
 
 DAYS = 86400
 REF = Reference("old-services")
@@ -59,10 +59,10 @@ WITHIN = 120
 
 
 @pytest.fixture(scope="module")
-def original(host: Runtime) -> Iterator[GuestRecord]:
+def original(services_root: Artifact) -> Iterator[GuestRecord]:
     """A booted Debian 13 with services, whose clock is two days behind."""
     with open_guests() as guests:
-        yield guests.boot(str(SERVICES), name="original", memory="256M", timeout=1200).record
+        yield guests.boot(services_root, name="original", memory="256M", timeout=1200).record
 
 
 def text(run_in: RunIn, guest: GuestRecord, script: str) -> str:

@@ -36,7 +36,7 @@ def fresh(tmp_path: Path) -> Iterator[Runtime]:
     """A store of the test's own, with a kernel and tools; its names are all free."""
     home = tmp_path / "home"
     with kept_store() as kept:
-        subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, home], check=True)
+        kept.copy(home)
     mine = Runtime.open(home)
     yield mine
     mine.end(*mine.guests())

@@ -18,7 +18,7 @@ from random import Random
 from onecopy.errors import OnecopyError
 from onecopy.guest.runtime import Runtime
 from tests.vm.conftest import remove_rules
-from tests.vm.kept import PROJECT, kept_store
+from tests.vm.kept import PROJECT, PYTHON_ROOT, SYSTEMD_ROOT, kept_store
 from tests.workloads import aged, campaign, powercut, table
 from tests.workloads.catalogue import AGED, WORKLOADS, Workload
 from tests.workloads.roots import ensure_root
@@ -82,8 +82,8 @@ def _host(arguments: argparse.Namespace) -> Iterator[Runtime]:
     with tempfile.TemporaryDirectory(prefix="onecopy-workloads-", dir="/var/tmp") as folder:
         home = arguments.store or Path(folder) / "store"
         if not home.exists():
-            with kept_store() as kept:
-                subprocess.run(["cp", "-a", "--reflink=auto", kept.store.root, home], check=True)
+            with kept_store((PYTHON_ROOT, SYSTEMD_ROOT)) as kept:
+                kept.copy(home)
         os.environ["ONECOPY_HOME"] = str(home)
         host = Runtime.open(home)
         try:
