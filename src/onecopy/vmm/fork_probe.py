@@ -70,7 +70,7 @@ def _probe(binary: str, library: Path) -> str:
     """Have a server fork a VMM that answers and ends; return "" or why that failed."""
     import tempfile  # a probe runs once, and its result is kept
 
-    server = ForkServer(library, store=f"probe {os.urandom(8).hex()}")
+    server = ForkServer(library, store=f"probe {os.urandom(8).hex()}", accel="tcg")
     ours, theirs = socket.socketpair()
     argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-m", "16M", "-S"]
     argv += ["-machine", "q35", "-accel", "tcg,tb-size=8", "-mon", "m,mode=control"]

@@ -2,9 +2,9 @@
 
 The socket of a server is named KEY. A VMM inherits what its creator has. So KEY covers what a
 command would pass on: namespaces, control group, resource limits, scheduling, restrictions. A
-command with others has another server. KEY also covers the trust domain, QEMU's binary, this host's
-libraries and the library here: after an upgrade new guests have another server, and the old one
-ends.
+command with others has another server. KEY also covers the trust domain and the accelerator, QEMU's
+binary, this host's libraries and the library here: after an upgrade new guests have another server,
+and the old one ends.
 
 A server ends if it has had no children for a while. It is renewed regularly, because all its
 children have the same addresses. One that does not answer is killed. Its end affects no VMM.
@@ -40,7 +40,8 @@ from onecopy.vmm import fork_registry
 from onecopy.vmm.fork_request import Unserved, is_open
 
 _SOURCES = [
-    Path(__file__).with_name("files") / f"fork_{name}.c" for name in ("server", "child", "preload")
+    Path(__file__).with_name("files") / f"fork_{name}.c"
+    for name in ("server", "heap", "template", "child", "accel", "preload")
 ]
 #: The library that a package brings along.
 _SHIPPED = _SOURCES[0].with_suffix(".so")
@@ -73,6 +74,8 @@ class ForkServer(msgspec.Struct, frozen=True):
     """The store of its guests (`vmm_registry.store_id`)."""
     domain: str = ""
     """Their trust domain; "" is none."""
+    accel: str = ""
+    """Their accelerator, which the server prepares; "" if they differ."""
     idle: int = 600
     """Seconds until a server without children ends."""
     life: int = 3600
@@ -113,7 +116,7 @@ class ForkServer(msgspec.Struct, frozen=True):
         ):
             listener.bind(str(path))
             passed = listener.fileno(), library
-            settings = (*passed, self.idle, self.life)
+            settings = (*passed, self.idle, self.life, self.accel)
             added = {
                 "LD_PRELOAD": f"/proc/self/fd/{library}",
                 "ONECOPY_FORK_SERVER": " ".join(map(str, settings)),
@@ -147,7 +150,7 @@ class ForkServer(msgspec.Struct, frozen=True):
 
     def _key(self, binary: str, environment: Mapping[str, str]) -> str:
         parts: list[object] = [self.store, self.domain, os.geteuid(), sorted(os.getgroups())]
-        parts += [sorted(environment.items()), self.idle, self.life]
+        parts += [sorted(environment.items()), self.idle, self.life, self.accel]
         parts += [_file(path) for path in (Path(binary), self.library, Path("/"))]
         if _LIBRARIES.exists():
             parts += [_file(_LIBRARIES)]

@@ -39,8 +39,16 @@ from onecopy.vmm.fork_server import ForkServer, forsake
 from onecopy.vmm.vmm_user import User
 
 #: QEMU allocates large blocks, mostly virtio queues, of which it uses little. As separate mappings,
-#: untouched pages take no memory. One arena serves all threads.
-_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=16384"}
+#: untouched pages take no memory. The heap grows by no more than QEMU requests. Otherwise such
+#: blocks would lie there, too. One arena serves all threads. GLib before 2.76 would keep small
+#: blocks of its own, spread over memory that QEMU uses only while starting.
+_ENVIRONMENT = {
+    "G_SLICE": "always-malloc",
+    "GLIBC_TUNABLES": ":".join(
+        f"glibc.malloc.{setting}"
+        for setting in ("arena_max=1", "mmap_threshold=16384", "top_pad=0")
+    ),
+}
 
 #: Inheritance is set for the whole process. With two concurrent starts, one VMM would inherit, and
 #: so keep, the lease of the other.

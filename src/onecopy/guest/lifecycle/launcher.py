@@ -243,7 +243,7 @@ def _fork_server(host: Runtime, plan: LaunchPlan) -> tuple[ForkServer | None, st
     if not found.path:
         return None, found.why_not
     # No store shares a server with another one.
-    return ForkServer(found.path, host.run.name, plan.domain), ""
+    return ForkServer(found.path, host.run.name, plan.domain, plan.accel.name), ""
 
 
 def launch_spec(host: Runtime, plan: LaunchPlan, folder: Path, card: Nic | None) -> Launch:

@@ -188,7 +188,8 @@ static void begin(int connection)
     setsid();
     if (close_range(3, connection - 1, 0) && connection > 3)
         _exit(1);
-    if (close_range(connection + 1, ~0U, 0))
+    if (close_range(connection + 1, FIRST_TEMPLATE - 1, 0) ||
+        close_range(FIRST_TEMPLATE + template_count, ~0U, 0))
         _exit(1);
     long rest = receive(connection);
     text = filter + asked->filter_bytes;
@@ -208,6 +209,7 @@ static void begin(int connection)
             words[i] = text;
             text += strlen(text) + 1;
         }
+        keep_templates(asked->word_count);
     }
     if (!report(connection, step, listener) || step || recv(connection, &go, 1, 0) != 1)
         _exit(1);

@@ -112,6 +112,8 @@ static int run_main(int count, char **arguments, char **environment)
     close(read_number(&settings));
     idle_limit = read_number(&settings);
     life_limit = read_number(&settings);
+    if (*settings)
+        accelerator = strdup(settings + 1);
     unsetenv(VARIABLE);
     unsetenv("LD_PRELOAD");
     read_memory_map();

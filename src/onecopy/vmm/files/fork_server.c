@@ -15,9 +15,10 @@
  * memory. The child closes all descriptors of the server before it receives its own. A thread keeps
  * the confinement of its creator, so QEMU's RCU thread starts in the child only afterwards.
  *
- * ONECOPY_FORK_SERVER is "SOCKET LIBRARY IDLE LIFE": the descriptors of a bound socket and of this
- * library, the seconds after which a server without children ends, and those after which it accepts
- * no more connections. It does not either once its socket has lost its name.
+ * ONECOPY_FORK_SERVER is "SOCKET LIBRARY IDLE LIFE ACCELERATOR": the descriptors of a bound socket
+ * and of this library, the seconds after which a server without children ends, those after which it
+ * accepts no more connections, and the accelerator of all its children, if that is known. It does
+ * not accept any either once its socket has lost its name.
  *
  * Not here: what a VMM may (vmm/confine.py), and the client (vmm/fork_request.py).
  */
@@ -31,6 +32,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -40,6 +42,7 @@
 #include <sys/auxv.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -110,6 +113,7 @@ static int handler_count;
 static struct { int connection; pid_t child; } clients[MOST_CLIENTS];
 static int client_count, child_count;
 static struct prctl_mm_map memory_map;
+static const char *accelerator = "";
 /* Whether QEMU has reached the point at which it is forked. */
 static int stopped;
 /* Descriptors that QEMU opens before, from FIRST_EARLY on. Each child gets new ones. */
@@ -123,7 +127,10 @@ static void fail(const char *what)
     _exit(1);
 }
 
+#include "fork_heap.c"
+#include "fork_template.c"
 #include "fork_child.c"
+#include "fork_accel.c"
 
 static void forget_client(int index)
 {
@@ -152,7 +159,9 @@ static int serve_one(int connection, const sigset_t *mask)
     for (int i = handler_count - 1; i >= 0; i--)
         if (handlers[i].prepare)
             handlers[i].prepare();
+    pthread_mutex_lock(&block_lock);
     pid_t pid = fork();
+    pthread_mutex_unlock(&block_lock);
     if (!pid) {
         begin(connection);
         /* QEMU's RCU thread inherits the mask. */
@@ -315,6 +324,8 @@ int gnutls_global_init(void)
         each_class *classes = (each_class *)dlsym(RTLD_DEFAULT, "object_class_foreach");
         if (classes)
             classes(ignore_class, 0, 1, 0);
+        prepare_accelerator(accelerator);
+        create_templates();
         stopped = 1;
         serve();
     }
