@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from onecopy.linux import process
 from onecopy.subprocesses import find_program
 from onecopy.vmm import vmm_user
 from onecopy.vmm.confine import Confinement
@@ -137,4 +138,5 @@ def connected(server: ForkServer, base: Path) -> tuple[socket.socket, int]:
 
 
 def runs(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    """Whether a process runs; a zombie does not."""
+    return process.exists(pid)
