@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from onecopy.errors import Incompatible, NotReady
 from onecopy.linux import process
 from onecopy.linux.counters import ksm
+from onecopy.model import PAGE_SIZE
 
 #: The kernel's defaults, 100 pages every 20 ms, would take hours.
 SETTINGS = {"pages_to_scan": 2000, "sleep_millisecs": 20, "run": 1}
@@ -30,6 +31,10 @@ class Merged:
     cpu: float
     """CPU seconds of ksmd."""
     full_scans: int
+    shared: int
+    """Bytes of merged pages on the host, each counted once."""
+    sharing: int
+    """Bytes of further mappings of these: what KSM has saved on the host."""
 
 
 @contextlib.asynccontextmanager
@@ -41,10 +46,13 @@ async def merged() -> AsyncIterator[Merged]:
     began, cpu, scans = time.monotonic(), process.cpu_seconds(thread), _read().full_scans or 0
     with ksm.settings({**ksm.thorough(), **SETTINGS}):
         await converged()
+        now = _read()
         yield Merged(
             seconds=time.monotonic() - began,
             cpu=process.cpu_seconds(thread) - cpu,
-            full_scans=(_read().full_scans or 0) - scans,
+            full_scans=(now.full_scans or 0) - scans,
+            shared=(now.pages_shared or 0) * PAGE_SIZE,
+            sharing=(now.pages_sharing or 0) * PAGE_SIZE,
         )
 
 

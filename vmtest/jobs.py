@@ -48,7 +48,7 @@ _COMPARE_ROOT = "/opt/onecopy/compare-root"
 _SUITES = tuple(release.suite for release in RELEASES.values())
 
 Job = Callable[[Debian, Path, Sequence[str]], list[str]]
-"""(release, directory for results, arguments for pytest or compare) -> problems."""
+"""(release, directory for results, arguments for pytest, bench or compare) -> problems."""
 
 
 def tests(debian: Debian, out: Path, arguments: Sequence[str], memory: int = MEMORY) -> list[str]:
@@ -118,13 +118,13 @@ def _write_support(folder: Path) -> list[str]:
     return [f"{row.key}: {row.reason}" for row in new if row.result == "failed"]
 
 
-def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+def bench(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     """Measure under KVM in an emulated host, whose times are long, and under TCG (vmtest/bench)."""
     folder = out / f"bench-debian-{debian.number}"
-    found = _in_host(
-        _images(debian, _SUITES), folder, [INSIDE, "vmtest/bench", "kvm"], silence=_MEASURING
-    )
-    return [*found, *verdict.console(folder), *_in_root(debian, folder, ["vmtest/bench", "tcg"])]
+    measured = [INSIDE, "vmtest/bench", "kvm", *arguments]
+    found = _in_host(_images(debian, _SUITES), folder, measured, silence=_MEASURING)
+    tcg = _in_root(debian, folder, ["vmtest/bench", "tcg", *arguments])
+    return [*found, *verdict.console(folder), *tcg]
 
 
 def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
