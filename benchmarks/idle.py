@@ -73,6 +73,10 @@ class _Clones:
     guests: Sequence[Running]
     before: meminfo.MemInfo
 
+    @property
+    def pids(self) -> list[int]:
+        return [guest.maps.pid for guest in self.guests]
+
 
 async def measure_idle(
     setup: Setup, count: int, with_ksm: bool, tell: Callable[[str], None]
@@ -89,21 +93,20 @@ async def measure_idle(
             found.append(await _figures(clones, Mergeable.NONE, None))
             if with_ksm:
                 tell("the same, until KSM has merged their RAM")
-                async with merged() as merging:
+                async with merged(clones.pids) as merging:
                     found.append(await _figures(clones, Mergeable.RAM, merging))
         if with_ksm:
             tell(f"{count} idle clones, {way}, until KSM has merged all it can")
             async with (
                 _clones(setup, count, Mergeable.ALL, forked) as clones,
-                merged() as merging,
+                merged(clones.pids) as merging,
             ):
                 found.append(await _figures(clones, Mergeable.ALL, merging))
     return found
 
 
 async def _figures(clones: _Clones, kind: Mergeable, merging: Merged | None) -> Idle:
-    guests, before = clones.guests, clones.before
-    pids = [guest.maps.pid for guest in guests]
+    guests, before, pids = clones.guests, clones.before, clones.pids
     cpu, now = await settled(pids), meminfo.read()
     return Idle(
         guests=len(guests),
