@@ -28,7 +28,10 @@ from onecopy.linux.counters import ksm, meminfo, smaps
 from onecopy.model import Mergeable
 from onecopy.vmm import fork_probe
 
-_PAGE_TABLES = ("page_tables", "secondary_page_tables")
+#: Bytes of a thread's stack in the kernel (x86_64: THREAD_SIZE), and of struct ksm_rmap_item.
+_STACK, _RECORD = 16 << 10, 64
+#: Single starts of each kind.
+_STARTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Idle:
     ksm: Mergeable
     """What KSM has merged, as far as pages are equal."""
     start: Spread
-    """Seconds until a clone was ready. KSM was off then."""
+    """Seconds until a clone was ready, with KSM off; starts of all kinds in turn."""
     anonymous: float
     """Anonymous pages of the VMM; pages that others share are divided (Pss_Anon)."""
     page_tables: float
@@ -85,39 +88,61 @@ async def measure_idle(
     server = fork_probe.find(setup.host.qemu.binary, setup.host.store.cache)
     if not server.path:
         tell(f"no VMM is forked: {server.why_not}")
+    ways = (True, False) if server.path else (False,)
+    tell(f"{_STARTS} starts of each kind")
+    starts = await _starts(setup, [(way, kind) for way in ways for kind in _started(with_ksm)])
     found = []
-    for forked in (True, False) if server.path else (False,):
+    for forked in ways:
         way = "forked" if forked else "started by exec"
         tell(f"{count} idle clones, {way}")
         async with _clones(setup, count, Mergeable.RAM, forked) as clones:
-            found.append(await _figures(clones, Mergeable.NONE, None))
+            start = starts[forked, Mergeable.RAM]
+            found.append(await _figures(clones, Mergeable.NONE, start, None))
             if with_ksm:
                 tell("the same, until KSM has merged their RAM")
                 async with merged(clones.pids) as merging:
-                    found.append(await _figures(clones, Mergeable.RAM, merging))
+                    found.append(await _figures(clones, Mergeable.RAM, start, merging))
         if with_ksm:
             tell(f"{count} idle clones, {way}, until KSM has merged all it can")
+            start = starts[forked, Mergeable.ALL]
             async with (
                 _clones(setup, count, Mergeable.ALL, forked) as clones,
                 merged(clones.pids) as merging,
             ):
-                found.append(await _figures(clones, Mergeable.ALL, merging))
+                found.append(await _figures(clones, Mergeable.ALL, start, merging))
     return found
 
 
-async def _figures(clones: _Clones, kind: Mergeable, merging: Merged | None) -> Idle:
+def _started(with_ksm: bool) -> list[Mergeable]:
+    return [Mergeable.RAM, *([Mergeable.ALL] if with_ksm else [])]
+
+
+async def _starts(
+    setup: Setup, kinds: Sequence[tuple[bool, Mergeable]]
+) -> dict[tuple[bool, Mergeable], Spread]:
+    """Start single clones of all kinds in turn, after one of each that starts what they share."""
+    seconds: dict[tuple[bool, Mergeable], list[float]] = {kind: [] for kind in kinds}
+    for _ in range(_STARTS + 1):
+        for forked, ksm in kinds:
+            async with contextlib.AsyncExitStack() as ends:
+                guest = await _start(setup, ends, ksm, forked)
+                seconds[forked, ksm].append(guest.seconds)
+    return {kind: Spread.of(values[1:]) for kind, values in seconds.items()}
+
+
+async def _figures(clones: _Clones, kind: Mergeable, start: Spread, merging: Merged | None) -> Idle:
     guests, before, pids = clones.guests, clones.before, clones.pids
     cpu, now = await settled(pids), meminfo.read()
     return Idle(
         guests=len(guests),
         forked=clones.forked,
         ksm=kind,
-        start=Spread.of(guest.seconds for guest in guests),
+        start=start,
         anonymous=statistics.mean(map(_anonymous, pids)),
-        page_tables=_grown(before, now, *_PAGE_TABLES) / len(guests),
-        kernel=_grown(before, now, "kernel_stacks") / len(guests)
-        + statistics.mean(map(_ksm_records, pids)),
-        free_taken=-_grown(before, now, "unused") / len(guests),
+        page_tables=statistics.mean(process.page_table_bytes(pid) or 0 for pid in pids)
+        + _grown(before.secondary_page_tables, now.secondary_page_tables) / len(guests),
+        kernel=statistics.mean(map(_kernel, pids)),
+        free_taken=_grown(now.unused, before.unused) / len(guests),
         places=places(guests, clones.setup.saved),
         cpu=cpu,
         profit=statistics.mean(ksm.read_process(pid).profit or 0 for pid in pids),
@@ -125,21 +150,19 @@ async def _figures(clones: _Clones, kind: Mergeable, merging: Merged | None) -> 
     )
 
 
-def _grown(before: meminfo.MemInfo, now: meminfo.MemInfo, *fields: str) -> int:
-    """Return the total growth of these fields in bytes."""
-    try:
-        return sum(getattr(now, field) - getattr(before, field) for field in fields)
-    except TypeError:
-        raise Incompatible(f"/proc/meminfo lacks {' and '.join(fields)}") from None
+def _grown(before: int | None, now: int | None) -> int:
+    """Return the growth of a field of /proc/meminfo in bytes; older kernels lack some."""
+    return (now or 0) - (before or 0)
 
 
-def _ksm_records(pid: int) -> int:
-    """Return the bytes of struct ksm_rmap_item (mm/ksm.c, 64 bytes each) for a process."""
+def _kernel(pid: int) -> int:
+    """Return the bytes of a process's kernel stacks and of KSM's records (mm/ksm.c)."""
+    stacks = _STACK * len(list(Path(f"/proc/{pid}/task").iterdir()))
     try:
         text = Path(f"/proc/{pid}/ksm_stat").read_bytes()
     except FileNotFoundError:
-        return 0
-    return 64 * int(ksm.parse_process(text).get("ksm_rmap_items", 0))
+        return stacks
+    return stacks + _RECORD * int(ksm.parse_process(text).get("ksm_rmap_items", 0))
 
 
 def _anonymous(pid: int) -> int:
