@@ -123,10 +123,10 @@ async def _starts(
     """Start single clones of all kinds in turn, after one of each that starts what they share."""
     seconds: dict[tuple[bool, Mergeable], list[float]] = {kind: [] for kind in kinds}
     for _ in range(_STARTS + 1):
-        for forked, ksm in kinds:
+        for forked, merge in kinds:
             async with contextlib.AsyncExitStack() as ends:
-                guest = await _start(setup, ends, ksm, forked)
-                seconds[forked, ksm].append(guest.seconds)
+                guest = await _start(setup, ends, merge, forked)
+                seconds[forked, merge].append(guest.seconds)
     return {kind: Spread.of(values[1:]) for kind, values in seconds.items()}
 
 
