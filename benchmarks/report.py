@@ -37,6 +37,7 @@ _NAMES = {
     "segment": "segment, booted",
     "saved": "saved system",
 }
+_MERGED = {Mergeable.NONE: "no KSM", Mergeable.RAM: "KSM: RAM", Mergeable.ALL: "KSM: all"}
 
 
 @dataclass(slots=True)
@@ -217,8 +218,7 @@ def _first_starts(kinds: dict[str, FirstStart]) -> str:
 
 def _idle(kinds: Sequence[Idle]) -> str:
     """Format the host memory of one more clone, by kind of mapping."""
-    ways = {Mergeable.NONE: "no KSM", Mergeable.RAM: "KSM: RAM", Mergeable.ALL: "KSM: all"}
-    head = ["per clone", *(f"{_way(k)}, {ways[k.ksm]}" for k in kinds)]
+    head = ["per clone", *(f"{'forked' if k.forked else 'exec'}, {_MERGED[k.ksm]}" for k in kinds)]
     rows = [
         ["**host memory, all in**", *(f"**{_mib(k.all_in)}**" for k in kinds)],
         ["- in no file, shared pages divided (Pss_Anon)", *(_mib(k.anonymous) for k in kinds)],
@@ -236,15 +236,16 @@ def _idle(kinds: Sequence[Idle]) -> str:
     return table(head, rows) + f"\n\n{kinds[0].guests} clones, on top of one."
 
 
-def _way(kind: Idle) -> str:
-    return "forked" if kind.forked else "exec"
+def _scan(kind: Idle, merging: Merged) -> float:
+    """Return the CPU seconds of ksmd for one scan of one clone."""
+    return merging.cpu / max(1, merging.full_scans) / (kind.guests + 1)
 
 
 def _idle_merging(kinds: Sequence[Idle]) -> list[list[str]]:
     each: list[tuple[str, Callable[[Idle, Merged], str]]] = [
         ("KSM's profit", lambda k, _: _mib(k.profit)),
         ("CPU of ksmd until it merges no more", lambda k, m: _s(m.cpu / (k.guests + 1))),
-        ("the same of all clones", lambda _, m: _s(m.cpu)),
+        ("- one full scan", lambda k, m: f"{_scan(k, m) * 1e3:.1f} ms"),
         ("full scans, and their time", lambda _, m: f"{m.full_scans}, {_s(m.seconds)}"),
         ("merged pages of the host, once (pages_shared)", lambda _, m: _mib(m.shared)),
         ("and more often (pages_sharing)", lambda _, m: _mib(m.sharing)),

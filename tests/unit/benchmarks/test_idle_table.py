@@ -54,6 +54,7 @@ def test_each_kind_has_a_column() -> None:
     assert found["KSM's profit"] == ["-", "2.0 MiB"]
     # Four clones were scanned: one ran before.
     assert found["CPU of ksmd until it merges no more"] == ["-", "0.50 s"]
+    assert found["- one full scan"] == ["-", "71.4 ms"]
     assert found["full scans, and their time"] == ["-", "7, 12.50 s"]
 
 
