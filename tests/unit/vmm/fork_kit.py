@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from onecopy.linux import process
+from onecopy.linux.vmm_registry import has_ended
 from onecopy.subprocesses import find_program
 from onecopy.vmm import vmm_user
 from onecopy.vmm.confine import Confinement
@@ -138,5 +138,12 @@ def connected(server: ForkServer, base: Path) -> tuple[socket.socket, int]:
 
 
 def runs(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    return process.exists(pid)
+    """Whether any thread of a process runs: not of a zombie, which process 1 need not reap."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        return not has_ended(pidfd, 0)
+    finally:
+        os.close(pidfd)
