@@ -21,7 +21,7 @@ from onecopy.linux.syscall import prctl
 from onecopy.store import Artifact
 from onecopy.vmm import fork_registry
 from tests.command import answer, onecopy
-from tests.unit.vmm.fork_kit import wait_for
+from tests.unit.vmm.fork_kit import runs, wait_for
 from tests.vm.forks import server_of, servers
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -47,7 +47,7 @@ def no_reaper(host: Runtime) -> Iterator[None]:
 
 
 def is_zombie(pid: int) -> bool:
-    return process.stat(pid).state == "Z"
+    return process.stat(pid).state == "Z" and not runs(pid)
 
 
 def start_both(host: Runtime, system: Artifact) -> tuple[GuestRecord, GuestRecord]:
