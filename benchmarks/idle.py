@@ -1,7 +1,10 @@
 """Measures the host memory of an idle clone beyond the shared copy, by kind of mapping.
 
-One clone runs before the measurement, so that shared memory is present and each further clone adds
-only its own. Not here: guests that have answered requests (kinds.py).
+VMMs start in both ways, from a fork server and by exec. KSM merges nothing, guest RAM, or QEMU's
+own memory, too. One clone runs before the measurement, so that shared memory is present and each
+further clone adds only its own.
+
+Not here: guests that have answered requests (kinds.py).
 """
 
 from __future__ import annotations
@@ -12,9 +15,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import Running, settled
+from benchmarks.figures import Running, Spread, settled
 from benchmarks.kinds import new_name
-from benchmarks.merging import merged
+from benchmarks.merging import Merged, merged
 from benchmarks.places import Place, places
 from benchmarks.setup import Setup
 from onecopy.errors import Incompatible
@@ -23,8 +26,12 @@ from onecopy.guest.observe.accounts import guest_maps
 from onecopy.linux import process
 from onecopy.linux.counters import ksm, meminfo, smaps
 from onecopy.model import Mergeable
+from onecopy.vmm import fork_probe
 
-_PAGE_TABLES = ("page_tables", "secondary_page_tables")
+#: Bytes of a thread's stack in the kernel (x86_64: THREAD_SIZE), and of struct ksm_rmap_item.
+_STACK, _RECORD = 16 << 10, 64
+#: Single starts of each kind.
+_STARTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +39,14 @@ class Idle:
     """The figures of idle clones; bytes per clone."""
 
     guests: int
-    merged: bool
-    """Whether KSM has merged all equal pages, QEMU's own memory included."""
+    forked: bool
+    """Whether a fork server started their VMMs, or exec did."""
+    ksm: Mergeable
+    """What KSM has merged, as far as pages are equal."""
+    start: Spread
+    """Seconds until a clone was ready, with KSM off; starts of all kinds in turn."""
     anonymous: float
-    """Anonymous pages of the VMM; pages that KSM shares are divided (Pss_Anon)."""
+    """Anonymous pages of the VMM; pages that others share are divided (Pss_Anon)."""
     page_tables: float
     """Page tables of the VMM, and KVM's of the guest."""
     kernel: float
@@ -45,6 +56,10 @@ class Idle:
     places: list[Place]
     cpu: float
     """CPU seconds per second."""
+    profit: float
+    """What KSM saves, less its records, as the kernel counts it for each VMM."""
+    merging: Merged | None
+    """What KSM did and cost until it merged nothing more; all clones and one more."""
 
     @property
     def all_in(self) -> float:
@@ -52,53 +67,102 @@ class Idle:
         return self.anonymous + self.page_tables + self.kernel
 
 
+@dataclass(frozen=True, slots=True)
+class _Clones:
+    """Idle clones of one kind, and the host's memory when one clone ran before them."""
+
+    setup: Setup
+    forked: bool
+    guests: Sequence[Running]
+    before: meminfo.MemInfo
+
+    @property
+    def pids(self) -> list[int]:
+        return [guest.maps.pid for guest in self.guests]
+
+
 async def measure_idle(
     setup: Setup, count: int, with_ksm: bool, tell: Callable[[str], None]
 ) -> list[Idle]:
-    """Measure ``count`` clones, and as many with KSM over the VMMs' memory."""
-    tell(f"{count} idle clones")
-    async with _clones(setup, count, Mergeable.RAM) as (guests, before):
-        found = [await _figures(setup, guests, before, merged=False)]
-    if with_ksm:
-        tell(f"{count} idle clones, until KSM has merged what it can")
-        async with _clones(setup, count, Mergeable.ALL) as (guests, before), merged():
-            found.append(await _figures(setup, guests, before, merged=True))
+    """Measure ``count`` clones in each way, and with KSM over RAM and over the VMMs' memory."""
+    server = fork_probe.find(setup.host.qemu.binary, setup.host.store.cache)
+    if not server.path:
+        tell(f"no VMM is forked: {server.why_not}")
+    ways = (True, False) if server.path else (False,)
+    tell(f"{_STARTS} starts of each kind")
+    starts = await _starts(setup, [(way, kind) for way in ways for kind in _started(with_ksm)])
+    found = []
+    for forked in ways:
+        way = "forked" if forked else "started by exec"
+        tell(f"{count} idle clones, {way}")
+        async with _clones(setup, count, Mergeable.RAM, forked) as clones:
+            start = starts[forked, Mergeable.RAM]
+            found.append(await _figures(clones, Mergeable.NONE, start, None))
+            if with_ksm:
+                tell("the same, until KSM has merged their RAM")
+                async with merged(clones.pids) as merging:
+                    found.append(await _figures(clones, Mergeable.RAM, start, merging))
+        if with_ksm:
+            tell(f"{count} idle clones, {way}, until KSM has merged all it can")
+            start = starts[forked, Mergeable.ALL]
+            async with (
+                _clones(setup, count, Mergeable.ALL, forked) as clones,
+                merged(clones.pids) as merging,
+            ):
+                found.append(await _figures(clones, Mergeable.ALL, start, merging))
     return found
 
 
-async def _figures(
-    setup: Setup, guests: Sequence[Running], before: meminfo.MemInfo, *, merged: bool
-) -> Idle:
-    pids = [guest.maps.pid for guest in guests]
+def _started(with_ksm: bool) -> list[Mergeable]:
+    return [Mergeable.RAM, *([Mergeable.ALL] if with_ksm else [])]
+
+
+async def _starts(
+    setup: Setup, kinds: Sequence[tuple[bool, Mergeable]]
+) -> dict[tuple[bool, Mergeable], Spread]:
+    """Start single clones of all kinds in turn, after one of each that starts what they share."""
+    seconds: dict[tuple[bool, Mergeable], list[float]] = {kind: [] for kind in kinds}
+    for _ in range(_STARTS + 1):
+        for forked, merge in kinds:
+            async with contextlib.AsyncExitStack() as ends:
+                guest = await _start(setup, ends, merge, forked)
+                seconds[forked, merge].append(guest.seconds)
+    return {kind: Spread.of(values[1:]) for kind, values in seconds.items()}
+
+
+async def _figures(clones: _Clones, kind: Mergeable, start: Spread, merging: Merged | None) -> Idle:
+    guests, before, pids = clones.guests, clones.before, clones.pids
     cpu, now = await settled(pids), meminfo.read()
     return Idle(
         guests=len(guests),
-        merged=merged,
+        forked=clones.forked,
+        ksm=kind,
+        start=start,
         anonymous=statistics.mean(map(_anonymous, pids)),
-        page_tables=_grown(before, now, *_PAGE_TABLES) / len(guests),
-        kernel=_grown(before, now, "kernel_stacks") / len(guests)
-        + statistics.mean(map(_ksm_records, pids)),
-        free_taken=-_grown(before, now, "unused") / len(guests),
-        places=places(guests, setup.saved),
+        page_tables=statistics.mean(process.page_table_bytes(pid) or 0 for pid in pids)
+        + _grown(before.secondary_page_tables, now.secondary_page_tables) / len(guests),
+        kernel=statistics.mean(map(_kernel, pids)),
+        free_taken=_grown(now.unused, before.unused) / len(guests),
+        places=places(guests, clones.setup.saved),
         cpu=cpu,
+        profit=statistics.mean(ksm.read_process(pid).profit or 0 for pid in pids),
+        merging=merging,
     )
 
 
-def _grown(before: meminfo.MemInfo, now: meminfo.MemInfo, *fields: str) -> int:
-    """Return the total growth of these fields in bytes."""
-    try:
-        return sum(getattr(now, field) - getattr(before, field) for field in fields)
-    except TypeError:
-        raise Incompatible(f"/proc/meminfo lacks {' and '.join(fields)}") from None
+def _grown(before: int | None, now: int | None) -> int:
+    """Return the growth of a field of /proc/meminfo in bytes; older kernels lack some."""
+    return (now or 0) - (before or 0)
 
 
-def _ksm_records(pid: int) -> int:
-    """Return the bytes of struct ksm_rmap_item (mm/ksm.c, 64 bytes each) for a process."""
+def _kernel(pid: int) -> int:
+    """Return the bytes of a process's kernel stacks and of KSM's records (mm/ksm.c)."""
+    stacks = _STACK * len(list(Path(f"/proc/{pid}/task").iterdir()))
     try:
         text = Path(f"/proc/{pid}/ksm_stat").read_bytes()
     except FileNotFoundError:
-        return 0
-    return 64 * int(ksm.parse_process(text).get("ksm_rmap_items", 0))
+        return stacks
+    return stacks + _RECORD * int(ksm.parse_process(text).get("ksm_rmap_items", 0))
 
 
 def _anonymous(pid: int) -> int:
@@ -109,19 +173,23 @@ def _anonymous(pid: int) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _clones(
-    setup: Setup, count: int, ksm: Mergeable
-) -> AsyncIterator[tuple[list[Running], meminfo.MemInfo]]:
-    """Yield ``count`` idle clones, and the host's memory when one clone ran before them."""
+async def _clones(setup: Setup, count: int, ksm: Mergeable, forked: bool) -> AsyncIterator[_Clones]:
+    """Yield ``count`` idle clones; one more runs before them."""
     async with contextlib.AsyncExitStack() as ends:
-        first = [await _start(setup, ends, ksm)]
+        first = [await _start(setup, ends, ksm, forked)]
         await settled([guest.maps.pid for guest in first])
         before = meminfo.read()
-        yield [await _start(setup, ends, ksm) for _ in range(count)], before
+        guests = [await _start(setup, ends, ksm, forked) for _ in range(count)]
+        yield _Clones(setup, forked, guests, before)
 
 
-async def _start(setup: Setup, ends: contextlib.AsyncExitStack, ksm: Mergeable) -> Running:
-    record = await start_one(setup.host, setup.saved.varied(ksm=ksm), new_name())
+async def _start(
+    setup: Setup, ends: contextlib.AsyncExitStack, ksm: Mergeable, forked: bool
+) -> Running:
+    plan = setup.saved.varied(ksm=ksm, isolated_vmm=not forked)
+    record = await start_one(setup.host, plan, new_name())
     ends.callback(setup.host.end, record)
+    if record.forked != forked:
+        raise Incompatible(f"a VMM was not forked: {record.why_exec}")
     (maps,) = guest_maps([record])
     return Running(maps, record.start_seconds, process.cpu_seconds(record.pid))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from benchmarks.translated import Room
 from benchmarks.truth import Truth
 from onecopy.linux import prefetch
 from onecopy.linux.counters import meminfo
-from onecopy.model import format_size
+from onecopy.model import Mergeable, format_size
 from onecopy.sharing.cross_check import LINES
 
 _NAMES = {
@@ -37,6 +37,7 @@ _NAMES = {
     "segment": "segment, booted",
     "saved": "saved system",
 }
+_MERGED = {Mergeable.NONE: "no KSM", Mergeable.RAM: "KSM: RAM", Mergeable.ALL: "KSM: all"}
 
 
 @dataclass(slots=True)
@@ -217,19 +218,41 @@ def _first_starts(kinds: dict[str, FirstStart]) -> str:
 
 def _idle(kinds: Sequence[Idle]) -> str:
     """Format the host memory of one more clone, by kind of mapping."""
-    head = ["per clone", *("KSM, QEMU's own memory too" if k.merged else "as it is" for k in kinds)]
+    head = ["per clone", *(f"{'forked' if k.forked else 'exec'}, {_MERGED[k.ksm]}" for k in kinds)]
     rows = [
         ["**host memory, all in**", *(f"**{_mib(k.all_in)}**" for k in kinds)],
-        ["- in no file, merged pages divided (Pss_Anon)", *(_mib(k.anonymous) for k in kinds)],
+        ["- in no file, shared pages divided (Pss_Anon)", *(_mib(k.anonymous) for k in kinds)],
         ["- page tables", *(_mib(k.page_tables) for k in kinds)],
         ["- kernel stacks, KSM's records", *(_mib(k.kernel) for k in kinds)],
         ["free memory taken, for any use", *(_mib(k.free_taken) for k in kinds)],
         ["CPU, of one core", *(f"{k.cpu * 100:.2f} %" for k in kinds)],
+        ["start, KSM off: median", *(f"{k.start.median * 1e3:.1f} ms" for k in kinds)],
     ]
     for name in [place.name for place in kinds[0].places if place.anonymous]:
         places = [next(p for p in k.places if p.name == name) for k in kinds]
-        rows.append([f"in no file: {name}", *(_mib(place.anonymous) for place in places)])
+        rows.append([f"no other process maps: {name}", *(_mib(p.private) for p in places)])
+    if any(k.merging for k in kinds):
+        rows += _idle_merging(kinds)
     return table(head, rows) + f"\n\n{kinds[0].guests} clones, on top of one."
+
+
+def _scan(kind: Idle, merging: Merged) -> float:
+    """Return the CPU seconds of ksmd for one scan of one clone."""
+    return merging.cpu / max(1, merging.full_scans) / (kind.guests + 1)
+
+
+def _idle_merging(kinds: Sequence[Idle]) -> list[list[str]]:
+    each: list[tuple[str, Callable[[Idle, Merged], str]]] = [
+        ("KSM's profit", lambda k, _: _mib(k.profit)),
+        ("CPU of ksmd until it merges no more", lambda k, m: _s(m.cpu / (k.guests + 1))),
+        ("- one full scan", lambda k, m: f"{_scan(k, m) * 1e3:.1f} ms"),
+        ("full scans, and their time", lambda _, m: f"{m.full_scans}, {_s(m.seconds)}"),
+        ("merged pages of the host, once (pages_shared)", lambda _, m: _mib(m.shared)),
+        ("and more often (pages_sharing)", lambda _, m: _mib(m.sharing)),
+    ]
+    return [
+        [name, *(show(k, k.merging) if k.merging else "-" for k in kinds)] for name, show in each
+    ]
 
 
 def _first_guests(first: FirstGuests) -> str:

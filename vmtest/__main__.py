@@ -36,7 +36,8 @@ def _arguments() -> argparse.Namespace:
         metavar="JOB",
         help="all: all VM tests (default); smoke: the few that script/test runs, too; support: "
         "regenerate docs/support.md; moved: its rows of systems that move between QEMU versions; "
-        "bench: measure; compare: run script/compare, with few guests by default",
+        "bench: measure (script/bench, by default single starts and idle clones); compare: run "
+        "script/compare, with few guests by default",
     )
     parser.add_argument(
         "--debian",

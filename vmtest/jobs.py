@@ -53,7 +53,7 @@ _SMOKE_ROOTS = _ROOTS[:1]
 _PYTHON_ROOTS = tuple(Reference("python", suite) for suite in _SUITES)
 
 Job = Callable[[Debian, Path, Sequence[str]], list[str]]
-"""(release, directory for results, arguments for pytest or compare) -> problems."""
+"""(release, directory for results, arguments for pytest, bench or compare) -> problems."""
 
 
 def tests(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
@@ -128,12 +128,13 @@ def _write_support(folder: Path) -> list[str]:
     return [f"{row.key}: {row.reason}" for row in new if row.result == "failed"]
 
 
-def bench(debian: Debian, out: Path, _: Sequence[str]) -> list[str]:
+def bench(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:
     """Measure under KVM in an emulated host, whose times are long, and under TCG (vmtest/bench)."""
     folder = out / f"bench-debian-{debian.number}"
     images = _images(debian, _PYTHON_ROOTS)
-    found = _in_host(images, folder, ["vmtest/bench", "kvm"], silence=_MEASURING)
-    return [*found, *verdict.console(folder), *_in_root(debian, folder, ["vmtest/bench", "tcg"])]
+    found = _in_host(images, folder, ["vmtest/bench", "kvm", *arguments], silence=_MEASURING)
+    tcg = _in_root(debian, folder, ["vmtest/bench", "tcg", *arguments])
+    return [*found, *verdict.console(folder), *tcg]
 
 
 def compare(debian: Debian, out: Path, arguments: Sequence[str]) -> list[str]:

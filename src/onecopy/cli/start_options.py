@@ -282,8 +282,8 @@ _START = [
         show_default=True,
         callback=lambda _ctx, _param, value: Mergeable(value),
         help="Memory that KSM may merge while it runs: none; the guest's RAM; or all, also "
-        "QEMU's own memory (needs Linux 6.4). A QEMU that exec starts then has no address "
-        "randomisation.",
+        "QEMU's own memory (needs Linux 6.4), most of which forked QEMUs share anyway. A QEMU "
+        "that exec starts then has no address randomisation.",
     ),
     _start(
         "--isolated-vmm",

@@ -6,6 +6,7 @@ Not here: the available range (vmm_user.py).
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Container
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def unused(numbers: range) -> int:
     if len(numbers) >= MANY:
         return _choose(numbers, vmm_registry.users())
     with vmm_registry.reserving() as reserve:
-        number = _choose(numbers, vmm_registry.users() | _of_processes())
+        number = _choose(numbers, vmm_registry.users() | _of_processes(numbers))
         reserve(number)
     return number
 
@@ -49,11 +50,22 @@ def _choose(numbers: range, taken: Container[int]) -> int:
     )
 
 
-def _of_processes() -> set[int]:
-    """Return the user ids of all processes, which takes too long on a host with many."""
+def _of_processes(numbers: range) -> set[int]:
+    """Return the ids that running processes have, which takes too long on a host with many."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                found.add(entry.stat().st_uid)
+                uid = entry.stat().st_uid
+                if uid in numbers and _runs(int(entry.name)):
+                    found.add(uid)
     return found
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; False for a zombie, which stays where process 1 reaps nobody."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        return not vmm_registry.has_ended(pidfd, 0)
+    finally:
+        os.close(pidfd)

@@ -20,6 +20,7 @@ from onecopy.linux.vmm_registry import Process
 from onecopy.model import Reference
 from onecopy.store import Store, leftovers
 from onecopy.vmm import free_uids
+from tests.conftest import cannot_run
 from tests.unit.store_kit import put
 
 #: Its first thread ends, and the other one stays.
@@ -190,6 +191,20 @@ def test_a_number_that_a_process_has_is_not_given_out(base: Path) -> None:
     mine = os.geteuid()
     with pytest.raises(Incompatible):
         free_uids.unused(range(mine, mine + 1))
+
+
+def test_the_number_of_a_zombie_is_given_out(base: Path) -> None:
+    """In a container without an init nobody reaps VMMs, and there are few numbers."""
+    if os.geteuid():
+        cannot_run("only root can start a process as another user")
+    few = range(0x6F000000, 0x6F000001)
+    with subprocess.Popen(["sleep", "60"], user=few[0]) as process:
+        with pytest.raises(Incompatible):
+            free_uids.unused(few)
+        sleeper = Process(process.pid, stat(process.pid).start_ticks)
+        assert vmm_registry.end([sleeper]) == []
+        assert stat(process.pid).state == "Z"
+        assert free_uids.unused(few) == few[0]
 
 
 def test_one_of_many_is_not_one_that_is_left(base: Path, sleeper: Process) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from onecopy.linux.vmm_registry import has_ended
 from onecopy.subprocesses import find_program
 from onecopy.vmm import vmm_user
 from onecopy.vmm.confine import Confinement
@@ -137,4 +138,12 @@ def connected(server: ForkServer, base: Path) -> tuple[socket.socket, int]:
 
 
 def runs(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+    """Whether any thread of a process runs: not of a zombie, which process 1 need not reap."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        return not has_ended(pidfd, 0)
+    finally:
+        os.close(pidfd)
