@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeVar
 from msgspec.structs import replace
 
 from onecopy.errors import AgentFailed, GuestFailed
-from onecopy.guest import identity
 from onecopy.guest.backing import backings, displayed, loaded
 from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.guest.lifecycle.resources import NOTHING
@@ -84,6 +83,8 @@ async def launch(host: Runtime, plan: LaunchPlan, batch: Batch | None = None) ->
                 up.vmm.detach()
                 return record
             if plan.boot is None and plan.config.agent:
+                from onecopy.guest import identity  # it loads while the guest wakes up
+
                 machine_id = os.urandom(16).hex() if plan.config.machine_id else None
                 who = identity.Identity(plan.name, machine_id, card_of(record))
                 work = identity.become(up.folder.path, who, up.connect)
