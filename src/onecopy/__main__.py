@@ -33,8 +33,8 @@ def main() -> None:
 def _leave(code: int) -> NoReturn:
     """End the process without Python's own end, which destroys each object, in vain."""
     for stream in (sys.stdout, sys.stderr):
-        # A stream that cannot be written was reported by then, or has nobody to report it to.
-        with contextlib.suppress(OSError, ValueError):
+        # The command has reported a stream that cannot be written, unless it was interrupted.
+        with contextlib.suppress(Exception):
             if stream:
                 stream.flush()
     os._exit(code)
