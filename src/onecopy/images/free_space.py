@@ -5,7 +5,7 @@ Not here: freeing space (the store's garbage collection).
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ def disk_space(folder: Path, needed: int) -> Iterator[None]:
     Raises:
         InsufficientResources: At once, or when the block fails because the disk is full.
     """
-    if _free(folder) < needed:
+    if shutil.disk_usage(folder).free < needed:
         raise not_enough(folder, needed)
     try:
         yield
@@ -45,10 +45,5 @@ def disk_is_full(error: CommandFailed) -> bool:
 
 def not_enough(folder: Path, needed: int) -> InsufficientResources:
     """Return the error for a disk of ``folder`` that has fewer than ``needed`` bytes free."""
-    free = _free(folder)
+    free = shutil.disk_usage(folder).free
     return InsufficientResources("disk", needed=needed, available=free, hint=_HINT)
-
-
-def _free(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
