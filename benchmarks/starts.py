@@ -220,6 +220,8 @@ def _command(setup: Setup) -> float:
     name = new_name()
     program = Path(sys.executable).with_name("onecopy")
     env = {**os.environ, "ONECOPY_HOME": str(setup.host.store.root)}
+    # As in an installation: the first run compiles the modules, and the others load the bytecode.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     began = time.monotonic()
     subprocess.run(
         [program, "run", "--name", name, setup.saved.source.ref],

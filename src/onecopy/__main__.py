@@ -1,14 +1,19 @@
 """The command's entry: the only place that ends the process."""
 
+import contextlib
 import gc
 import os
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
     """Run the command line and exit with its documented code (docs/reference/exit-codes.md)."""
     # Imports make many objects and no garbage, so Python need not look for it that often.
     gc.set_threshold(50_000)
+    from onecopy.later import put_off
+
+    put_off()
     from onecopy.cli import main as cli_main
     from onecopy.cli.signals import ignore
 
@@ -20,11 +25,19 @@ def main() -> None:
         code = cli_main()
     except KeyboardInterrupt:
         code = 130
-    # Python's own end takes a while, with no handlers any more.
+    # Only the report of finished work is left.
     ignore()
-    # Objects that are in use at the end need no last search for garbage: it takes 30 ms.
-    gc.freeze()
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without Python's own end, which destroys each object, in vain."""
+    for stream in (sys.stdout, sys.stderr):
+        # The command has reported a stream that cannot be written, unless it was interrupted.
+        with contextlib.suppress(Exception):
+            if stream:
+                stream.flush()
+    os._exit(code)
 
 
 def _told_shortly(kind: type[BaseException], error: BaseException, _: object) -> None:

@@ -13,7 +13,6 @@ import contextlib
 import os
 import selectors
 import shlex
-import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -71,10 +70,11 @@ def find_program(program: str) -> str:
     Raises:
         MissingProgram: it is not installed.
     """
-    found = shutil.which(program, path=_PATH)
-    if not found:
-        raise MissingProgram(program, PACKAGES.get(program, program))
-    return found
+    # shutil.which() would load libraries for compression in each start.
+    for path in [Path(program)] if "/" in program else [Path(d, program) for d in _PATH.split(":")]:
+        if path.is_file() and os.access(path, os.X_OK):
+            return str(path)
+    raise MissingProgram(program, PACKAGES.get(program, program))
 
 
 def run(

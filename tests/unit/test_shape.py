@@ -19,7 +19,7 @@ SOURCE = PROJECT / "src/onecopy"
 LAYERS = (
     ("errors",),
     ("model",),
-    ("printable", "deadline", "leaving", "loop"),
+    ("printable", "deadline", "later", "leaving", "loop"),
     ("subprocesses",),
     ("linux",),
     ("store", "vmm", "sharing"),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.params import AttachType, GuestType
 from onecopy.model import Reference
 

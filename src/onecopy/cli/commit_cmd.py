@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.output import duration, progress
 from onecopy.cli.params import GuestType, LoadedType, ReferenceType
 from onecopy.model import Reference, format_size

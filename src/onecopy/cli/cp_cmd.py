@@ -1,10 +1,9 @@
 """onecopy cp"""
 
-import asyncio
-
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.params import CopyType, SizeType
 from onecopy.errors import InvalidInput
 from onecopy.model import require_text

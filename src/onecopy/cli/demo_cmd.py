@@ -1,12 +1,12 @@
 """onecopy demo"""
 
-import asyncio
 import json
 from pathlib import Path
 
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.output import progress
 from onecopy.cli.params import accel_option
 from onecopy.cli.tables import print_table

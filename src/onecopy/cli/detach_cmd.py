@@ -1,10 +1,9 @@
 """onecopy detach"""
 
-import asyncio
-
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.params import GuestType, LoadedType
 
 

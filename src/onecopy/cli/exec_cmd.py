@@ -1,6 +1,5 @@
 """onecopy exec"""
 
-import asyncio
 import select
 import sys
 
@@ -8,6 +7,7 @@ import click
 
 from onecopy.cli import streams
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.params import GuestType, SecondsType, program_argument
 from onecopy.model import require_text
 

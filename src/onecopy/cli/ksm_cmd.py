@@ -231,8 +231,7 @@ def _deny(guests: tuple[str, ...]) -> None:
 
 
 def _set(guests: tuple[str, ...], *, mergeable: bool) -> None:
-    import asyncio
-
+    from onecopy.cli.event_loop import asyncio
     from onecopy.guest.observe.ksm_guest import set_mergeable
     from onecopy.guest.runtime import Runtime
 

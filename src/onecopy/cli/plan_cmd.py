@@ -92,10 +92,9 @@ def command(
     the host otherwise idle. Without --work clones are measured as they are when they start. --work
     can run a program in the clone: `onecopy exec $GUEST CMD`.
     """
-    import asyncio
-
     import msgspec
 
+    from onecopy.cli.event_loop import asyncio
     from onecopy.guest.observe import plan
     from onecopy.guest.runtime import Runtime
     from onecopy.sharing.forecast import Work, forecast

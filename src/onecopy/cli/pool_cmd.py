@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.listing import Listing, listing_options, print_list
 from onecopy.cli.output import progress
 from onecopy.cli.params import ReferenceType

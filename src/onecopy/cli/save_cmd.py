@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.output import duration, print_json, print_line, progress
 from onecopy.cli.params import GuestType, ReferenceType, json_option
 from onecopy.cli.start_options import BOOT, BootOptions, HookType, boot_options

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.output import print_line
 
 

@@ -5,13 +5,13 @@ Not here: their options (start_options.py), the start itself (guest/lifecycle).
 
 from __future__ import annotations
 
-import asyncio
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from onecopy.cli import signals
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.output import (
     duration,
     print_json,

@@ -1,10 +1,9 @@
 """onecopy stop"""
 
-import asyncio
-
 import click
 
 from onecopy.cli.commands import Command
+from onecopy.cli.event_loop import asyncio
 from onecopy.cli.output import each_of
 from onecopy.cli.params import GuestType, SecondsType
 from onecopy.errors import InvalidInput

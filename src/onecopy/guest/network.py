@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,5 +141,5 @@ def require_closed(record: GuestRecord, folder: Path) -> None:
 
 def _mac() -> str:
     """Return a random MAC address, locally administered and unicast (IEEE 802c)."""
-    first, *rest = secrets.token_bytes(6)
+    first, *rest = os.urandom(6)
     return ":".join(f"{byte:02x}" for byte in ((first & 0xFC) | 0x02, *rest))

@@ -38,16 +38,19 @@ def unused(numbers: range) -> int:
 
 
 def _choose(numbers: range, taken: Container[int]) -> int:
-    import secrets  # only the start of a VMM needs it
-
     for _ in range(_TRIES):
-        number = secrets.choice(numbers)
+        number = _any_of(numbers)
         if number not in taken and not (_SYSTEMD / str(number)).exists():
             return number
     raise Incompatible(
         f"all {len(numbers)} user ids that guests can have here are in use",
         hint="stop some guests, or give this container more user ids (user_namespaces(7))",
     )
+
+
+def _any_of(numbers: range) -> int:
+    # The module secrets would load several others in each start.
+    return numbers[int.from_bytes(os.urandom(8)) % len(numbers)]
 
 
 def _of_processes(numbers: range) -> set[int]:

@@ -15,7 +15,6 @@ start. slirp4netns publishes ports, on request over its socket in the run direct
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import select
@@ -79,7 +78,7 @@ def way_out(guest: str, folder: Path) -> Iterator[Way]:
         ours, theirs = socket.socketpair()
         ends.callback(ours.close)
         line = [unshare, "--user", "--map-root-user", "--net", "--", sys.executable, "-I", "-S"]
-        line += [str(_CHILD), str(theirs.fileno()), json.dumps(plan)]
+        line += [str(_CHILD), str(theirs.fileno()), msgspec.json.encode(plan).decode()]
         with theirs:
             child = ends.enter_context(Detached(line, pass_fds=[theirs.fileno()]))
         tap = _receive_tap(ours)
@@ -259,7 +258,7 @@ def _request(folder: Path, question: dict[str, object]) -> dict[str, object]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
             peer.settimeout(_PATIENCE)
             peer.connect(str(folder / SOCKET))
-            peer.sendall(json.dumps(question).encode())
+            peer.sendall(msgspec.json.encode(question))
             peer.shutdown(socket.SHUT_WR)
             return msgspec.json.decode(peer.recv(4096), type=dict[str, object])
     except (OSError, msgspec.MsgspecError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -212,7 +211,7 @@ def test_one_of_many_is_not_one_that_is_left(base: Path, sleeper: Process) -> No
     vmm_registry.register(base / "0-0" / "web", sleeper, many[7])
     choices = iter([many[7], many[7], many[9]])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(secrets, "choice", lambda _: next(choices))
+        patch.setattr(free_uids, "_any_of", lambda _: next(choices))
         assert free_uids.unused(many) == many[9]
     assert vmm_registry.users() == {many[7]}
 

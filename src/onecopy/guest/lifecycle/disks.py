@@ -20,7 +20,6 @@ import msgspec
 from onecopy.errors import InUse, InvalidInput, NotFound, NotPermitted
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.guest.runtime import Runtime
-from onecopy.images.free_space import disk_space
 from onecopy.linux import disk_image
 from onecopy.model import MIB, align_up, check_guest_name, format_size, in_order, parse_size
 from onecopy.store.disk import file_errors, sync_directory
@@ -222,6 +221,8 @@ def _path(host: Runtime, guest: str) -> Path:
 
 def _make(host: Runtime, path: Path, size: int) -> None:
     """Make a disk; after a failure or a crash no part of it remains."""
+    from onecopy.images.free_space import disk_space  # most guests have no disk
+
     with file_errors(host.store.root), host.store.workspace() as work:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         new = work / "disk"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
@@ -19,9 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from msgspec.structs import replace
 
 from onecopy.errors import AgentFailed, GuestFailed
-from onecopy.guest import identity
 from onecopy.guest.backing import backings, displayed, loaded
-from onecopy.guest.lifecycle import boot, restore
 from onecopy.guest.lifecycle.launchplan import LaunchPlan
 from onecopy.guest.lifecycle.resources import NOTHING
 from onecopy.guest.machine import STATE_ROOM
@@ -85,7 +83,9 @@ async def launch(host: Runtime, plan: LaunchPlan, batch: Batch | None = None) ->
                 up.vmm.detach()
                 return record
             if plan.boot is None and plan.config.agent:
-                machine_id = secrets.token_hex(16) if plan.config.machine_id else None
+                from onecopy.guest import identity  # it loads while the guest wakes up
+
+                machine_id = os.urandom(16).hex() if plan.config.machine_id else None
                 who = identity.Identity(plan.name, machine_id, card_of(record))
                 work = identity.become(up.folder.path, who, up.connect)
                 record = replace(record, address=await race_exit(up.vmm, work))
@@ -113,6 +113,8 @@ async def running(host: Runtime, plan: LaunchPlan, batch: Batch) -> AsyncIterato
             suits = partial(can_be_closed, host)
             prepared = host.taking(plan.source.digest, plan.name, batch, suits)
             if taken := ends.enter_context(prepared):
+                from onecopy.guest.lifecycle import restore  # few guests were waiting
+
                 vmm = restore.vmm_of(*taken)
                 async with kill_on_error(vmm):
                     record = await restore.wake(*taken, plan.spec.publish)
@@ -130,6 +132,8 @@ async def running(host: Runtime, plan: LaunchPlan, batch: Batch) -> AsyncIterato
         preload.begin_aside(host.store, [layer for each in plan.artifacts for layer in each.layers])
         plan.config.write(folder.path)
         if plan.boot:
+            from onecopy.guest.lifecycle import boot  # a clone needs nothing of it
+
             boot.write_initrd(plan, plan.boot, folder.path, card)
         prepare(folder.path)
         spec = launch_spec(host, plan, folder.path, card)
@@ -147,11 +151,15 @@ async def _come_up(
 ) -> Up:
     """Wait until the guest is ready, or load its saved state and resume it."""
     if plan.boot and plan.config.agent:
+        from onecopy.guest.lifecycle import boot
+
         await race_exit(vmm, boot.ready(folder.path, plan.boot.spec), _BOOT_ENDED)
         (folder.path / "initrd").unlink()
     ports = await _answer(plan, folder, spec, state)
     card, address = spec.card, spec.card.address if spec.card else ""
     if plan.boot and card and not address:
+        from onecopy.guest.lifecycle import boot
+
         address = await boot.given_address(folder.path)
     record = GuestRecord(
         name=plan.name,
@@ -248,6 +256,11 @@ def _fork_server(host: Runtime, plan: LaunchPlan) -> tuple[ForkServer | None, st
 
 def launch_spec(host: Runtime, plan: LaunchPlan, folder: Path, card: Nic | None) -> Launch:
     """Return the settings with which QEMU starts this guest."""
+    kernel = None
+    if plan.boot:
+        from onecopy.guest.lifecycle import boot
+
+        kernel = boot.kernel_of(plan, plan.boot, folder)
     return Launch(
         binary=host.qemu.binary,
         accel=plan.accel.name,
@@ -259,7 +272,7 @@ def launch_spec(host: Runtime, plan: LaunchPlan, folder: Path, card: Nic | None)
         ram_path=None if plan.boot else plan.source.layer("ram").path,
         rom=host.qemu.rom,
         traces=host.qemu.traces,
-        kernel=boot.kernel_of(plan, plan.boot, folder) if plan.boot else None,
+        kernel=kernel,
         card=card,
         publish=plan.spec.publish,
         ports_later=plan.standby,

@@ -23,7 +23,6 @@ from onecopy.guest.machine import Placed, SystemConfig
 from onecopy.guest.network import Network
 from onecopy.guest.ports import Ports, need_rights, require_free
 from onecopy.guest.runtime import Runtime
-from onecopy.images.kernel import ensure_kernel
 from onecopy.model import MIB, Mergeable, Reference
 from onecopy.store import Artifact
 from onecopy.vmm import open_notify, spawn
@@ -171,9 +170,7 @@ def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
             f"{system.ref} was saved under {config.accel} and cannot start under {spec.accel}",
             hint=f"omit --accel, or save it again with --accel {spec.accel}",
         )
-    # The test of KVM boots Linux, and the kernel of a bare machine may be another system.
-    kernel = system if config.agent else ensure_kernel(host.store)
-    image = kernel.layer("kernel").path
+    image = _linux(host, system, config).layer("kernel").path
     chosen = choose(Choice(config.accel), host.qemu.binary, image, host.store.cache)
     plan = LaunchPlan(
         spec=spec,
@@ -189,6 +186,16 @@ def plan_clone(host: Runtime, spec: CloneSpec) -> LaunchPlan:
     )
     check(host, plan)
     return plan
+
+
+def _linux(host: Runtime, system: Artifact, config: SystemConfig) -> Artifact:
+    """Return the artifact with the Linux that the test of KVM boots."""
+    if config.agent:
+        return system
+    # The kernel of a bare machine may be another system.
+    from onecopy.images.kernel import ensure_kernel  # few systems are bare machines
+
+    return ensure_kernel(host.store)
 
 
 def check(host: Runtime, plan: LaunchPlan) -> None:

@@ -8,7 +8,7 @@ plan. Not here: how one guest starts (launcher.py).
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -117,7 +117,7 @@ def plan(host: Runtime, request: Request, tell: Tell = _quiet) -> Group:
 
 def _names(request: Request) -> list[str]:
     if request.standby:
-        return [f"{POOL}{secrets.token_hex(4)}" for _ in range(request.count)]
+        return [f"{POOL}{os.urandom(4).hex()}" for _ in range(request.count)]
     spec = request.spec
     source = spec.root if isinstance(spec, BootSpec) else spec.system
     return names_for(source.name, request.name, request.count)
@@ -133,7 +133,7 @@ def names_for(source: str, name: str | None, count: int) -> list[str]:
     else:
         stem = source.replace(".", "-").replace("_", "-")[:50].strip("-")
         stem = f"of-{stem}" if stem.startswith(RESERVED) else stem
-        run = secrets.token_hex(2)
+        run = os.urandom(2).hex()
         names = [f"{stem}-{run}"] if count == 1 else [f"{stem}-{run}-{n + 1}" for n in range(count)]
     return [check_guest_name(each) for each in names]
 
