@@ -15,8 +15,8 @@ from typing import TypeVar
 from onecopy.errors import GuestFailed, NotReady
 
 _T = TypeVar("_T")
-#: Seconds after which a guest without an answer is a failure.
-TIMEOUT = 300.0
+#: Seconds after which a guest without an answer is a failure; in an emulated host all takes long.
+TIMEOUT = 600.0
 
 
 def free_port() -> int:
@@ -40,15 +40,15 @@ async def until(ask: Callable[[], Awaitable[_T]], name: str, patience: float = 0
     ``ask`` raises OSError or ValueError until the guest answers. ``patience`` are the seconds to
     wait for the first attempt's answer.
     """
-    deadline = time.monotonic() + TIMEOUT
+    began = time.monotonic()
     # QEMU accepts the connection at once and holds it until the guest is up: retry, often at
     # first, seldom once it is clear that the guest is slow.
-    while time.monotonic() < deadline:
+    while (past := time.monotonic() - began) < TIMEOUT:
         try:
             async with asyncio.timeout(patience):
                 return await ask()
         except (TimeoutError, OSError, ValueError):
-            patience = max(patience, min(patience * 1.03, 2.0))
+            patience = max(patience, min(patience * 1.03, max(2.0, past / 10)))
             await asyncio.sleep(0.01)
     raise NotReady(f"{name} did not answer within {TIMEOUT:g} s")
 

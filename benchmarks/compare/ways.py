@@ -16,12 +16,13 @@ from benchmarks.compare.templating import Templates, start_from
 from benchmarks.counts import Counts
 from benchmarks.kinds import new_name
 from benchmarks.plain import start_plain
+from onecopy.errors import NotReady
 from onecopy.guest.lifecycle.start import start_one as start_guest
 from onecopy.guest.ports import Ports
 from onecopy.guest.run_directory import GuestRecord
 from onecopy.linux import process
 from onecopy.model import Mergeable
-from onecopy.vmm.qemu_process import Vmm
+from onecopy.vmm.qemu_process import Vmm, printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,12 @@ async def _template(ware: Ware, name: str, ports: Ports, means: Means) -> int:
 
 
 async def _watched(vmm: Vmm, ware: Ware, name: str, ports: Ports, means: Means) -> int:
-    """Raise GuestFailed if the VMM ends before the application answers."""
+    """Raise GuestFailed if the VMM ends before the application answers, NotReady if none comes."""
     means.ends.push_async_callback(vmm.kill)
-    await before(vmm.wait(), _answered(ware, name, ports))
+    try:
+        await before(vmm.wait(), _answered(ware, name, ports))
+    except NotReady as error:
+        raise NotReady(f"{error.message}; it printed:\n{printed(vmm.folder)}") from error
     return vmm.pid
 
 
