@@ -79,9 +79,9 @@ async def _run(job: Job) -> int:
 async def _call(emulated: EmulatedHost, job: Job) -> int:
     try:
         code = await emulated.call(job.argv, _LIMIT, _show, job.silence)
-    except OnecopyError:
+    except (OnecopyError, asyncio.CancelledError):
         tell(f"the host's CPUs are at:\n{await emulated.processors()}")
-        # The first error matters more than one of fetching results.
+        # What there is so far. The first error matters more than one of fetching.
         with suppress(OnecopyError):
             await emulated.fetch()
         raise

@@ -42,7 +42,9 @@ def _arguments() -> argparse.Namespace:
         "--different", type=int, default=8, help="guests that have a root each (default: 8)"
     )
     names = [way.name for way in WAYS]
-    parser.add_argument("--ways", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument(
+        "--ways", nargs="+", choices=names, default=names, help="in this order; default: all"
+    )
     parser.add_argument("--accel", choices=list(Choice), default=Choice.AUTO, type=Choice)
     parser.add_argument(
         "--out", type=Path, default=Path("out/compare"), help="folder (default: out/compare)"
@@ -121,15 +123,15 @@ async def _ways(
     """Run each way, and write its results at once, so that a later failure does not lose them."""
     templates = Templates(_tell)
     results.machine = machine_facts(wares[0].setup, RUNS)
-    for way in WAYS:
-        if way.name in arguments.ways:
-            kind = "alike" if len(wares) < count else "different"
-            _tell(f"{count} guests, {kind}: {way.name}")
-            outcome = await measure(way, count, wares, templates, _tell)
-            each = f"{outcome.idle_memory / count / MIB:.1f} MiB each, idle"
-            _tell(f"{each}, {outcome.seconds.median:.2f} s a start")
-            results.found.append(outcome)
-            results.write()
+    ways = {way.name: way for way in WAYS}
+    for name in arguments.ways:
+        kind = "alike" if len(wares) < count else "different"
+        _tell(f"{count} guests, {kind}: {name}")
+        outcome = await measure(ways[name], count, wares, templates, _tell)
+        each = f"{outcome.idle_memory / count / MIB:.1f} MiB each, idle"
+        _tell(f"{each}, {outcome.seconds.median:.2f} s a start")
+        results.found.append(outcome)
+        results.write()
 
 
 def main() -> int:
