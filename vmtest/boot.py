@@ -17,10 +17,10 @@ from pathlib import Path
 
 import msgspec
 
-from onecopy.errors import OnecopyError
+from onecopy.errors import GuestFailed, OnecopyError
 from onecopy.guest.runtime import Runtime
 from tests.vm.kept import kept_store
-from vmtest.host import RESULTS, SILENCE, EmulatedHost, emulated_host
+from vmtest.host import RESULTS, SILENCE, EmulatedHost, emulated_host, was_reset
 from vmtest.images import RELEASES, Images, ensure_base, store_root
 from vmtest.root import run_in_root
 
@@ -62,16 +62,26 @@ async def _run(job: Job) -> int:
         # End the emulated host, as on Ctrl-C.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     host = Runtime.open(store_root())
-    began = time.monotonic()
     try:
-        async with emulated_host(host, job.images, Path(RESULTS), job.memory) as emulated:
-            tell(
-                f"QEMU {host.qemu.version}: the host was up after {time.monotonic() - began:.0f} s"
-            )
-            return await _call(emulated, job)
+        try:
+            return await _attempt(host, job)
+        except GuestFailed:
+            if not was_reset(Path(RESULTS)):
+                raise
+            tell("the host reset itself, which is a fault of its emulation: once more")
+            return await _attempt(host, job)
     except OnecopyError as error:
         tell(f"{error.message}\n{error.hint}".rstrip())
         return error.exit_code
+
+
+async def _attempt(host: Runtime, job: Job) -> int:
+    began = time.monotonic()
+    try:
+        async with emulated_host(host, job.images, Path(RESULTS), job.memory) as emulated:
+            took = time.monotonic() - began
+            tell(f"QEMU {host.qemu.version}: the host was up after {took:.0f} s")
+            return await _call(emulated, job)
     finally:
         tell(f"the host ended after {time.monotonic() - began:.0f} s")
 

@@ -23,6 +23,7 @@ from onecopy.guest.run_directory import Batch, GuestRecord
 from onecopy.guest.runtime import Runtime
 from onecopy.model import MIB, Mergeable
 from onecopy.subprocesses import run
+from onecopy.vmm import end_traces
 from onecopy.vmm.accel import Choice
 from onecopy.vmm.monitor import connect
 from vmtest.images import Images
@@ -142,6 +143,9 @@ async def emulated_host(
         # By descriptor, because another command may sweep the run directory first.
         with (mine / "console.log").open("rb") as console, (mine / "qemu.log").open("rb") as qemu:
             try:
+                async with connect(mine) as monitor:
+                    # A host that resets itself has QEMU log the state of its CPUs, and why.
+                    await monitor.human("log cpu_reset")
                 yield EmulatedHost(mine, folder)
             finally:
                 host.end(record)
@@ -162,6 +166,12 @@ async def _booted(host: Runtime, prepared: LaunchPlan, batch: Batch) -> GuestRec
             if "Kernel panic" not in error.output:
                 raise
     return await start_one(host, prepared, _new_name(), batch)
+
+
+def was_reset(folder: Path) -> bool:
+    """Return whether a host that has ended reset itself, by its logs in ``folder``."""
+    ended = end_traces.read((folder / "qemu.log").read_text(errors="replace"))
+    return ended.in_order and ended.cause is None
 
 
 def _new_name() -> str:
