@@ -9,10 +9,13 @@ Source:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+from onecopy.linux.files import read_of_process
 
 _KVM = Path("/sys/kernel/debug/kvm")
 #: Places of minflt and majflt in /proc/PID/stat, counted behind the program's name.
@@ -33,8 +36,7 @@ class Counts:
     @classmethod
     def of(cls, pid: int) -> Counts:
         """Read the counts of a running VMM."""
-        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return cls(_exits(pid), int(stat[_MINOR]) + int(stat[_MAJOR]), _read_bytes(pid))
+        return cls(_exits(pid), sum(page_faults(pid)), read_bytes(pid))
 
 
 def medians(counts: Sequence[Counts]) -> Counts:
@@ -52,6 +54,17 @@ def _exits(pid: int) -> int | None:
     return sum(found) if found else None
 
 
-def _read_bytes(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes:"))
+def page_faults(pid: int) -> tuple[int, int]:
+    """Return the minor and major page faults of a process."""
+    text = read_of_process(pid, "stat") or b""
+    # The second field may contain blanks.
+    fields = text[text.rindex(b")") + 2 :].split()
+    return int(fields[_MINOR]), int(fields[_MAJOR])
+
+
+def read_bytes(pid: int) -> int:
+    """Return the bytes read from block devices for a process."""
+    found = re.search(rb"^read_bytes: (\d+)$", read_of_process(pid, "io") or b"", re.MULTILINE)
+    if not found:
+        raise RuntimeError("this kernel has no /proc/PID/io")
+    return int(found[1])

@@ -7,20 +7,19 @@ separately. Not here: preloading itself (onecopy.guest.pagecache.preload).
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.counts import page_faults, read_bytes
 from benchmarks.figures import Spread, evict
 from benchmarks.kinds import new_name
 from benchmarks.setup import Setup
 from onecopy.guest.lifecycle.start import start_one
 from onecopy.guest.pagecache import access_record, preload
 from onecopy.linux import prefetch
-from onecopy.linux.files import read_of_process
 from onecopy.linux.prefetch import Extent
 from onecopy.store import Layer
 
@@ -107,20 +106,20 @@ async def _one(
             access_record.write(store, layer, extents)
         else:
             access_record.forget(store, layer)
-    before, began = _read_bytes(os.getpid()), time.monotonic()
+    before, began = read_bytes(os.getpid()), time.monotonic()
     if way in ("recorded", "whole"):
         for artifact in setup.prepared.artifacts:
             preload.warm(store, artifact, whole=way == "whole")
     took = time.monotonic() - began
     seconds, read, waits = await _start(setup)
-    return seconds, took, read, waits, _read_bytes(os.getpid()) - before
+    return seconds, took, read, waits, read_bytes(os.getpid()) - before
 
 
 async def _start(setup: Setup) -> tuple[float, float, float]:
     """Return the seconds of a start, the bytes read for its VMM, and its major faults."""
     record = await start_one(setup.host, setup.prepared, new_name())
     try:
-        return record.start_seconds, _read_bytes(record.pid), _major_faults(record.pid)
+        return record.start_seconds, read_bytes(record.pid), page_faults(record.pid)[1]
     finally:
         setup.host.end(record)
 
@@ -151,16 +150,3 @@ def _drop(setup: Setup, everything: bool) -> None:
     evict(layer.path for layer in _layers(setup))
     if everything:
         _DROP.write_text("1")
-
-
-def _read_bytes(pid: int) -> int:
-    found = re.search(rb"^read_bytes: (\d+)$", read_of_process(pid, "io") or b"", re.MULTILINE)
-    if not found:
-        raise RuntimeError("this kernel has no /proc/PID/io")
-    return int(found[1])
-
-
-def _major_faults(pid: int) -> int:
-    text = read_of_process(pid, "stat") or b""
-    # The 12th field; the second one may contain blanks (proc_pid_stat(5)).
-    return int(text[text.rindex(b")") + 2 :].split()[9])

@@ -89,8 +89,9 @@ async def _attempt(host: Runtime, job: Job) -> int:
 async def _call(emulated: EmulatedHost, job: Job) -> int:
     try:
         code = await emulated.call(job.argv, _LIMIT, _show, job.silence)
-    except (OnecopyError, asyncio.CancelledError):
-        tell(f"the host's CPUs are at:\n{await emulated.processors()}")
+    except (OnecopyError, asyncio.CancelledError) as error:
+        if isinstance(error, OnecopyError):
+            tell(f"the host's CPUs are at:\n{await emulated.processors()}")
         # What there is so far. The first error matters more than one of fetching.
         with suppress(OnecopyError):
             await emulated.fetch()

@@ -144,7 +144,7 @@ async def emulated_host(
         with (mine / "console.log").open("rb") as console, (mine / "qemu.log").open("rb") as qemu:
             try:
                 async with connect(mine) as monitor:
-                    # A host that resets itself has QEMU log the state of its CPUs, and why.
+                    # If a triple fault resets the host, QEMU logs that.
                     await monitor.human("log cpu_reset")
                 yield EmulatedHost(mine, folder)
             finally:
